@@ -59,7 +59,8 @@ def grpo_terms(
 
     With r = pi_theta / pi_old,
 
-        loss = - 1/|o| * sum over counted tokens of min( r * A, clamp(r, 1-clip_low, 1+clip_high) * A )
+        loss = - 1/|o| * sum over counted tokens of
+                         min( r * A, clamp(r, 1 - clip_low, 1 + clip_high) * A )
 
     The mean is over each sequence's own tokens, so every sequence weighs the same.
 
@@ -151,7 +152,7 @@ def _clipped_ratio(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Log-ratio, one-sidedly clipped ratio, and where the clip acted; half-widths in ratio space."""
+    """Log-ratio, one-sidedly clipped ratio, and where the clip acted on either side."""
     if not 0 < clip_low < 1:
         raise ValueError(
             f"clip_low must lie between 0 and 1 in ratio space, got {clip_low}; 0.2 is usual"
