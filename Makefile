@@ -1,0 +1,51 @@
+# Everything runs inside .venv, which the first target that needs it builds.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := src tests scripts benchmarks
+
+# A finished run is never overwritten: the second `make train` gets a folder named by the time.
+ifndef RUN
+RUN := $(if $(wildcard runs/quickstart),runs/quickstart-$(shell date +%Y%m%d-%H%M%S),runs/quickstart)
+endif
+
+.PHONY: help venv train test lint verify clean
+
+help:
+	@echo 'make train    set up, then train the 135M default model with the quick-start recipe'
+	@echo 'make test     lint, types and all tests'
+	@echo 'make verify   long proofs and the mutation check; results in docs/results/'
+	@echo 'make lint     ruff and mypy only'
+	@echo 'make venv     set up only'
+	@echo 'make clean    remove caches and build output; keeps .venv and runs/'
+
+venv: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt scripts/setup_environment.py
+	$(PYTHON) scripts/setup_environment.py --venv .venv --stamp $@
+
+train: venv
+	@cat .venv/.stamp
+	$(BIN)/gmpo train quickstart --run $(RUN)
+
+lint: venv
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+# Two workers with one thread each. Tests of the real model share a group, so that no two of them
+# run at once (tests/conftest.py).
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -r s --durations 10
+
+verify: venv
+	mkdir -p docs/results
+	$(BIN)/python scripts/mutation.py --json docs/results/mutation.json | tee docs/results/mutation.txt
+	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
