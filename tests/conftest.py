@@ -1,0 +1,41 @@
+"""The environment every test runs in, and the fixtures that more than one folder uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before torch and the hub client are imported, because both read them once.
+# A parallel worker gets one thread: with more, two workers fight over two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+# The same examples on every run, and no time limit an example: a shared machine may be slow.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the real model's tests on one worker: two copies of it would fight over the memory."""
+    for item in items:
+        if item.get_closest_marker("real_model") is not None:
+            item.add_marker(pytest.mark.xdist_group("real_model"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of maths problem sets whose licences forbid shipping them with the package."""
+    named = os.environ.get("GMPO_MATH_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data" / "math"
+    if not folder.is_dir():
+        pytest.skip(f"no maths data at {folder}; set GMPO_MATH_DATA to a folder of JSONL files")
+    return folder

@@ -1,0 +1,136 @@
+"""The documentation covers every key, metric and command there is, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gmpo.recipe import recipe_keys
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md")])
+
+FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(r"^```(?:bash|console|sh|shell)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
+
+
+def backticked(text: str) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor as code hosts make it: lower case, no punctuation, dashes for spaces."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+def links(page: Path) -> Iterator[str]:
+    for match in LINK.finditer(FENCE.sub("", page.read_text())):
+        target = match.group(1) or match.group(2)
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of each `gmpo` or `make` command in a page's shell blocks, without output lines."""
+    for block in FENCED.findall(page.read_text()):
+        for line in block.splitlines():
+            words = line.removeprefix("$ ").split()
+            if words:
+                words[0] = words[0].rpartition("/")[2]
+            if words and words[0] in ("gmpo", "make"):
+                yield words
+
+
+def help_of(*words: str) -> str:
+    program = "import sys; from gmpo.cli import main; sys.argv[0] = 'gmpo'; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_recipe_key_is_in_the_configuration_page():
+    named = backticked((DOCS / "configuration.md").read_text())
+    missing = [key for key in recipe_keys() if key not in named]
+    assert not missing, f"docs/configuration.md does not name {missing}"
+
+
+def test_the_configuration_page_names_no_key_that_is_gone():
+    keys = recipe_keys()
+    tables = {key.partition(".")[0] for key in keys}
+    looks_like_a_key = re.compile(rf"({'|'.join(sorted(tables))})\.[a-z0-9_]+")
+    named = {
+        name
+        for name in backticked((DOCS / "configuration.md").read_text())
+        if looks_like_a_key.fullmatch(name) and not name.endswith((".py", ".md", ".toml", ".jsonl"))
+    }
+    assert named <= set(keys), f"no such key: {sorted(named - set(keys))}"
+
+
+def test_every_metric_is_in_the_metrics_page():
+    from gmpo.tracking import METRICS
+
+    named = backticked((DOCS / "metrics.md").read_text())
+    missing = [name for name in METRICS if name not in named]
+    assert not missing, f"docs/metrics.md does not name {missing}"
+
+
+def test_every_metric_is_named_stage_slash_quantity_and_described():
+    from gmpo.tracking import METRICS
+
+    # `stage/quantity`; a KL carries direction and estimator, as in `kl_old/k1`.
+    wrong = [name for name in METRICS if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_/]+", name)]
+    assert not wrong
+    assert all(description.strip() for description in METRICS.values())
+
+
+def test_the_commands_that_the_pages_show_exist():
+    subcommands = help_of()
+    make = set(re.findall(r"^([a-z][\w-]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    wrong = []
+    for page in PAGES:
+        for words in commands(page):
+            arguments = [word for word in words[1:] if re.fullmatch(r"[a-z][\w-]*", word)]
+            if words[0] == "make":
+                known = set(arguments) <= make
+            else:
+                known = not arguments or bool(
+                    re.search(rf"^\W*{arguments[0]}\b", subcommands, re.MULTILINE)
+                )
+            if not known:
+                wrong.append(f"{page.name}: {' '.join(words)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_readme_shows_the_commands_a_newcomer_needs():
+    shown = {" ".join(words[:2]) for words in commands(REPOSITORY / "README.md")}
+    assert {"make train", "make test"} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_the_links_of_a_page_lead_somewhere(page: Path):
+    broken = []
+    for target in links(page):
+        name, _, fragment = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        if not other.exists():
+            broken.append(target)
+        elif fragment and other.suffix == ".md":
+            text = FENCE.sub("", other.read_text())
+            if fragment not in {anchor(heading) for heading in HEADING.findall(text)}:
+                broken.append(target)
+    assert not broken, f"{page.name} links to what is not there: {broken}"

@@ -1,0 +1,127 @@
+"""Nothing in the package hides a failure, guesses at an attribute, or promises for later."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+BROAD = {"Exception", "BaseException"}
+PROBES = {"getattr", "hasattr"}
+UNKEPT_PROMISE = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+EMPTY_NAMES = {"utils", "common", "helpers", "manager", "base", "core", "misc", "util", "helper"}
+
+# (file, what is found there): why it may stay.
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("src/gmpo/__init__.py", "getattr"): "the lazy package looks a public name up in its home",
+}
+
+
+def faults(text: str) -> Iterator[tuple[str, int]]:
+    """What is found, and in which line."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            yield from ((name, node.lineno) for name in broad_catches(node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in PROBES:
+                yield node.func.id, node.lineno
+        elif isinstance(node, ast.Name) and node.id == "NotImplementedError":
+            yield "NotImplementedError", node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from passed_along(node)
+    for number, line in enumerate(text.splitlines(), start=1):
+        found = UNKEPT_PROMISE.search(line)
+        if found:
+            yield found.group(1), number
+
+
+def broad_catches(handler: ast.ExceptHandler) -> Iterator[str]:
+    if handler.type is None:
+        yield "bare except"
+        return
+    caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    for kind in caught:
+        if isinstance(kind, ast.Name) and kind.id in BROAD:
+            yield f"except {kind.id}"
+
+
+def passed_along(
+    function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda,
+) -> Iterator[tuple[str, int]]:
+    """Calls that hand a function's own `**kwargs` on, so that a misspelt name goes unnoticed."""
+    if function.args.kwarg is None:
+        return
+    name = function.args.kwarg.arg
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                value = keyword.value
+                if keyword.arg is None and isinstance(value, ast.Name) and value.id == name:
+                    yield f"**{name} passed along", node.lineno
+
+
+def test_the_package_has_no_dishonest_construct():
+    found = []
+    for path in sorted((REPOSITORY / "src").rglob("*.py")):
+        name = str(path.relative_to(REPOSITORY))
+        found += [
+            f"{name}:{line}: {what}"
+            for what, line in faults(path.read_text())
+            if (name, what) not in EXCEPTIONS
+        ]
+    assert not found, "\n".join(found)
+
+
+def test_every_named_exception_is_still_used():
+    for (name, what), reason in EXCEPTIONS.items():
+        text = (REPOSITORY / name).read_text()
+        assert what in {kind for kind, _ in faults(text)}, f"{name}: no {what} left ({reason})"
+
+
+def test_no_module_or_folder_has_an_empty_name():
+    empty = sorted(
+        str(path.relative_to(REPOSITORY))
+        for path in (REPOSITORY / "src").rglob("*")
+        if path.stem in EMPTY_NAMES and (path.is_dir() or path.suffix == ".py")
+    )
+    assert not empty, f"name the noun they hold: {empty}"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("try:\n    f()\nexcept:\n    pass", "bare except"),
+        ("try:\n    f()\nexcept Exception:\n    pass", "except Exception"),
+        ("try:\n    f()\nexcept (ValueError, BaseException):\n    pass", "except BaseException"),
+        ("def f(**kwargs):\n    return g(**kwargs)", "**kwargs passed along"),
+        ("def f(**options):\n    return lambda: g(1, **options)", "**options passed along"),
+        ("size = getattr(model, 'size', 0)", "getattr"),
+        ("if hasattr(model, 'size'): pass", "hasattr"),
+        ("def f():\n    raise NotImplementedError", "NotImplementedError"),
+        ("def f():\n    raise NotImplementedError('later')", "NotImplementedError"),
+        ("x = 1  # TODO: later", "TODO"),
+        ('"""FIXME."""', "FIXME"),
+    ],
+)
+def test_a_dishonest_construct_is_found(text: str, what: str):
+    assert what in [kind for kind, _ in faults(text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "try:\n    f()\nexcept (ValueError, OSError):\n    raise",
+        "def reward(prompts, **columns):\n    return columns['answer']",
+        "f(**settings)",
+        "def __getattr__(name):\n    raise AttributeError(name)",
+        "METHODOLOGY = 1",
+    ],
+)
+def test_an_honest_construct_passes(text: str):
+    assert not list(faults(text))

@@ -1,0 +1,213 @@
+"""Imports run one way: ground -> mathematics -> stages -> joiners; some modules never load torch.
+
+The tables below are the rule. A new module goes into `LAYERS`; a stage that has to know another
+stage goes into `ALLOWED` with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+# A package is one entry: modules inside it may import each other.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "ground": ("errors", "records", "config", "recipe", "store"),
+    "mathematics": ("geometric", "statistics", "detectors", "objective", "advantages"),
+    "stages": (
+        "tasks",
+        "rewards",
+        "grading",
+        "policy",
+        "sampler",
+        "rollouts",
+        "batch",
+        "update",
+        "checkpoint",
+        "schedules",
+        "guard",
+        "tracking",
+    ),
+    # In order: a joiner may import those before it, never those after it.
+    "joiners": (
+        "plots",
+        "evaluation",
+        "training",
+        "trainer",
+        "study",
+        "inspection",
+        "cli",
+    ),
+}
+
+# (importer, imported): the reason. A name is a stage or one module of a stage.
+ALLOWED: dict[tuple[str, str], str] = {
+    ("rewards", "grading"): "the `correct` reward is a graded answer",
+    ("rollouts", "sampler"): "rollouts are the completions of sample requests",
+    ("update", "batch"): "an update consumes micro-batches",
+    ("update", "schedules"): "an optimizer step asks for its step size",
+    ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
+    ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
+    ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
+}
+
+# Mathematics takes tensors, arrays and floats; of ground it may know the errors alone.
+MATHEMATICS_MAY_KNOW = ("errors",)
+
+# Importing these, in a fresh interpreter, leaves torch unloaded. Planned ones are listed already.
+TORCH_FREE = (
+    "gmpo",
+    "gmpo.errors",
+    "gmpo.records",
+    "gmpo.config",
+    "gmpo.recipe",
+    "gmpo.geometric",
+    "gmpo.statistics",
+    "gmpo.tasks",
+    "gmpo.grading",
+    "gmpo.rewards",
+)
+
+
+def layer_of(stage: str) -> str | None:
+    return next((layer for layer, stages in LAYERS.items() if stage in stages), None)
+
+
+def modules(source: Path) -> Iterator[tuple[str, Path]]:
+    """Name without the leading `gmpo.`, and file, of each module; "" is the package itself."""
+    for path in sorted((source / "gmpo").rglob("*.py")):
+        parts = path.relative_to(source / "gmpo").with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def imported(text: str, *, module: str, is_package: bool) -> set[str]:
+    """Modules of gmpo that a module's text imports, at any depth, without the leading `gmpo.`."""
+    here = ["gmpo", *filter(None, module.split("."))]
+    if not is_package:
+        here.pop()
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            target = ".".join([*base, *filter(None, [node.module])])
+            if target == "gmpo":
+                # `from gmpo import training` is a module; `__version__` belongs to nobody.
+                found |= {f"gmpo.{a.name}" for a in node.names if a.name != "__version__"}
+            else:
+                found.add(target)
+    return {name.removeprefix("gmpo.") for name in found if name.startswith("gmpo.")}
+
+
+def complaints(importer: str, target: str) -> Iterator[str]:
+    """What is wrong with one import, if anything."""
+    mine, other = importer.partition(".")[0], target.partition(".")[0]
+    if mine == other:
+        return
+    layers = list(LAYERS)
+    my_layer, other_layer = layer_of(mine), layer_of(other)
+    arrow = f"gmpo.{importer} imports gmpo.{target}"
+    if my_layer is None or other_layer is None:
+        unknown = mine if my_layer is None else other
+        yield f"{arrow}, but {unknown!r} is in no layer; add it to LAYERS in {Path(__file__).name}"
+    elif layers.index(other_layer) > layers.index(my_layer):
+        yield f"{arrow}: {my_layer} may not know {other_layer}"
+    elif my_layer == "mathematics" and other_layer == "ground":
+        if other not in MATHEMATICS_MAY_KNOW:
+            yield f"{arrow}: mathematics may know only {MATHEMATICS_MAY_KNOW} of the ground"
+    elif my_layer == "joiners" == other_layer:
+        joiners = LAYERS["joiners"]
+        if joiners.index(other) > joiners.index(mine):
+            yield f"{arrow}: a joiner may import only those listed before it"
+    elif my_layer == "stages" == other_layer:
+        pairs = {(a, b) for a in (importer, mine) for b in (target, other)}
+        if not pairs & ALLOWED.keys():
+            yield f"{arrow}: stages exchange records; if it must be, add it to ALLOWED and say why"
+
+
+def test_every_module_is_in_the_table_of_layers():
+    stages = {name.partition(".")[0] for name, _ in modules(SOURCE) if name}
+    unknown = sorted(stage for stage in stages if layer_of(stage) is None)
+    assert not unknown, f"{unknown} are in no layer; add them to LAYERS in tests/repo/test_imports"
+
+
+def test_no_module_is_in_two_layers():
+    listed = [stage for stages in LAYERS.values() for stage in stages]
+    assert len(listed) == len(set(listed))
+
+
+def test_imports_run_one_way():
+    wrong = [
+        complaint
+        for name, path in modules(SOURCE)
+        if name
+        for target in sorted(
+            imported(path.read_text(), module=name, is_package=path.name == "__init__.py")
+        )
+        for complaint in complaints(name, target)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("objective.gmpo", "from gmpo.config import RunConfig"),
+        ("objective.gmpo", "from ..records import Group"),
+        ("advantages", "from gmpo import training"),
+        ("tasks.jsonl", "import gmpo.rollouts"),
+        ("sampler", "def late():\n    from gmpo.policy.load import load_policy"),
+        ("training", "from gmpo.cli import main"),
+        ("records", "from gmpo.objective import gmpo_loss"),
+        ("surprise", "from gmpo.records import Group"),
+        ("training", "import gmpo.surprise"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, text: str):
+    targets = imported(text, module=module, is_package=False)
+    assert [c for target in targets for c in complaints(module, target)]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("objective.gmpo", "from .ratio import token_mean\nfrom gmpo.errors import DataError"),
+        ("rewards", "from gmpo.grading import grade"),
+        ("policy.score", "from gmpo.batch import MicroBatch"),
+        ("cli", "from gmpo.training import train\nfrom gmpo import __version__"),
+        ("update", "from gmpo.objective import OBJECTIVES\nimport torch"),
+    ],
+)
+def test_a_right_import_passes(module: str, text: str):
+    targets = imported(text, module=module, is_package=False)
+    assert not [c for target in targets for c in complaints(module, target)]
+
+
+def test_the_torch_free_modules_do_not_load_torch():
+    there = {f"gmpo.{name}".rstrip(".") for name, _ in modules(SOURCE)}
+    free = tuple(name for name in TORCH_FREE if name in there)
+    # One interpreter for all: the first module after which torch is there is the one that took it.
+    program = (
+        "import importlib, json, sys\n"
+        "guilty = None\n"
+        f"for name in {free!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    if guilty is None and 'torch' in sys.modules:\n"
+        "        guilty = name\n"
+        "print(json.dumps(guilty))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    guilty = json.loads(done.stdout)
+    assert guilty is None, f"importing {guilty} loads torch; it must not"
