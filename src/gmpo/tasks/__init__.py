@@ -1,0 +1,16 @@
+"""Prompts with reference answers, split into a training and a held-out side."""
+
+from gmpo.tasks.arithmetic import arithmetic_task
+from gmpo.tasks.bundled import bundled_task
+from gmpo.tasks.countdown import countdown_task
+from gmpo.tasks.jsonl import jsonl_task
+from gmpo.tasks.task import Task, few_shot_prompt
+
+__all__ = [
+    "Task",
+    "arithmetic_task",
+    "bundled_task",
+    "countdown_task",
+    "few_shot_prompt",
+    "jsonl_task",
+]
