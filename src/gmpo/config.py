@@ -1,8 +1,8 @@
 """One TOML recipe a run, parsed into frozen models; every key is documented under its definition.
 
 A recipe has the tables `[model] [task] [reward] [sampling] [objective] [training] [checkpoint]
-[evaluation]`. Unknown keys are refused with the nearest valid name; `--set table.key=value` is the
-only override.
+[evaluation] [tracking]`. Unknown keys are refused with the nearest valid name; `--set
+table.key=value` is the only override.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "TaskConfig",
+    "TrackingConfig",
     "TrainingConfig",
 ]
 
@@ -322,6 +323,13 @@ class EvaluationConfig(_Table):
     """Longest completion in evaluation; None takes the sampling limit."""
 
 
+class TrackingConfig(_Table):
+    """What a run writes beside its metrics."""
+
+    groups_per_round: int = Field(default=4, ge=0)
+    """Groups of each round whose texts, rewards, advantages and ratios go to rollouts.jsonl."""
+
+
 class RunConfig(_Table):
     """A whole recipe."""
 
@@ -335,6 +343,7 @@ class RunConfig(_Table):
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _whole_groups_per_step(self) -> RunConfig:

@@ -1,0 +1,277 @@
+"""From a recipe to the parts of a run: model, sampler, task, reward, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gmpo.config import (
+    ArithmeticTask,
+    BundledTask,
+    CountdownTask,
+    JsonlTask,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+)
+from gmpo.errors import DataError, ModelError
+from gmpo.evaluation import Evaluator
+from gmpo.grading import Grader
+from gmpo.policy.load import (
+    choose_device,
+    choose_dtype,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+)
+from gmpo.policy.score import Policy
+from gmpo.records import Group, Prompt
+from gmpo.rewards import RewardFunction, ScoredGroups, correct_reward, format_reward, score_groups
+from gmpo.rollouts import PromptRenderer, SamplingSettings
+from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
+from gmpo.sampler.local import LocalSampler
+from gmpo.tasks import Task, arithmetic_task, bundled_task, countdown_task, jsonl_task
+from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
+
+__all__ = [
+    "PromptStream",
+    "TrainingParts",
+    "build_parts",
+    "build_sampler",
+    "build_task",
+    "resolve_model",
+]
+
+
+class PromptStream:
+    """Training prompts in a fixed endless order: a fresh permutation each epoch, keyed by the seed.
+
+    The order depends on nothing but its arguments, so a resumed run goes on where it stood.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_round: int, seed: int) -> None:
+        self._prompts = prompts
+        self._per_round = prompts_per_round
+        self._seed = seed
+
+    def take(self, round_number: int) -> list[Prompt]:
+        """The prompts of a round, counted from 0."""
+        first = round_number * self._per_round
+        return [self._at(position) for position in range(first, first + self._per_round)]
+
+    def _at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+        return self._prompts[order[place]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """Everything the loop works with; `config` has device and precision resolved."""
+
+    config: RunConfig
+    policy: Policy
+    reference: Policy | None
+    tokenizer: PreTrainedTokenizerBase
+    sampler: LocalSampler
+    optimizer: PolicyOptimizer
+    prompts: PromptStream
+    held_out: tuple[Prompt, ...]
+    evaluator: Evaluator
+    grader: Grader
+    rewards: dict[str, RewardFunction]
+    sampling: SamplingSettings
+    loss: LossSettings
+    grpo_loss: LossSettings
+
+    def score(self, groups: Sequence[Group]) -> ScoredGroups:
+        """Groups with rewards, by the recipe's reward table."""
+        reward = self.config.reward
+        return score_groups(
+            groups,
+            self.rewards,
+            weights=dict(reward.weights),
+            combine=reward.combine,
+            floor=reward.floor,
+            truncated=reward.truncated,
+        )
+
+    def publish_weights(self, version: int) -> None:
+        """Hand the policy's weights to the sampler."""
+        self.sampler.load_weights(version, self.policy.named_weights())
+
+    def close(self) -> None:
+        """Stop the grading worker."""
+        self.grader.close()
+
+
+def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingParts:
+    """Load and connect everything a recipe names.
+
+    Raises:
+        gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
+    """
+    config = config.model_copy(update={"model": resolve_model(config.model)})
+    task = build_task(config.task)
+    tokenizer = load_tokenizer(config.model.name)
+    renderer = PromptRenderer(
+        tokenizer,
+        prompt_format=config.model.prompt_format,
+        system=config.model.system,
+        max_prompt_tokens=config.sampling.max_length - config.sampling.max_new_tokens,
+    )
+    train_prompts = [renderer.render(prompt) for prompt in task.train]
+    model_config = config.model
+    model = load_model(model_config.name, device=model_config.device, dtype=model_config.dtype)
+    policy = Policy(model, engine=config.training.engine, warn=warn)
+    settings = _sampling_settings(config, end_token_ids(model, tokenizer))
+    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+    grader = Grader(timeout_seconds=config.reward.timeout_seconds)
+    evaluation = config.evaluation
+    return TrainingParts(
+        config=config,
+        policy=policy,
+        reference=_reference(config, warn) if config.objective.kl_coefficient > 0 else None,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        optimizer=_optimizer(config, policy),
+        prompts=PromptStream(
+            train_prompts,
+            prompts_per_round=config.sampling.prompts_per_round,
+            seed=config.training.seed,
+        ),
+        held_out=task.held_out[: evaluation.items],
+        evaluator=Evaluator(
+            sampler=sampler,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            grader=grader,
+            settings=_evaluation_settings(settings, evaluation.max_new_tokens),
+            examples=task.train[: evaluation.few_shot],
+        ),
+        grader=grader,
+        rewards=_rewards(config, grader),
+        sampling=settings,
+        loss=_loss(config),
+        grpo_loss=LossSettings(
+            objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
+            temperature=config.sampling.temperature,
+        ),
+    )
+
+
+def build_task(config: TaskConfig) -> Task:
+    """The task of a recipe's `[task]` table.
+
+    Raises:
+        DataError: it is empty or its rows are not usable.
+    """
+    arguments = config.model_dump(exclude={"kind"})
+    if isinstance(config, ArithmeticTask):
+        task = arithmetic_task(**arguments)
+    elif isinstance(config, CountdownTask):
+        task = countdown_task(**arguments)
+    elif isinstance(config, JsonlTask):
+        task = jsonl_task(**arguments)
+    else:
+        assert isinstance(config, BundledTask)
+        task = bundled_task(name=config.kind, **arguments)
+    if not task.train or not task.held_out:
+        raise DataError(
+            f"task {task.name!r} has {len(task.train)} training and {len(task.held_out)} held-out "
+            "items; both sides need at least one"
+        )
+    return task
+
+
+def build_sampler(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, *, max_rows: int
+) -> LocalSampler:
+    """A sampler over the policy's own weights, as fast as its model allows."""
+    decoder: Decoder = (
+        TransformersDecoder(policy.model)
+        if policy.body is None
+        else LlamaDecoder(policy.body, max_rows=max_rows)
+    )
+    return LocalSampler(
+        decoder,
+        context_length=policy.model.config.max_position_embeddings,
+        max_rows=max_rows,
+        decode=tokenizer.decode,
+    )
+
+
+def resolve_model(config: ModelConfig) -> ModelConfig:
+    """The model table with "auto" replaced by what this machine takes."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device=device)
+    return config.model_copy(update={"device": device.type, "dtype": dtype})
+
+
+def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingSettings:
+    sampling = config.sampling
+    if not stop_ids and not sampling.stop_strings:
+        raise ModelError(
+            f"neither model {config.model.name!r} nor its tokenizer names an end token, so every "
+            "completion would run to the limit; set eos_token_id in its generation config, or "
+            "sampling.stop_strings in the recipe"
+        )
+    return SamplingSettings(
+        num_completions=sampling.group_size,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        stop_ids=stop_ids,
+        stop_strings=sampling.stop_strings,
+    )
+
+
+def _evaluation_settings(settings: SamplingSettings, max_tokens: int | None) -> SamplingSettings:
+    return SamplingSettings(
+        num_completions=1,
+        max_tokens=settings.max_tokens if max_tokens is None else max_tokens,
+        temperature=0.0,
+        stop_ids=settings.stop_ids,
+        stop_strings=settings.stop_strings,
+    )
+
+
+def _reference(config: RunConfig, warn: Callable[[str], None]) -> Policy:
+    model = load_model(
+        config.model.name, device=config.model.device, dtype=config.model.dtype
+    ).requires_grad_(False)
+    return Policy(model, engine=config.training.engine, warn=warn)
+
+
+def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:
+    training = config.training
+    return PolicyOptimizer(
+        policy,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+    )
+
+
+def _rewards(config: RunConfig, grader: Grader) -> dict[str, RewardFunction]:
+    available: dict[str, Callable[[], RewardFunction]] = {
+        "correct": lambda: correct_reward(grader),
+        "format": lambda: format_reward(config.reward.format_pattern),
+    }
+    return {name: available[name]() for name in config.reward.weights}
+
+
+def _loss(config: RunConfig) -> LossSettings:
+    objective = config.objective
+    return LossSettings(
+        objective=bind_objective(
+            objective.name,
+            clips=objective.clips(),
+            max_tokens=config.sampling.max_new_tokens,
+        ),
+        temperature=config.sampling.temperature,
+        kl_coefficient=objective.kl_coefficient,
+        entropy_coefficient=objective.entropy_coefficient,
+    )

@@ -1,0 +1,192 @@
+"""Checkpoints at round boundaries: written whole or not at all, verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gmpo.errors import CheckpointError, RunFolderError
+from gmpo.policy.score import Policy
+
+__all__ = [
+    "TrainingState",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "remove_old_checkpoints",
+    "save_checkpoint",
+]
+
+_PREFIX = "round-"
+_WEIGHTS = "model/model.safetensors"
+_MOMENTS = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a run stands after a round; with weights and moments, all it needs to go on.
+
+    Attributes:
+        round: rounds done.
+        step: optimizer steps done, which is also the policy version.
+        mismatch_is_small: whether the last round allowed sampler log-probabilities; None at first.
+        recipe_digest: of the resolved recipe; another recipe's checkpoint is refused.
+        version: of gmpo.
+    """
+
+    round: int
+    step: int
+    mismatch_is_small: bool | None
+    recipe_digest: str
+    version: str
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainingState,
+) -> Path:
+    """Write `folder/round-NNNNNN` and return it; `model/` in it loads with transformers.
+
+    Everything goes to a temporary name first, is flushed to disk, and is then renamed.
+
+    Raises:
+        RunFolderError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    final = folder / f"{_PREFIX}{state.round:06d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "model").mkdir(parents=True)
+        weights = {name: tensor.contiguous().cpu() for name, tensor in policy.named_weights()}
+        save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
+        policy.model.config.save_pretrained(partial / "model")
+        policy.model.generation_config.save_pretrained(partial / "model")
+        tokenizer.save_pretrained(partial / "model")
+        save_file(_moments(policy, optimizer), partial / _MOMENTS)
+        digests = {name: _digest(partial / name) for name in (_WEIGHTS, _MOMENTS)}
+        content = {**asdict(state), "digests": digests}
+        (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _flush(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFolderError(
+            f"checkpoint {final} could not be written: {error}; free space and continue with "
+            "--resume from the last checkpoint, which is untouched"
+        ) from None
+    return final
+
+
+def load_checkpoint(
+    path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, recipe_digest: str
+) -> TrainingState:
+    """Put a checkpoint's weights and moments back; returns where the run stood.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or belong to another model or recipe.
+    """
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        digests: Mapping[str, str] = content.pop("digests")
+        state = TrainingState(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} has no readable state.json: {error}; remove the folder to use the "
+            "one before it"
+        ) from None
+    for name, digest in digests.items():
+        if not (path / name).is_file() or _digest(path / name) != digest:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} is not what was written; remove the folder "
+                "to use the one before it"
+            )
+    if state.recipe_digest != recipe_digest:
+        raise CheckpointError(
+            f"checkpoint {path} was made with another recipe; resume with the run's own "
+            "recipe.toml, or choose another run folder"
+        )
+    policy.load_weights(load_file(path / _WEIGHTS).items())
+    _restore_moments(load_file(path / _MOMENTS), policy, optimizer)
+    return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None."""
+    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
+    return found[-1] if found else None
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints; returns what was removed."""
+    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir())
+    removed = found[:-keep]
+    for path in removed:
+        shutil.rmtree(path)
+    return removed
+
+
+def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by weight name; empty before the first step."""
+    table = {}
+    for name, weight in policy.masters.items():
+        for key, value in optimizer.state.get(weight, {}).items():
+            table[f"{name}/{key}"] = value.detach().contiguous().cpu()
+    return table
+
+
+def _restore_moments(
+    table: Mapping[str, Tensor], policy: Policy, optimizer: torch.optim.Optimizer
+) -> None:
+    optimizer.state.clear()
+    for name, weight in policy.masters.items():
+        state = {
+            key.rpartition("/")[2]: value
+            for key, value in table.items()
+            if key.rpartition("/")[0] == name
+        }
+        if state:
+            # The step counter stays where AdamW keeps it; moments follow their weight.
+            optimizer.state[weight] = {
+                key: value if key == "step" else value.to(weight.device)
+                for key, value in state.items()
+            }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _flush(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

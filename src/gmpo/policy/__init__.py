@@ -1,0 +1,1 @@
+"""The policy: models by name, and log-probabilities of given tokens."""

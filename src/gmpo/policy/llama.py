@@ -1,0 +1,170 @@
+"""The Llama family's transformer body, over a `transformers` module's own parameters.
+
+Llama, SmolLM, Mistral, Qwen2 and Qwen3 share one layer: RMS norm, rotary grouped-query attention,
+gated SiLU feed-forward. Writing it here lets the caller decide where keys and values live: beside
+a shared prompt with gradient (training) or in a preallocated cache (sampling).
+`LlamaBody.largest_logit_difference` compares it with the module before anything relies on it.
+
+Dimensions: **B** sequences, **T** tokens, **H** query heads, **K** key heads, **D** head size,
+**M** hidden size, **V** vocabulary, **S** keys attended to.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from gmpo.errors import ModelError
+
+__all__ = ["LlamaBody", "attend"]
+
+_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin, each [B, 1, T, D]."""
+
+
+class LlamaBody:
+    """Layer functions of one Llama-family model; holds references to its parameters, no copies."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        reason = _why_unsupported(model)
+        if reason is not None:
+            raise ModelError(f"the fast path does not cover this model: {reason}")
+        self.model = model
+        self.layers: list[nn.Module] = list(model.model.layers)
+        config = model.config
+        self.num_heads: int = config.num_attention_heads
+        self.num_key_heads: int = config.num_key_value_heads
+        self.head_dim: int = self.layers[0].self_attn.head_dim
+        self.has_head_norms = config.model_type == "qwen3"
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V M"]:
+        """The output head's weight (the embedding itself where the model ties them)."""
+        weight: Tensor = self.model.lm_head.weight
+        return weight
+
+    def embed(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
+        """Input embeddings."""
+        embedded: Tensor = self.model.model.embed_tokens(token_ids)
+        return embedded
+
+    def rotary(self, hidden: Float[Tensor, "B T M"], positions: Int[Tensor, "B T"]) -> Rotary:
+        """cos and sin of the given positions, by the model's own scaling rule."""
+        cos, sin = self.model.model.rotary_emb(hidden, positions)
+        return cos[:, None], sin[:, None]
+
+    def project(
+        self, layer: nn.Module, hidden: Float[Tensor, "B T M"], rotary: Rotary
+    ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B K T D"], Float[Tensor, "B K T D"]]:
+        """Queries, keys and values of one layer, positions applied."""
+        attention = layer.self_attn
+        normed = _rms_norm(hidden, layer.input_layernorm)
+        batch, length = normed.shape[:2]
+        queries = attention.q_proj(normed).view(batch, length, self.num_heads, self.head_dim)
+        keys = attention.k_proj(normed).view(batch, length, self.num_key_heads, self.head_dim)
+        values = attention.v_proj(normed).view(batch, length, self.num_key_heads, self.head_dim)
+        if self.has_head_norms:
+            queries = _rms_norm(queries, attention.q_norm)
+            keys = _rms_norm(keys, attention.k_norm)
+        return (
+            _rotate(queries.transpose(1, 2), rotary),
+            _rotate(keys.transpose(1, 2), rotary),
+            values.transpose(1, 2),
+        )
+
+    def finish(
+        self,
+        layer: nn.Module,
+        hidden: Float[Tensor, "B T M"],
+        attended: Float[Tensor, "B H T D"],
+    ) -> Float[Tensor, "B T M"]:
+        """The layer's output: attention and feed-forward added to the residual stream."""
+        batch, length = hidden.shape[:2]
+        merged = attended.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
+        hidden = hidden + layer.self_attn.o_proj(merged)
+        normed = _rms_norm(hidden, layer.post_attention_layernorm)
+        mlp = layer.mlp
+        gated = functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+        output: Tensor = hidden + mlp.down_proj(gated)
+        return output
+
+    def final_norm(self, hidden: Float[Tensor, "*B M"]) -> Float[Tensor, "*B M"]:
+        """The norm before the head."""
+        return _rms_norm(hidden, self.model.model.norm)
+
+    def logits(self, hidden: Float[Tensor, "*B M"]) -> Float[Tensor, "*B V"]:
+        """fp32 (or fp64) logits of hidden states that have not passed the final norm."""
+        logits: Tensor = self.model.lm_head(self.final_norm(hidden))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.no_grad()
+    def largest_logit_difference(self) -> float:
+        """Largest |difference| between this body's logits and the module's own on fixed tokens.
+
+        Relative to the spread of the module's logits, so that it means the same for every model.
+        """
+        vocabulary = self.model.config.vocab_size
+        token_ids = (torch.arange(1, 25, device=self.model.device) * 7919 % vocabulary)[None]
+        expected = self.model(token_ids).logits.double().cpu()
+        hidden = self.embed(token_ids)
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+        rotary = self.rotary(hidden, positions)
+        causal = (positions[0][:, None] >= positions[0][None, :])[None, None]
+        for layer in self.layers:
+            queries, keys, values = self.project(layer, hidden, rotary)
+            hidden = self.finish(layer, hidden, attend(queries, keys, values, mask=causal))
+        difference = (self.logits(hidden).double().cpu() - expected).abs().max()
+        return float(difference / expected.std())
+
+
+def attend(
+    queries: Float[Tensor, "B H T D"],
+    keys: Float[Tensor, "B K S D"],
+    values: Float[Tensor, "B K S D"],
+    *,
+    mask: Bool[Tensor, "b 1 T S"],
+) -> Float[Tensor, "B H T D"]:
+    """Softmax attention where the mask is True; H / K query heads share each key head.
+
+    The query heads of a key head are laid side by side along T, so keys are never copied per head.
+    """
+    batch, num_heads, length, head_dim = queries.shape
+    num_key_heads = keys.shape[1]
+    shared = num_heads // num_key_heads
+    packed = queries.reshape(batch, num_key_heads, shared * length, head_dim)
+    attended = functional.scaled_dot_product_attention(
+        packed, keys, values, attn_mask=mask.repeat(1, 1, shared, 1)
+    )
+    return attended.reshape(batch, num_heads, length, head_dim)
+
+
+def _why_unsupported(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if config.model_type not in _FAMILY:
+        return f"model type {config.model_type!r} is not one of {', '.join(_FAMILY)}"
+    if config.hidden_act != "silu":
+        return f"activation {config.hidden_act!r} is not silu"
+    if config.model_type != "llama" and config.sliding_window is not None:
+        return f"sliding window of {config.sliding_window} tokens"
+    if config.rope_parameters["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        return f"rotary scaling {config.rope_parameters['rope_type']!r} depends on the length"
+    return None
+
+
+def _rms_norm(hidden: Tensor, norm: nn.Module) -> Tensor:
+    # The statistics are taken in fp32, as the transformers modules do.
+    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+    scaled = functional.rms_norm(wide, (wide.shape[-1],), eps=norm.variance_epsilon)
+    weighted: Tensor = norm.weight * scaled.to(hidden.dtype)
+    return weighted
+
+
+def _rotate(states: Float[Tensor, "B H T D"], rotary: Rotary) -> Float[Tensor, "B H T D"]:
+    cos, sin = rotary
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin

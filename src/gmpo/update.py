@@ -1,0 +1,328 @@
+"""The update: gradients of a step's mean loss, accumulated over micro-batches, then one AdamW step.
+
+Dimensions: **B** sequences, **T** completion tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gmpo.batch import MicroBatch, StepBatch
+from gmpo.errors import NonFiniteError
+from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
+from gmpo.policy.score import Policy, TokenScores
+
+__all__ = [
+    "LossSettings",
+    "Mismatch",
+    "PolicyOptimizer",
+    "StepMeasures",
+    "accumulate_gradients",
+    "bind_objective",
+    "gradient_cosine",
+    "with_old_logprobs",
+    "with_reference_logprobs",
+]
+
+Objective = Callable[..., ObjectiveTerms]
+"""An objective with its clips bound: (policy_logprobs, old_logprobs, advantages, mask) -> terms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What is minimised: the objective plus optional terms, at the sampling temperature."""
+
+    objective: Objective
+    temperature: float = 1.0
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """|log pi_trainer - log pi_sampler| on unchanged weights, in nats."""
+
+    mean: float
+    max: float
+    num_tokens: int
+
+    MEAN_BOUND = 0.005
+    MAX_BOUND = 0.1
+
+    @property
+    def is_small(self) -> bool:
+        """Whether sampler log-probabilities may stand for the old policy's."""
+        return self.mean <= self.MEAN_BOUND and self.max <= self.MAX_BOUND
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMeasures:
+    """What one step's gradient was made of.
+
+    `loss`, `kl_ref_k3` and `entropy` are means over the step's rollouts, in nats where they have a
+    unit; `mismatch` is None on a step without live rows.
+    """
+
+    loss: float
+    terms: tuple[ObjectiveTerms, ...]
+    masks: tuple[Tensor, ...]
+    row_names: tuple[str, ...]
+    kl_ref_k3: float | None
+    entropy: float | None
+    mismatch: Mismatch | None
+
+
+def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> Objective:
+    """The named objective with its own arguments filled in.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        clips: half-widths in the objective's unit; empty for an objective without a clip.
+        max_tokens: the completion limit, Dr. GRPO's constant normaliser.
+    """
+    extra = {"max_tokens": max_tokens} if name == "dr_grpo" else {}
+    return partial(OBJECTIVES[name], **clips, **extra)
+
+
+def accumulate_gradients(policy: Policy, step: StepBatch, settings: LossSettings) -> StepMeasures:
+    """Add the gradient of the step's mean loss to the policy's weights.
+
+    The mean is the sum of per-sequence losses over `step.num_rollouts`, so it does not depend on
+    how the step is cut into micro-batches or padded.
+
+    Raises:
+        NonFiniteError: a log-probability or loss that counts is NaN or infinite; rows are named.
+    """
+    wants_entropy = settings.entropy_coefficient > 0
+    tally = _Tally()
+    for batch in step.micro_batches:
+        scores = policy.score(batch, temperature=settings.temperature, with_entropy=wants_entropy)
+        _require_finite_logprobs(scores.logprobs, batch)
+        terms = settings.objective(
+            policy_logprobs=scores.logprobs,
+            old_logprobs=batch.old_logprobs,
+            advantages=batch.advantages,
+            mask=batch.mask,
+        )
+        losses = _with_regularisers(terms.loss, scores, batch, settings, tally)
+        _require_finite_losses(losses, batch)
+        (losses.sum() / step.num_rollouts).backward()
+        tally.add(losses, terms, scores, batch)
+    return tally.measures(step.num_rollouts)
+
+
+class PolicyOptimizer:
+    """AdamW over the policy's fp32 master weights.
+
+    Args:
+        policy: whose weights move.
+        betas: decay of the first and second moment.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled, per unit of step size.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self._policy = policy
+        self._weights = [w for w in policy.masters.values() if w.requires_grad]
+        has_fused = policy.device.type in ("cpu", "cuda")
+        self.adamw = torch.optim.AdamW(
+            self._weights, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=has_fused
+        )
+        self.zero_gradients()
+
+    def zero_gradients(self) -> None:
+        """Forget accumulated gradients; they become zeros, so that a dead step still steps."""
+        for weight in self._weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            else:
+                weight.grad.zero_()
+
+    def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
+        """Clip the gradient, step, publish the weights; returns the norm before clipping.
+
+        Raises:
+            NonFiniteError: the gradient is NaN or infinite; the weights have not moved.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self._weights, clip_norm))
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"the gradient norm is {norm}; the weights were not moved. Lower the learning rate "
+                "or gradient_clip_norm, or resume from the last checkpoint"
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self._policy.publish_masters()
+        self.zero_gradients()
+        return norm
+
+
+@torch.no_grad()
+def with_old_logprobs(
+    policy: Policy, steps: Sequence[StepBatch], *, temperature: float
+) -> tuple[list[StepBatch], Mismatch | None]:
+    """Steps whose old log-probabilities are the policy's own, so that the first ratio is exactly 1.
+
+    Call it before the round's first update. The mismatch is None if there are no live rows.
+    """
+    tally = _Tally()
+
+    def rescored(batch: MicroBatch) -> MicroBatch:
+        scores = policy.score(batch, temperature=temperature)
+        _require_finite_logprobs(scores.logprobs, batch)
+        tally.add_mismatch(scores.logprobs, batch)
+        return replace(batch, old_logprobs=scores.logprobs)
+
+    return _map_batches(rescored, steps), tally.mismatch()
+
+
+@torch.no_grad()
+def with_reference_logprobs(
+    reference: Policy, steps: Sequence[StepBatch], *, temperature: float
+) -> list[StepBatch]:
+    """Steps with the reference policy's log-probabilities, for the KL term."""
+
+    def rescored(batch: MicroBatch) -> MicroBatch:
+        scores = reference.score(batch, temperature=temperature)
+        return replace(batch, reference_logprobs=scores.logprobs)
+
+    return _map_batches(rescored, steps)
+
+
+def gradient_cosine(
+    policy: Policy, step: StepBatch, *, settings: LossSettings, other: LossSettings
+) -> float:
+    """Cosine between the gradients of two losses on the same step; leaves no gradient behind.
+
+    Costs two backward passes and, for the moment, one more copy of the gradients.
+    """
+    weights = [w for w in policy.masters.values() if w.requires_grad]
+    assert all(w.grad is None or not w.grad.any() for w in weights), "gradients must be zero"
+    accumulate_gradients(policy, step, settings)
+    first = [_taken(weight) for weight in weights]
+    accumulate_gradients(policy, step, other)
+    second = [_taken(weight) for weight in weights]
+    product = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in grads)) for grads in (first, second)]
+    return product / (norms[0] * norms[1]) if all(norms) else math.nan
+
+
+@dataclass
+class _Tally:
+    """Sums over a step's micro-batches."""
+
+    loss: float = 0.0
+    kl_ref_k3: float = 0.0
+    entropy: float = 0.0
+    terms: list[ObjectiveTerms] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    row_names: list[str] = field(default_factory=list)
+    has_reference: bool = False
+    has_entropy: bool = False
+    differences: list[Tensor] = field(default_factory=list)
+
+    def add(
+        self, losses: Tensor, terms: ObjectiveTerms, scores: TokenScores, batch: MicroBatch
+    ) -> None:
+        self.loss += float(losses.detach().sum())
+        self.terms.append(
+            replace(
+                terms,
+                loss=terms.loss.detach(),
+                log_ratio=terms.log_ratio.detach(),
+                sequence_ratio=terms.sequence_ratio.detach(),
+            )
+        )
+        self.masks.append(batch.mask)
+        self.row_names += batch.row_names
+        self.add_mismatch(scores.logprobs.detach(), batch)
+
+    def add_mismatch(self, logprobs: Tensor, batch: MicroBatch) -> None:
+        self.differences.append((logprobs - batch.sampler_logprobs)[batch.mask].abs())
+
+    def mismatch(self) -> Mismatch | None:
+        if not self.differences:
+            return None
+        joined = torch.cat(self.differences)
+        return Mismatch(mean=float(joined.mean()), max=float(joined.max()), num_tokens=len(joined))
+
+    def measures(self, num_rollouts: int) -> StepMeasures:
+        return StepMeasures(
+            loss=self.loss / max(1, num_rollouts),
+            terms=tuple(self.terms),
+            masks=tuple(self.masks),
+            row_names=tuple(self.row_names),
+            kl_ref_k3=self.kl_ref_k3 / num_rollouts if self.has_reference else None,
+            entropy=self.entropy / num_rollouts if self.has_entropy else None,
+            mismatch=self.mismatch(),
+        )
+
+
+def _with_regularisers(
+    losses: Tensor, scores: TokenScores, batch: MicroBatch, settings: LossSettings, tally: _Tally
+) -> Tensor:
+    """Add the KL and entropy terms, each a mean over a sequence's own tokens."""
+    if batch.reference_logprobs is not None:
+        # The tokens came from the old policy; within a round its distance from pi_theta is small.
+        divergence = kl_k3(p_logprobs=scores.logprobs, q_logprobs=batch.reference_logprobs)
+        kl_ref = token_mean(divergence, mask=batch.mask)
+        tally.has_reference = True
+        tally.kl_ref_k3 += float(kl_ref.detach().sum())
+        losses = losses + settings.kl_coefficient * kl_ref
+    if scores.entropy is not None:
+        entropy = token_mean(scores.entropy, mask=batch.mask)
+        tally.has_entropy = True
+        tally.entropy += float(entropy.detach().sum())
+        losses = losses - settings.entropy_coefficient * entropy
+    return losses
+
+
+def _require_finite_logprobs(logprobs: Tensor, batch: MicroBatch) -> None:
+    broken = (batch.mask & ~logprobs.isfinite()).any(dim=-1)
+    if broken.any():
+        _raise_non_finite("log-probability of a sampled token", broken, batch)
+
+
+def _require_finite_losses(losses: Tensor, batch: MicroBatch) -> None:
+    broken = ~losses.isfinite()
+    if broken.any():
+        _raise_non_finite("loss", broken, batch)
+
+
+def _raise_non_finite(what: str, broken: Tensor, batch: MicroBatch) -> None:
+    names = [name for name, is_bad in zip(batch.row_names, broken.tolist(), strict=True) if is_bad]
+    raise NonFiniteError(
+        f"the {what} is not finite for rollouts {names[:5]} ({len(names)} in all; prompt#index). "
+        "The policy has diverged: resume from the last checkpoint with a lower learning rate"
+    )
+
+
+def _map_batches(
+    change: Callable[[MicroBatch], MicroBatch], steps: Iterable[StepBatch]
+) -> list[StepBatch]:
+    return [
+        replace(step, micro_batches=tuple(change(batch) for batch in step.micro_batches))
+        for step in steps
+    ]
+
+
+def _taken(weight: nn.Parameter) -> Tensor:
+    """The weight's gradient, which is left at zero."""
+    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+    if weight.grad is not None:
+        weight.grad.zero_()
+    return gradient
