@@ -5,7 +5,7 @@ SHELL := bash
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := src tests scripts benchmarks
+CODE := $(wildcard src tests scripts benchmarks)
 
 # A finished run is never overwritten: the second `make train` gets a folder named by the time.
 ifndef RUN
@@ -48,4 +48,4 @@ verify: venv
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

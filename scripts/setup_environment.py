@@ -38,8 +38,8 @@ def main() -> int:
     make_venv(arguments.venv)
     num_bytes = sum(pip_install(arguments.venv, step) for step in install_steps())
     summary = (
-        f"set-up downloaded {num_bytes:,} bytes (sizes as pip announces them, to 3 digits or "
-        f"0.1 MB a file) and took {time.monotonic() - started:.0f} s"
+        f"set-up downloaded {num_bytes:,} bytes (the sum of "
+        f"the rounded sizes that pip announces) and took {time.monotonic() - started:.0f} s"
     )
     if arguments.stamp is not None:
         arguments.stamp.write_text(summary + "\n")

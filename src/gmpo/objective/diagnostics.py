@@ -18,7 +18,7 @@ __all__ = ["am_gm_gap", "effective_sample_fraction", "step_diagnostics"]
 
 
 def step_diagnostics(
-    terms: Sequence[ObjectiveTerms], masks: Sequence[Bool[Tensor, "B T"]]
+    terms: Sequence[ObjectiveTerms], masks: Sequence[Bool[Tensor, "_ _"]]
 ) -> dict[str, float]:
     """Ratio, clip and KL figures over all counted tokens of one optimizer step.
 
@@ -27,7 +27,7 @@ def step_diagnostics(
 
     Args:
         terms: one record a micro-batch, gradients ignored.
-        masks: the masks the losses used, in the same order.
+        masks: the masks the losses used, in the same order; each micro-batch has its own shape.
 
     Raises:
         ValueError: there is no micro-batch; a step of dead groups has no ratios to describe.

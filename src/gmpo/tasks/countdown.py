@@ -12,7 +12,7 @@ from gmpo.tasks.task import Task
 
 __all__ = ["countdown_task"]
 
-ATTEMPTS_PER_ITEM = 200
+ATTEMPTS_PER_ITEM = 50
 
 
 def countdown_task(  # noqa: PLR0913  (plain keywords, so that a recipe table maps onto them)

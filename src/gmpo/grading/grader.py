@@ -1,0 +1,167 @@
+"""A completion's final answer compared with the reference answer, within a time limit.
+
+Exact comparison comes first and settles nearly all arithmetic; math-verify gets what is left.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+from gmpo.errors import DataError
+from gmpo.grading.answers import (
+    MAX_ANSWER_CHARACTERS,
+    exactly_equal,
+    extract_answer,
+    is_hopeless_power,
+    parse_number,
+)
+from gmpo.grading.countdown import grade_countdown
+from gmpo.grading.verdict import Verdict
+from gmpo.grading.worker import Worker
+
+__all__ = ["Grader"]
+
+
+class Grader:
+    """Compares final answers; holds the math-verify process, which starts when first needed.
+
+    Safe to call from several threads, one comparison at a time in the process. It sets no signal
+    handler or timer in the caller's process. Close it, or use it in a `with` statement.
+    """
+
+    def __init__(self, *, time_limit_seconds: float = 2.0) -> None:
+        """Keep the limit; nothing is started.
+
+        Args:
+            time_limit_seconds: for one comparison by math-verify, above 0. Starting the process
+                (about a second, once) is not part of it.
+
+        Raises:
+            DataError: the limit is not above 0.
+        """
+        if not time_limit_seconds > 0:
+            raise DataError(f"time_limit_seconds is {time_limit_seconds}; it must be above 0")
+        self._time_limit_seconds = time_limit_seconds
+        self._worker: Worker | None = None
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._was_started = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, if there is one; the next comparison that needs it starts another."""
+        with self._lock:
+            self._stop_worker()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Verdicts so far, by what happened.
+
+        `exact`, `math_verify` and `expression` are verdicts by method; `no_answer`; `timeouts`,
+        of which `refused_powers` were not even tried; `too_long`, answers over 300 characters,
+        which are compared as text only and also count as exact; `worker_restarts`.
+        """
+        names = (
+            "exact", "math_verify", "expression", "no_answer",
+            "timeouts", "refused_powers", "too_long", "worker_restarts",
+        )  # fmt: skip
+        with self._lock:
+            return {name: self._counts[name] for name in names}
+
+    def grade(self, text: str, reference: str | Sequence[str]) -> Verdict:
+        """The verdict on a completion.
+
+        Numbers are compared as fractions; two that differ by more than 1e-5 (relative, absolute
+        below 1) are different. Where the reference is a number, an answer without a digit, or one
+        that is still a computation ("12 + 7"), is wrong. Everything else that is not equal as text
+        is put to math-verify.
+
+        Args:
+            text: the completion.
+            reference: the right answer, or several accepted forms of it.
+
+        Raises:
+            DataError: there is no reference answer.
+            GmpoError: the math-verify process does not start.
+        """
+        accepted = [reference] if isinstance(reference, str) else list(reference)
+        if not accepted or not all(form.strip() for form in accepted):
+            raise DataError(
+                f"the reference answer is {reference!r}; it must be a non-empty text or a list of "
+                "them; drop the item from the data set"
+            )
+        wants_number = all(parse_number(form) is not None for form in accepted)
+        answer = extract_answer(text, wants_number=wants_number)
+        if answer is None:
+            return self._counted(
+                Verdict(is_correct=False, status="no_answer", answer=None, method="none")
+            )
+        decisions = {form: exactly_equal(answer, form) for form in accepted}
+        undecided = [form for form, decision in decisions.items() if decision is None]
+        is_equal = any(decisions.values())
+        if is_equal or not undecided:
+            if len(answer) > MAX_ANSWER_CHARACTERS:
+                self._count("too_long")
+            return self._counted(
+                Verdict(is_correct=is_equal, status="graded", answer=answer, method="exact")
+            )
+        if is_hopeless_power(answer):
+            self._count("refused_powers")
+            is_verified = None
+        else:
+            with self._lock:
+                is_verified = self._verified(answer, undecided)
+        return self._counted(
+            Verdict(
+                is_correct=is_verified is True,
+                status="timeout" if is_verified is None else "graded",
+                answer=answer,
+                method="none" if is_verified is None else "math_verify",
+            )
+        )
+
+    def grade_countdown(self, text: str, numbers: Iterable[int], target: int) -> Verdict:
+        """`grade_countdown`, counted."""
+        return self._counted(grade_countdown(text, numbers, target))
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def _counted(self, verdict: Verdict) -> Verdict:
+        names = {"timeout": "timeouts", "no_answer": "no_answer", "graded": verdict.method}
+        self._count(names[verdict.status])
+        return verdict
+
+    def _verified(self, answer: str, references: list[str]) -> bool | None:
+        """Whether math-verify finds the answer equal to a reference; None if it did not end."""
+        if self._worker is not None and not self._worker.is_alive:
+            self._stop_worker()
+        if self._worker is None:
+            self._counts["worker_restarts"] += self._was_started
+            self._worker = Worker(self._time_limit_seconds)
+            self._was_started = True
+        reply = self._worker.ask({"answer": answer, "references": references})
+        if reply is None:
+            self._stop_worker()
+            return None
+        return reply["is_equal"]
+
+    def _stop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
