@@ -110,8 +110,8 @@ def _last_boxed(text: str) -> str | None:
 def exactly_equal(answer: str, reference: str) -> bool | None:
     """True or False where text or numbers decide, None where they cannot.
 
-    Numbers further apart than 1e-5 (relative, absolute below 1) are different; closer ones that
-    are not equal, say 1/3 and 0.333333, are left open. Beside a number, an answer without a digit
+    Numbers further apart than 1e-5 are different; closer ones that are not equal, say 1/3 and
+    0.333333, are left open. Beside a number, an answer without a digit
     and one that is still a computation ("12 + 7") are wrong.
     """
     if _as_text(answer) == _as_text(reference):
@@ -126,9 +126,7 @@ def exactly_equal(answer: str, reference: str) -> bool | None:
     found = parse_number(stated)
     if found is not None:
         difference = abs(found - expected)
-        if difference == 0:
-            return True
-        return False if difference > Fraction(1, 10**5) * max(Fraction(1), abs(expected)) else None
+        return difference == 0 or (False if difference > Fraction(1, 10**5) else None)
     if not re.search(r"\d", stated) or _UNFINISHED.search(stated):
         return False
     return None

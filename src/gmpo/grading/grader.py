@@ -85,10 +85,9 @@ class Grader:
     def grade(self, text: str, reference: str | Sequence[str]) -> Verdict:
         """The verdict on a completion.
 
-        Numbers are compared as fractions; two that differ by more than 1e-5 (relative, absolute
-        below 1) are different. Where the reference is a number, an answer without a digit, or one
-        that is still a computation ("12 + 7"), is wrong. Everything else that is not equal as text
-        is put to math-verify.
+        Numbers are compared as fractions; two further apart than 1e-5 are different. Where the
+        reference is a number, an answer without a digit, or one that is still a computation
+        ("12 + 7"), is wrong. What else is not equal as text is put to math-verify.
 
         Args:
             text: the completion.
