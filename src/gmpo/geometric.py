@@ -23,8 +23,8 @@ __all__ = [
     "token_weights",
 ]
 
-GRPO_CLIP = 0.2  # ratio space: 1.2 caps A > 0, 0.8 caps A < 0
-GMPO_CLIP = 0.4  # log space: 1.49 caps A > 0, 0.67 caps A < 0
+_GRPO_CLIP = 0.2  # ratio space: 1.2 caps A > 0, 0.8 caps A < 0
+_GMPO_CLIP = 0.4  # log space: 1.49 caps A > 0, 0.67 caps A < 0
 
 
 class SafeGeometricMean:
@@ -201,11 +201,11 @@ def token_weights(ratios: Sequence[float], *, advantage_sign: Literal[-1, 1]) ->
     _refuse_rows(~(np.isfinite(checked) & (checked > 0)), checked, "ratios", "finite and above 0")
     logs = np.log(checked)
     if advantage_sign > 0:
-        grpo_kept = checked <= 1 + GRPO_CLIP
-        clipped = np.minimum(logs, GMPO_CLIP)
+        grpo_kept = checked <= 1 + _GRPO_CLIP
+        clipped = np.minimum(logs, _GMPO_CLIP)
     else:
-        grpo_kept = checked >= 1 - GRPO_CLIP
-        clipped = np.maximum(logs, -GMPO_CLIP)
+        grpo_kept = checked >= 1 - _GRPO_CLIP
+        clipped = np.maximum(logs, -_GMPO_CLIP)
     shared = math.exp(float(clipped.mean()))
     return {
         "grpo": [float(weight) for weight in np.where(grpo_kept, checked, 0.0)],

@@ -11,7 +11,7 @@ from gmpo.grading.verdict import Verdict
 
 __all__ = ["grade_countdown"]
 
-MAX_NESTING = 50
+_MAX_NESTING = 50
 
 
 def grade_countdown(text: str, numbers: Iterable[int], target: int) -> Verdict:
@@ -84,7 +84,7 @@ class _Expression:
             self._numbers.append(int(token))
             return Fraction(int(token))
         self._depth += 1
-        if token != "(" or self._depth > MAX_NESTING:
+        if token != "(" or self._depth > _MAX_NESTING:
             raise _NoExpression
         value = self._sum()
         if self._next() != ")":

@@ -22,8 +22,8 @@ from gmpo.errors import GmpoError
 
 __all__ = ["Worker", "serve"]
 
-STARTUP_LIMIT_SECONDS = 60.0
-SOFT_LIMIT_SHARE = 0.8  # of the time limit, after which the worker interrupts itself
+_STARTUP_LIMIT_SECONDS = 60.0
+_SOFT_LIMIT_SHARE = 0.8  # of the time limit, after which the worker interrupts itself
 
 
 class Worker:
@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, time_limit_seconds: float) -> None:
         self._time_limit_seconds = time_limit_seconds
         start = "import sys; sys.path.insert(0, sys.argv[1]); from gmpo.grading import worker; "
-        serve = f"worker.serve({time_limit_seconds * SOFT_LIMIT_SHARE})"
+        serve = f"worker.serve({time_limit_seconds * _SOFT_LIMIT_SHARE})"
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", start + serve, root],
@@ -52,10 +52,10 @@ class Worker:
         )
         self._reader.start()
         self.stop = weakref.finalize(self, _end_process, self._process, self._reader)
-        if not self._next_reply(STARTUP_LIMIT_SECONDS):
+        if not self._next_reply(_STARTUP_LIMIT_SECONDS):
             self.stop()
             raise GmpoError(
-                f"the grading process did not start within {STARTUP_LIMIT_SECONDS:g} s; "
+                f"the grading process did not start within {_STARTUP_LIMIT_SECONDS:g} s; "
                 f"see what `{sys.executable} -c 'import math_verify'` says"
             )
 

@@ -13,8 +13,8 @@ from gmpo.tasks.task import Task
 
 __all__ = ["arithmetic_task"]
 
-ENUMERATION_LIMIT = 200_000  # expressions; listing this many takes about a second
-DEFAULT_SAMPLED_TRAIN_ITEMS = 10_000
+_ENUMERATION_LIMIT = 200_000  # expressions; listing this many takes about a second
+_DEFAULT_SAMPLED_TRAIN_ITEMS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,10 @@ def arithmetic_task(  # noqa: PLR0913  (plain keywords, so that a recipe table m
             "they must be at least 0 and 1"
         )
     rng = random.Random(f"arithmetic {split_seed}")
-    if space.num_expressions <= ENUMERATION_LIMIT:
+    if space.num_expressions <= _ENUMERATION_LIMIT:
         writings = _listed_items(space, rng)
     else:
-        wanted = held_out_items + (train_items or DEFAULT_SAMPLED_TRAIN_ITEMS)
+        wanted = held_out_items + (train_items or _DEFAULT_SAMPLED_TRAIN_ITEMS)
         writings = _drawn_items(space, rng, wanted)
         if train_items is not None and len(writings) < wanted:
             raise DataError(

@@ -13,7 +13,7 @@ from gmpo.tasks.task import Task, with_instruction
 
 __all__ = ["bundled_task"]
 
-SVAMP_HELD_OUT_ITEMS = 300
+_SVAMP_HELD_OUT_ITEMS = 300
 
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
@@ -45,7 +45,7 @@ def bundled_task(
         DataError: there is no data set of that name, or `held_out_items` is out of range.
     """
     if name == "svamp":
-        wanted = SVAMP_HELD_OUT_ITEMS if held_out_items is None else held_out_items
+        wanted = _SVAMP_HELD_OUT_ITEMS if held_out_items is None else held_out_items
         train, held_out = split_by_text(
             _bundled_prompts("svamp"),
             held_out_items=wanted,

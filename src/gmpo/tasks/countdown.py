@@ -12,7 +12,7 @@ from gmpo.tasks.task import Task
 
 __all__ = ["countdown_task"]
 
-ATTEMPTS_PER_ITEM = 50
+_ATTEMPTS_PER_ITEM = 50
 
 
 def countdown_task(  # noqa: PLR0913  (plain keywords, so that a recipe table maps onto them)
@@ -57,7 +57,7 @@ def countdown_task(  # noqa: PLR0913  (plain keywords, so that a recipe table ma
     rng = random.Random(f"countdown {split_seed}")
     wanted = held_out_items + train_items
     found: dict[str, Prompt] = {}
-    for _ in range(ATTEMPTS_PER_ITEM * wanted):
+    for _ in range(_ATTEMPTS_PER_ITEM * wanted):
         if len(found) == wanted:
             break
         numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
