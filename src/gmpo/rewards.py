@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.grading import Grader, Verdict
+from gmpo.grading import Grader
 from gmpo.records import Group, Prompt, Rollout
 
 __all__ = [
@@ -73,32 +73,19 @@ class CorrectReward:
         rewards: list[float | None] = []
         for row, completion in enumerate(completions):
             item = {name: values[row] for name, values in columns.items()}
-            rewards.append(1.0 if self._verdict(completion, item, row).is_correct else 0.0)
+            try:
+                verdict = self.grader.grade_item(completion, item)
+            except DataError as error:
+                raise DataError(f"row {row}: {error}") from error
+            rewards.append(1.0 if verdict.is_correct else 0.0)
         return rewards
-
-    def _verdict(self, completion: str, item: Mapping[str, Any], row: int) -> Verdict:
-        kind = item.get("grading")
-        if kind == "countdown":
-            return self.grader.grade_countdown(completion, item["numbers"], item["target"])
-        if kind is not None:
-            raise DataError(
-                f"row {row} has grading {kind!r}; the column must be 'countdown' or absent"
-            )
-        reference = item.get("answers") or item.get("answer")
-        if not reference:
-            raise DataError(
-                f"row {row} has no answer (columns: {sorted(item)}); give its prompt an 'answer' "
-                "or 'answers' column, or use another reward"
-            )
-        return self.grader.grade(completion, reference)
 
 
 def correct_reward(grader: Grader) -> CorrectReward:
     """A reward function: 1.0 where the final answer is right, else 0.0.
 
-    The reference is the `answers` column (any of) or the `answer` column. Where the `grading`
-    column is "countdown", any expression that makes `target` from `numbers` is right. A time-out
-    is 0.0, and is counted in `ScoredGroups.num_timeouts`.
+    `Grader.grade_item` says which columns are read. A time-out is 0.0, and is counted in
+    `ScoredGroups.num_timeouts`.
 
     Args:
         grader: stays the caller's to close.

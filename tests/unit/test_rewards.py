@@ -226,9 +226,11 @@ def test_options_that_do_not_exist_are_refused():
 
 def test_prompts_that_cannot_be_graded_are_refused():
     correct = {"correct": correct_reward(Grader())}
-    with pytest.raises(DataError, match=r"row 0 has no answer \(columns: \['answer'\]\)"):
+    with pytest.raises(
+        DataError, match=r"row 0: there is no reference answer \(columns: \['answer'\]\)"
+    ):
         score_groups([group("a", answer=None)], correct)
-    with pytest.raises(DataError, match="row 0 has grading 'judge'; the column must be"):
+    with pytest.raises(DataError, match="row 0: grading is 'judge'; the column must be"):
         score_groups([group("a", grading="judge")], correct)
     with pytest.raises(DataError, match="a prompt has a column 'completions'"):
         score_groups([group("a", completions="x")], correct)

@@ -159,6 +159,29 @@ class Grader:
         """`grade_countdown`, counted."""
         return self._counted(grade_countdown(text, numbers, target))
 
+    def grade_item(self, text: str, columns: Mapping[str, Any]) -> Verdict:
+        """The verdict on a completion of a task's prompt, by the prompt's columns.
+
+        The reference is `answers` (any of) or else `answer`. Where `grading` is "countdown", any
+        expression that makes `target` from `numbers` is right.
+
+        Raises:
+            DataError: there is no answer, or no such kind of grading.
+            GmpoError: the math-verify process does not start.
+        """
+        kind = columns.get("grading")
+        if kind == "countdown":
+            return self.grade_countdown(text, columns["numbers"], columns["target"])
+        if kind is not None:
+            raise DataError(f"grading is {kind!r}; the column must be 'countdown' or absent")
+        reference = columns.get("answers") or columns.get("answer")
+        if not reference:
+            raise DataError(
+                f"there is no reference answer (columns: {sorted(columns)}); give the prompt an "
+                "'answer' or 'answers' column, or use a reward that needs none"
+            )
+        return self.grade(text, reference)
+
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
