@@ -133,28 +133,6 @@ class Grader:
             )
         )
 
-    def grade_item(self, text: str, columns: Mapping[str, Any]) -> Verdict:
-        """The verdict on a completion of a task's item, by what the item's columns ask for.
-
-        The reference is `answers` (any of) or `answer`; with `grading` "countdown" any expression
-        that makes `target` from `numbers` is right.
-
-        Raises:
-            DataError: the item has no answer, or a kind of grading that does not exist.
-        """
-        kind = columns.get("grading")
-        if kind == "countdown":
-            return self.grade_countdown(text, columns["numbers"], columns["target"])
-        if kind is not None:
-            raise DataError(f"grading is {kind!r}; the column must be 'countdown' or absent")
-        reference = columns.get("answers") or columns.get("answer")
-        if not reference:
-            raise DataError(
-                f"there is no answer among the columns {sorted(columns)}; give every prompt an "
-                "'answer' or 'answers' column, or use another reward"
-            )
-        return self.grade(text, reference)
-
     def grade_countdown(self, text: str, numbers: Iterable[int], target: int) -> Verdict:
         """`grade_countdown`, counted."""
         return self._counted(grade_countdown(text, numbers, target))
