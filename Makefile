@@ -29,6 +29,7 @@ venv: .venv/.stamp
 
 train: venv
 	@cat .venv/.stamp
+	@echo "default model: $$($(BIN)/python -c 'from gmpo.policy.load import model_folder; print(model_folder("smollm2-135m"))')"
 	$(BIN)/gmpo train quickstart --run $(RUN)
 
 lint: venv
@@ -43,7 +44,7 @@ test: lint
 
 verify: venv
 	mkdir -p docs/results
-	$(BIN)/python scripts/mutation.py --json docs/results/mutation.json | tee docs/results/mutation.txt
+	$(BIN)/python scripts/mutation.py --json docs/results/mutation.json
 	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt
 
 clean:

@@ -92,10 +92,13 @@ def try_edit(edit: Edit) -> Outcome:
 def run_tests(edit: Edit | None) -> tuple[int, str]:
     """Exit code and output of the objective's tests on a fresh copy of the package."""
     tests = [
-        str(path)
+        path
         for pattern in TEST_PATTERNS
         for path in sorted((REPOSITORY / "tests" / "unit").glob(pattern))
     ]
+    if edit is not None:
+        # The first failure ends the run, and it is most likely in the edited file's own tests.
+        tests.sort(key=lambda path: not path.stem.endswith(Path(edit.file).stem))
     with tempfile.TemporaryDirectory(prefix="gmpo-mutation-") as folder:
         copy = Path(folder) / "gmpo"
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "data"))
@@ -104,7 +107,8 @@ def run_tests(edit: Edit | None) -> tuple[int, str]:
             edited.write_text(edited.read_text().replace(edit.old, edit.new))
         # PYTHONPATH comes before the installed package.
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+        options = ["-x", "-p", "no:cacheprovider", "--hypothesis-profile", "no_shrinking"]
+        command = [sys.executable, "-m", "pytest", *options, *map(str, tests)]
         check_origin(folder, environment)
         try:
             done = subprocess.run(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Set before torch and the hub client are imported, because both read them once.
 # A parallel worker gets one thread: with more, two workers fight over two cores.
@@ -18,6 +18,10 @@ os.environ["MPLBACKEND"] = "Agg"
 
 # The same examples on every run, and no time limit an example: a shared machine may be slow.
 settings.register_profile("steady", derandomize=True, deadline=None)
+# For the mutation check, which asks only whether a test fails, not for the smallest example.
+settings.register_profile(
+    "no_shrinking", settings.get_profile("steady"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("steady")
 
 REPOSITORY = Path(__file__).resolve().parents[1]

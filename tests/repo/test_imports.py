@@ -40,10 +40,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "joiners": (
         "plots",
         "evaluation",
+        "assembly",
         "training",
         "trainer",
         "study",
+        "generation",
+        "forecast",
         "inspection",
+        "terminal",
         "cli",
     ),
 }
@@ -54,6 +58,8 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
     ("update", "batch"): "an update consumes micro-batches",
     ("update", "schedules"): "an optimizer step asks for its step size",
+    ("update", "policy.score"): "the gradient is that of what the policy scores",
+    ("checkpoint", "policy.score"): "a checkpoint holds the policy's named weights",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
