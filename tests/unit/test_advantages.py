@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gmpo.advantages import group_advantages
 
 F64 = torch.float64
-QUICK = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=40)
 reward_groups = st.integers(2, 6).flatmap(
     lambda size: st.lists(
         st.lists(st.integers(-5, 5).map(float), min_size=size, max_size=size),

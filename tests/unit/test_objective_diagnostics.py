@@ -18,7 +18,7 @@ from gmpo.objective import (
 )
 
 F64 = torch.float64
-QUICK = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=40)
 LN2 = math.log(2)
 log_ratio_rows = st.lists(st.tuples(*[st.floats(-1.5, 1.5)] * 4).map(list), min_size=1, max_size=5)
 

@@ -20,7 +20,7 @@ from gmpo.objective import (
 )
 
 F64 = torch.float64
-QUICK = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=40)
 CLIPPED = [gmpo_terms, gmpo_sequence_clip_terms, gmpo_no_norm_terms]
 GEOMETRIC = [*CLIPPED, gmpo_no_clip_terms]
 

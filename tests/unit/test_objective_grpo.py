@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gmpo.objective import dr_grpo_terms, grpo_loss, grpo_terms
 
 F64 = torch.float64
-QUICK = settings(max_examples=40, deadline=None, database=None, derandomize=True)
+QUICK = settings(max_examples=40)
 matrices = st.lists(st.tuples(*[st.floats(-1.5, 1.5)] * 4).map(list), min_size=3, max_size=3)
 MASK = [[True, True, True, True], [False, True, True, False], [True, False, False, False]]
 
