@@ -25,7 +25,11 @@ from mutation_edits import EDITS, Edit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "gmpo"
-TEST_PATTERNS = ("test_objective*.py", "test_advantages.py")
+TEST_PATTERNS = (
+    "unit/test_objective*.py",
+    "unit/test_advantages.py",
+    "equivalence/test_objective*.py",
+)
 LONGEST_RUN_SECONDS = 600
 
 TESTS_PASSED, TESTS_FAILED = 0, 1
@@ -92,9 +96,7 @@ def try_edit(edit: Edit) -> Outcome:
 def run_tests(edit: Edit | None) -> tuple[int, str]:
     """Exit code and output of the objective's tests on a fresh copy of the package."""
     tests = [
-        path
-        for pattern in TEST_PATTERNS
-        for path in sorted((REPOSITORY / "tests" / "unit").glob(pattern))
+        path for pattern in TEST_PATTERNS for path in sorted((REPOSITORY / "tests").glob(pattern))
     ]
     if edit is not None:
         # The first failure ends the run, and it is most likely in the edited file's own tests.
