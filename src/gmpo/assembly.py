@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ from gmpo.policy.load import (
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Prompt
 from gmpo.rewards import RewardFunction, ScoredGroups, correct_reward, format_reward, score_groups
-from gmpo.rollouts import PromptRenderer, SamplingSettings
+from gmpo.rollouts import PromptRenderer, SamplingSettings, decode_text
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.tasks import Task, arithmetic_task, bundled_task, countdown_task, jsonl_task
@@ -39,6 +41,7 @@ from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 __all__ = [
     "PromptStream",
     "TrainingParts",
+    "build_evaluator",
     "build_parts",
     "build_sampler",
     "build_task",
@@ -65,7 +68,7 @@ class PromptStream:
     def _at(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return self._prompts[order[place]]
+        return self._prompts[int(order[place])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class TrainingParts:
         return score_groups(
             groups,
             self.rewards,
-            weights=dict(reward.weights),
+            weights={str(name): weight for name, weight in reward.weights.items()},
             combine=reward.combine,
             floor=reward.floor,
             truncated=reward.truncated,
@@ -117,19 +120,14 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
     config = config.model_copy(update={"model": resolve_model(config.model)})
     task = build_task(config.task)
     tokenizer = load_tokenizer(config.model.name)
-    renderer = PromptRenderer(
-        tokenizer,
-        prompt_format=config.model.prompt_format,
-        system=config.model.system,
-        max_prompt_tokens=config.sampling.max_length - config.sampling.max_new_tokens,
-    )
+    renderer = _renderer(config, tokenizer)
     train_prompts = [renderer.render(prompt) for prompt in task.train]
     model_config = config.model
     model = load_model(model_config.name, device=model_config.device, dtype=model_config.dtype)
     policy = Policy(model, engine=config.training.engine, warn=warn)
     settings = _sampling_settings(config, end_token_ids(model, tokenizer))
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
-    grader = Grader(timeout_seconds=config.reward.timeout_seconds)
+    grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
     evaluation = config.evaluation
     return TrainingParts(
         config=config,
@@ -161,6 +159,34 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
             temperature=config.sampling.temperature,
         ),
     )
+
+
+@contextmanager
+def build_evaluator(
+    config: RunConfig, *, warn: Callable[[str], None]
+) -> Iterator[tuple[Evaluator, tuple[Prompt, ...]]]:
+    """What asks a recipe's held-out items of its model, and these items; no optimizer is made."""
+    config = config.model_copy(update={"model": resolve_model(config.model)})
+    task = build_task(config.task)
+    tokenizer = load_tokenizer(config.model.name)
+    model_config = config.model
+    policy = Policy(
+        load_model(model_config.name, device=model_config.device, dtype=model_config.dtype),
+        engine=config.training.engine,
+        warn=warn,
+    )
+    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+    settings = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
+    with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
+        evaluator = Evaluator(
+            sampler=sampler,
+            tokenizer=tokenizer,
+            renderer=_renderer(config, tokenizer),
+            grader=grader,
+            settings=_evaluation_settings(settings, config.evaluation.max_new_tokens),
+            examples=task.train[: config.evaluation.few_shot],
+        )
+        yield evaluator, task.held_out[: config.evaluation.items]
 
 
 def build_task(config: TaskConfig) -> Task:
@@ -200,7 +226,7 @@ def build_sampler(
         decoder,
         context_length=policy.model.config.max_position_embeddings,
         max_rows=max_rows,
-        decode=tokenizer.decode,
+        decode=partial(decode_text, tokenizer),
     )
 
 
@@ -209,6 +235,15 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device=device)
     return config.model_copy(update={"device": device.type, "dtype": dtype})
+
+
+def _renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    return PromptRenderer(
+        tokenizer,
+        prompt_format=config.model.prompt_format,
+        system=config.model.system,
+        max_prompt_tokens=config.sampling.max_length - config.sampling.max_new_tokens,
+    )
 
 
 def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingSettings:

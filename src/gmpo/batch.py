@@ -143,7 +143,7 @@ def build_step(
 
 def _pack(rows: list[_Row], *, max_tokens: int, shares_prompts: bool) -> list[list[_Row]]:
     """Rows cut into runs whose padded size fits the budget; equal lengths lie together."""
-    longest = {}
+    longest: dict[str, int] = {}
     for row in rows:
         key = row.prompt.id
         longest[key] = max(longest.get(key, 0), row.rollout.num_tokens)

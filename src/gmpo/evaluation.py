@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from gmpo.grading import Grader
 from gmpo.records import Prompt
-from gmpo.rollouts import PromptRenderer, SamplingSettings, Tokenizer, sample_groups
+from gmpo.rollouts import PromptRenderer, SamplingSettings, sample_groups
 from gmpo.sampler.requests import Sampler
 from gmpo.statistics import wilson_interval
 from gmpo.tasks import few_shot_prompt
@@ -72,7 +74,7 @@ class Evaluator:
     """
 
     sampler: Sampler
-    tokenizer: Tokenizer
+    tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     grader: Grader
     settings: SamplingSettings
@@ -108,7 +110,7 @@ class Evaluator:
         )
         rollouts = [group.rollouts[0] for group in groups]
         verdicts = [
-            self.grader.grade(rollout.text, columns=_columns(group.prompt))
+            self.grader.grade_item(rollout.text, group.prompt.columns)
             for rollout, group in zip(rollouts, groups, strict=True)
         ]
         return Evaluation(
@@ -118,7 +120,3 @@ class Evaluator:
             num_truncated=sum(rollout.is_truncated for rollout in rollouts),
             num_timeouts=sum(verdict.status == "timeout" for verdict in verdicts),
         )
-
-
-def _columns(prompt: Prompt) -> Mapping[str, Any]:
-    return prompt.columns

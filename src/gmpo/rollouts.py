@@ -5,32 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, cast
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import DataError, ModelError
 from gmpo.records import Group, Message, Prompt, Rollout
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
 
-__all__ = ["PromptRenderer", "SamplingSettings", "Tokenizer", "sample_groups"]
-
-
-class Tokenizer(Protocol):
-    """What this stage needs of a `transformers` tokenizer."""
-
-    chat_template: str | None
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """Token ids of a text, under "input_ids"."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of token ids."""
-
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, return_dict: bool
-    ) -> list[int]:
-        """Token ids of a chat, ready for the next assistant turn."""
+__all__ = ["PromptRenderer", "SamplingSettings", "decode_text", "sample_groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +43,7 @@ class PromptRenderer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         prompt_format: Literal["auto", "chat", "text"],
         system: str | None,
@@ -84,14 +68,14 @@ class PromptRenderer:
         """
         turns = self._turns(prompt)
         if self.uses_chat and prompt.messages is not None:
-            token_ids = self._tokenizer.apply_chat_template(
-                [{"role": turn.role, "content": turn.content} for turn in turns],
-                add_generation_prompt=True,
-                return_dict=False,
+            chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+            rendered = self._tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False
             )
+            token_ids = cast(list[int], rendered)
         else:
             text = "\n".join(turn.content for turn in turns)
-            token_ids = self._tokenizer(text + "\n")["input_ids"]
+            token_ids = cast(list[int], self._tokenizer(text + "\n")["input_ids"])
         if not token_ids:
             raise DataError(f"prompt {prompt.id!r} has no tokens; give it some text")
         if len(token_ids) > self._max_prompt_tokens:
@@ -115,7 +99,7 @@ def sample_groups(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     *,
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     settings: SamplingSettings,
     key: tuple[int | str, ...],
 ) -> list[Group]:
@@ -157,14 +141,19 @@ def sample_groups(
     ]
 
 
-def _rollout(completion: Completion, prompt: Prompt, tokenizer: Tokenizer) -> Rollout:
+def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of a completion, without end tokens."""
+    return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _rollout(completion: Completion, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Rollout:
     return Rollout(
         prompt_id=prompt.id,
         index=completion.index,
         token_ids=completion.token_ids,
         from_policy=np.ones(len(completion.token_ids), dtype=np.bool_),
         sampler_logprobs=completion.sampled_logprobs,
-        text=tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True),
+        text=decode_text(tokenizer, completion.token_ids.tolist()),
         finish_reason=completion.finish_reason,
         first_version=completion.first_version,
         last_version=completion.last_version,

@@ -11,9 +11,11 @@ Dimensions: **B** sequences, **T** tokens, **H** query heads, **K** key heads, *
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -35,7 +37,8 @@ class LlamaBody:
         if reason is not None:
             raise ModelError(f"the fast path does not cover this model: {reason}")
         self.model = model
-        self.layers: list[nn.Module] = list(model.model.layers)
+        # Any: torch types a module's attributes as tensor or module, and these are known.
+        self.layers: list[Any] = list(model.model.layers)
         config = model.config
         self.num_heads: int = config.num_attention_heads
         self.num_key_heads: int = config.num_key_value_heads
@@ -59,7 +62,7 @@ class LlamaBody:
         return cos[:, None], sin[:, None]
 
     def project(
-        self, layer: nn.Module, hidden: Float[Tensor, "B T M"], rotary: Rotary
+        self, layer: Any, hidden: Float[Tensor, "B T M"], rotary: Rotary
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B K T D"], Float[Tensor, "B K T D"]]:
         """Queries, keys and values of one layer, positions applied."""
         attention = layer.self_attn
@@ -79,7 +82,7 @@ class LlamaBody:
 
     def finish(
         self,
-        layer: nn.Module,
+        layer: Any,
         hidden: Float[Tensor, "B T M"],
         attended: Float[Tensor, "B H T D"],
     ) -> Float[Tensor, "B T M"]:
@@ -156,7 +159,7 @@ def _why_unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _rms_norm(hidden: Tensor, norm: nn.Module) -> Tensor:
+def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
     # The statistics are taken in fp32, as the transformers modules do.
     wide = hidden if hidden.dtype == torch.float64 else hidden.float()
     scaled = functional.rms_norm(wide, (wide.shape[-1],), eps=norm.variance_epsilon)

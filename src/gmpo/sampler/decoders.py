@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gmpo.errors import ModelError
 from gmpo.policy.llama import LlamaBody, attend
+from gmpo.policy.prefix import extend, padded, run_prompts
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
@@ -143,26 +144,20 @@ class LlamaDecoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
-        """Run prompts together, padded on the right, which causal attention never looks at."""
-        device = self.body.model.device
-        width = max(len(prompt) for prompt in prompts)
-        padded = [list(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
-        token_ids = torch.tensor(padded, device=device)
-        hidden = self.body.embed(token_ids)
-        positions = torch.arange(width, device=device)
-        rotary = self.body.rotary(hidden, positions[None])
-        causal = (positions[:, None] >= positions[None, :])[None, None]
-        cached: list[tuple[Tensor, Tensor]] = []
-        for layer in self.body.layers:
-            queries, keys, values = self.body.project(layer, hidden, rotary)
-            cached.append((keys, values))
-            hidden = self.body.finish(layer, hidden, attend(queries, keys, values, mask=causal))
+        """Run prompts together, what they begin with in common once (unless all logits are wanted)."""
+        prompt_ids, lengths = padded(prompts, device=self.device)
+        run = extend if all_logits else run_prompts
+        hidden, past = run(self.body, prompt_ids, lengths)
+        not_run = prompt_ids.shape[1] - hidden.shape[1]
         results = []
         for row, prompt in enumerate(prompts):
-            length = len(prompt)
-            first = 0 if all_logits else length - 1
-            logits = self.body.logits(hidden[row, first:length])
-            state = [(keys[row, :, :length], values[row, :, :length]) for keys, values in cached]
+            last = len(prompt) - 1 - not_run
+            logits = self.body.logits(hidden[row, 0 if all_logits else last : last + 1])
+            # Padding lies behind a prompt's real positions, so a slice drops it.
+            state = [
+                (keys[row, :, : len(prompt)], values[row, :, : len(prompt)])
+                for keys, values in past.layers
+            ]
             results.append(Prefill(logits=logits, state=state))
         return results
 
@@ -238,9 +233,9 @@ class LlamaDecoder:
                 new[:, :, : old.shape[2]] = old
             return new
 
-        number = len(self.body.layers)
-        old_keys = self._keys or [None] * number
-        old_values = self._values or [None] * number
+        nothing: list[Tensor | None] = [None] * len(self.body.layers)
+        old_keys = list(self._keys) or nothing
+        old_values = list(self._values) or nothing
         self._keys = [grown(old) for old in old_keys]
         self._values = [grown(old) for old in old_values]
 

@@ -1,0 +1,330 @@
+"""The `gmpo` command: train, evaluate, sample, inspect, models."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gmpo.errors import GmpoError
+from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from gmpo.config import RunConfig
+    from gmpo.evaluation import Evaluation
+    from gmpo.inspection import RunSummary
+    from gmpo.training import TrainingResult
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Geometric-Mean Policy Optimization of language models from verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    # Loading bars of libraries would tear the output; HF reads the variable when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+def _refuses_clearly(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Print the project's own errors as one line and exit with 2."""
+
+    @wraps(command)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except GmpoError as error:
+            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@_refuses_clearly
+def train(
+    recipe: Annotated[str, typer.Argument(help="Bundled name (see below) or path of a TOML file.")],
+    run: Annotated[str | None, typer.Option("--run", help="Folder of the run.")] = None,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print recipe and estimate; train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model by a recipe and show what it learned on held-out items."""
+    config = load_recipe(recipe, overrides or ())
+    if dry_run:
+        _show_dry_run(config, as_json=as_json)
+        return
+    folder = Path(run) if run else _fresh_folder(Path(recipe).stem)
+    console = Console(stderr=as_json)
+    started = time.perf_counter()
+    result = _train_with_display(config, folder, resume=resume, console=console)
+    summary, plots = _summary_and_plots(result.folder)
+    seconds = time.perf_counter() - started
+    outcome = {
+        "run": str(result.folder),
+        "checkpoint": str(result.checkpoint),
+        "seconds": seconds,
+        "before": [evaluation.as_dict() for evaluation in result.before],
+        "after": [evaluation.as_dict() for evaluation in result.after],
+        "summary": summary.as_dict(),
+        "plots": [str(plot) for plot in plots],
+    }
+    if as_json:
+        print(json.dumps(outcome))
+        return
+    _show_outcome(console, result, summary, seconds=seconds)
+
+
+@app.command()
+@_refuses_clearly
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model name, model folder, or run folder.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose task is asked; a run's own by default.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="Held-out items; all by default.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure greedy, few-shot and sampled accuracy on a recipe's held-out items."""
+    from gmpo.terminal import evaluation_table
+
+    config = _evaluation_config(model, recipe, items, overrides or [])
+    console = Console(stderr=as_json)
+    results = _evaluate(config, console)
+    if as_json:
+        rows = [evaluation.as_dict() for evaluation in results]
+        print(json.dumps({"model": config.model.name, "results": rows}))
+        return
+    console.print(evaluation_table(results, (), title=f"{config.model.name} on held-out items"))
+
+
+@app.command()
+@_refuses_clearly
+def sample(
+    model: Annotated[str, typer.Argument(help="Model name, model folder, or run folder.")],
+    prompt: Annotated[str, typer.Argument(help="The user's turn, or '-' to read it from stdin.")],
+    count: Annotated[int, typer.Option("-n", "--count", help="Completions.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Smallest set of this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="The k likeliest tokens; 0 is all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
+    system: Annotated[str | None, typer.Option(help="System turn.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Complete one prompt."""
+    from gmpo.generation import GenerationSettings, generate
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = GenerationSettings(
+        num_completions=count,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        stop_strings=tuple(stop or ()),
+        seed=seed,
+    )
+    generated = generate(_model_name(model), text, system=system, settings=settings, warn=_warn)
+    if as_json:
+        print(json.dumps([completion.as_dict() for completion in generated]))
+        return
+    console = Console()
+    for completion in generated:
+        console.print(escape(completion.text))
+        reason = "" if completion.finish_reason == "stop" else ", cut by --max-tokens"
+        console.print(f"[dim]({completion.num_tokens} tokens{reason})[/dim]")
+
+
+@app.command()
+@_refuses_clearly
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    group: Annotated[int | None, typer.Option(help="Show the texts of the N-th group.")] = None,
+    plots: Annotated[bool, typer.Option(help="Draw PNG plots into RUN/plots.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Summarise a run in the terminal and draw its plots; or show one group's completions."""
+    from gmpo.inspection import load_groups, render_group, render_summary, summarize_run
+    from gmpo.plots import plot_run
+
+    console = Console()
+    if group is not None:
+        records = load_groups(run)
+        if not 1 <= group <= len(records):
+            raise typer.BadParameter(f"there are groups 1 to {len(records)}, got {group}")
+        record = records[group - 1]
+        if as_json:
+            print(json.dumps(record))
+        else:
+            console.print(render_group(record))
+        return
+    summary = summarize_run(run)
+    if as_json:
+        print(json.dumps(summary.as_dict()))
+        return
+    console.print(render_summary(summary))
+    if plots:
+        drawn = plot_run(run, run / "plots")
+        console.print(f"plots: {', '.join(str(path) for path in drawn)}", soft_wrap=True)
+
+
+@app.command()
+@_refuses_clearly
+def models(as_json: JsonOption = False) -> None:
+    """List the models that can be used by name here, and the bundled recipes."""
+    from gmpo.policy.load import known_models
+
+    known = known_models()
+    if as_json:
+        rows = [model.as_dict() for model in known]
+        print(json.dumps({"models": rows, "recipes": list(bundled_recipes())}))
+        return
+    console = Console()
+    for model in known:
+        console.print(f"{model.name:24} {model.state}", soft_wrap=True)
+    console.print("any hub name or folder with a decoder-only causal language model works too")
+    console.print(f"recipes: {', '.join(bundled_recipes())}")
+
+
+def _train_with_display(
+    config: RunConfig, folder: Path, *, resume: bool, console: Console
+) -> TrainingResult:
+    from gmpo.terminal import TrainingDisplay
+    from gmpo.training import train as run_training
+
+    bounds = config.objective.ratio_bounds()
+    clip = "no clip" if bounds is None else f"clip: ratio {bounds[0]:.4g} to {bounds[1]:.4g}"
+    console.print(
+        f"{config.objective.name} ({clip}) trains {config.model.name} for "
+        f"{config.training.rounds} rounds; run folder {folder}",
+        soft_wrap=True,
+    )
+    with TrainingDisplay(console, rounds=config.training.rounds) as display:
+        return run_training(config, folder=folder, resume=resume, report=display.report, warn=_warn)
+
+
+def _show_outcome(
+    console: Console, result: TrainingResult, summary: RunSummary, *, seconds: float
+) -> None:
+    from gmpo.inspection import render_summary
+    from gmpo.terminal import evaluation_table
+
+    console.print(render_summary(summary))
+    console.print(evaluation_table(result.before, result.after, title="held-out accuracy"))
+    console.print(f"{seconds / 60:.1f} minutes in all")
+    console.print(f"plots:      {result.folder / 'plots'}", soft_wrap=True)
+    console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
+    console.print(f"next:       gmpo inspect {result.folder} --group 1", soft_wrap=True)
+    if result.before:
+        best = max(evaluation.accuracy for evaluation in result.before)
+        print(f"held-out accuracy: before {best:.3f}, after {result.after[0].accuracy:.3f}")
+
+
+def _summary_and_plots(folder: Path) -> tuple[RunSummary, list[Path]]:
+    from gmpo.inspection import summarize_run
+    from gmpo.plots import plot_run
+
+    return summarize_run(folder), plot_run(folder, folder / "plots")
+
+
+def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
+    from gmpo.forecast import forecast
+    from gmpo.terminal import forecast_table
+
+    needs = forecast(config)
+    if as_json:
+        recipe = config.model_dump(mode="json")
+        print(json.dumps({"recipe": recipe, "estimate": needs.as_dict()}))
+        return
+    console = Console()
+    console.print(escape(dump_recipe(config)), highlight=False)
+    bounds = config.objective.ratio_bounds()
+    if bounds:
+        console.print(f"# clip as ratio bounds: {bounds[0]:.4g} to {bounds[1]:.4g}")
+    console.print(forecast_table(needs))
+
+
+def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
+    from gmpo.assembly import build_evaluator
+
+    with build_evaluator(config, warn=_warn) as (evaluator, prompts):
+        results = []
+        with console.status("greedy") as status:
+            results.append(evaluator.greedy(prompts))
+            if config.evaluation.few_shot:
+                status.update("few-shot")
+                results.append(evaluator.greedy_few_shot(prompts))
+            if config.evaluation.sampled:
+                status.update("sampled")
+                results.append(evaluator.sampled(prompts, key=(config.training.seed,)))
+    return results
+
+
+def _evaluation_config(
+    model: str, recipe: str | None, items: int | None, overrides: list[str]
+) -> RunConfig:
+    own_recipe = Path(model) / "recipe.toml"
+    if recipe is None and not own_recipe.is_file():
+        raise GmpoError(
+            f"{model!r} is no run folder, so --recipe must say whose task is asked; "
+            f"bundled: {', '.join(bundled_recipes())}"
+        )
+    if items is not None:
+        overrides = [*overrides, f"evaluation.items={items}"]
+    config = load_recipe(recipe or own_recipe, overrides)
+    named = config.model.model_copy(update={"name": _model_name(model)})
+    return config.model_copy(update={"model": named})
+
+
+def _model_name(model: str) -> str:
+    """A run folder stands for its newest checkpoint's model."""
+    if not (Path(model) / "recipe.toml").is_file():
+        return model
+    from gmpo.checkpoint import latest_checkpoint
+
+    checkpoint = latest_checkpoint(Path(model) / "checkpoints")
+    if checkpoint is None:
+        raise GmpoError(f"run {model} has no checkpoint yet; wait for one or name a model")
+    return str(checkpoint / "model")
+
+
+def _fresh_folder(name: str) -> Path:
+    """runs/NAME, or the first free runs/NAME-2, runs/NAME-3 ..."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _warn(message: str) -> None:
+    Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""Completions of one prompt by a named model, for people who want to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gmpo.assembly import build_sampler, resolve_model
+from gmpo.config import ModelConfig
+from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
+from gmpo.records import FinishReason, Message, Prompt
+from gmpo.rollouts import PromptRenderer, decode_text
+from gmpo.sampler.requests import SampleRequest, complete
+
+__all__ = ["Generated", "GenerationSettings", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How completions are drawn; meanings as in `SampleRequest`."""
+
+    num_completions: int = 1
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One completion's text, with its mean log-probability under the model in nats a token."""
+
+    text: str
+    num_tokens: int
+    mean_logprob: float
+    finish_reason: FinishReason
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields for JSON."""
+        return asdict(self)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    system: str | None = None,
+    settings: GenerationSettings,
+    warn: Callable[[str], None] = print,
+) -> list[Generated]:
+    """Load a model and complete one user turn.
+
+    Raises:
+        gmpo.errors.GmpoError: the model or a setting is not usable; it is named.
+    """
+    resolved = resolve_model(ModelConfig(name=model, system=system))
+    policy = load_policy(model, device=resolved.device, dtype=resolved.dtype, warn=warn)
+    tokenizer = load_tokenizer(model)
+    context = policy.model.config.max_position_embeddings
+    renderer = PromptRenderer(
+        tokenizer,
+        prompt_format="auto",
+        system=system,
+        max_prompt_tokens=max(1, context - settings.max_tokens),
+    )
+    turn = Message(role="user", content=prompt)
+    rendered = renderer.render(Prompt(id="prompt", messages=(turn,)))
+    sampler = build_sampler(policy, tokenizer, max_rows=max(1, settings.num_completions))
+    request = SampleRequest(
+        id="prompt",
+        token_ids=rendered.token_ids or (),
+        num_completions=settings.num_completions,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop_ids=end_token_ids(policy.model, tokenizer),
+        stop_strings=settings.stop_strings,
+        key=(settings.seed,),
+    )
+    return [
+        Generated(
+            text=decode_text(tokenizer, completion.token_ids.tolist()),
+            num_tokens=len(completion.token_ids),
+            mean_logprob=float(completion.logprobs.mean()),
+            finish_reason=completion.finish_reason,
+        )
+        for completion in complete(sampler, [request])["prompt"]
+    ]

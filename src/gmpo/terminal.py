@@ -1,0 +1,140 @@
+"""What a training run shows on a terminal, or line by line when piped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gmpo.evaluation import Evaluation
+from gmpo.forecast import Forecast
+from gmpo.training import Report
+
+__all__ = ["TrainingDisplay", "evaluation_table", "forecast_table"]
+
+_LINES_EVERY_ROUNDS = 10
+"""Rounds between two lines when the output is not a terminal."""
+
+
+class TrainingDisplay:
+    """A progress bar with reward and speed on a terminal; a line every ten rounds elsewhere."""
+
+    def __init__(self, console: Console, *, rounds: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._held_out = ""
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "train", total=rounds, figures="evaluating", start=False
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def report(self, report: Report) -> None:
+        """Show what the loop says."""
+        if report.stage == "round":
+            self._show_round(report)
+        elif report.stage == "evaluation":
+            self._held_out = f"held-out {report.evaluations[0].accuracy:.2f}"
+        else:
+            for evaluation in report.evaluations:
+                self._console.print(f"{report.stage:>6}: {_sentence(evaluation)}")
+
+    def _show_round(self, report: Report) -> None:
+        metrics = report.metrics
+        figures = [f"reward {metrics['rollout/reward']:.2f}"]
+        if self._held_out:
+            figures.append(self._held_out)
+        if "ratio/min" in metrics:
+            figures.append(f"ratio {metrics['ratio/min']:.2f}..{metrics['ratio/max']:.2f}")
+        figures.append(f"{metrics['time/tokens_per_second']:.0f} tok/s")
+        line = "  ".join(figures)
+        self._progress.start_task(self._task)
+        self._progress.update(self._task, completed=report.round, figures=line)
+        is_due = report.round % _LINES_EVERY_ROUNDS == 0 or report.round in (1, self._rounds)
+        if is_due and not self._console.is_terminal:
+            self._console.print(f"round {report.round}/{self._rounds}  {line}")
+
+
+def evaluation_table(
+    before: Sequence[Evaluation], after: Sequence[Evaluation], *, title: str
+) -> Table:
+    """Accuracies with 95 % Wilson intervals, before beside after."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("evaluation")
+    table.add_column("items", justify="right")
+    if before:
+        table.add_column("before", justify="right")
+        table.add_column("95 %", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+        table.add_column("95 %", justify="right")
+    found = {evaluation.name: evaluation for evaluation in before}
+    rows = {evaluation.name: evaluation for evaluation in after}
+    for name in dict.fromkeys([*found, *rows]):
+        any_of = found.get(name) or rows[name]
+        cells = [name.replace("_", " "), str(any_of.num_items)]
+        for side, shown in ((found, before), (rows, after)):
+            if shown:
+                cells += _cells(side.get(name))
+        table.add_row(*cells)
+    return table
+
+
+def forecast_table(forecast: Forecast) -> Table:
+    """What a run will need, for `--dry-run`."""
+    table = Table(title="estimate", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in forecast.as_dict().items():
+        shown = f"{value:.2f} GiB" if name.endswith("_gib") else f"{value:,}"
+        table.add_row(name.removesuffix("_gib").replace("_", " "), shown)
+    return table
+
+
+def _cells(evaluation: Evaluation | None) -> list[str]:
+    if evaluation is None:
+        return ["-", "-"]
+    low, high = evaluation.interval
+    return [f"{evaluation.accuracy:.3f}", f"{low:.3f}-{high:.3f}"]
+
+
+def _sentence(evaluation: Evaluation) -> str:
+    low, high = evaluation.interval
+    counts = f", {evaluation.num_truncated} cut by the limit" if evaluation.num_truncated else ""
+    counts += f", {evaluation.num_timeouts} timed out" if evaluation.num_timeouts else ""
+    return (
+        f"{evaluation.name.replace('_', ' ')} accuracy {evaluation.accuracy:.3f} "
+        f"({low:.3f}-{high:.3f}) on {evaluation.num_items} held-out items{counts}"
+    )
