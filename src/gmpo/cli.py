@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gmpo.inspection import RunSummary
     from gmpo.training import TrainingResult
 
-__all__ = ["app", "main"]
+__all__ = ["app", "evaluate", "inspect", "main", "models", "sample", "train"]
 
 app = typer.Typer(
     help="Geometric-Mean Policy Optimization of language models from verifiable rewards.",
@@ -33,11 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-SetOption = Annotated[
+_JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+_SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
 ]
 
@@ -50,11 +50,11 @@ def main() -> None:
     app()
 
 
-def _refuses_clearly(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def _refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Print the project's own errors as one line and exit with 2."""
 
     @wraps(command)
-    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         try:
             return command(*args, **kwargs)
         except GmpoError as error:
@@ -69,12 +69,12 @@ def _refuses_clearly(command: Callable[Parameters, Result]) -> Callable[Paramete
 def train(
     recipe: Annotated[str, typer.Argument(help="Bundled name (see below) or path of a TOML file.")],
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run.")] = None,
-    overrides: SetOption = None,
+    overrides: _SetOption = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print recipe and estimate; train nothing.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Train a model by a recipe and show what it learned on held-out items."""
     config = load_recipe(recipe, overrides or ())
@@ -110,8 +110,8 @@ def evaluate(
         str | None, typer.Option(help="Recipe whose task is asked; a run's own by default.")
     ] = None,
     items: Annotated[int | None, typer.Option(help="Held-out items; all by default.")] = None,
-    overrides: SetOption = None,
-    as_json: JsonOption = False,
+    overrides: _SetOption = None,
+    as_json: _JsonOption = False,
 ) -> None:
     """Measure greedy, few-shot and sampled accuracy on a recipe's held-out items."""
     from gmpo.terminal import evaluation_table
@@ -139,7 +139,7 @@ def sample(
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
-    as_json: JsonOption = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Complete one prompt."""
     from gmpo.generation import GenerationSettings, generate
@@ -171,7 +171,7 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     group: Annotated[int | None, typer.Option(help="Show the texts of the N-th group.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw PNG plots into RUN/plots.")] = True,
-    as_json: JsonOption = False,
+    as_json: _JsonOption = False,
 ) -> None:
     """Summarise a run in the terminal and draw its plots; or show one group's completions."""
     from gmpo.inspection import load_groups, render_group, render_summary, summarize_run
@@ -200,7 +200,7 @@ def inspect(
 
 @app.command()
 @_refuses_clearly
-def models(as_json: JsonOption = False) -> None:
+def models(as_json: _JsonOption = False) -> None:
     """List the models that can be used by name here, and the bundled recipes."""
     from gmpo.policy.load import known_models
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gmpo.errors import RunFolderError
 
-__all__ = ["METRICS", "RunFolder"]
+__all__ = ["METRICS", "REWARD_COMPONENT_PREFIX", "RunFolder"]
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",

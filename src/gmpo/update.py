@@ -30,7 +30,7 @@ __all__ = [
     "with_reference_logprobs",
 ]
 
-Objective = Callable[..., ObjectiveTerms]
+_Objective = Callable[..., ObjectiveTerms]
 """An objective with its clips bound: (policy_logprobs, old_logprobs, advantages, mask) -> terms."""
 
 
@@ -38,7 +38,7 @@ Objective = Callable[..., ObjectiveTerms]
 class LossSettings:
     """What is minimised: the objective plus optional terms, at the sampling temperature."""
 
-    objective: Objective
+    objective: _Objective
     temperature: float = 1.0
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
@@ -78,7 +78,7 @@ class StepMeasures:
     mismatch: Mismatch | None
 
 
-def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> Objective:
+def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> _Objective:
     """The named objective with its own arguments filled in.
 
     Args:

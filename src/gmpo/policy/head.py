@@ -50,7 +50,7 @@ def chunked_token_logprobs(
         temperature: divides the logits.
         with_entropy: also return the entropy of each distribution, in nats, with gradient.
     """
-    logprobs, entropy = _ChunkedTokenLogprobs.apply(
+    logprobs, entropy = _ChunkedTokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, token_ids, temperature, with_entropy
     )
     return logprobs, entropy if with_entropy else None

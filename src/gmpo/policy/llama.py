@@ -25,7 +25,7 @@ __all__ = ["LlamaBody", "attend"]
 
 _FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
-Rotary = tuple[Tensor, Tensor]
+_Rotary = tuple[Tensor, Tensor]
 """cos and sin, each [B, 1, T, D]."""
 
 
@@ -56,13 +56,13 @@ class LlamaBody:
         embedded: Tensor = self.model.model.embed_tokens(token_ids)
         return embedded
 
-    def rotary(self, hidden: Float[Tensor, "B T M"], positions: Int[Tensor, "B T"]) -> Rotary:
+    def rotary(self, hidden: Float[Tensor, "B T M"], positions: Int[Tensor, "B T"]) -> _Rotary:
         """cos and sin of the given positions, by the model's own scaling rule."""
         cos, sin = self.model.model.rotary_emb(hidden, positions)
         return cos[:, None], sin[:, None]
 
     def project(
-        self, layer: Any, hidden: Float[Tensor, "B T M"], rotary: Rotary
+        self, layer: Any, hidden: Float[Tensor, "B T M"], rotary: _Rotary
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B K T D"], Float[Tensor, "B K T D"]]:
         """Queries, keys and values of one layer, positions applied."""
         attention = layer.self_attn
@@ -167,7 +167,7 @@ def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
     return weighted
 
 
-def _rotate(states: Float[Tensor, "B H T D"], rotary: Rotary) -> Float[Tensor, "B H T D"]:
+def _rotate(states: Float[Tensor, "B H T D"], rotary: _Rotary) -> Float[Tensor, "B H T D"]:
     cos, sin = rotary
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin

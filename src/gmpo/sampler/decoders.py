@@ -144,7 +144,7 @@ class LlamaDecoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
-        """Run prompts together, what they begin with in common once (unless all logits are wanted)."""
+        """Run prompts together; their common beginning once, unless all logits are wanted."""
         prompt_ids, lengths = padded(prompts, device=self.device)
         run = extend if all_logits else run_prompts
         hidden, past = run(self.body, prompt_ids, lengths)
