@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,8 +61,10 @@ def main() -> int:
         )
         return 1
     with ThreadPoolExecutor(arguments.workers) as pool:
-        outcomes = list(pool.map(try_edit, edits))
-    print(table(outcomes))
+        outcomes = []
+        for outcome in pool.map(try_edit, edits):
+            outcomes.append(outcome)
+            print(row(outcome), flush=True)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(
@@ -140,13 +141,11 @@ def check_origin(folder: str, environment: dict[str, str]) -> None:
     assert done.stdout.startswith(folder), f"tests would import {done.stdout.strip()}"
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as lines of file, result, edit, and the first test that noticed."""
-    wide = max((len(outcome.why) for outcome in outcomes), default=0)
-    return "\n".join(
-        f"{outcome.result:14} {outcome.file:25} {outcome.why:{wide}}  {outcome.noticed_by or ''}"
-        for outcome in outcomes
-    )
+def row(outcome: Outcome) -> str:
+    """One line of the table: result, file, edit, and the first test that noticed."""
+    return (
+        f"{outcome.result:14}  {outcome.file:24}  {outcome.why:49}  {outcome.noticed_by or ''}"
+    ).rstrip()
 
 
 if __name__ == "__main__":
