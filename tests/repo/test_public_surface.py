@@ -37,8 +37,7 @@ def public_definitions(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         names: list[str] = []
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            # A command is reached by its name on the command line.
-            names = [] if is_command(node) else [node.name]
+            names = [node.name]
         elif isinstance(node, ast.Assign):
             names = [
                 part.id
@@ -49,12 +48,6 @@ def public_definitions(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names = [node.target.id]
         yield from (name for name in names if not name.startswith("_"))
-
-
-def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
-    """Whether a decorator such as `@app.command()` registers it."""
-    calls = (d.func for d in node.decorator_list if isinstance(d, ast.Call))
-    return any(isinstance(call, ast.Attribute) and call.attr == "command" for call in calls)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
