@@ -63,10 +63,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
-    (
-        "sampler.decoders",
-        "policy.prefix",
-    ): "prefill and training share beginnings alike",
+    ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
 }
 
 # Mathematics takes tensors, arrays and floats; of ground it may know the errors alone.
