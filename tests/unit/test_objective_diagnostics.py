@@ -6,7 +6,7 @@ import math
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gmpo.objective import (
@@ -190,7 +190,7 @@ def test_the_figures_do_not_depend_on_the_cut_into_micro_batches(log_ratio, cuts
     assert step_diagnostics(terms, masks) == pytest.approx(whole, rel=1e-12, abs=1e-12)
 
 
-def test_the_gap_is_exactly_zero_where_the_ratios_are_equal():
+def test_the_gap_is_zero_where_the_ratios_are_equal():
     log_ratio = torch.tensor([[0.3, 0.3, 9.0], [-2.0, -2.0, -2.0], [0.7, 9.0, 9.0]], dtype=F64)
     mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
     gap = am_gm_gap(log_ratio, mask=mask)
@@ -207,6 +207,8 @@ def test_the_gap_of_one_and_four_is_log_of_two_and_a_half_over_two():
 
 
 @given(log_ratio=log_ratio_rows)
+@example(log_ratio=[[0.7] * 6])  # unguarded, rounding leaves -3e-16
+@example(log_ratio=[[2.3] * 7])  # and -4e-16
 @QUICK
 def test_the_gap_is_never_negative(log_ratio):
     values = torch.tensor(log_ratio, dtype=F64)
