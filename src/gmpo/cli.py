@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gmpo.errors import GmpoError
+from gmpo.errors import ConfigError, GmpoError
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -237,10 +237,8 @@ def _show_outcome(
     console: Console, result: TrainingResult, summary: RunSummary, *, seconds: float
 ) -> None:
     from gmpo.inspection import render_summary
-    from gmpo.terminal import evaluation_table
 
     console.print(render_summary(summary))
-    console.print(evaluation_table(result.before, result.after, title="held-out accuracy"))
     console.print(f"{seconds / 60:.1f} minutes in all")
     console.print(f"plots:      {result.folder / 'plots'}", soft_wrap=True)
     console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
@@ -295,7 +293,7 @@ def _evaluation_config(
 ) -> RunConfig:
     own_recipe = Path(model) / "recipe.toml"
     if recipe is None and not own_recipe.is_file():
-        raise GmpoError(
+        raise ConfigError(
             f"{model!r} is no run folder, so --recipe must say whose task is asked; "
             f"bundled: {', '.join(bundled_recipes())}"
         )
@@ -314,7 +312,7 @@ def _model_name(model: str) -> str:
 
     checkpoint = latest_checkpoint(Path(model) / "checkpoints")
     if checkpoint is None:
-        raise GmpoError(f"run {model} has no checkpoint yet; wait for one or name a model")
+        raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
     return str(checkpoint / "model")
 
 

@@ -59,6 +59,27 @@ class Evaluation:
             "timeouts": self.num_timeouts,
         }
 
+    def as_record(self) -> dict[str, Any]:
+        """All of it, for a file: `from_record` brings it back."""
+        return {
+            **self.as_dict(),
+            "outcomes": {
+                item: int(outcome)
+                for item, outcome in zip(self.item_ids, self.outcomes, strict=True)
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Evaluation:
+        """An evaluation as it was written by `as_record`."""
+        return cls(
+            name=record["name"],
+            item_ids=tuple(record["outcomes"]),
+            outcomes=tuple(bool(outcome) for outcome in record["outcomes"].values()),
+            num_truncated=record["truncated"],
+            num_timeouts=record["timeouts"],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gmpo.config import RunConfig
-from gmpo.errors import DataError, RunFolderError
+from gmpo.errors import RunFolderError
 from gmpo.recipe import load_recipe
+from gmpo.tracking import read_lines
 
 __all__ = [
     "EvaluationFigures",
@@ -129,7 +129,7 @@ def summarize_run(path: str | Path) -> RunSummary:
         ConfigError: its recipe is not one of this version.
     """
     folder = _run_folder(path)
-    lines = list(_read_lines(folder, "metrics.jsonl"))
+    lines = list(read_lines(folder, "metrics.jsonl"))
     rounds = [line for line in lines if line["kind"] == "round"]
     steps = [line for line in lines if line["kind"] == "step"]
     if not rounds:
@@ -177,7 +177,7 @@ def load_groups(path: str | Path) -> list[dict[str, Any]]:
         DataError: a line of `rollouts.jsonl` is damaged.
     """
     folder = _run_folder(path)
-    groups = list(_read_lines(folder, "rollouts.jsonl"))
+    groups = list(read_lines(folder, "rollouts.jsonl"))
     if not groups:
         raise RunFolderError(
             f"run folder {folder} has no groups to show: either no round is finished yet, or the "
@@ -240,25 +240,6 @@ def _run_folder(path: str | Path) -> Path:
     return folder
 
 
-def _read_lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Like `RunFolder.read_lines`, but of a folder that may not be writable."""
-    path = folder / name
-    if not path.is_file():
-        return
-    try:
-        # Damage inside a text stays visible as escapes instead of hiding the whole run.
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(text.split("\n")[:-1], start=1):  # the last may be half a line
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"line {number} of {path} is damaged ({error.msg}): {line[:60]!a}; remove the line"
-            ) from None
-
-
 def _recipe_figures(config: RunConfig | None) -> dict[str, Any]:
     return {
         "description": config.description if config else None,
@@ -278,7 +259,7 @@ def _best_ten(rewards: Sequence[float | None]) -> float | None:
 
 def _evaluations(folder: Path, stage: str) -> tuple[EvaluationFigures, ...]:
     """Results of the stage's newest record; a run that was resumed may hold several."""
-    records = [r for r in _read_lines(folder, "evaluations.jsonl") if r["stage"] == stage]
+    records = [r for r in read_lines(folder, "evaluations.jsonl") if r["stage"] == stage]
     if not records:
         return ()
     return tuple(

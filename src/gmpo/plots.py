@@ -18,7 +18,7 @@ from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError
 from gmpo.recipe import load_recipe
 from gmpo.statistics import wilson_interval
-from gmpo.tracking import RunFolder
+from gmpo.tracking import read_lines
 
 __all__ = ["plot_run"]
 
@@ -50,7 +50,7 @@ class _RunData:
     after: list[dict[str, Any]]
 
 
-def plot_run(run: RunFolder | str | Path, target: str | Path) -> list[Path]:
+def plot_run(run: str | Path, target: str | Path) -> list[Path]:
     """The PNG files drawn: one for each panel, and `overview.png` with all of them.
 
     A figure that the run did not measure is said so in its panel.
@@ -77,17 +77,18 @@ def plot_run(run: RunFolder | str | Path, target: str | Path) -> list[Path]:
     return paths
 
 
-def _read(run: RunFolder | str | Path) -> _RunData:
-    if not isinstance(run, RunFolder):
-        if not Path(run).is_dir():  # RunFolder would create it
-            raise RunFolderError(f"run folder {run} does not exist, so there is nothing to plot")
-        run = RunFolder(run)
-    lines = list(run.read_lines("metrics.jsonl"))
+def _read(run: str | Path) -> _RunData:
+    path = Path(run)
+    if not path.is_dir():
+        raise RunFolderError(f"run folder {path} does not exist, so there is nothing to plot")
+    lines = list(read_lines(path, "metrics.jsonl"))
     rounds = [line for line in lines if line["kind"] == "round"]
     if not rounds:
-        raise RunFolderError(f"run folder {run.path} has no finished round yet to plot")
-    recipe = run.path / "recipe.toml"
-    results = {record["stage"]: record["results"] for record in run.read_lines("evaluations.jsonl")}
+        raise RunFolderError(f"run folder {path} has no finished round yet to plot")
+    recipe = path / "recipe.toml"
+    results = {
+        record["stage"]: record["results"] for record in read_lines(path, "evaluations.jsonl")
+    }
     return _RunData(
         config=load_recipe(recipe) if recipe.is_file() else None,
         steps=[line for line in lines if line["kind"] == "step"],

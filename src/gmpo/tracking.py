@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gmpo.errors import RunFolderError
+from gmpo.errors import DataError, RunFolderError
 
-__all__ = ["METRICS", "REWARD_COMPONENT_PREFIX", "RunFolder"]
+__all__ = ["METRICS", "REWARD_COMPONENT_PREFIX", "RunFolder", "provenance", "read_lines"]
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",
@@ -117,20 +122,10 @@ class RunFolder:
         """
         self._write(name, json.dumps(record) + "\n", mode="a")
 
-    def read_lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The JSON objects of a file of the run, in order; nothing if the file is absent."""
-        path = self.path / name
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n"):  # a killed run may leave half a line
-                    yield json.loads(line)
-
     def forget_after(self, round_number: int) -> None:
         """Drop lines of rounds after `round_number`, which a resumed run will write again."""
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            kept = [line for line in self.read_lines(name) if line["round"] <= round_number]
+        for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+            kept = [line for line in read_lines(self.path, name) if line["round"] <= round_number]
             if (self.path / name).is_file():
                 self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -143,6 +138,57 @@ class RunFolder:
                 f"{self.path / name} cannot be written: {error.strerror}; "
                 "free space, then continue with --resume"
             ) from None
+
+
+def read_lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of a run, in order; nothing if the file is absent.
+
+    Raises:
+        RunFolderError: the file cannot be read.
+        DataError: a line is damaged; half a last line, which a killed run leaves, is not.
+    """
+    path = folder / name
+    if not path.is_file():
+        return
+    try:
+        # Damage inside a text stays visible as escapes instead of hiding the whole run.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"line {number} of {path} is damaged ({error.msg}): {line[:60]!a}; remove the line"
+            ) from None
+
+
+def provenance() -> dict[str, str | None]:
+    """What a result was made with: versions, and the commit if gmpo runs from a repository."""
+    packages = ("gmpo", "torch", "transformers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        **versions,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this module lies in; None for an installed package."""
+    git = shutil.which("git")
+    root = Path(__file__).resolve().parents[2]
+    if git is None or not (root / ".git").exists():
+        return None
+    reply = subprocess.run(
+        [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return reply.stdout.strip() or None
 
 
 def _finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import resource
 import sys
@@ -34,7 +35,7 @@ from gmpo.records import Group
 from gmpo.rewards import ScoredGroups
 from gmpo.rollouts import sample_groups
 from gmpo.schedules import learning_rate_factor
-from gmpo.tracking import REWARD_COMPONENT_PREFIX, RunFolder
+from gmpo.tracking import REWARD_COMPONENT_PREFIX, RunFolder, provenance, read_lines
 from gmpo.update import (
     Mismatch,
     StepMeasures,
@@ -97,6 +98,7 @@ def train(
     _require_fresh(run, resume=resume)
     parts = build_parts(config, warn=warn)
     run.write_text("recipe.toml", dump_recipe(parts.config))
+    run.write_text("run.json", json.dumps(provenance(), indent=1))
     state, before = _start(run, parts, resume=resume, report=report)
     for round_number in range(state.round, config.training.rounds):
         started = time.perf_counter()
@@ -159,11 +161,18 @@ def _start(
         )
         parts.publish_weights(state.step)
         run.forget_after(state.round)
-        return state, ()
+        return state, _evaluations_before(run)
     state = TrainingState(
         round=0, step=0, mismatch_is_small=None, recipe_digest=digest, version=__version__
     )
     return state, _evaluate_fully(run, parts, stage="before", round_number=0, report=report)
+
+
+def _evaluations_before(run: RunFolder) -> tuple[Evaluation, ...]:
+    for line in read_lines(run.path, "evaluations.jsonl"):
+        if line["stage"] == "before":
+            return tuple(Evaluation.from_record(record) for record in line["results"])
+    return ()
 
 
 def _update(
@@ -351,7 +360,7 @@ def _evaluate_fully(
         report(Report(stage=stage, round=round_number, metrics={}, evaluations=tuple(results[-1:])))
     run.log_record(
         "evaluations.jsonl",
-        {"stage": stage, "round": round_number, "results": [r.as_dict() for r in results]},
+        {"stage": stage, "round": round_number, "results": [r.as_record() for r in results]},
     )
     return tuple(results)
 
