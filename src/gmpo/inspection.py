@@ -263,7 +263,14 @@ def _evaluations(folder: Path, stage: str) -> tuple[EvaluationFigures, ...]:
     if not records:
         return ()
     return tuple(
-        EvaluationFigures(**{**result, "interval_95": tuple(result["interval_95"])})
+        EvaluationFigures(
+            name=result["name"],
+            accuracy=result["accuracy"],
+            interval_95=tuple(result["interval_95"]),
+            items=result["items"],
+            truncated=result["truncated"],
+            timeouts=result["timeouts"],
+        )
         for result in records[-1]["results"]
     )
 
