@@ -240,7 +240,7 @@ def resolve_model(
     if dtype == "auto":
         speedup = bf16_speedup(device)
         dtype = "bf16" if speedup >= LEAST_BF16_SPEEDUP else "fp32"
-        warn(f"takes {device.type} in {dtype}: bf16 products run {speedup:.2g}x as fast as fp32")
+        warn(f"auto took {device.type} and {dtype}: bf16 runs {speedup:.2g}x as fast as fp32 here")
     return config.model_copy(update={"device": device.type, "dtype": dtype})
 
 

@@ -22,8 +22,8 @@ __all__ = ["Evaluation", "Evaluator"]
 class Evaluation:
     """Outcome of one pass over held-out items, one completion each.
 
-    `outcomes` are in the items' order; truncated and timed-out answers count as wrong and are
-    counted here besides.
+    `outcomes` are in the items' order. A truncated answer is graded as it stands; one whose grading
+    timed out counts as wrong. Both are counted here besides.
     """
 
     name: str

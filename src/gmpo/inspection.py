@@ -39,7 +39,7 @@ class EvaluationFigures:
         accuracy: share of items answered correctly.
         interval_95: its 95 % interval.
         items: items asked.
-        truncated: answers cut by the token limit; they count as wrong.
+        truncated: answers cut by the token limit; they are graded as they stand.
         timeouts: answers whose grading ran out of time; they count as wrong.
     """
 
