@@ -67,21 +67,26 @@ def _refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Param
 @app.command()
 @_refuses_clearly
 def train(
-    recipe: Annotated[str, typer.Argument(help="Bundled name (see below) or path of a TOML file.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="Bundled name (`gmpo models`) or path of a TOML file.")
+    ] = None,
     run: Annotated[str | None, typer.Option("--run", help="Folder of the run.")] = None,
     overrides: _SetOption = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print recipe and estimate; train nothing.")
     ] = False,
     as_json: _JsonOption = False,
 ) -> None:
     """Train a model by a recipe and show what it learned on held-out items."""
-    config = load_recipe(recipe, overrides or ())
+    source = _recipe_source(recipe, run, resume=resume)
+    config = load_recipe(source, overrides or ())
     if dry_run:
         _show_dry_run(config, as_json=as_json)
         return
-    folder = Path(run) if run else _fresh_folder(Path(recipe).stem)
+    folder = Path(run) if run else _fresh_folder(Path(source).stem)
     console = Console(stderr=as_json)
     started = time.perf_counter()
     result = _train_with_display(config, folder, resume=resume, console=console)
@@ -214,6 +219,20 @@ def models(as_json: _JsonOption = False) -> None:
         console.print(f"{model.name:24} {model.state}", soft_wrap=True)
     console.print("any hub name or folder with a decoder-only causal language model works too")
     console.print(f"recipes: {', '.join(bundled_recipes())}")
+
+
+def _recipe_source(recipe: str | None, run: str | None, *, resume: bool) -> str | Path:
+    """The recipe asked for; a resumed run's own by default."""
+    if resume and run is None:
+        raise ConfigError("--resume needs the run to go on with: --run FOLDER")
+    if recipe is not None:
+        return recipe
+    own = Path(run or "") / "recipe.toml"
+    if resume and own.is_file():
+        return own
+    if resume:
+        raise ConfigError(f"{run} holds no recipe.toml, so there is no run to resume there")
+    raise ConfigError(f"name a recipe: a path, or one of {', '.join(bundled_recipes())}")
 
 
 def _train_with_display(

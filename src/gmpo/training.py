@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,41 +97,45 @@ def train(
     """
     run = RunFolder(folder)
     _require_fresh(run, resume=resume)
-    parts = build_parts(config, warn=warn)
-    run.write_text("recipe.toml", dump_recipe(parts.config))
-    run.write_text("run.json", json.dumps(provenance(), indent=1))
-    state, before = _start(run, parts, resume=resume, report=report)
-    for round_number in range(state.round, config.training.rounds):
-        started = time.perf_counter()
-        prompts = parts.prompts.take(round_number)
-        groups = sample_groups(
-            parts.sampler,
-            prompts,
-            tokenizer=parts.tokenizer,
-            settings=parts.sampling,
-            key=(config.training.seed, round_number),
-        )
-        sampled = time.perf_counter()
-        scored = parts.score(groups)
-        rewarded = time.perf_counter()
-        state, results = _update(parts, scored.groups, state, run)
-        parts.publish_weights(state.step)
-        metrics = _round_metrics(parts, scored, results) | {
-            "time/rollout_seconds": sampled - started,
-            "time/reward_seconds": rewarded - sampled,
-            "time/update_seconds": time.perf_counter() - rewarded,
-            "time/tokens_per_second": _num_tokens(groups) / (sampled - started),
-        }
-        run.log_metrics("round", metrics, round=state.round, step=state.step)
-        _log_rollouts(run, parts, scored.groups, results, state.round)
-        report(Report(stage="round", round=state.round, metrics=metrics))
-        _evaluate_during(run, parts, state, report)
-        _checkpoint_if_due(run, parts, state)
-    after = _evaluate_fully(run, parts, stage="after", round_number=state.round, report=report)
+    with closing(build_parts(config, warn=warn)) as parts:
+        state, before = _start(run, parts, resume=resume, report=report)
+        while state.round < config.training.rounds:
+            state = _run_round(run, parts, state, report)
+            _evaluate_during(run, parts, state, report)
+            _checkpoint_if_due(run, parts, state)
+        after = _evaluate_fully(run, parts, stage="after", round_number=state.round, report=report)
     checkpoint = latest_checkpoint(run.checkpoints)
-    assert checkpoint is not None
-    parts.close()
+    assert checkpoint is not None, "the last round writes a checkpoint"
     return TrainingResult(folder=run.path, checkpoint=checkpoint, before=before, after=after)
+
+
+def _run_round(
+    run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
+) -> TrainingState:
+    """Sample once, reward, update several times, publish the weights."""
+    started = time.perf_counter()
+    groups = sample_groups(
+        parts.sampler,
+        parts.prompts.take(state.round),
+        tokenizer=parts.tokenizer,
+        settings=parts.sampling,
+        key=(parts.config.training.seed, state.round),
+    )
+    sampled = time.perf_counter()
+    scored = parts.score(groups)
+    rewarded = time.perf_counter()
+    state, results = _update(run, parts, scored.groups, state)
+    parts.publish_weights(state.step)
+    metrics = _round_metrics(parts, scored, results) | {
+        "time/rollout_seconds": sampled - started,
+        "time/reward_seconds": rewarded - sampled,
+        "time/update_seconds": time.perf_counter() - rewarded,
+        "time/tokens_per_second": _num_tokens(groups) / (sampled - started),
+    }
+    run.log_metrics("round", metrics, round=state.round, step=state.step)
+    _log_rollouts(run, parts, scored.groups, results, state.round)
+    report(Report(stage="round", round=state.round, metrics=metrics))
+    return state
 
 
 def _require_fresh(run: RunFolder, *, resume: bool) -> None:
@@ -162,6 +167,10 @@ def _start(
         parts.publish_weights(state.step)
         run.forget_after(state.round)
         return state, _evaluations_before(run)
+    # A run that died before its first round left evaluations, but nothing to go on from.
+    run.forget_after(-1)
+    run.write_text("recipe.toml", dump_recipe(parts.config))
+    run.write_text("run.json", json.dumps(provenance(), indent=1))
     state = TrainingState(
         round=0, step=0, mismatch_is_small=None, recipe_digest=digest, version=__version__
     )
@@ -176,7 +185,7 @@ def _evaluations_before(run: RunFolder) -> tuple[Evaluation, ...]:
 
 
 def _update(
-    parts: TrainingParts, groups: Sequence[Group], state: TrainingState, run: RunFolder
+    run: RunFolder, parts: TrainingParts, groups: Sequence[Group], state: TrainingState
 ) -> tuple[TrainingState, list[_StepResult]]:
     """The round's optimizer steps; old log-probabilities stay those of the round's start."""
     steps = _build_steps(parts, groups)
