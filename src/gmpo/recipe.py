@@ -75,6 +75,8 @@ def _recipe_text(source: str | Path) -> str:
             raise ConfigError(
                 f"recipe {path} is not UTF-8 text: {error}; save it as UTF-8"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
     bundled = bundled_recipes()
     name = str(source)
     if name in bundled:
@@ -120,22 +122,42 @@ def _explain(error: ValidationError, *, source: str) -> str:
 def _explain_one(problem: dict[str, Any]) -> str:
     # The discriminated union puts the task's kind into the location.
     place = [str(part) for part in problem["loc"]]
-    if len(place) > 1 and place[0] == "task":
-        del place[1]
+    kind = place.pop(1) if len(place) > 1 and place[0] == "task" else None
     key = ".".join(place)
+    kinds = f"one of {', '.join(repr(name) for name in _task_kinds())}"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, [*recipe_keys(), *RunConfig.model_fields], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {_siblings(place)}"
-        return f"unknown key {key!r}; {hint}"
-    if problem["type"] == "missing":
+        return f"unknown key {key!r}; {_nearest_or_all(place, kind)}"
+    if problem["type"] == "missing" and key != "task":
         return f"missing key {key!r}; add it to the recipe or pass --set {key}=..."
+    if problem["type"] in ("missing", "union_tag_not_found"):
+        return f"missing key 'task.kind'; add it to the recipe or pass --set task.kind=..., {kinds}"
+    if problem["type"] == "union_tag_invalid":
+        return f"task.kind = {problem['ctx']['tag']!r}: must be {kinds}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _siblings(place: list[str]) -> list[str]:
+def _nearest_or_all(place: list[str], kind: str | None) -> str:
+    """The key most likely meant, of this kind of task or of another table; else all siblings."""
     if len(place) == 1:
-        return list(RunConfig.model_fields)
-    return [key for key in recipe_keys() if key.startswith(f"{place[0]}.")]
+        siblings = elsewhere = list(RunConfig.model_fields)
+    else:
+        siblings = [
+            f"{name}.{key}"
+            for name, model in _tables()
+            if name == place[0] and (kind is None or kind in _kinds_of(model))
+            for key in model.model_fields
+        ]
+        elsewhere = [key for key in recipe_keys() if not key.startswith(f"{place[0]}.")]
+    near = difflib.get_close_matches(".".join(place), [*siblings, *elsewhere], n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {siblings}"
+
+
+def _task_kinds() -> list[str]:
+    return [kind for name, model in _tables() if name == "task" for kind in _kinds_of(model)]
+
+
+def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(model.model_fields["kind"].annotation)
