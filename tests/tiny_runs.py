@@ -1,0 +1,49 @@
+"""Recipes for runs of a tiny model that end within a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gmpo.config import RunConfig
+from gmpo.recipe import dump_recipe
+from gmpo.tracking import RunFolder
+
+# A random character model starts one completion in ten or so with a digit, so groups are alive.
+STARTS_WITH_A_DIGIT = r"(?s)\d.*"
+
+
+def tiny_recipe(model: str, **changes: Any) -> RunConfig:
+    """2 rounds of 4 steps over sums to 4; a change is written `table__key=value`."""
+    table: dict[str, Any] = {
+        "model": {"name": model, "device": "cpu", "dtype": "fp32"},
+        "task": {"kind": "arithmetic", "max_operand": 4, "held_out_items": 5, "instruction": ""},
+        "reward": {"weights": {"format": 1.0}, "format_pattern": STARTS_WITH_A_DIGIT},
+        "sampling": {
+            "group_size": 8,
+            "prompts_per_round": 8,
+            "max_new_tokens": 3,
+            "max_length": 64,
+        },
+        "objective": {},
+        "training": {"rounds": 2, "steps_per_round": 4, "learning_rate": 1e-3},
+        "checkpoint": {},
+        "evaluation": {"every_rounds": 0, "few_shot": 0, "sampled": False},
+        "tracking": {"groups_per_round": 8},
+    }
+    for path, value in changes.items():
+        name, _, key = path.partition("__")
+        table[name] = value if not key else {**table[name], key: value}
+    return RunConfig.model_validate(table)
+
+
+def write_recipe(path: Path, config: RunConfig) -> str:
+    """The recipe's file, as a user would have it."""
+    path.write_text(dump_recipe(config), encoding="utf-8")
+    return str(path)
+
+
+def metric_lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`, of one kind or all."""
+    lines = RunFolder(folder).read_lines("metrics.jsonl")
+    return [line for line in lines if kind is None or line["kind"] == kind]
