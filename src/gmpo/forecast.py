@@ -33,7 +33,8 @@ class Forecast:
         completion_tokens_per_round: if every completion ran to its limit.
         prompt_tokens_per_round: prompts run once a group.
         optimizer_steps: of the whole run.
-        weights_gib: weights, gradients and AdamW's moments, and a compute copy if bf16.
+        weights_gib: weights, gradients and AdamW's moments; a compute copy if bf16, the reference
+            if there is a KL term, a second gradient if its cosine to GRPO's is measured.
         activations_gib: of one micro-batch's forward and backward pass.
         sampler_gib: keys and values of the rows decoded at once, and their logits.
         total_gib: all of these with the libraries.
@@ -76,7 +77,9 @@ def forecast(config: RunConfig) -> Forecast:
     shape, num_parameters = _shape(config.model.name)
     width = 2 if config.model.dtype == "bf16" else 4
     # fp32 weights, gradients and two moments; bf16 adds a compute copy and its gradients.
-    per_weight = 16 + (4 if width == 2 else 0) + (4 if config.objective.kl_coefficient else 0)
+    per_weight = 16 + (4 if width == 2 else 0)
+    per_weight += width if config.objective.kl_coefficient else 0
+    per_weight += 4 if training.gradient_cosine_every else 0
     weights = num_parameters * per_weight / _GIB
     rows = sampling.max_rows
     cache_tokens = rows * (longest + sampling.max_new_tokens)

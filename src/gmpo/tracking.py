@@ -87,12 +87,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file of the run.
+        """Write a small file of the run, whole or not at all.
 
         Raises:
-            RunFolderError: it cannot be written.
+            RunFolderError: it cannot be written; what was there before is untouched.
         """
-        self._write(name, text, mode="w")
+        partial = self.path / f".{name}.partial"
+        self._write(partial.name, text, mode="w")
+        partial.replace(self.path / name)
 
     def log_metrics(self, kind: str, values: Mapping[str, float], **position: int) -> None:
         """Append one line to `metrics.jsonl`.

@@ -145,11 +145,7 @@ class PolicyOptimizer:
 
     def zero_gradients(self) -> None:
         """Forget accumulated gradients; they become zeros, so that a dead step still steps."""
-        for weight in self._weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            else:
-                weight.grad.zero_()
+        _zero(self._weights)
 
     def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
         """Clip the gradient, step, publish the weights; returns the norm before clipping.
@@ -206,19 +202,21 @@ def with_reference_logprobs(
 def gradient_cosine(
     policy: Policy, step: StepBatch, *, settings: LossSettings, other: LossSettings
 ) -> float:
-    """Cosine between the gradients of two losses on the same step; leaves no gradient behind.
+    """Cosine between the gradients of two losses on the same step; leaves zero gradients.
 
     Costs two backward passes and, for the moment, one more copy of the gradients.
     """
     weights = [w for w in policy.masters.values() if w.requires_grad]
     assert all(w.grad is None or not w.grad.any() for w in weights), "gradients must be zero"
     accumulate_gradients(policy, step, settings)
-    first = [_taken(weight) for weight in weights]
+    first = [_gradient(weight).clone() for weight in weights]
+    _zero(weights)
     accumulate_gradients(policy, step, other)
-    second = [_taken(weight) for weight in weights]
-    product = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
-    norms = [math.sqrt(sum(float(g.square().sum()) for g in grads)) for grads in (first, second)]
-    return product / (norms[0] * norms[1]) if all(norms) else math.nan
+    pairs = [(a, _gradient(weight)) for a, weight in zip(first, weights, strict=True)]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
+    _zero(weights)
+    return product / math.sqrt(squares[0] * squares[1]) if all(squares) else math.nan
 
 
 @dataclass
@@ -320,9 +318,14 @@ def _map_batches(
     ]
 
 
-def _taken(weight: nn.Parameter) -> Tensor:
-    """The weight's gradient, which is left at zero."""
-    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-    if weight.grad is not None:
-        weight.grad.zero_()
-    return gradient
+def _gradient(weight: nn.Parameter) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _zero(weights: Iterable[nn.Parameter]) -> None:
+    """Gradients become zeros and stay allocated, so that a step without live rows still steps."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        else:
+            weight.grad.zero_()
