@@ -7,7 +7,7 @@ from typing import Any
 
 from gmpo.config import RunConfig
 from gmpo.recipe import dump_recipe
-from gmpo.tracking import RunFolder
+from gmpo.tracking import read_lines
 
 # A random character model starts one completion in ten or so with a digit, so groups are alive.
 STARTS_WITH_A_DIGIT = r"(?s)\d.*"
@@ -45,5 +45,5 @@ def write_recipe(path: Path, config: RunConfig) -> str:
 
 def metric_lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`, of one kind or all."""
-    lines = RunFolder(folder).read_lines("metrics.jsonl")
+    lines = read_lines(folder, "metrics.jsonl")
     return [line for line in lines if kind is None or line["kind"] == kind]

@@ -13,7 +13,7 @@ from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe, recipe_keys
 KINDS = {"arithmetic": (), "countdown": (), "jsonl": ("task.path=x.jsonl",), "svamp": ()}
 
 # A change here is a change of every recipe in the world: make it deliberately.
-KEYS = """
+KEY_TABLE = """
 model.name model.device model.dtype model.prompt_format model.system
 task.held_out_items task.split_seed task.kind task.operators task.min_operand task.max_operand
 task.num_terms task.train_items task.instruction task.num_numbers task.max_number task.max_target
@@ -33,7 +33,8 @@ checkpoint.every_rounds checkpoint.keep
 evaluation.every_rounds evaluation.items_during evaluation.items evaluation.few_shot
 evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round
-""".split()
+"""
+KEYS = KEY_TABLE.split()
 
 
 def recipe(folder: Path, text: str = '[task]\nkind = "arithmetic"\n') -> Path:
