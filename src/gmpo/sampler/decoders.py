@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,7 @@ class Prefill:
     state: Any
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Running rows in an order of the decoder's; new rows join at the end."""
 

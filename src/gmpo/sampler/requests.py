@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -90,6 +90,7 @@ class Completion:
     prompt_logprobs: tuple[float, ...] = ()
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Requests in, completions out; used by training, evaluation and serving alike."""
 
