@@ -67,6 +67,8 @@ class PromptRenderer:
             DataError: it is empty or longer than allowed; its id and length are named.
         """
         turns = self._turns(prompt)
+        if not any(turn.content.strip() for turn in turns):
+            raise DataError(f"prompt {prompt.id!r} is empty; give it some text")
         if self.uses_chat and prompt.messages is not None:
             chat = [{"role": turn.role, "content": turn.content} for turn in turns]
             rendered = self._tokenizer.apply_chat_template(
@@ -76,8 +78,6 @@ class PromptRenderer:
         else:
             text = "\n".join(turn.content for turn in turns)
             token_ids = cast(list[int], self._tokenizer(text + "\n")["input_ids"])
-        if not token_ids:
-            raise DataError(f"prompt {prompt.id!r} has no tokens; give it some text")
         if len(token_ids) > self._max_prompt_tokens:
             raise DataError(
                 f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than the "

@@ -28,4 +28,8 @@ def wilson_interval(
     center = share + z * z / (2 * num_trials)
     half = z * math.sqrt(share * (1 - share) / num_trials + z * z / (4 * num_trials**2))
     scale = 1 + z * z / num_trials
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # Rounding must not put the share itself outside: an error bar cannot have a negative length.
+    return (
+        max(0.0, min(share, (center - half) / scale)),
+        min(1.0, max(share, (center + half) / scale)),
+    )
