@@ -1,0 +1,152 @@
+"""The chunked head equals full logits in value and in gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmpo.policy import head
+from gmpo.policy.head import chunked_token_logprobs, token_logprobs
+
+F64 = torch.float64
+ROWS_PER_CHUNK = head._ROWS_PER_CHUNK
+
+
+def case(rows: int, *, hidden_size: int = 6, vocabulary: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, hidden_size, generator=generator, dtype=F64)
+    weight = torch.randn(vocabulary, hidden_size, generator=generator, dtype=F64)
+    token_ids = torch.randint(vocabulary, (rows,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), token_ids
+
+
+def mixed(logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+    """A scalar in which every row has another weight."""
+    weights = torch.linspace(-1.0, 2.0, len(logprobs), dtype=logprobs.dtype)
+    total = (weights * logprobs).sum()
+    return total if entropy is None else total + (weights.flip(0) * entropy).sum()
+
+
+def test_token_logprobs_by_hand():
+    # Logits log(1, 2, 5) give probabilities 1/8, 2/8, 5/8.
+    logits = torch.tensor([[1.0, 2.0, 5.0]], dtype=F64).log()
+    chosen, entropy = token_logprobs(logits, torch.tensor([2]))
+    assert chosen.item() == pytest.approx(math.log(5 / 8), abs=1e-12)
+    by_hand = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    assert entropy.item() == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_temperature_divides_the_logits_before_both():
+    # At temperature 1/2 the weights are squared: 1, 4, 25 of 30.
+    logits = torch.tensor([[1.0, 2.0, 5.0]], dtype=F64).log()
+    chosen, entropy = token_logprobs(logits, torch.tensor([1]), temperature=0.5)
+    assert chosen.item() == pytest.approx(math.log(4 / 30), abs=1e-12)
+    by_hand = -sum(p * math.log(p) for p in (1 / 30, 4 / 30, 25 / 30))
+    assert entropy.item() == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows", [1, 5, ROWS_PER_CHUNK, ROWS_PER_CHUNK + 1, 3 * ROWS_PER_CHUNK - 7])
+def test_chunks_give_the_values_and_gradients_of_full_logits(
+    rows: int, temperature: float, with_entropy: bool
+):
+    hidden, weight, token_ids = case(rows)
+    expected, expected_entropy = token_logprobs(
+        hidden @ weight.T, token_ids, temperature=temperature
+    )
+    logprobs, entropy = chunked_token_logprobs(
+        hidden, weight, token_ids, temperature=temperature, with_entropy=with_entropy
+    )
+    torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=1e-12)
+    wanted = torch.autograd.grad(
+        mixed(expected, expected_entropy if with_entropy else None), (hidden, weight)
+    )
+    gradients = torch.autograd.grad(mixed(logprobs, entropy), (hidden, weight))
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-11, rtol=1e-10)
+    assert (entropy is not None) == with_entropy
+    if entropy is not None:
+        torch.testing.assert_close(entropy, expected_entropy, atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_agree_with_finite_differences():
+    hidden, weight, token_ids = case(4, hidden_size=3, vocabulary=5)
+
+    def scores(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = chunked_token_logprobs(
+            hidden, weight, token_ids, temperature=0.8, with_entropy=True
+        )
+        assert entropy is not None
+        return logprobs, entropy
+
+    assert torch.autograd.gradcheck(scores, (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_side_gets_no_gradient_and_the_other_is_unchanged(frozen: str):
+    hidden, weight, token_ids = case(7)
+    both = torch.autograd.grad(
+        mixed(*chunked_token_logprobs(hidden, weight, token_ids)), (hidden, weight)
+    )
+    sides = {"hidden": hidden, "weight": weight}
+    sides[frozen].requires_grad_(False)
+    mixed(*chunked_token_logprobs(hidden, weight, token_ids)).backward()
+    live = "weight" if frozen == "hidden" else "hidden"
+    assert sides[frozen].grad is None
+    assert sides[live].grad is not None
+    assert torch.equal(sides[live].grad, both[0 if live == "hidden" else 1])
+
+
+def test_only_the_entropys_gradient_can_be_asked_for():
+    hidden, weight, token_ids = case(9)
+    _, expected = token_logprobs(hidden @ weight.T, token_ids)
+    _, entropy = chunked_token_logprobs(hidden, weight, token_ids, with_entropy=True)
+    assert entropy is not None
+    wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
+    for gradient, other in zip(
+        torch.autograd.grad(entropy.sum(), (hidden, weight)), wanted, strict=True
+    ):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=1e-12)
+
+
+def test_no_graph_is_kept_where_no_gradient_is_needed():
+    hidden, weight, token_ids = case(6)
+    with torch.no_grad():
+        logprobs, _ = chunked_token_logprobs(hidden, weight, token_ids)
+    assert not logprobs.requires_grad
+    frozen, _ = chunked_token_logprobs(hidden.detach(), weight.detach(), token_ids)
+    assert not frozen.requires_grad
+    assert frozen.grad_fn is None
+
+
+def test_values_with_and_without_a_graph_are_bitwise_equal():
+    hidden, weight, token_ids = case(ROWS_PER_CHUNK + 9)
+    with_graph, _ = chunked_token_logprobs(hidden, weight, token_ids)
+    with torch.no_grad():
+        without, _ = chunked_token_logprobs(hidden, weight, token_ids)
+    assert torch.equal(with_graph, without)
+
+
+def test_bf16_hidden_states_are_scored_from_fp32_logits():
+    hidden, weight, token_ids = case(8)
+    narrow_hidden = hidden.detach().bfloat16().requires_grad_()
+    narrow_weight = weight.detach().bfloat16().requires_grad_()
+    logprobs, _ = chunked_token_logprobs(narrow_hidden, narrow_weight, token_ids)
+    assert logprobs.dtype == torch.float32
+    logits = narrow_hidden.detach() @ narrow_weight.detach().T
+    expected, _ = token_logprobs(logits, token_ids)
+    torch.testing.assert_close(logprobs.detach(), expected)
+    logprobs.sum().backward()
+    assert narrow_hidden.grad is not None and narrow_hidden.grad.dtype == torch.bfloat16
+    assert narrow_weight.grad is not None and narrow_weight.grad.dtype == torch.bfloat16
+
+
+def test_no_positions_give_no_scores_and_zero_gradients():
+    hidden, weight, _ = case(3)
+    logprobs, _ = chunked_token_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long))
+    assert logprobs.shape == (0,)
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
