@@ -75,7 +75,7 @@ def save_checkpoint(
         save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
         policy.model.config.save_pretrained(partial / "model")
         policy.model.generation_config.save_pretrained(partial / "model")
-        tokenizer.save_pretrained(partial / "model")
+        _save_tokenizer(tokenizer, partial / "model")
         save_file(_moments(policy, optimizer), partial / _MOMENTS)
         digests = {name: _digest(partial / name) for name in (_WEIGHTS, _MOMENTS)}
         content = {**asdict(state), "digests": digests}
@@ -140,6 +140,14 @@ def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library has no narrower error for a full disk.
+        raise OSError(str(error)) from error
 
 
 def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
