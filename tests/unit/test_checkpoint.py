@@ -1,0 +1,269 @@
+"""Checkpoints: bit for bit what was saved, whole or not at all, refused where they do not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tests.disks import fill, small_disk
+from tests.models import character_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gmpo.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from gmpo.errors import CheckpointError, ModelError, RunFolderError
+from gmpo.policy.score import Policy
+from gmpo.update import PolicyOptimizer
+
+
+class Learner:
+    """A policy with its optimizer, moved by gradients that depend on the step's number only."""
+
+    def __init__(self, family: str = "llama", *, seed: int = 0, dtype=torch.float32) -> None:
+        self.policy = Policy(tiny_model(family, seed=seed, dtype=dtype), engine="plain")
+        self.optimizer = PolicyOptimizer(self.policy)
+
+    def step(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for weight in self.policy.masters.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        self.optimizer.apply_step(learning_rate=1e-3, clip_norm=1.0)
+
+    def save(self, folder: Path, *, round_number: int) -> Path:
+        return save_checkpoint(
+            folder,
+            policy=self.policy,
+            optimizer=self.optimizer.adamw,
+            tokenizer=character_tokenizer(),
+            state=state(round_number),
+        )
+
+    def load(self, path: Path, *, digest: str = "abc") -> TrainingState:
+        return load_checkpoint(
+            path, policy=self.policy, optimizer=self.optimizer.adamw, recipe_digest=digest
+        )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.policy.named_weights()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}/{key}": value.clone()
+            for name, weight in self.policy.masters.items()
+            for key, value in self.optimizer.adamw.state[weight].items()
+        }
+
+
+def state(round_number: int) -> TrainingState:
+    return TrainingState(
+        round=round_number,
+        step=4 * round_number,
+        mismatch_is_small=True,
+        recipe_digest="abc",
+        version="0.1.0",
+    )
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def learner() -> Learner:
+    learner = Learner()
+    for number in range(3):
+        learner.step(number)
+    return learner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_moments_and_step_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path):
+    learner = Learner(dtype=dtype)
+    for number in range(3):
+        learner.step(number)
+    path = learner.save(tmp_path, round_number=3)
+    other = Learner(seed=1, dtype=dtype)
+    other.step(99)
+    assert other.load(path) == state(3)
+    assert same(other.weights(), learner.weights())
+    assert same(other.moments(), learner.moments())
+    moments = other.moments()
+    assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_sq", "step"}
+    assert {float(moments[name]) for name in moments if name.endswith("/step")} == {3.0}
+    # What the model computes with is the restored weights, not only the masters.
+    for (name, ours), theirs in zip(
+        other.policy.model.named_parameters(), learner.policy.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_restored_run_takes_the_same_next_step(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    other = Learner(seed=1)
+    other.load(path)
+    for each in (learner, other):
+        each.step(3)
+    assert same(other.weights(), learner.weights())
+    assert same(other.moments(), learner.moments())
+
+
+def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path: Path):
+    fresh = Learner()
+    path = fresh.save(tmp_path, round_number=0)
+    other = Learner(seed=1)
+    other.step(0)
+    other.load(path)
+    assert other.moments() == {}
+    assert same(other.weights(), fresh.weights())
+
+
+def test_a_checkpoint_is_named_by_its_round(learner: Learner, tmp_path: Path):
+    assert learner.save(tmp_path, round_number=12) == tmp_path / "round-000012"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_its_model_folder_loads_with_plain_transformers(family: str, tmp_path: Path):
+    learner = Learner(family)
+    learner.step(0)
+    folder = learner.save(tmp_path, round_number=1) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    token_ids = torch.tensor([tokenizer("What is 1 + 2?")["input_ids"]])
+    with torch.no_grad():
+        theirs = model.eval()(token_ids).logits
+        ours = learner.policy.model(token_ids).logits
+    assert torch.equal(theirs, ours)
+    assert tokenizer.chat_template == character_tokenizer().chat_template
+    assert model.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "optimizer.safetensors"])
+def test_a_damaged_file_is_named(name: str, learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    content = bytearray((path / name).read_bytes())
+    content[-1] ^= 1
+    (path / name).write_bytes(bytes(content))
+    with pytest.raises(CheckpointError) as caught:
+        learner.load(path)
+    assert str(caught.value) == (
+        f"checkpoint {path} is damaged: {name} is not what was written; remove the folder to use "
+        "the one before it"
+    )
+
+
+def test_a_missing_file_is_named(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    (path / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"is damaged: optimizer\.safetensors"):
+        learner.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"digests": {}, "round": 1}'])
+def test_an_unreadable_state_is_named(text: str, learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    (path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"has no readable state\.json.*remove the folder"):
+        learner.load(path)
+
+
+def test_a_damaged_checkpoint_leaves_the_policy_as_it_was(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    (path / "optimizer.safetensors").write_bytes(b"")
+    other = Learner(seed=1)
+    before = other.weights()
+    with pytest.raises(CheckpointError):
+        other.load(path)
+    assert same(other.weights(), before)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    with pytest.raises(CheckpointError) as caught:
+        learner.load(path, digest="def")
+    assert str(caught.value) == (
+        f"checkpoint {path} was made with another recipe; resume with the run's own recipe.toml, "
+        "or choose another run folder"
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    other = Learner("gpt2")
+    before = other.weights()
+    with pytest.raises(ModelError, match="weights are of another model"):
+        other.load(path)
+    assert same(other.weights(), before)
+
+
+def test_the_newest_whole_checkpoint_is_found(learner: Learner, tmp_path: Path):
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    for number in (2, 10, 9):
+        learner.save(tmp_path, round_number=number)
+    assert latest_checkpoint(tmp_path) == tmp_path / "round-000010"
+    (tmp_path / "round-000010" / "state.json").unlink()
+    assert latest_checkpoint(tmp_path) == tmp_path / "round-000009"
+
+
+def test_a_half_written_folder_is_not_taken_for_a_checkpoint(learner: Learner, tmp_path: Path):
+    path = learner.save(tmp_path, round_number=3)
+    shutil.copytree(path, tmp_path / ".round-000004.partial")
+    assert latest_checkpoint(tmp_path) == path
+    # The next attempt at that round starts from nothing.
+    (tmp_path / ".round-000004.partial" / "stray").write_text("x")
+    fourth = learner.save(tmp_path, round_number=4)
+    assert not (fourth / "stray").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000003", "round-000004"]
+
+
+def test_saving_a_round_again_replaces_it(learner: Learner, tmp_path: Path):
+    learner.save(tmp_path, round_number=3)
+    learner.step(7)
+    path = learner.save(tmp_path, round_number=3)
+    other = Learner(seed=1)
+    other.load(path)
+    assert same(other.weights(), learner.weights())
+
+
+def test_only_the_newest_are_kept(learner: Learner, tmp_path: Path):
+    for number in (1, 2, 3):
+        learner.save(tmp_path, round_number=number)
+    assert remove_old_checkpoints(tmp_path, keep=2) == [tmp_path / "round-000001"]
+    assert remove_old_checkpoints(tmp_path, keep=2) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000002", "round-000003"]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.4, 0.7, 0.95])
+def test_a_full_disk_leaves_the_checkpoint_before_untouched(
+    share: float, learner: Learner, tmp_path: Path
+):
+    # Room for a share of a checkpoint: weights, tokenizer or moments find the disk full.
+    with small_disk(tmp_path / "disk", kilobytes=2_000) as disk:
+        first = learner.save(disk / "checkpoints", round_number=1)
+        before = files_of(first)
+        size = sum(len(content) for content in before.values())
+        fill(disk, leave=int(share * size))
+        with pytest.raises(RunFolderError) as caught:
+            learner.save(disk / "checkpoints", round_number=2)
+        assert str(caught.value).startswith(
+            f"checkpoint {disk}/checkpoints/round-000002 could not be written: "
+        )
+        assert "No space left on device" in str(caught.value)
+        assert files_of(first) == before
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == ["round-000001"]
+        (disk / "filler").unlink()
+        assert learner.save(disk / "checkpoints", round_number=2).is_dir()
