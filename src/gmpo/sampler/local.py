@@ -21,8 +21,8 @@ __all__ = ["LocalSampler"]
 
 _PREFILL_TOKENS = 2048
 """Prompt tokens run in one prefill, padding included."""
-_STOP_TAIL_TOKENS = 24
-"""Tokens decoded to look for a stop string: a stop string is far shorter than this."""
+_STOP_TAIL_MARGIN = 8
+"""Tokens decoded to look for a stop string, beyond one for each of its bytes."""
 
 
 @dataclass
@@ -95,7 +95,8 @@ class LocalSampler:
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; what it has so far comes back as "cancelled"."""
-        self._cancelled.add(request_id)
+        if request_id in self._ids_in_flight():
+            self._cancelled.add(request_id)
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Sample from these weights from now on; the sampler must be idle.
@@ -133,9 +134,8 @@ class LocalSampler:
 
     def _problem_with(self, request: SampleRequest) -> str | None:
         length = len(request.token_ids)
-        busy = {p.request.id for p in self._queue} | {row.request.id for row in self._rows}
         checks = (
-            (request.id in busy, "its id is already in flight; use another"),
+            (request.id in self._ids_in_flight(), "its id is already in flight; use another"),
             (length == 0, "its prompt is empty; give at least one token"),
             (
                 length + request.max_tokens > self._context_length,
@@ -147,9 +147,11 @@ class LocalSampler:
                 f"max_tokens {request.max_tokens} and num_completions {request.num_completions} "
                 "must be at least 1",
             ),
-            (request.temperature < 0, f"temperature {request.temperature} must be 0 or more"),
+            (not request.temperature >= 0, f"temperature {request.temperature} must be 0 or more"),
             (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
             (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
+            (request.top_logprobs < 0, f"top_logprobs {request.top_logprobs} must be 0 or more"),
+            ("" in request.stop_strings, "a stop string is empty; every text contains it"),
             (bool(request.media), "media are given, and this sampler takes text only"),
             (
                 bool(request.stop_strings) and self._decode is None,
@@ -157,6 +159,9 @@ class LocalSampler:
             ),
         )
         return next((message for is_wrong, message in checks if is_wrong), None)
+
+    def _ids_in_flight(self) -> set[str]:
+        return {p.request.id for p in self._queue} | {row.request.id for row in self._rows}
 
     def _drop_cancelled(self) -> list[Completion]:
         """End cancelled requests' rows, and drop what of them never started."""
@@ -260,7 +265,8 @@ class LocalSampler:
             return "stop"
         if request.stop_strings:
             assert self._decode is not None
-            tail = self._decode(row.token_ids[-_STOP_TAIL_TOKENS:])
+            longest = max(len(stop.encode()) for stop in request.stop_strings)
+            tail = self._decode(row.token_ids[-longest - _STOP_TAIL_MARGIN :])
             if any(stop in tail for stop in request.stop_strings):
                 return "stop"
         return "length" if len(row.token_ids) == request.max_tokens else None
