@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from gmpo.errors import NonFiniteError
+
 __all__ = ["Draw", "draw_tokens", "truncate_logits"]
 
 _BLOCK = 256
@@ -46,6 +48,9 @@ def draw_tokens(
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: in (0, 1]; 1 keeps all.
         top_k: 0 keeps all.
+
+    Raises:
+        NonFiniteError: a row has a NaN, a positive infinity, or nothing but negative ones.
     """
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, temperature).to(logits.dtype)
@@ -89,6 +94,13 @@ def _inverse_cdf(
     """Drawn tokens and log of the total weight: one pass over exponents, two short searches."""
     rows, vocabulary = logits.shape
     largest = logits.amax(dim=-1, keepdim=True)
+    is_usable = largest.isfinite()
+    if not bool(is_usable.all()):
+        raise NonFiniteError(
+            f"the model's logits are not finite for {int((~is_usable).sum())} of {rows} "
+            "completions, so that no token can be drawn. Its weights are damaged or have diverged: "
+            "use other weights, or resume from the last checkpoint with a lower learning rate"
+        )
     weights = (logits - largest).exp()
     if vocabulary % _BLOCK:
         weights = functional.pad(weights, (0, _BLOCK - vocabulary % _BLOCK))
