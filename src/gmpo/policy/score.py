@@ -122,6 +122,7 @@ class Policy:
                     f"weight {name} has shape {tuple(given[name].shape)}, "
                     f"this model needs {tuple(master.shape)}"
                 )
+        for name, master in self.masters.items():
             master.copy_(given[name])
         self.publish_masters()
 
