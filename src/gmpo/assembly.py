@@ -142,7 +142,7 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
             prompts_per_round=config.sampling.prompts_per_round,
             seed=config.training.seed,
         ),
-        held_out=task.held_out[: evaluation.items],
+        held_out=_held_out(config, task),
         evaluator=Evaluator(
             sampler=sampler,
             tokenizer=tokenizer,
@@ -187,7 +187,7 @@ def build_evaluator(
             settings=_evaluation_settings(settings, config.evaluation.max_new_tokens),
             examples=task.train[: config.evaluation.few_shot],
         )
-        yield evaluator, task.held_out[: config.evaluation.items]
+        yield evaluator, _held_out(config, task)
 
 
 def build_task(config: TaskConfig) -> Task:
@@ -202,6 +202,8 @@ def build_task(config: TaskConfig) -> Task:
     elif isinstance(config, CountdownTask):
         task = countdown_task(**arguments)
     elif isinstance(config, JsonlTask):
+        if config.held_out_items is None:
+            arguments["held_out_items"] = 0 if config.held_out_path else 500
         task = jsonl_task(**arguments)
     else:
         assert isinstance(config, BundledTask)
@@ -249,8 +251,14 @@ def _renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRe
         tokenizer,
         prompt_format=config.model.prompt_format,
         system=config.model.system,
-        max_prompt_tokens=config.sampling.max_length - config.sampling.max_new_tokens,
+        max_prompt_tokens=config.max_prompt_tokens(),
     )
+
+
+def _held_out(config: RunConfig, task: Task) -> tuple[Prompt, ...]:
+    """The held-out items used, in an order of no meaning, so that the first n are a fair sample."""
+    order = np.random.default_rng(config.task.split_seed).permutation(len(task.held_out))
+    return tuple(task.held_out[int(place)] for place in order[: config.evaluation.items])
 
 
 def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingSettings:

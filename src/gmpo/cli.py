@@ -241,11 +241,10 @@ def _train_with_display(
     from gmpo.terminal import TrainingDisplay
     from gmpo.training import train as run_training
 
-    bounds = config.objective.ratio_bounds()
-    clip = "no clip" if bounds is None else f"clip: ratio {bounds[0]:.4g} to {bounds[1]:.4g}"
+    objective = f"{config.objective.name} ({config.objective.clip_description()})"
     console.print(
-        f"{config.objective.name} ({clip}) trains {config.model.name} for "
-        f"{config.training.rounds} rounds; run folder {folder}",
+        f"{objective} trains {config.model.name} for {config.training.rounds} rounds; "
+        f"run folder {folder}",
         soft_wrap=True,
     )
     with TrainingDisplay(console, rounds=config.training.rounds) as display:
@@ -285,9 +284,7 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
         return
     console = Console()
     console.print(escape(dump_recipe(config)), highlight=False)
-    bounds = config.objective.ratio_bounds()
-    if bounds:
-        console.print(f"# clip as ratio bounds: {bounds[0]:.4g} to {bounds[1]:.4g}")
+    console.print(f"# {config.objective.clip_description()}")
     console.print(forecast_table(needs))
 
 
@@ -303,7 +300,7 @@ def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
                 results.append(evaluator.greedy_few_shot(prompts))
             if config.evaluation.sampled:
                 status.update("sampled")
-                results.append(evaluator.sampled(prompts, key=(config.training.seed,)))
+                results.append(evaluator.sampled(prompts, key=(config.training.seed, "after")))
     return results
 
 

@@ -74,7 +74,7 @@ class ArithmeticTask(_TaskTable):
     num_terms: int = Field(default=2, ge=2, le=8)
     """Operands an expression has."""
     train_items: int | None = Field(default=None, ge=1)
-    """Most training items; None takes all of a small space."""
+    """Most training items; None takes all of a small space and 10,000 of a large one."""
     instruction: str = "Answer with just the number."
     """Sentence after the question."""
 
@@ -98,6 +98,9 @@ class CountdownTask(_TaskTable):
 
 class JsonlTask(_TaskTable):
     """A JSONL file with `prompt` or `problem` and `answer` in every row."""
+
+    held_out_items: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
+    """Held-out items; None takes all rows of `held_out_path`, or else splits 500 off `path`."""
 
     kind: Literal["jsonl"]
     """Selects this table."""
@@ -141,6 +144,15 @@ class RewardConfig(_Table):
     official code's rule. They are counted either way."""
     timeout_seconds: float = Field(default=2.0, gt=0)
     """Longest grading of one answer, in seconds; time-outs count apart from wrong answers."""
+
+    @model_validator(mode="after")
+    def _positive_weights(self) -> RewardConfig:
+        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()):
+            raise ValueError(
+                f"reward.weights must name at least one component, none below 0 and not all 0, "
+                f"got {self.weights}; allowed components: correct, format"
+            )
+        return self
 
 
 class SamplingConfig(_Table):
@@ -243,14 +255,28 @@ class ObjectiveConfig(_Table):
         return clips
 
     def ratio_bounds(self) -> tuple[float, float] | None:
-        """The clip as bounds of the ratio itself, e.g. (0.67, 1.49) for 0.4 in log space."""
+        """The clip as bounds of the ratio itself, e.g. (0.67, 1.49) for 0.4 in log space.
+
+        None without a clip, and for gmpo_sequence_clip, whose clip bounds a sequence's product.
+        """
         clips = self.clips()
-        if not clips:
+        if not clips or self.name == "gmpo_sequence_clip":
             return None
         low, high = clips["clip_low"], clips["clip_high"]
         if self.name.startswith("gmpo"):
             return math.exp(-low), math.exp(high)
         return 1 - low, 1 + high
+
+    def clip_description(self) -> str:
+        """The clip in words with numbers, for people."""
+        clips, bounds = self.clips(), self.ratio_bounds()
+        if not clips:
+            return "no clip"
+        if bounds is None:
+            low, high = math.exp(-clips["clip_low"]), math.exp(clips["clip_high"])
+            return f"clip: product of a sequence's ratios {low:.4g} to {high:.4g}"
+        what = "sequence ratio" if self.name == "gspo" else "token ratio"
+        return f"clip: {what} {bounds[0]:.4g} to {bounds[1]:.4g}"
 
     def scale(self) -> Literal["std", "none"]:
         """How advantages are scaled, with the objective's own default filled in."""
@@ -273,7 +299,7 @@ class TrainingConfig(_Table):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the step size rises linearly from 0."""
     final_learning_rate_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Last step size over the peak, for linear and cosine."""
+    """Where linear and cosine arrive after the last step, as a fraction of the peak."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first-moment decay."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -294,7 +320,7 @@ class TrainingConfig(_Table):
     """Seed of the data order and of every sampled token."""
     gradient_cosine_every: int = Field(default=0, ge=0)
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
-    a round's last step, which costs a second backward pass; 0 never measures."""
+    a round's last step, which costs two more forward and backward passes; 0 never measures."""
 
 
 class CheckpointConfig(_Table):
@@ -314,7 +340,7 @@ class EvaluationConfig(_Table):
     items_during: int = Field(default=100, ge=1)
     """Held-out items of an evaluation during training."""
     items: int | None = Field(default=None, ge=1)
-    """Held-out items of the evaluations before and after; None takes all."""
+    """Held-out items used at all; None takes every one."""
     few_shot: int = Field(default=3, ge=0)
     """Worked examples of the few-shot evaluation before and after; 0 leaves it out."""
     sampled: bool = True
@@ -344,6 +370,11 @@ class RunConfig(_Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def max_prompt_tokens(self) -> int:
+        """Tokens that max_length leaves for a prompt beside the longest completion asked for."""
+        longest = max(self.sampling.max_new_tokens, self.evaluation.max_new_tokens or 0)
+        return self.sampling.max_length - longest
 
     @model_validator(mode="after")
     def _whole_groups_per_step(self) -> RunConfig:

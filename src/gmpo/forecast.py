@@ -70,7 +70,7 @@ def forecast(config: RunConfig) -> Forecast:
         load_tokenizer(config.model.name),
         prompt_format=config.model.prompt_format,
         system=config.model.system,
-        max_prompt_tokens=sampling.max_length - sampling.max_new_tokens,
+        max_prompt_tokens=config.max_prompt_tokens(),
     )
     lengths = [len(renderer.render(prompt).token_ids or ()) for prompt in task.train]
     longest = max(lengths)

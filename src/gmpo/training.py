@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -152,12 +153,12 @@ def _start(
 ) -> tuple[TrainingState, tuple[Evaluation, ...]]:
     """Where the run stands: restored from a checkpoint, or evaluated before its first round."""
     digest = hashlib.blake2b(dump_recipe(parts.config).encode(), digest_size=8).hexdigest()
-    if resume:
-        checkpoint = latest_checkpoint(run.checkpoints)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"run folder {run.path} has no checkpoint to resume; start it without --resume"
-            )
+    checkpoint = latest_checkpoint(run.checkpoints) if resume else None
+    if resume and checkpoint is None and not (run.path / "recipe.toml").exists():
+        raise CheckpointError(
+            f"run folder {run.path} holds no run to resume; start it without --resume"
+        )
+    if checkpoint is not None:
         state = load_checkpoint(
             checkpoint,
             policy=parts.policy,
@@ -167,7 +168,7 @@ def _start(
         parts.publish_weights(state.step)
         run.forget_after(state.round)
         return state, _evaluations_before(run)
-    # A run that died before its first round left evaluations, but nothing to go on from.
+    # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
     run.write_text("recipe.toml", dump_recipe(parts.config))
     run.write_text("run.json", json.dumps(provenance(), indent=1))
@@ -426,6 +427,8 @@ def _log_rollouts(
 def _row_ratios(results: Sequence[_StepResult]) -> dict[str, dict[str, float]]:
     """Each trained row's sequence ratio and its tokens' smallest and largest ratio."""
     table = {}
+    # A prompt that came twice in the round has two rows of one name: none beats the wrong one.
+    repeats = Counter(name for result in results for name in result.measures.row_names)
     for result in results:
         names = iter(result.measures.row_names)
         for terms, mask in zip(result.measures.terms, result.measures.masks, strict=True):
@@ -433,7 +436,9 @@ def _row_ratios(results: Sequence[_StepResult]) -> dict[str, dict[str, float]]:
             high = torch.where(mask, terms.log_ratio, -torch.inf).amax(dim=-1).exp().tolist()
             for row, sequence_ratio in enumerate(terms.sequence_ratio.tolist()):
                 ratio = {"sequence": sequence_ratio, "min": low[row], "max": high[row]}
-                table[next(names)] = ratio
+                name = next(names)
+                if repeats[name] == 1:
+                    table[name] = ratio
     return table
 
 
