@@ -41,6 +41,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "plots",
         "evaluation",
         "assembly",
+        "steps",
+        "reporting",
         "training",
         "trainer",
         "study",

@@ -1,0 +1,128 @@
+"""A round's figures and some of its completions, as records for the run folder."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gmpo.advantages import group_advantages
+from gmpo.assembly import TrainingParts
+from gmpo.batch import reward_table
+from gmpo.records import Group
+from gmpo.rewards import ScoredGroups
+from gmpo.steps import RoundUpdate, StepResult, advantages_of
+from gmpo.tracking import REWARD_COMPONENT_PREFIX
+
+__all__ = ["num_completion_tokens", "peak_memory_gib", "rollout_records", "round_metrics"]
+
+
+def round_metrics(
+    parts: TrainingParts, scored: ScoredGroups, update: RoundUpdate
+) -> dict[str, float]:
+    """The round's figures: of its rollouts, and its steps' figures averaged (extremes kept)."""
+    rollouts = [rollout for group in scored.groups for rollout in group.rollouts]
+    rewarded = [rollout for rollout in rollouts if rollout.reward is not None]
+    rewards, valid = reward_table(scored.groups)
+    advantages = group_advantages(rewards, valid=valid, scale="none")
+    logprobs = np.concatenate([r.sampler_logprobs[r.from_policy] for r in rollouts])
+    metrics = {
+        "rollout/reward": float(rewards[valid].mean()) if rewarded else math.nan,
+        "rollout/groups": float(len(scored.groups)),
+        "rollout/dead_groups": float((advantages == 0).all(dim=-1).sum()),
+        "rollout/completion_tokens": num_completion_tokens(scored.groups) / len(rollouts),
+        "rollout/truncated_fraction": sum(r.is_truncated for r in rollouts) / len(rollouts),
+        "rollout/entropy": float(-logprobs.mean()),
+        "rollout/errors_total": float(len(rollouts) - len(rewarded)),
+        "grading/timeouts_total": float(scored.num_timeouts),
+        "memory/peak_gib": peak_memory_gib(parts.policy.device),
+    }
+    for name in parts.rewards:
+        values = [r.rewards[name] for r in rewarded if name in r.rewards]
+        if values:
+            metrics[f"{REWARD_COMPONENT_PREFIX}{name}"] = sum(values) / len(values)
+    metrics["rollout/old_from_sampler"] = float(update.used_sampler_logprobs)
+    if update.mismatch is not None:
+        metrics["rollout/mismatch_mean"] = update.mismatch.mean
+        metrics["rollout/mismatch_max"] = update.mismatch.max
+    for name in sorted({name for step in update.steps for name in step.metrics}):
+        series = [step.metrics[name] for step in update.steps if name in step.metrics]
+        combine = {"ratio/min": min, "ratio/max": max}.get(name, _mean)
+        metrics[name] = combine(series)
+    return metrics
+
+
+def rollout_records(
+    parts: TrainingParts, groups: Sequence[Group], update: RoundUpdate, *, round_number: int
+) -> Iterator[dict[str, Any]]:
+    """The first groups of the round with advantages and ratios, for `gmpo inspect`."""
+    advantages = advantages_of(parts, groups)
+    ratios = _row_ratios(update.steps)
+    for place, group in enumerate(groups[: parts.config.tracking.groups_per_round]):
+        yield {
+            "round": round_number,
+            "group": place,
+            "prompt_id": group.prompt.id,
+            "prompt": _prompt_text(group),
+            "answer": group.prompt.columns.get("answer"),
+            "rollouts": [
+                {
+                    "text": rollout.text,
+                    "tokens": rollout.num_tokens,
+                    "finish_reason": rollout.finish_reason,
+                    "reward": rollout.reward,
+                    "rewards": dict(rollout.rewards),
+                    "error": rollout.error,
+                    "advantage": float(advantages[place, column]),
+                    "ratio": ratios.get(f"{rollout.prompt_id}#{rollout.index}"),
+                }
+                for column, rollout in enumerate(group.rollouts)
+            ],
+        }
+
+
+def num_completion_tokens(groups: Sequence[Group]) -> int:
+    """Completion tokens of all rollouts."""
+    return sum(rollout.num_tokens for group in groups for rollout in group.rollouts)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far in GiB: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _row_ratios(results: Sequence[StepResult]) -> dict[str, dict[str, float]]:
+    """Each trained row's sequence ratio and its tokens' smallest and largest ratio."""
+    table = {}
+    # A prompt that came twice in the round has two rows of one name: none beats the wrong one.
+    repeats = Counter(name for result in results for name in result.measures.row_names)
+    for result in results:
+        names = iter(result.measures.row_names)
+        for terms, mask in zip(result.measures.terms, result.measures.masks, strict=True):
+            low = torch.where(mask, terms.log_ratio, torch.inf).amin(dim=-1).exp().tolist()
+            high = torch.where(mask, terms.log_ratio, -torch.inf).amax(dim=-1).exp().tolist()
+            for row, sequence_ratio in enumerate(terms.sequence_ratio.tolist()):
+                ratio = {"sequence": sequence_ratio, "min": low[row], "max": high[row]}
+                name = next(names)
+                if repeats[name] == 1:
+                    table[name] = ratio
+    return table
+
+
+def _prompt_text(group: Group) -> str:
+    if group.prompt.messages is None:
+        return group.prompt.text or ""
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in group.prompt.messages)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,193 @@
+"""The optimizer steps of one round: batches, old log-probabilities, gradients, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gmpo.advantages import group_advantages
+from gmpo.assembly import TrainingParts
+from gmpo.batch import StepBatch, build_step, reward_table, split_steps
+from gmpo.objective import step_diagnostics
+from gmpo.records import Group
+from gmpo.schedules import learning_rate_factor
+from gmpo.update import (
+    Mismatch,
+    StepMeasures,
+    accumulate_gradients,
+    gradient_cosine,
+    with_old_logprobs,
+    with_reference_logprobs,
+)
+
+__all__ = [
+    "RoundUpdate",
+    "StepResult",
+    "advantages_of",
+    "build_steps",
+    "run_steps",
+    "update_policy",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step: what its gradient was made of, and its figures by metric name."""
+
+    measures: StepMeasures
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundUpdate:
+    """A round's steps, with how far sampler and trainer were apart (None without a live row)."""
+
+    steps: tuple[StepResult, ...]
+    mismatch: Mismatch | None
+    used_sampler_logprobs: bool
+
+
+def update_policy(
+    parts: TrainingParts,
+    groups: Sequence[Group],
+    *,
+    first_step: int,
+    may_trust_sampler: bool,
+    measures_cosine: bool,
+) -> RoundUpdate:
+    """Move the policy by the round's optimizer steps, whose old policy is the one at its start.
+
+    Args:
+        parts: of the run.
+        groups: the round's groups with rewards.
+        first_step: optimizer steps done before, for the step-size schedule.
+        may_trust_sampler: whether the last mismatch allows the sampler's log-probabilities.
+        measures_cosine: whether to measure the gradient's cosine to GRPO's on the last step.
+    """
+    steps = build_steps(parts, groups)
+    if parts.reference is not None:
+        temperature = parts.loss.temperature
+        steps = with_reference_logprobs(parts.reference, steps, temperature=temperature)
+    trusts_sampler = (
+        may_trust_sampler
+        and parts.config.training.engine == "fast"
+        # bf16 kernels differ too much between sampling and scoring: do not even try.
+        and parts.policy.dtype != torch.bfloat16
+        # The mismatch is measured on the first step, before anything moves.
+        and bool(steps[0].micro_batches)
+    )
+    return run_steps(
+        parts,
+        steps,
+        first_step=first_step,
+        measures_cosine=measures_cosine,
+        trusts_sampler=trusts_sampler,
+    )
+
+
+def build_steps(parts: TrainingParts, groups: Sequence[Group]) -> list[StepBatch]:
+    """Micro-batches of every optimizer step, with group-relative advantages."""
+    config = parts.config
+    advantages = advantages_of(parts, groups)
+    has_extra_terms = (
+        config.objective.kl_coefficient > 0 or config.objective.entropy_coefficient > 0
+    )
+    return [
+        build_step(
+            [groups[place] for place in places],
+            advantages[places.start : places.stop],
+            max_tokens=config.training.max_tokens_per_micro_batch,
+            shares_prompts=parts.policy.shares_prompts,
+            skips_dead_rows=config.training.engine == "fast" and not has_extra_terms,
+            device=parts.policy.device,
+        )
+        for places in split_steps(len(groups), steps_per_round=config.training.steps_per_round)
+    ]
+
+
+def run_steps(
+    parts: TrainingParts,
+    steps: list[StepBatch],
+    *,
+    first_step: int,
+    measures_cosine: bool,
+    trusts_sampler: bool,
+) -> RoundUpdate:
+    """Gradient and AdamW step of each batch.
+
+    If the sampler is trusted and its log-probabilities turn out to be too far from the trainer's,
+    the round's steps start again with recomputed ones. That is seen on the first step at no extra
+    pass, and before any weight has moved.
+    """
+    mismatch: Mismatch | None = None
+    if not trusts_sampler:
+        steps, mismatch = with_old_logprobs(parts.policy, steps, temperature=parts.loss.temperature)
+    results = []
+    for number, step in enumerate(steps):
+        is_last = number == len(steps) - 1
+        extra = _gradient_cosine(parts, step) if measures_cosine and is_last else {}
+        measures = accumulate_gradients(parts.policy, step, parts.loss)
+        if number == 0 and trusts_sampler:
+            mismatch = measures.mismatch
+            if mismatch is not None and not mismatch.is_small:
+                parts.optimizer.zero_gradients()
+                return run_steps(
+                    parts,
+                    steps,
+                    first_step=first_step,
+                    measures_cosine=measures_cosine,
+                    trusts_sampler=False,
+                )
+        metrics = _apply_step(parts, measures, first_step + number) | extra
+        results.append(StepResult(measures=measures, metrics=metrics))
+    return RoundUpdate(
+        steps=tuple(results), mismatch=mismatch, used_sampler_logprobs=trusts_sampler
+    )
+
+
+def advantages_of(parts: TrainingParts, groups: Sequence[Group]) -> torch.Tensor:
+    """Advantages [P, G] of scored groups, by the recipe's scale."""
+    rewards, valid = reward_table(groups)
+    objective = parts.config.objective
+    return group_advantages(
+        rewards, valid=valid, scale=objective.scale(), eps=objective.advantage_eps
+    )
+
+
+def _apply_step(parts: TrainingParts, measures: StepMeasures, step_number: int) -> dict[str, float]:
+    """Move the weights; the step's figures."""
+    training = parts.config.training
+    learning_rate = training.learning_rate * learning_rate_factor(
+        step_number,
+        total_steps=training.rounds * training.steps_per_round,
+        warmup_steps=training.warmup_steps,
+        schedule=training.schedule,
+        final_fraction=training.final_learning_rate_fraction,
+    )
+    norm = parts.optimizer.apply_step(
+        learning_rate=learning_rate, clip_norm=training.gradient_clip_norm
+    )
+    metrics = {
+        "update/loss": measures.loss,
+        "update/gradient_norm": norm,
+        "update/learning_rate": learning_rate,
+        "update/live_rollouts": float(len(measures.row_names)),
+    }
+    if measures.terms:
+        metrics |= step_diagnostics(measures.terms, measures.masks)
+    if measures.kl_ref_k3 is not None:
+        metrics["kl_ref/k3"] = measures.kl_ref_k3
+    if measures.entropy is not None:
+        metrics["update/entropy"] = measures.entropy
+    return metrics
+
+
+def _gradient_cosine(parts: TrainingParts, step: StepBatch) -> dict[str, float]:
+    """How far the objective's gradient points away from GRPO's."""
+    if not step.micro_batches:
+        return {}
+    plain = replace(parts.loss, kl_coefficient=0.0, entropy_coefficient=0.0)
+    cosine = gradient_cosine(parts.policy, step, settings=plain, other=parts.grpo_loss)
+    return {"update/gradient_cosine_grpo": cosine}
