@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from gmpo.errors import ConfigError, GmpoError
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
@@ -128,7 +129,7 @@ def evaluate(
         rows = [evaluation.as_dict() for evaluation in results]
         print(json.dumps({"model": config.model.name, "results": rows}))
         return
-    console.print(evaluation_table(results, (), title=f"{config.model.name} on held-out items"))
+    console.print(evaluation_table(results, title=f"{config.model.name} on held-out items"))
 
 
 @app.command()
@@ -148,6 +149,7 @@ def sample(
 ) -> None:
     """Complete one prompt."""
     from gmpo.generation import GenerationSettings, generate
+    from gmpo.inspection import visible
 
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = GenerationSettings(
@@ -161,11 +163,11 @@ def sample(
     )
     generated = generate(_model_name(model), text, system=system, settings=settings, warn=_warn)
     if as_json:
-        print(json.dumps([completion.as_dict() for completion in generated]))
+        print(json.dumps({"completions": [completion.as_dict() for completion in generated]}))
         return
     console = Console()
     for completion in generated:
-        console.print(escape(completion.text))
+        console.print(Text(visible(completion.text)), soft_wrap=True)
         reason = "" if completion.finish_reason == "stop" else ", cut by --max-tokens"
         console.print(f"[dim]({completion.num_tokens} tokens{reason})[/dim]")
 
@@ -186,7 +188,7 @@ def inspect(
     if group is not None:
         records = load_groups(run)
         if not 1 <= group <= len(records):
-            raise typer.BadParameter(f"there are groups 1 to {len(records)}, got {group}")
+            raise ConfigError(f"--group {group}: the run kept groups 1 to {len(records)}")
         record = records[group - 1]
         if as_json:
             print(json.dumps(record))
@@ -200,7 +202,8 @@ def inspect(
     console.print(render_summary(summary))
     if plots:
         drawn = plot_run(run, run / "plots")
-        console.print(f"plots: {', '.join(str(path) for path in drawn)}", soft_wrap=True)
+        paths = ", ".join(str(path) for path in drawn)
+        console.print(f"plots: {paths}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -246,6 +249,7 @@ def _train_with_display(
         f"{objective} trains {config.model.name} for {config.training.rounds} rounds; "
         f"run folder {folder}",
         soft_wrap=True,
+        markup=False,
     )
     with TrainingDisplay(console, rounds=config.training.rounds) as display:
         return run_training(config, folder=folder, resume=resume, report=display.report, warn=_warn)
@@ -258,9 +262,12 @@ def _show_outcome(
 
     console.print(render_summary(summary))
     console.print(f"{seconds / 60:.1f} minutes in all")
-    console.print(f"plots:      {result.folder / 'plots'}", soft_wrap=True)
-    console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
-    console.print(f"next:       gmpo inspect {result.folder} --group 1", soft_wrap=True)
+    for line in (
+        f"plots:      {result.folder / 'plots'}",
+        f"checkpoint: {result.checkpoint}",
+        f"next:       gmpo inspect {result.folder} --group 1",
+    ):
+        console.print(line, soft_wrap=True, markup=False)
     if result.before:
         best = max(evaluation.accuracy for evaluation in result.before)
         print(f"held-out accuracy: before {best:.3f}, after {result.after[0].accuracy:.3f}")
@@ -282,10 +289,9 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
         recipe = config.model_dump(mode="json")
         print(json.dumps({"recipe": recipe, "estimate": needs.as_dict()}))
         return
-    console = Console()
-    console.print(escape(dump_recipe(config)), highlight=False)
-    console.print(f"# {config.objective.clip_description()}")
-    console.print(forecast_table(needs))
+    print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
+    print(f"# {config.objective.clip_description()}")
+    Console().print(forecast_table(needs))
 
 
 def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
@@ -335,7 +341,7 @@ def _model_name(model: str) -> str:
 def _fresh_folder(name: str) -> Path:
     """runs/NAME, or the first free runs/NAME-2, runs/NAME-3 ..."""
     folder, number = Path("runs") / name, 2
-    while folder.exists():
+    while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder
 

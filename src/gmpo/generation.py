@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,12 +60,11 @@ def generate(
     resolved = resolve_model(ModelConfig(name=model, system=system))
     policy = load_policy(model, device=resolved.device, dtype=resolved.dtype, warn=warn)
     tokenizer = load_tokenizer(model)
-    context = policy.model.config.max_position_embeddings
     renderer = PromptRenderer(
         tokenizer,
         prompt_format="auto",
         system=system,
-        max_prompt_tokens=max(1, context - settings.max_tokens),
+        max_prompt_tokens=sys.maxsize,  # the sampler knows the model's own limit and names it
     )
     turn = Message(role="user", content=prompt)
     rendered = renderer.render(Prompt(id="prompt", messages=(turn,)))

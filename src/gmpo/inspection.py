@@ -25,6 +25,7 @@ __all__ = [
     "render_group",
     "render_summary",
     "summarize_run",
+    "visible",
 ]
 
 _WINDOW = 10
@@ -190,7 +191,7 @@ def render_summary(summary: RunSummary) -> RenderableType:
     """The summary as tables that need no colour and 80 columns."""
     head = Text(f"run {summary.folder}", overflow="fold")
     if summary.description:
-        head.append(f"\n{_visible(summary.description)}")
+        head.append(f"\n{visible(summary.description)}")
     parts: list[RenderableType] = [
         head,
         Text(),
@@ -209,8 +210,8 @@ def render_group(record: Mapping[str, Any]) -> RenderableType:
         record: one of `load_groups`.
     """
     rollouts = record["rollouts"]
-    prompt_id = _visible(str(record["prompt_id"]))
-    answer = "none" if record["answer"] is None else _visible(str(record["answer"]))
+    prompt_id = visible(str(record["prompt_id"]))
+    answer = "none" if record["answer"] is None else visible(str(record["answer"]))
     if any(rollout["ratio"] is not None for rollout in rollouts):
         note = "ratio: of the sequence; token ratios: smallest..largest, before the clip"
     else:
@@ -218,7 +219,7 @@ def render_group(record: Mapping[str, Any]) -> RenderableType:
     return Group(
         Text(f"round {record['round']}, group {record['group'] + 1}, prompt {prompt_id}\n"),
         Text("prompt"),
-        Padding(Text(_visible(record["prompt"]), overflow="fold"), (0, 0, 1, 2)),
+        Padding(Text(visible(record["prompt"]), overflow="fold"), (0, 0, 1, 2)),
         Text("answer"),
         Padding(Text(answer, overflow="fold"), (0, 0, 1, 2)),
         _rollout_table(rollouts),
@@ -332,7 +333,7 @@ def _training_rows(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.cosine_to_grpo is not None:
         cosine = "{1:.4f} mean, {0:.4f} smallest".format(*summary.cosine_to_grpo)
     return [
-        ("model", "not known" if summary.model is None else _visible(summary.model)),
+        ("model", "not known" if summary.model is None else visible(summary.model)),
         ("objective", summary.objective or "not known"),
         ("rounds done", f"{summary.rounds_done}{of_total}"),
         ("sampled reward, first round", _figure(summary.first_reward, "{:.3f}")),
@@ -388,7 +389,7 @@ def _evaluation_table(summary: RunSummary) -> Table:
     for name in {**before, **after}:
         pair = (before.get(name), after.get(name))
         table.add_row(
-            Text(_visible(name.replace("_", " "))),
+            Text(visible(name.replace("_", " "))),
             *(_accuracy(figures) for figures in pair),
             _before_and_after([None if f is None else f.items for f in pair]),
             _before_and_after([None if f is None else f.truncated for f in pair]),
@@ -401,7 +402,7 @@ def _rollout_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     components = list(dict.fromkeys(name for rollout in rollouts for name in rollout["rewards"]))
     for heading in ("#", "reward", *components, "advantage", "ratio", "token ratios", "tokens"):
-        table.add_column(Text(_visible(heading)), justify="right", overflow="fold")
+        table.add_column(Text(visible(heading)), justify="right", overflow="fold")
     table.add_column("end")
     for number, rollout in enumerate(rollouts, start=1):
         table.add_row(
@@ -422,13 +423,13 @@ def _completion_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("#", justify="right")
     table.add_column("completion", overflow="fold")
     for number, rollout in enumerate(rollouts, start=1):
-        failed = f"failed: {_visible(rollout['error'])}\n" if rollout["error"] else ""
-        text = _visible(rollout["text"]) or ("" if failed else "(empty)")
+        failed = f"failed: {visible(rollout['error'])}\n" if rollout["error"] else ""
+        text = visible(rollout["text"]) or ("" if failed else "(empty)")
         table.add_row(str(number), Text(failed + text))
     return table
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """The text with control characters written out: a completion must not steer the terminal."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from gmpo.evaluation import Evaluation
 from gmpo.forecast import Forecast
@@ -69,7 +70,8 @@ class TrainingDisplay:
             self._held_out = f"held-out {report.evaluations[0].accuracy:.2f}"
         else:
             for evaluation in report.evaluations:
-                self._console.print(f"{report.stage:>6}: {_sentence(evaluation)}")
+                sentence = f"{report.stage:>6}: {_sentence(evaluation)}"
+                self._console.print(sentence, soft_wrap=True)
 
     def _show_round(self, report: Report) -> None:
         metrics = report.metrics
@@ -84,31 +86,25 @@ class TrainingDisplay:
         self._progress.update(self._task, completed=report.round, figures=line)
         is_due = report.round % _LINES_EVERY_ROUNDS == 0 or report.round in (1, self._rounds)
         if is_due and not self._console.is_terminal:
-            self._console.print(f"round {report.round}/{self._rounds}  {line}")
+            self._console.print(f"round {report.round}/{self._rounds}  {line}", soft_wrap=True)
 
 
-def evaluation_table(
-    before: Sequence[Evaluation], after: Sequence[Evaluation], *, title: str
-) -> Table:
-    """Accuracies with 95 % Wilson intervals, before beside after."""
-    table = Table(title=title, title_justify="left")
+def evaluation_table(evaluations: Sequence[Evaluation], *, title: str) -> Table:
+    """Accuracies with 95 % Wilson intervals, and what was cut or timed out."""
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("evaluation")
-    table.add_column("items", justify="right")
-    if before:
-        table.add_column("before", justify="right")
-        table.add_column("95 %", justify="right")
-    if after:
-        table.add_column("after", justify="right")
-        table.add_column("95 %", justify="right")
-    found = {evaluation.name: evaluation for evaluation in before}
-    rows = {evaluation.name: evaluation for evaluation in after}
-    for name in dict.fromkeys([*found, *rows]):
-        any_of = found.get(name) or rows[name]
-        cells = [name.replace("_", " "), str(any_of.num_items)]
-        for side, shown in ((found, before), (rows, after)):
-            if shown:
-                cells += _cells(side.get(name))
-        table.add_row(*cells)
+    for heading in ("items", "accuracy", "95 %", "cut", "timeouts"):
+        table.add_column(heading, justify="right")
+    for evaluation in evaluations:
+        low, high = evaluation.interval
+        table.add_row(
+            evaluation.name.replace("_", " "),
+            str(evaluation.num_items),
+            f"{evaluation.accuracy:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            str(evaluation.num_truncated),
+            str(evaluation.num_timeouts),
+        )
     return table
 
 
@@ -121,13 +117,6 @@ def forecast_table(forecast: Forecast) -> Table:
         shown = f"{value:.2f} GiB" if name.endswith("_gib") else f"{value:,}"
         table.add_row(name.removesuffix("_gib").replace("_", " "), shown)
     return table
-
-
-def _cells(evaluation: Evaluation | None) -> list[str]:
-    if evaluation is None:
-        return ["-", "-"]
-    low, high = evaluation.interval
-    return [f"{evaluation.accuracy:.3f}", f"{low:.3f}-{high:.3f}"]
 
 
 def _sentence(evaluation: Evaluation) -> str:
