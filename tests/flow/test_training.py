@@ -133,7 +133,7 @@ def test_the_ratio_is_1_on_a_rounds_first_step_and_moves_after_it(finished: Trai
 
 
 def test_the_sampler_is_trusted_only_where_it_agrees(finished: TrainingResult):
-    for line in first_steps(finished.folder):
+    for line in metric_lines(finished.folder, "round"):
         assert line["rollout/old_from_sampler"] == 1
         assert line["rollout/mismatch_mean"] <= 0.005 and line["rollout/mismatch_max"] <= 0.1
 
@@ -278,8 +278,17 @@ def test_a_run_is_not_resumed_with_another_recipe_and_keeps_its_own(
     assert after == before
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(llama: str, tmp_path: Path):
+    whole = run(llama, tmp_path / "whole")
+    died = run(llama, tmp_path / "died")
+    shutil.rmtree(died.folder / "checkpoints")
+    again = run(llama, died.folder, resume=True)
+    assert same_weights(again.checkpoint, whole.checkpoint)
+    assert untimed(again.folder) == untimed(whole.folder)
+
+
 def test_resuming_without_a_checkpoint_is_refused(llama: str, tmp_path: Path):
-    with pytest.raises(CheckpointError, match="has no checkpoint to resume; start it without"):
+    with pytest.raises(CheckpointError, match="holds no run to resume; start it without"):
         run(llama, tmp_path / "run", resume=True)
 
 
@@ -326,8 +335,10 @@ def test_both_engines_draw_the_same_and_learn_the_same(llama: str, tmp_path: Pat
 
 def test_the_plain_engine_starts_every_round_at_ratio_exactly_1(gpt2: str, tmp_path: Path):
     result = run(gpt2, tmp_path / "run", training__engine="plain")
+    assert {line["rollout/old_from_sampler"] for line in metric_lines(result.folder, "round")} == {
+        0
+    }
     for line in first_steps(result.folder):
-        assert line["rollout/old_from_sampler"] == 0
         assert line["ratio/min"] == line["ratio/max"] == 1
 
 
