@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -107,15 +109,26 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[chosen_dtype])
-    except (OSError, ValueError) as error:
+        is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        if not is_encoder_decoder:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_DTYPES[chosen_dtype], output_loading_info=True
+            )
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
             f"cannot load model {name!r}: {first_line}; give {_SMOLLM2!r}, the name of a model in "
             "the local hub cache or reachable hub, or a folder with config.json and weights"
         ) from None
-    if model.config.is_encoder_decoder:
+    # Some encoder-decoders load as a decoder alone, with weights that were never trained so.
+    if is_encoder_decoder:
         raise ModelError(f"model {name!r} is an encoder-decoder; a decoder-only model is needed")
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model {name!r} lacks {len(missing)} weights, e.g. {missing[:3]}, which would be "
+            "random; give a folder with all weights of its config.json"
+        )
     loaded: PreTrainedModel = nn.Module.to(model, chosen_device)
     return loaded
 
