@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from gmpo.errors import NonFiniteError
 from gmpo.sampler.drawing import Draw, draw_tokens, truncate_logits
 
 F64 = torch.float64
@@ -209,6 +210,15 @@ def test_an_impossible_token_is_never_drawn(dtype: torch.dtype):
         result = draw(logits.expand(len(uniforms), -1), uniforms, top_k=top_k)
         assert bool((result.token_ids % 7 == 3).all())
         assert bool(result.sampled_logprobs.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused_with_their_number(value: float, temperature: float):
+    logits = random_logits(3, 50)
+    logits[1, 7] = value
+    with pytest.raises(NonFiniteError, match="logits are not finite for 1 of 3 completions"):
+        draw(logits, [0.1, 0.5, 0.9], temperature=temperature)
 
 
 def test_one_token_that_takes_all_weight_is_always_drawn():

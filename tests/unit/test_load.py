@@ -1,0 +1,234 @@
+"""Models and tokenizers by name: what loads, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from gmpo.errors import ModelError
+from gmpo.policy.load import (
+    choose_device,
+    choose_dtype,
+    end_token_ids,
+    known_models,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    model_folder,
+    model_version,
+)
+from gmpo.policy.score import Policy
+from gmpo.sampler.decoders import LlamaDecoder
+from gmpo.sampler.local import LocalSampler
+from gmpo.sampler.requests import SampleRequest, complete
+from models import character_tokenizer, save_tiny, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def load(name: str) -> Policy:
+    return load_policy(name, device="cpu", dtype="fp32", warn=lambda _: None)
+
+
+def test_a_folder_loads_with_its_weights_and_tokenizer(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model", seed=3)
+    policy = load(folder)
+    expected = dict(tiny_model(seed=3).named_parameters())
+    assert (policy.device, policy.dtype, policy.shares_prompts) == (CPU, torch.float32, True)
+    for name, weight in policy.named_weights():
+        assert torch.equal(weight, expected[name]), name
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("12+3")["input_ids"] == character_tokenizer()("12+3")["input_ids"]
+    assert tokenizer.chat_template == character_tokenizer().chat_template
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)],
+)
+def test_the_asked_precision_is_taken(tmp_path: Path, dtype: str, expected: torch.dtype):
+    model = load_model(save_tiny(tmp_path / "model"), device="cpu", dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-folder/"])
+def test_an_unknown_name_is_refused_with_the_ways_to_name_a_model(name: str):
+    message = rf"cannot load model '{name}': .*give 'smollm2-135m', the name of a model in"
+    with pytest.raises(ModelError, match=message):
+        load(name)
+    with pytest.raises(ModelError, match=rf"cannot load a tokenizer for '{name}'"):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"cannot load model .* a folder with config.json"):
+        load(str(tmp_path))
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path):
+    # BART would load as its decoder alone, with an untrained embedding; T5 has no such class.
+    bart = BartConfig(
+        vocab_size=50,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+    )
+    t5 = T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    BartForConditionalGeneration(bart).save_pretrained(tmp_path / "bart")
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    for name in ("bart", "t5"):
+        with pytest.raises(ModelError, match=f"{name}' is an encoder-decoder; a decoder-only"):
+            load(str(tmp_path / name))
+
+
+def test_missing_weights_are_refused_by_name_instead_of_random(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, e.g. \['model.layers.1.mlp.up_proj"):
+        load(folder)
+
+
+def test_a_damaged_weight_file_is_refused(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(ModelError, match="cannot load model"):
+        load(folder)
+
+
+def test_a_missing_tokenizer_is_refused_with_the_remedy(tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"cannot load a tokenizer .* tokenizer.save_pretrained"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is available here")
+def test_an_unavailable_device_is_refused_with_the_usable_ones(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"device 'cuda' is not available here; usable: \[.*'cpu'"):
+        choose_device("cuda")
+    with pytest.raises(ModelError, match="device 'cuda' is not available here"):
+        load_model(save_tiny(tmp_path / "model"), device="cuda", dtype="fp32")
+
+
+def test_the_asked_device_is_taken_and_auto_always_finds_one():
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cuda", "mps", "cpu")
+
+
+def test_an_asked_precision_is_not_measured_and_auto_takes_one_of_two():
+    assert choose_dtype("fp64", device=CPU) == "fp64"
+    assert choose_dtype("auto", device=CPU) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "expected"),
+    [
+        (1, 1, (1,)),
+        (7, 1, (1, 7)),
+        ([9, 7], 1, (1, 7, 9)),
+        (None, 4, (4,)),
+        (3, None, (3,)),
+        (None, None, ()),
+    ],
+)
+def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(of_model, of_tokenizer, expected):
+    model, tokenizer = tiny_model(), character_tokenizer()
+    model.generation_config.eos_token_id = of_model
+    tokenizer.eos_token = (
+        None if of_tokenizer is None else tokenizer.convert_ids_to_tokens(of_tokenizer)
+    )
+    assert end_token_ids(model, tokenizer) == expected
+
+
+def test_the_version_is_a_digest_of_the_weights():
+    version = model_version(tiny_model())
+    assert len(version) == 16 and int(version, 16) >= 0
+    assert model_version(tiny_model()) == version
+    assert model_version(tiny_model(seed=1)) != version
+    nudged = tiny_model()
+    with torch.no_grad():
+        nudged.model.norm.weight[0] += 1e-6
+    assert model_version(nudged) != version
+
+
+def test_a_saved_model_keeps_its_version(tmp_path: Path):
+    assert model_version(load(save_tiny(tmp_path / "model")).model) == model_version(tiny_model())
+
+
+def test_the_bundled_model_is_listed_whether_or_not_it_is_installed():
+    first = known_models()[0]
+    assert first.name == "smollm2-135m"
+    assert first.state.startswith(("bundled, ", "not installed: "))
+    assert json.loads(json.dumps(first.as_dict())) == first.as_dict()
+
+
+def test_a_hub_name_or_folder_stands_for_itself():
+    assert model_folder("someone/some-model") == "someone/some-model"
+
+
+# --- the bundled 135M model ---
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Policy, PreTrainedTokenizerBase, list[str]]:
+    try:
+        model_folder("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    warnings: list[str] = []
+    policy = load_policy("smollm2-135m", device="cpu", dtype="fp32", warn=warnings.append)
+    return policy, load_tokenizer("smollm2-135m"), warnings
+
+
+@pytest.mark.real_model
+def test_smollm2_takes_the_fast_path_with_its_modules_logits(smollm2):
+    policy, _, warnings = smollm2
+    assert policy.shares_prompts
+    assert warnings == []
+    assert sum(weight.numel() for _, weight in policy.named_weights()) == 134_515_008
+    assert policy.body.largest_logit_difference() < 1e-4
+
+
+@pytest.mark.real_model
+def test_smollm2s_weights_are_the_ones_every_experiment_used(smollm2):
+    policy, tokenizer, _ = smollm2
+    assert model_version(policy.model) == "785e20b3e653276b"
+    assert end_token_ids(policy.model, tokenizer) == (2,)
+
+
+@pytest.mark.real_model
+def test_smollm2s_greedy_answer_is_stable(smollm2):
+    policy, tokenizer, _ = smollm2
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    token_ids = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
+    sampler = LocalSampler(LlamaDecoder(policy.body, max_rows=1), context_length=2048, max_rows=1)
+    request = SampleRequest(
+        id="greedy",
+        token_ids=token_ids,
+        max_tokens=16,
+        temperature=0.0,
+        stop_ids=end_token_ids(policy.model, tokenizer),
+    )
+    (completion,) = complete(sampler, [request])["greedy"]
+    assert tokenizer.decode(completion.token_ids) == "The capital of France is Paris.<|im_end|>"
+    assert completion.finish_reason == "stop"
