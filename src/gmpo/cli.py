@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from gmpo.errors import ConfigError, GmpoError
@@ -59,7 +58,7 @@ def _refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Param
         try:
             return command(*args, **kwargs)
         except GmpoError as error:
-            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+            _say("error", str(error), style="red")
             raise typer.Exit(2) from None
 
     return wrapped
@@ -203,7 +202,7 @@ def inspect(
     if plots:
         drawn = plot_run(run, run / "plots")
         paths = ", ".join(str(path) for path in drawn)
-        console.print(f"plots: {paths}", soft_wrap=True, markup=False)
+        console.print(Text(f"plots: {paths}"), soft_wrap=True)
 
 
 @app.command()
@@ -245,12 +244,11 @@ def _train_with_display(
     from gmpo.training import train as run_training
 
     objective = f"{config.objective.name} ({config.objective.clip_description()})"
-    console.print(
+    sentence = (
         f"{objective} trains {config.model.name} for {config.training.rounds} rounds; "
-        f"run folder {folder}",
-        soft_wrap=True,
-        markup=False,
+        f"run folder {folder}"
     )
+    console.print(Text(sentence), soft_wrap=True)
     with TrainingDisplay(console, rounds=config.training.rounds) as display:
         return run_training(config, folder=folder, resume=resume, report=display.report, warn=_warn)
 
@@ -267,7 +265,7 @@ def _show_outcome(
         f"checkpoint: {result.checkpoint}",
         f"next:       gmpo inspect {result.folder} --group 1",
     ):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(Text(line), soft_wrap=True)
     if result.before:
         best = max(evaluation.accuracy for evaluation in result.before)
         print(f"held-out accuracy: before {best:.3f}, after {result.after[0].accuracy:.3f}")
@@ -347,4 +345,9 @@ def _fresh_folder(name: str) -> Path:
 
 
 def _warn(message: str) -> None:
-    Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
+    _say("note", message, style="yellow")
+
+
+def _say(what: str, message: str, *, style: str) -> None:
+    text = Text.assemble((f"{what}:", style), " ", message)  # markup would eat a path's brackets
+    Console(stderr=True).print(text, soft_wrap=True)
