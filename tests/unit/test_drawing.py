@@ -160,6 +160,17 @@ def test_truncation_keeps_the_likeliest_tokens(weights: list[int], top_p: float,
     assert torch.equal(truncated[0, kept], logits[0, kept])
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_a_set_that_reaches_top_p_exactly_is_large_enough(top_p: float, kept: int):
+    # Four equal tokens have exactly 1/4 each; the lower ids stay.
+    truncated = truncate_logits(
+        torch.zeros(1, 4, dtype=F64),
+        top_p=torch.tensor([top_p], dtype=F64),
+        top_k=torch.tensor([0]),
+    )
+    assert truncated[0].isfinite().tolist() == [token < kept for token in range(4)]
+
+
 @given(
     seed=st.integers(0, 2**20),
     vocabulary=st.sampled_from([1, 2, 255, 256, 257, 600, 1024]),
