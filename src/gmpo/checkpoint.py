@@ -106,7 +106,7 @@ def load_checkpoint(
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digests: Mapping[str, str] = content.pop("digests")
         state = TrainingState(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path} has no readable state.json: {error}; remove the folder to use the "
             "one before it"

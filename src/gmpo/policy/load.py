@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import scan_cache_dir
@@ -108,10 +109,12 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     folder = model_folder(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
+    # transformers types this call as a model alone; with loading info it returns a pair.
+    loaded: Any = None
     try:
         is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
         if not is_encoder_decoder:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=_DTYPES[chosen_dtype], output_loading_info=True
             )
     except (OSError, ValueError, SafetensorError) as error:
@@ -123,14 +126,15 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     # Some encoder-decoders load as a decoder alone, with weights that were never trained so.
     if is_encoder_decoder:
         raise ModelError(f"model {name!r} is an encoder-decoder; a decoder-only model is needed")
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
             f"model {name!r} lacks {len(missing)} weights, e.g. {missing[:3]}, which would be "
             "random; give a folder with all weights of its config.json"
         )
-    loaded: PreTrainedModel = nn.Module.to(model, chosen_device)
-    return loaded
+    on_device: PreTrainedModel = nn.Module.to(model, chosen_device)
+    return on_device
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
