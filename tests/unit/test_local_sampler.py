@@ -86,11 +86,11 @@ def predicting_logits(model: PreTrainedModel, asked: SampleRequest, drawn: np.nd
 
 
 MIXED_REQUESTS = [
-    request("a", prompt=[5, 6, 7, 8, 9, 10], num_completions=3, stop_ids=(END,)),
-    request("b", prompt=[5, 6, 7, 8, 9, 11, 12], num_completions=2, temperature=0.5, max_tokens=6),
-    request("c", prompt=[20], max_tokens=13, stop_ids=(END, 40)),
-    request("d", prompt=[5, 6, 7, 8], temperature=0.0, max_tokens=5),
-    request("e", prompt=[5, 6, 7, 8, 9, 10], num_completions=4, top_p=0.7, top_k=20),
+    request("a", prompt=[5, 6, 7, 8, 9, 10], num_completions=3, max_tokens=6, stop_ids=(END,)),
+    request("b", prompt=[5, 6, 7, 8, 9, 11, 12], num_completions=2, temperature=0.5, max_tokens=4),
+    request("c", prompt=[20], max_tokens=8, stop_ids=(END, 40)),
+    request("d", prompt=[5, 6, 7, 8], temperature=0.0, max_tokens=3),
+    request("e", prompt=[5, 6, 7, 8, 9, 10], num_completions=4, max_tokens=5, top_p=0.7, top_k=20),
 ]
 
 
