@@ -65,6 +65,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
+    ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
 }
 

@@ -18,6 +18,7 @@ from gmpo.errors import ModelError
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import scored_hidden_states
+from gmpo.policy.weights import copy_weights
 
 __all__ = ["Policy", "TokenScores"]
 
@@ -103,27 +104,13 @@ class Policy:
         for name, master in self.masters.items():
             yield name, master.detach()
 
-    @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights.
 
         Raises:
             ModelError: names or shapes are not exactly this model's.
         """
-        given = dict(named_tensors)
-        if given.keys() != self.masters.keys():
-            odd = sorted(given.keys() ^ self.masters.keys())
-            raise ModelError(
-                f"weights are of another model: {len(odd)} names differ, e.g. {odd[:3]}"
-            )
-        for name, master in self.masters.items():
-            if given[name].shape != master.shape:
-                raise ModelError(
-                    f"weight {name} has shape {tuple(given[name].shape)}, "
-                    f"this model needs {tuple(master.shape)}"
-                )
-        for name, master in self.masters.items():
-            master.copy_(given[name])
+        copy_weights(self.masters, named_tensors)
         self.publish_masters()
 
     @torch.no_grad()

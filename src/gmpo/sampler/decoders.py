@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gmpo.errors import ModelError
 from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.prefix import extend, padded, run_prompts
+from gmpo.policy.weights import copy_weights
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
@@ -117,11 +117,10 @@ class TransformersDecoder:
         self._blocks = kept
         return order
 
-    @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
         assert not self._blocks, "weights must not change under running rows"
-        _copy_weights(self.model, named_tensors)
+        copy_weights(dict(self.model.named_parameters()), named_tensors)
 
 
 class LlamaDecoder:
@@ -214,11 +213,10 @@ class LlamaDecoder:
         self._lengths = self._lengths[new_order]
         return new_order
 
-    @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
         assert not len(self._lengths), "weights must not change under running rows"
-        _copy_weights(self.body.model, named_tensors)
+        copy_weights(dict(self.body.model.named_parameters()), named_tensors)
 
     def _reserve(self, length: int, *, like: Tensor) -> None:
         """Grow the cache to hold `length` positions a row; what it holds stays."""
@@ -243,14 +241,3 @@ class LlamaDecoder:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    parameters = dict(model.named_parameters())
-    given = dict(named_tensors)
-    if given.keys() != parameters.keys():
-        odd = sorted(given.keys() ^ parameters.keys())
-        raise ModelError(f"weights are of another model: {len(odd)} names differ, e.g. {odd[:3]}")
-    for name, parameter in parameters.items():
-        if parameter.data_ptr() != given[name].data_ptr():
-            parameter.copy_(given[name])
