@@ -146,7 +146,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        # The tokenizers library has no narrower error for a full disk.
+        # The tokenizers library raises a bare Exception on a full disk; anything narrower is ours.
+        if type(error) is not Exception:
+            raise
         raise OSError(str(error)) from error
 
 

@@ -36,7 +36,7 @@ class Report:
     """What the loop tells its caller as it happens.
 
     Attributes:
-        stage: "before", "round", "evaluation", "checkpoint" or "after".
+        stage: "before", "round", "evaluation" or "after".
         round: rounds done.
         metrics: the round's figures, steps averaged (stage "round").
         evaluations: results of the stage.

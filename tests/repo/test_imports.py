@@ -64,6 +64,10 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("checkpoint", "policy.score"): "a checkpoint holds the policy's named weights",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
+    (
+        "sampler.decoders",
+        "policy.head",
+    ): "logits are widened alike before they become probabilities",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",

@@ -28,6 +28,7 @@ from gmpo.policy.load import (
     model_folder,
     model_version,
 )
+from gmpo.policy.prefix import largest_logit_difference
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
@@ -204,7 +205,7 @@ def test_smollm2_takes_the_fast_path_with_its_modules_logits(smollm2):
     assert policy.shares_prompts
     assert warnings == []
     assert sum(weight.numel() for _, weight in policy.named_weights()) == 134_515_008
-    assert policy.body.largest_logit_difference() < 1e-4
+    assert largest_logit_difference(policy.body) < 1e-4
 
 
 @pytest.mark.real_model

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["chunked_token_logprobs", "token_logprobs"]
+__all__ = ["chunked_token_logprobs", "token_logprobs", "widened"]
 
 _ROWS_PER_CHUNK = 256
 """Positions whose logits exist at once: 256 x 49,152 in fp32 are 50 MB."""
@@ -24,7 +24,7 @@ def token_logprobs(
 
     The obvious way, with ordinary gradients; `chunked_token_logprobs` must equal it.
     """
-    logprobs = (_widen(logits) / temperature).log_softmax(dim=-1)
+    logprobs = (widened(logits) / temperature).log_softmax(dim=-1)
     chosen = logprobs.gather(-1, token_ids[..., None])[..., 0]
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     return chosen, entropy
@@ -69,7 +69,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         logprobs, entropies, slopes, entropy_slopes = [], [], [], []
         for rows, ids in _chunks(hidden, token_ids):
-            log_p = (_widen(rows @ weight.T) / temperature).log_softmax(dim=-1)
+            log_p = (widened(rows @ weight.T) / temperature).log_softmax(dim=-1)
             logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
             p = log_p.exp()
             if with_entropy:
@@ -108,7 +108,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
             for rows, ids in _chunks(hidden, token_ids):
                 stop = start + len(ids)
                 logits_gradient = _logits_gradient(
-                    (_widen(rows @ weight.T) / ctx.temperature).log_softmax(dim=-1),
+                    (widened(rows @ weight.T) / ctx.temperature).log_softmax(dim=-1),
                     ids,
                     by_logprob[start:stop],
                     by_entropy[start:stop] if ctx.with_entropy else None,
@@ -134,5 +134,6 @@ def _chunks(hidden: Tensor, token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(hidden.split(_ROWS_PER_CHUNK), token_ids.split(_ROWS_PER_CHUNK), strict=True))
 
 
-def _widen(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """The same values in fp32, or in fp64 if they are: what softmax and norms are taken in."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -3,7 +3,7 @@
 Llama, SmolLM, Mistral, Qwen2 and Qwen3 share one layer: RMS norm, rotary grouped-query attention,
 gated SiLU feed-forward. Writing it here lets the caller decide where keys and values live: beside
 a shared prompt with gradient (training) or in a preallocated cache (sampling).
-`LlamaBody.largest_logit_difference` compares it with the module before anything relies on it.
+`largest_logit_difference` in `prefix.py` compares it with the module before anything relies on it.
 
 Dimensions: **B** sequences, **T** tokens, **H** query heads, **K** key heads, **D** head size,
 **M** hidden size, **V** vocabulary, **S** keys attended to.
@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from gmpo.errors import ModelError
+from gmpo.policy.head import widened
 
 __all__ = ["LlamaBody", "attend"]
 
@@ -102,27 +103,7 @@ class LlamaBody:
 
     def logits(self, hidden: Float[Tensor, "*B M"]) -> Float[Tensor, "*B V"]:
         """fp32 (or fp64) logits of hidden states that have not passed the final norm."""
-        logits: Tensor = self.model.lm_head(self.final_norm(hidden))
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    @torch.no_grad()
-    def largest_logit_difference(self) -> float:
-        """Largest |difference| between this body's logits and the module's own on fixed tokens.
-
-        Relative to the spread of the module's logits, so that it means the same for every model.
-        """
-        vocabulary = self.model.config.vocab_size
-        token_ids = (torch.arange(1, 25, device=self.model.device) * 7919 % vocabulary)[None]
-        expected = self.model(token_ids).logits.double().cpu()
-        hidden = self.embed(token_ids)
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-        rotary = self.rotary(hidden, positions)
-        causal = (positions[0][:, None] >= positions[0][None, :])[None, None]
-        for layer in self.layers:
-            queries, keys, values = self.project(layer, hidden, rotary)
-            hidden = self.finish(layer, hidden, attend(queries, keys, values, mask=causal))
-        difference = (self.logits(hidden).double().cpu() - expected).abs().max()
-        return float(difference / expected.std())
+        return widened(self.model.lm_head(self.final_norm(hidden)))
 
 
 def attend(
@@ -161,7 +142,7 @@ def _why_unsupported(model: PreTrainedModel) -> str | None:
 
 def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
     # The statistics are taken in fp32, as the transformers modules do.
-    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+    wide = widened(hidden)
     scaled = functional.rms_norm(wide, (wide.shape[-1],), eps=norm.variance_epsilon)
     weighted: Tensor = norm.weight * scaled.to(hidden.dtype)
     return weighted

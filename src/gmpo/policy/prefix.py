@@ -20,7 +20,15 @@ from torch import Tensor
 from gmpo.batch import MicroBatch
 from gmpo.policy.llama import LlamaBody, attend
 
-__all__ = ["Past", "common_length", "extend", "padded", "run_prompts", "scored_hidden_states"]
+__all__ = [
+    "Past",
+    "common_length",
+    "extend",
+    "largest_logit_difference",
+    "padded",
+    "run_prompts",
+    "scored_hidden_states",
+]
 
 _SHORTEST_COMMON = 4
 """Tokens that prompts must have in common before it pays to run them apart."""
@@ -139,6 +147,20 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
         later, _ = extend(body, batch.completion_ids[:, :-1], batch.completion_lengths - 1, past)
         hidden = torch.cat((hidden, later), dim=1)
     return body.final_norm(hidden[batch.mask])
+
+
+@torch.no_grad()
+def largest_logit_difference(body: LlamaBody) -> float:
+    """Largest |difference| between `extend`'s logits and the module's own on fixed tokens.
+
+    Relative to the spread of the module's logits, so that it means the same for every model.
+    """
+    device = body.model.device
+    token_ids = (torch.arange(1, 25, device=device) * 7919 % body.model.config.vocab_size)[None]
+    expected = body.model(token_ids).logits.double().cpu()
+    hidden, _ = extend(body, token_ids, torch.tensor([token_ids.shape[1]], device=device))
+    difference = (body.logits(hidden).double().cpu() - expected).abs().max()
+    return float(difference / expected.std())
 
 
 def padded(

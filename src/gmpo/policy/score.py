@@ -17,7 +17,7 @@ from gmpo.batch import MicroBatch
 from gmpo.errors import ModelError
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs
 from gmpo.policy.llama import LlamaBody
-from gmpo.policy.prefix import scored_hidden_states
+from gmpo.policy.prefix import largest_logit_difference, scored_hidden_states
 from gmpo.policy.weights import copy_weights
 
 __all__ = ["Policy", "TokenScores"]
@@ -171,7 +171,7 @@ def _checked_body(model: PreTrainedModel, warn: Callable[[str], None]) -> LlamaB
     except ModelError as error:
         warn(f"{error}; it runs on the plain path: same results, slower")
         return None
-    difference = body.largest_logit_difference()
+    difference = largest_logit_difference(body)
     allowed = _LARGEST_LOGIT_DIFFERENCE[model.dtype]
     if not difference <= allowed:
         warn(

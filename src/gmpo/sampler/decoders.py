@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
@@ -81,7 +82,7 @@ class TransformersDecoder:
         for prompt in prompts:
             token_ids = torch.tensor([list(prompt)], device=self.model.device)
             output = self.model(token_ids, use_cache=True, logits_to_keep=0 if all_logits else 1)
-            results.append(Prefill(logits=_wide(output.logits[0]), state=output.past_key_values))
+            results.append(Prefill(logits=widened(output.logits[0]), state=output.past_key_values))
         return results
 
     def add_rows(self, prefill: Prefill, num_rows: int) -> None:
@@ -98,7 +99,7 @@ class TransformersDecoder:
         for cache, count in self._blocks:
             block_ids = token_ids[start : start + count, None]
             output = self.model(block_ids, past_key_values=cache, use_cache=True)
-            logits.append(_wide(output.logits[:, -1]))
+            logits.append(widened(output.logits[:, -1]))
             start += count
         return torch.cat(logits)
 
@@ -237,7 +238,3 @@ class LlamaDecoder:
         old_values = list(self._values) or nothing
         self._keys = [grown(old) for old in old_keys]
         self._values = [grown(old) for old in old_values]
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
