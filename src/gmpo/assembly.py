@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -26,7 +26,7 @@ from gmpo.policy.load import (
     choose_device,
     choose_dtype,
     end_token_ids,
-    load_model,
+    load_policy,
     load_tokenizer,
 )
 from gmpo.policy.score import Policy
@@ -122,17 +122,14 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     train_prompts = [renderer.render(prompt) for prompt in task.train]
-    model_config = config.model
-    model = load_model(model_config.name, device=model_config.device, dtype=model_config.dtype)
-    policy = Policy(model, engine=config.training.engine, warn=warn)
-    settings = _sampling_settings(config, end_token_ids(model, tokenizer))
+    policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+    sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
-    evaluation = config.evaluation
     return TrainingParts(
         config=config,
         policy=policy,
-        reference=_reference(config, warn) if config.objective.kl_coefficient > 0 else None,
+        reference=_reference(config, warn=warn) if config.objective.kl_coefficient > 0 else None,
         tokenizer=tokenizer,
         sampler=sampler,
         optimizer=_optimizer(config, policy),
@@ -142,17 +139,10 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
             seed=config.training.seed,
         ),
         held_out=_held_out(config, task),
-        evaluator=Evaluator(
-            sampler=sampler,
-            tokenizer=tokenizer,
-            renderer=renderer,
-            grader=grader,
-            settings=_evaluation_settings(settings, evaluation.max_new_tokens),
-            examples=task.train[: evaluation.few_shot],
-        ),
+        evaluator=_evaluator(config, task, sampler, renderer, grader, sampling),
         grader=grader,
         rewards=_rewards(config, grader),
-        sampling=settings,
+        sampling=sampling,
         loss=_loss(config),
         grpo_loss=LossSettings(
             objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
@@ -169,23 +159,12 @@ def build_evaluator(
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
     tokenizer = load_tokenizer(config.model.name)
-    model_config = config.model
-    policy = Policy(
-        load_model(model_config.name, device=model_config.device, dtype=model_config.dtype),
-        engine=config.training.engine,
-        warn=warn,
-    )
+    renderer = _renderer(config, tokenizer)
+    policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
-    settings = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
+    sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
-        evaluator = Evaluator(
-            sampler=sampler,
-            tokenizer=tokenizer,
-            renderer=_renderer(config, tokenizer),
-            grader=grader,
-            settings=_evaluation_settings(settings, config.evaluation.max_new_tokens),
-            examples=task.train[: config.evaluation.few_shot],
-        )
+        evaluator = _evaluator(config, task, sampler, renderer, grader, sampling)
         yield evaluator, _held_out(config, task)
 
 
@@ -273,21 +252,34 @@ def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def _evaluation_settings(settings: SamplingSettings, max_tokens: int | None) -> SamplingSettings:
-    return SamplingSettings(
-        num_completions=1,
-        max_tokens=settings.max_tokens if max_tokens is None else max_tokens,
-        temperature=0.0,
-        stop_ids=settings.stop_ids,
-        stop_strings=settings.stop_strings,
+def _evaluator(
+    config: RunConfig,
+    task: Task,
+    sampler: LocalSampler,
+    renderer: PromptRenderer,
+    grader: Grader,
+    sampling: SamplingSettings,
+) -> Evaluator:
+    limit = config.evaluation.max_new_tokens
+    return Evaluator(
+        sampler=sampler,
+        renderer=renderer,
+        grader=grader,
+        settings=sampling if limit is None else replace(sampling, max_tokens=limit),
+        examples=task.train[: config.evaluation.few_shot],
     )
 
 
-def _reference(config: RunConfig, warn: Callable[[str], None]) -> Policy:
-    model = load_model(
-        config.model.name, device=config.model.device, dtype=config.model.dtype
-    ).requires_grad_(False)
-    return Policy(model, engine=config.training.engine, warn=warn)
+def _policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
+    model = config.model
+    engine = config.training.engine
+    return load_policy(model.name, device=model.device, dtype=model.dtype, engine=engine, warn=warn)
+
+
+def _reference(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
+    reference = _policy(config, warn=warn)
+    reference.model.requires_grad_(False)
+    return reference
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from gmpo.config import ModelConfig
 from gmpo.errors import ConfigError, GmpoError
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
 
@@ -141,7 +142,7 @@ def sample(
     top_p: Annotated[float, typer.Option(help="Smallest set of this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="The k likeliest tokens; 0 is all.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
-    system: Annotated[str | None, typer.Option(help="System turn.")] = None,
+    system: Annotated[str | None, typer.Option(help="System turn; default: the run's own.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
     as_json: _JsonOption = False,
@@ -160,7 +161,7 @@ def sample(
         stop_strings=tuple(stop or ()),
         seed=seed,
     )
-    generated = generate(_model_name(model), text, system=system, settings=settings, warn=_warn)
+    generated = generate(_model_config(model, system), text, settings=settings, warn=_warn)
     if as_json:
         print(json.dumps({"completions": [completion.as_dict() for completion in generated]}))
         return
@@ -295,16 +296,13 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
 def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
     from gmpo.assembly import build_evaluator
 
+    key = (config.training.seed, "after") if config.evaluation.sampled else None
     with build_evaluator(config, warn=_warn) as (evaluator, prompts):
         results = []
-        with console.status("greedy") as status:
-            results.append(evaluator.greedy(prompts))
-            if config.evaluation.few_shot:
-                status.update("few-shot")
-                results.append(evaluator.greedy_few_shot(prompts))
-            if config.evaluation.sampled:
-                status.update("sampled")
-                results.append(evaluator.sampled(prompts, key=(config.training.seed, "after")))
+        with console.status(f"asking {len(prompts)} held-out items") as status:
+            for result in evaluator.every_way(prompts, sampled_key=key):
+                results.append(result)
+                status.update(f"{result.name} {result.accuracy:.3f}, going on")
     return results
 
 
@@ -322,6 +320,14 @@ def _evaluation_config(
     config = load_recipe(recipe or own_recipe, overrides)
     named = config.model.model_copy(update={"name": _model_name(model)})
     return config.model_copy(update={"model": named})
+
+
+def _model_config(model: str, system: str | None) -> ModelConfig:
+    """A model as it was trained, if it is a run folder; prompts must look as they did then."""
+    recipe = Path(model) / "recipe.toml"
+    trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
+    changes = {"name": _model_name(model)} | ({} if system is None else {"system": system})
+    return trained.model_copy(update=changes)
 
 
 def _model_name(model: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from gmpo.grading import Grader
 from gmpo.records import Prompt
@@ -87,19 +85,27 @@ class Evaluator:
 
     Attributes:
         sampler: idle, holding the weights to be measured.
-        tokenizer: of the model.
-        renderer: the same as in training, so that prompts look alike.
+        renderer: the same as in training, so that prompts look alike; its tokenizer reads answers.
         grader: shared with the reward, so that answers are judged alike.
         settings: completions' limit and end tokens; temperature and count are set per call.
-        examples: solved training prompts for few-shot evaluation.
+        examples: solved training prompts for few-shot evaluation; none, no few-shot pass.
     """
 
     sampler: Sampler
-    tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     grader: Grader
     settings: SamplingSettings
     examples: tuple[Prompt, ...] = ()
+
+    def every_way(
+        self, prompts: Sequence[Prompt], *, sampled_key: tuple[int | str, ...] | None
+    ) -> Iterator[Evaluation]:
+        """Greedy, greedy few-shot and sampled, each as it is done; no key, no sampled pass."""
+        yield self.greedy(prompts)
+        if self.examples:
+            yield self.greedy_few_shot(prompts)
+        if sampled_key is not None:
+            yield self.sampled(prompts, key=sampled_key)
 
     def greedy(self, prompts: Sequence[Prompt]) -> Evaluation:
         """Zero-shot, temperature 0."""
@@ -125,7 +131,7 @@ class Evaluator:
         groups = sample_groups(
             self.sampler,
             [self.renderer.render(prompt) for prompt in prompts],
-            tokenizer=self.tokenizer,
+            tokenizer=self.renderer.tokenizer,
             settings=replace(self.settings, num_completions=1, temperature=temperature),
             key=("evaluation", *key),
         )

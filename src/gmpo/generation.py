@@ -45,10 +45,9 @@ class Generated:
 
 
 def generate(
-    model: str,
+    model: ModelConfig,
     prompt: str,
     *,
-    system: str | None = None,
     settings: GenerationSettings,
     warn: Callable[[str], None] = print,
 ) -> list[Generated]:
@@ -57,13 +56,13 @@ def generate(
     Raises:
         gmpo.errors.GmpoError: the model or a setting is not usable; it is named.
     """
-    resolved = resolve_model(ModelConfig(name=model, system=system))
-    policy = load_policy(model, device=resolved.device, dtype=resolved.dtype, warn=warn)
-    tokenizer = load_tokenizer(model)
+    model = resolve_model(model)
+    policy = load_policy(model.name, device=model.device, dtype=model.dtype, warn=warn)
+    tokenizer = load_tokenizer(model.name)
     renderer = PromptRenderer(
         tokenizer,
-        prompt_format="auto",
-        system=system,
+        prompt_format=model.prompt_format,
+        system=model.system,
         max_prompt_tokens=sys.maxsize,  # the sampler knows the model's own limit and names it
     )
     turn = Message(role="user", content=prompt)

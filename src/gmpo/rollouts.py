@@ -56,7 +56,7 @@ class PromptRenderer:
                 "use prompt_format = 'text', or set tokenizer.chat_template and save it"
             )
         self.uses_chat = has_template and prompt_format != "text"
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._system = system
         self._max_prompt_tokens = max_prompt_tokens
 
@@ -71,13 +71,13 @@ class PromptRenderer:
             raise DataError(f"prompt {prompt.id!r} is empty; give it some text")
         if self.uses_chat and prompt.messages is not None:
             chat = [{"role": turn.role, "content": turn.content} for turn in turns]
-            rendered = self._tokenizer.apply_chat_template(
+            rendered = self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=False
             )
             token_ids = cast(list[int], rendered)
         else:
             text = "\n".join(turn.content for turn in turns)
-            token_ids = cast(list[int], self._tokenizer(text + "\n")["input_ids"])
+            token_ids = cast(list[int], self.tokenizer(text + "\n")["input_ids"])
         if len(token_ids) > self._max_prompt_tokens:
             raise DataError(
                 f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than the "

@@ -204,16 +204,11 @@ def _evaluate_fully(
 ) -> tuple[Evaluation, ...]:
     """Greedy, greedy few-shot and sampled accuracy on all held-out items."""
     config = parts.config
-    kinds: list[Callable[[], Evaluation]] = [lambda: parts.evaluator.greedy(parts.held_out)]
-    if config.evaluation.few_shot:
-        kinds.append(lambda: parts.evaluator.greedy_few_shot(parts.held_out))
-    if config.evaluation.sampled:
-        key = (config.training.seed, stage)
-        kinds.append(lambda: parts.evaluator.sampled(parts.held_out, key=key))
+    key = (config.training.seed, stage) if config.evaluation.sampled else None
     results: list[Evaluation] = []
-    for kind in kinds:
-        results.append(kind())
-        report(Report(stage=stage, round=round_number, metrics={}, evaluations=tuple(results[-1:])))
+    for result in parts.evaluator.every_way(parts.held_out, sampled_key=key):
+        results.append(result)
+        report(Report(stage=stage, round=round_number, metrics={}, evaluations=(result,)))
     run.log_record(
         "evaluations.jsonl",
         {"stage": stage, "round": round_number, "results": [r.as_record() for r in results]},

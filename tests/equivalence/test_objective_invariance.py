@@ -4,23 +4,10 @@ import math
 
 import pytest
 import torch
+from tests.objective_inputs import F64, every_objective, terms_of
 from torch import Tensor
 
-from gmpo.objective import OBJECTIVES, ObjectiveTerms
-
-F64 = torch.float64
 NUM_ROLLOUTS, NUM_TOKENS = 8, 10
-every_objective = pytest.mark.parametrize("name", sorted(OBJECTIVES))
-
-
-def terms_of(
-    name: str, *, policy: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
-) -> ObjectiveTerms:
-    # Dr. GRPO alone needs a length; it is the sampling limit, whatever the width of the batch.
-    extra = {"max_tokens": 32} if name == "dr_grpo" else {}
-    return OBJECTIVES[name](
-        policy_logprobs=policy, old_logprobs=old, advantages=advantages, mask=mask, **extra
-    )
 
 
 def rollouts() -> dict[str, Tensor]:

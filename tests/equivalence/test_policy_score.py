@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.models import FAMILIES, tiny_model
+from tests.rollout_groups import group, one_step, random_groups, rollout
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,8 +18,6 @@ from gmpo.errors import ModelError
 from gmpo.policy.prefix import common_length
 from gmpo.policy.score import Policy
 from gmpo.records import Group
-from models import FAMILIES, tiny_model
-from rollout_groups import group, one_step, random_groups, rollout
 
 F64 = torch.float64
 LLAMA_FAMILY = [name for name in FAMILIES if name != "gpt2"]

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models import tiny_model
+from tests.objective_inputs import every_objective
+from tests.rollout_groups import one_step, random_groups
 from torch import Tensor
 
 from gmpo.batch import StepBatch
@@ -26,15 +29,12 @@ from gmpo.update import (
     with_old_logprobs,
     with_reference_logprobs,
 )
-from models import tiny_model
-from rollout_groups import one_step, random_groups
 
 F64 = torch.float64
 EXACT = 1e-12
 PROMPTS = [[11, 12, 13, 14, 15, 16], [11, 12, 13, 14, 15, 20, 21], [30, 31, 32], [40]]
 LENGTHS = [[5, 1, 3], [2, 7, 4], [6, 6, 1], [3, 2, 2]]
 ADVANTAGES = [[1.0, -1.2, 0.3], [0.7, -0.4, -0.3], [0.0, 0.0, 0.0], [1.5, 0.0, -1.5]]
-every_objective = pytest.mark.parametrize("name", sorted(OBJECTIVES))
 
 
 def ignore(_: str) -> None:

@@ -280,6 +280,19 @@ def test_a_run_folder_is_sampled_by_its_newest_checkpoint(finished: Path):
     )
 
 
+def test_a_run_is_sampled_with_the_system_turn_it_was_trained_with(finished: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    recipe = (run / "recipe.toml").read_text()
+    assert "[model]\n" in recipe
+    (run / "recipe.toml").write_text(recipe.replace("[model]\n", '[model]\nsystem = "be kind"\n'))
+    arguments = ("hi", "--max-tokens", "20")
+    own = gmpo("sample", run, *arguments).stdout
+    assert own == gmpo("sample", finished, *arguments, "--system", "be kind").stdout
+    assert own != gmpo("sample", finished, *arguments).stdout
+    assert gmpo("sample", run, *arguments, "--system", "be brief").stdout != own
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

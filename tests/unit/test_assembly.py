@@ -147,7 +147,7 @@ def test_the_parts_are_what_the_recipe_says(model: str):
         assert parts.sampling.stop_ids == (1,)
         assert [len(prompt.token_ids or ()) for prompt in parts.prompts.take(0)] == [17] * 8
         settings = parts.evaluator.settings
-        assert (settings.temperature, settings.num_completions, settings.max_tokens) == (0, 1, 3)
+        assert settings.max_tokens == 3
     finally:
         parts.close()
 

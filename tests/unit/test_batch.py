@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.rollout_groups import group, one_step, random_groups, rollout
 
 from gmpo.batch import MicroBatch, reward_table, split_steps
 from gmpo.errors import DataError
-from rollout_groups import group, one_step, random_groups, rollout
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 

@@ -7,10 +7,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from tests.elsewhere import ELSEWHERE, MixedDevicesError, elsewhere, move_there, values_of
+from tests.models import FAMILIES, tiny_model
+from tests.rollout_groups import one_step, random_groups
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from elsewhere import ELSEWHERE, MixedDevicesError, elsewhere, move_there, values_of
 from gmpo.batch import MicroBatch, StepBatch
 from gmpo.policy.head import chunked_token_logprobs
 from gmpo.policy.llama import LlamaBody
@@ -28,8 +30,6 @@ from gmpo.update import (
     with_old_logprobs,
     with_reference_logprobs,
 )
-from models import FAMILIES, tiny_model
-from rollout_groups import one_step, random_groups
 
 # Mistral and Qwen2 have the operations of Llama, with and without biases.
 PATHS = [("llama", "fast"), ("llama", "plain"), ("qwen3", "fast"), ("gpt2", "plain")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models import character_tokenizer, save_tiny, tiny_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -33,7 +34,6 @@ from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
-from models import character_tokenizer, save_tiny, tiny_model
 
 CPU = torch.device("cpu")
 

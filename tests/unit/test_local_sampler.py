@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.models import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +19,6 @@ from gmpo.policy.llama import LlamaBody
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import Completion, SampledToken, SampleRequest, complete
-from models import FAMILIES, tiny_model
 
 F64 = torch.float64
 END = 1

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.objective_inputs import F64, every_objective, terms_of
 from torch import Tensor
 
 from gmpo.objective import (
     OBJECTIVES,
-    ObjectiveTerms,
     dr_grpo_terms,
     gmpo_no_clip_terms,
     gmpo_no_norm_terms,
@@ -15,19 +15,6 @@ from gmpo.objective import (
     grpo_terms,
     gspo_terms,
 )
-
-F64 = torch.float64
-every_objective = pytest.mark.parametrize("name", sorted(OBJECTIVES))
-
-
-def terms_of(
-    name: str, *, policy: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
-) -> ObjectiveTerms:
-    # Dr. GRPO alone needs a length; it is the sampling limit, whatever the width of the batch.
-    extra = {"max_tokens": 32} if name == "dr_grpo" else {}
-    return OBJECTIVES[name](
-        policy_logprobs=policy, old_logprobs=old, advantages=advantages, mask=mask, **extra
-    )
 
 
 def rollouts() -> dict[str, Tensor]:

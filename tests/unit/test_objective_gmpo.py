@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.objective_inputs import F64, assert_values, batch, gradient
 
 from gmpo.objective import (
     OBJECTIVES,
@@ -19,32 +20,9 @@ from gmpo.objective import (
     grpo_terms,
 )
 
-F64 = torch.float64
 QUICK = settings(max_examples=40)
 CLIPPED = [gmpo_terms, gmpo_sequence_clip_terms, gmpo_no_norm_terms]
 GEOMETRIC = [*CLIPPED, gmpo_no_clip_terms]
-
-
-def batch(log_ratio, advantages, mask=None, old=None) -> dict[str, torch.Tensor]:
-    """Keyword arguments of an objective, with the policy's log-probabilities as the leaf."""
-    log_ratio = torch.as_tensor(log_ratio, dtype=F64)
-    old = torch.zeros_like(log_ratio) if old is None else torch.as_tensor(old, dtype=F64)
-    if mask is None:
-        mask = torch.ones_like(log_ratio, dtype=torch.bool)
-    return {
-        "policy_logprobs": (old + log_ratio).requires_grad_(),
-        "old_logprobs": old,
-        "advantages": torch.as_tensor(advantages, dtype=F64),
-        "mask": torch.as_tensor(mask),
-    }
-
-
-def gradient(loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.autograd.grad(loss.sum(), inputs["policy_logprobs"], allow_unused=False)[0]
-
-
-def assert_values(actual: torch.Tensor, expected) -> None:
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=F64))
 
 
 @st.composite

@@ -8,35 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.objective_inputs import F64, assert_values, batch, gradient
 
 from gmpo.objective import dr_grpo_terms, grpo_loss, grpo_terms
 
-F64 = torch.float64
 QUICK = settings(max_examples=40)
 matrices = st.lists(st.tuples(*[st.floats(-1.5, 1.5)] * 4).map(list), min_size=3, max_size=3)
 MASK = [[True, True, True, True], [False, True, True, False], [True, False, False, False]]
-
-
-def batch(log_ratio, advantages, mask=None, old=None) -> dict[str, torch.Tensor]:
-    """Keyword arguments of an objective, with the policy's log-probabilities as the leaf."""
-    log_ratio = torch.as_tensor(log_ratio, dtype=F64)
-    old = torch.zeros_like(log_ratio) if old is None else torch.as_tensor(old, dtype=F64)
-    if mask is None:
-        mask = torch.ones_like(log_ratio, dtype=torch.bool)
-    return {
-        "policy_logprobs": (old + log_ratio).requires_grad_(),
-        "old_logprobs": old,
-        "advantages": torch.as_tensor(advantages, dtype=F64),
-        "mask": torch.as_tensor(mask),
-    }
-
-
-def gradient(loss: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.autograd.grad(loss.sum(), inputs["policy_logprobs"])[0]
-
-
-def assert_values(actual: torch.Tensor, expected) -> None:
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=F64))
 
 
 EXAMPLE = [[0.0, math.log(1.1), math.log(0.9), math.log(8.0)]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.models import character_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import DataError, ModelError
@@ -11,7 +12,6 @@ from gmpo.records import Message, Prompt
 from gmpo.rollouts import PromptRenderer, SamplingSettings, decode_text, sample_groups
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
-from models import character_tokenizer, tiny_model
 
 END = 1
 
