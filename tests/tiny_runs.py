@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from gmpo.config import RunConfig
 from gmpo.recipe import dump_recipe
 from gmpo.tracking import read_lines
@@ -47,3 +51,13 @@ def metric_lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`, of one kind or all."""
     lines = read_lines(folder, "metrics.jsonl")
     return [line for line in lines if kind is None or line["kind"] == kind]
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "model" / "model.safetensors")
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    """Whether two checkpoints hold the same bits."""
+    a, b = weights(left), weights(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

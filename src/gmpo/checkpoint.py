@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gmpo.errors import CheckpointError, RunFolderError
+from gmpo.errors import CheckpointError, DamagedCheckpointError, RunFolderError
 from gmpo.policy.score import Policy
 
 __all__ = [
     "TrainingState",
+    "checkpoint_round",
+    "checkpoints_newest_first",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_newest_checkpoint",
     "remove_old_checkpoints",
     "save_checkpoint",
 ]
@@ -100,22 +103,24 @@ def load_checkpoint(
     """Put a checkpoint's weights and moments back; returns where the run stood.
 
     Raises:
-        CheckpointError: files are missing or damaged, or belong to another model or recipe.
+        DamagedCheckpointError: files are missing, or are not what was written.
+        CheckpointError: it belongs to another recipe.
+        ModelError: it belongs to another model.
     """
     try:
         content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digests: Mapping[str, str] = content.pop("digests")
         state = TrainingState(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} has no readable state.json: {error}; remove the folder to use the "
-            "one before it"
+        raise DamagedCheckpointError(
+            f"checkpoint {path} has no readable state.json: {error}; remove the folder to go "
+            "on from what was before it"
         ) from None
     for name, digest in digests.items():
         if not (path / name).is_file() or _digest(path / name) != digest:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"checkpoint {path} is damaged: {name} is not what was written; remove the folder "
-                "to use the one before it"
+                "to go on from what was before it"
             )
     if state.recipe_digest != recipe_digest:
         raise CheckpointError(
@@ -127,10 +132,56 @@ def load_checkpoint(
     return state
 
 
+def load_newest_checkpoint(
+    folder: Path,
+    *,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    recipe_digest: str,
+    warn: Callable[[str], None],
+) -> TrainingState | None:
+    """Put the newest undamaged checkpoint back; None if there is no checkpoint at all.
+
+    A damaged one is named to `warn` and, once an older one is found to be whole, moved aside to
+    `damaged-round-NNNNNN`, so that it is neither used nor counted again.
+
+    Raises:
+        DamagedCheckpointError: all are damaged; it names the oldest.
+        CheckpointError: it belongs to another recipe.
+        ModelError: it belongs to another model.
+    """
+    damaged: list[Path] = []
+    for path in checkpoints_newest_first(folder):
+        try:
+            state = load_checkpoint(
+                path, policy=policy, optimizer=optimizer, recipe_digest=recipe_digest
+            )
+        except DamagedCheckpointError as error:
+            if path == checkpoints_newest_first(folder)[-1]:
+                raise
+            warn(f"{error}; the one before it is used")
+            damaged.append(path)
+            continue
+        for each in damaged:
+            each.rename(folder / f"damaged-{each.name}")
+        return state
+    return None
+
+
+def checkpoints_newest_first(folder: Path) -> list[Path]:
+    """Checkpoints under `folder` that were written to their end."""
+    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
+    return found[::-1]
+
+
+def checkpoint_round(path: Path) -> int:
+    """Rounds done when a checkpoint was written, by its name."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
-    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
-    return found[-1] if found else None
+    return next(iter(checkpoints_newest_first(folder)), None)
 
 
 def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gmpo.config import ModelConfig
-from gmpo.errors import ConfigError, GmpoError
+from gmpo.errors import ConfigError, GmpoError, RunStopped
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ app = typer.Typer(
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
+_STOPPED = 130
+"""Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
+
 _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 _SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
@@ -52,12 +55,15 @@ def main() -> None:
 
 
 def _refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Print the project's own errors as one line and exit with 2."""
+    """Print the project's own errors as one line and exit with 2, or 130 for a stop asked for."""
 
     @wraps(command)
     def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         try:
             return command(*args, **kwargs)
+        except RunStopped as error:
+            _say("stopped", str(error), style="yellow")
+            raise typer.Exit(_STOPPED) from None
         except GmpoError as error:
             _say("error", str(error), style="red")
             raise typer.Exit(2) from None
@@ -241,7 +247,7 @@ def _recipe_source(recipe: str | None, run: str | None, *, resume: bool) -> str 
 def _train_with_display(
     config: RunConfig, folder: Path, *, resume: bool, console: Console
 ) -> TrainingResult:
-    from gmpo.terminal import TrainingDisplay
+    from gmpo.terminal import TrainingDisplay, asked_to_stop
     from gmpo.training import train as run_training
 
     objective = f"{config.objective.name} ({config.objective.clip_description()})"
@@ -250,8 +256,19 @@ def _train_with_display(
         f"run folder {folder}"
     )
     console.print(Text(sentence), soft_wrap=True)
-    with TrainingDisplay(console, rounds=config.training.rounds) as display:
-        return run_training(config, folder=folder, resume=resume, report=display.report, warn=_warn)
+    rounds = config.training.rounds
+    with TrainingDisplay(console, rounds=rounds) as display, asked_to_stop(_warn) as should_stop:
+        try:
+            return run_training(
+                config,
+                folder=folder,
+                resume=resume,
+                report=display.report,
+                warn=_warn,
+                should_stop=should_stop,
+            )
+        except KeyboardInterrupt:
+            raise RunStopped(f"{folder} goes on with: gmpo train --run {folder} --resume") from None
 
 
 def _show_outcome(

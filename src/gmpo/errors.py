@@ -3,11 +3,13 @@
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DamagedCheckpointError",
     "DataError",
     "GmpoError",
     "ModelError",
     "NonFiniteError",
     "RunFolderError",
+    "RunStopped",
 ]
 
 
@@ -35,5 +37,13 @@ class CheckpointError(GmpoError, ValueError):
     """A checkpoint is missing, damaged, or of another model or recipe."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint's files are not what was written; an older one may serve."""
+
+
 class RunFolderError(GmpoError, OSError):
-    """A run folder cannot be created or written."""
+    """A run folder cannot be created or written, or another process is using it."""
+
+
+class RunStopped(GmpoError):
+    """Training ended before its last round because it was asked to; the run can be resumed."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -22,7 +24,7 @@ from gmpo.evaluation import Evaluation
 from gmpo.forecast import Forecast
 from gmpo.training import Report
 
-__all__ = ["TrainingDisplay", "evaluation_table", "forecast_table"]
+__all__ = ["TrainingDisplay", "asked_to_stop", "evaluation_table", "forecast_table"]
 
 _LINES_EVERY_ROUNDS = 10
 """Rounds between two lines when the output is not a terminal."""
@@ -87,6 +89,29 @@ class TrainingDisplay:
         is_due = report.round % _LINES_EVERY_ROUNDS == 0 or report.round in (1, self._rounds)
         if is_due and not self._console.is_terminal:
             self._console.print(f"round {report.round}/{self._rounds}  {line}", soft_wrap=True)
+
+
+@contextmanager
+def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has come; a second one ends the process at once.
+
+    Args:
+        say: told what the first one leads to.
+    """
+    came = False
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, signal.default_int_handler)
+        say("finishing the round, then saving; once more to stop at once, which --resume mends too")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def evaluation_table(evaluations: Sequence[Evaluation], *, title: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -10,6 +11,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,28 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
+
+    @property
+    def rounds(self) -> Path:
+        """Where rollouts lie that a resumed run would need."""
+        return self.path / "rounds"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes off this folder; the lock ends with the process, however it ends.
+
+        Raises:
+            RunFolderError: another process trains here.
+        """
+        with (self.path / ".lock").open("a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"run folder {self.path} is being trained in by another process; wait for it, "
+                    "stop it, or choose another folder with --run"
+                ) from None
+            yield
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the run, whole or not at all.

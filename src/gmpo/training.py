@@ -10,21 +10,26 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from gmpo import __version__
 from gmpo.assembly import TrainingParts, build_parts
 from gmpo.checkpoint import (
     TrainingState,
+    checkpoint_round,
+    checkpoints_newest_first,
     latest_checkpoint,
-    load_checkpoint,
+    load_newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
 )
 from gmpo.config import RunConfig
-from gmpo.errors import CheckpointError, RunFolderError
+from gmpo.errors import CheckpointError, RunFolderError, RunStopped
 from gmpo.evaluation import Evaluation
 from gmpo.recipe import dump_recipe
 from gmpo.reporting import num_completion_tokens, rollout_records, round_metrics
 from gmpo.rollouts import sample_groups
+from gmpo.saved_rounds import SampledRound, forget_rounds, load_round, save_round
 from gmpo.steps import RoundUpdate, update_policy
 from gmpo.tracking import RunFolder, provenance, read_lines
 
@@ -65,21 +70,38 @@ def train(
     resume: bool = False,
     report: Callable[[Report], None] = lambda _: None,
     warn: Callable[[str], None] = print,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Run a recipe from its start, or from the folder's newest checkpoint, to its last round.
 
+    A run that was killed at any moment and is resumed on the same machine with the same number of
+    threads ends with the weights of a run that was not, bit for bit.
+
+    Args:
+        config: the recipe.
+        folder: of the run; no two processes train in one.
+        resume: go on from the newest checkpoint and the rollouts saved since.
+        report: told what happens, as it happens.
+        warn: told in one sentence what is not as expected.
+        should_stop: asked between rounds; once it says so, the run is saved and ends.
+
     Raises:
+        RunStopped: `should_stop` said so; the run was saved.
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
     run = RunFolder(folder)
-    _require_fresh(run, resume=resume)
-    with closing(build_parts(config, warn=warn)) as parts:
-        state, before = _start(run, parts, resume=resume, report=report)
+    with run.locked(), closing(_parts(run, config, resume=resume, warn=warn)) as parts:
+        state, before = _start(run, parts, resume=resume, report=report, warn=warn)
+        _stop_if(should_stop, run, parts, state)
         while state.round < config.training.rounds:
             state = _run_round(run, parts, state, report)
             _evaluate_during(run, parts, state, report)
             _checkpoint_if_due(run, parts, state)
-        after = _evaluate_fully(run, parts, stage="after", round_number=state.round, report=report)
+            _stop_if(should_stop, run, parts, state)
+        # A finished run that is resumed has its answer already.
+        after = _recorded_evaluations(run, "after") or _evaluate_fully(
+            run, parts, stage="after", round_number=state.round, report=report
+        )
     checkpoint = latest_checkpoint(run.checkpoints)
     assert checkpoint is not None, "the last round writes a checkpoint"
     return TrainingResult(folder=run.path, checkpoint=checkpoint, before=before, after=after)
@@ -89,17 +111,9 @@ def _run_round(
     run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
 ) -> TrainingState:
     """Sample once, reward, update several times, publish the weights."""
+    sampled = _sample_round(run, parts, state)
+    scored = sampled.scored
     started = time.perf_counter()
-    groups = sample_groups(
-        parts.sampler,
-        parts.prompts.take(state.round),
-        tokenizer=parts.tokenizer,
-        settings=parts.sampling,
-        key=(parts.config.training.seed, state.round),
-    )
-    sampled = time.perf_counter()
-    scored = parts.score(groups)
-    rewarded = time.perf_counter()
     every = parts.config.training.gradient_cosine_every
     done = state.round + 1
     update = update_policy(
@@ -112,10 +126,10 @@ def _run_round(
     state = _after(state, update)
     parts.publish_weights(state.step)
     metrics = round_metrics(parts, scored, update) | {
-        "time/rollout_seconds": sampled - started,
-        "time/reward_seconds": rewarded - sampled,
-        "time/update_seconds": time.perf_counter() - rewarded,
-        "time/tokens_per_second": num_completion_tokens(groups) / (sampled - started),
+        "time/rollout_seconds": sampled.rollout_seconds,
+        "time/reward_seconds": sampled.reward_seconds,
+        "time/update_seconds": time.perf_counter() - started,
+        "time/tokens_per_second": num_completion_tokens(scored.groups) / sampled.rollout_seconds,
     }
     for number, step in enumerate(update.steps, start=state.step - len(update.steps) + 1):
         run.log_metrics("step", step.metrics, round=state.round, step=number)
@@ -124,6 +138,31 @@ def _run_round(
         run.log_record("rollouts.jsonl", record)
     report(Report(stage="round", round=state.round, metrics=metrics))
     return state
+
+
+def _sample_round(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:
+    """The round's rewarded rollouts: those a killed run left, or new ones, saved before use."""
+    prompts = parts.prompts.take(state.round)
+    saved = load_round(run.rounds, state.round + 1, prompts)
+    if saved is not None:
+        return saved
+    started = time.perf_counter()
+    groups = sample_groups(
+        parts.sampler,
+        prompts,
+        tokenizer=parts.tokenizer,
+        settings=parts.sampling,
+        key=(parts.config.training.seed, state.round),
+    )
+    sampled = time.perf_counter()
+    scored = parts.score(groups)
+    result = SampledRound(
+        scored=scored,
+        rollout_seconds=sampled - started,
+        reward_seconds=time.perf_counter() - sampled,
+    )
+    save_round(run.rounds, state.round + 1, result)
+    return result
 
 
 def _after(state: TrainingState, update: RoundUpdate) -> TrainingState:
@@ -136,48 +175,89 @@ def _after(state: TrainingState, update: RoundUpdate) -> TrainingState:
     )
 
 
-def _require_fresh(run: RunFolder, *, resume: bool) -> None:
-    has_run = (run.path / "metrics.jsonl").exists() or latest_checkpoint(run.checkpoints)
-    if has_run and not resume:
+def _parts(
+    run: RunFolder, config: RunConfig, *, resume: bool, warn: Callable[[str], None]
+) -> TrainingParts:
+    """The recipe's parts, once the folder is known to fit what was asked."""
+    traces = ("metrics.jsonl", "rounds", "checkpoints")
+    if not resume and any((run.path / name).exists() for name in traces):
         raise RunFolderError(
             f"run folder {run.path} already holds a run; continue it with --resume or choose "
             "another with --run"
         )
-
-
-def _start(
-    run: RunFolder, parts: TrainingParts, *, resume: bool, report: Callable[[Report], None]
-) -> tuple[TrainingState, tuple[Evaluation, ...]]:
-    """Where the run stands: restored from a checkpoint, or evaluated before its first round."""
-    digest = hashlib.blake2b(dump_recipe(parts.config).encode(), digest_size=8).hexdigest()
-    checkpoint = latest_checkpoint(run.checkpoints) if resume else None
-    if resume and checkpoint is None and not (run.path / "recipe.toml").exists():
+    if resume and not (run.path / "recipe.toml").exists():
         raise CheckpointError(
             f"run folder {run.path} holds no run to resume; start it without --resume"
         )
-    if checkpoint is not None:
-        state = load_checkpoint(
-            checkpoint,
-            policy=parts.policy,
-            optimizer=parts.optimizer.adamw,
-            recipe_digest=digest,
+    return build_parts(config, warn=warn)
+
+
+def _start(
+    run: RunFolder,
+    parts: TrainingParts,
+    *,
+    resume: bool,
+    report: Callable[[Report], None],
+    warn: Callable[[str], None],
+) -> tuple[TrainingState, tuple[Evaluation, ...]]:
+    """Where the run stands: restored from a checkpoint, or evaluated before its first round."""
+    recipe = dump_recipe(parts.config)
+    if resume and (run.path / "recipe.toml").read_text(encoding="utf-8") != recipe:
+        raise CheckpointError(
+            f"run folder {run.path} was made with another recipe; resume with its own recipe.toml, "
+            "or choose another run folder"
         )
+    if resume:
+        _warn_if_made_elsewhere(run, warn)
+    digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+    state = load_newest_checkpoint(
+        run.checkpoints,
+        policy=parts.policy,
+        optimizer=parts.optimizer.adamw,
+        recipe_digest=digest,
+        warn=warn,
+    )
+    if state is not None:
         parts.publish_weights(state.step)
         run.forget_after(state.round)
-        return state, _evaluations_before(run)
+        return state, _recorded_evaluations(run, "before")
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
-    run.write_text("recipe.toml", dump_recipe(parts.config))
-    run.write_text("run.json", json.dumps(provenance(), indent=1))
+    run.write_text("recipe.toml", recipe)
+    run.write_text("run.json", json.dumps(_made_with(), indent=1))
     state = TrainingState(
         round=0, step=0, mismatch_is_small=None, recipe_digest=digest, version=__version__
     )
     return state, _evaluate_fully(run, parts, stage="before", round_number=0, report=report)
 
 
-def _evaluations_before(run: RunFolder) -> tuple[Evaluation, ...]:
+def _made_with() -> dict[str, str | int | None]:
+    """All that decides a run's bits besides its recipe."""
+    return {**provenance(), "threads": torch.get_num_threads()}
+
+
+def _warn_if_made_elsewhere(run: RunFolder, warn: Callable[[str], None]) -> None:
+    """Rounding differs between versions, machines and thread counts: the user should know."""
+    try:
+        recorded = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        warn(f"{run.path / 'run.json'} cannot be read ({error}); what made the run is not known")
+        return
+    changed = [
+        f"{name} was {recorded.get(name)}, is {value}"
+        for name, value in _made_with().items()
+        if recorded.get(name) != value
+    ]
+    if changed:
+        warn(
+            f"this is not what made {run.path}: {'; '.join(changed)}; the run goes on, but not "
+            "bit for bit as it would have there"
+        )
+
+
+def _recorded_evaluations(run: RunFolder, stage: str) -> tuple[Evaluation, ...]:
     for line in read_lines(run.path, "evaluations.jsonl"):
-        if line["stage"] == "before":
+        if line["stage"] == stage:
             return tuple(Evaluation.from_record(record) for record in line["results"])
     return ()
 
@@ -221,6 +301,24 @@ def _checkpoint_if_due(run: RunFolder, parts: TrainingParts, state: TrainingStat
     is_last = state.round == parts.config.training.rounds
     if not is_last and state.round % checkpoint.every_rounds:
         return
+    _save(run, parts, state)
+
+
+def _stop_if(
+    should_stop: Callable[[], bool], run: RunFolder, parts: TrainingParts, state: TrainingState
+) -> None:
+    if not should_stop():
+        return
+    newest = latest_checkpoint(run.checkpoints)
+    if newest is None or checkpoint_round(newest) != state.round:
+        _save(run, parts, state)
+    raise RunStopped(
+        f"stopped after round {state.round} of {parts.config.training.rounds}, which is saved; go "
+        f"on with: gmpo train --run {run.path} --resume"
+    )
+
+
+def _save(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
     save_checkpoint(
         run.checkpoints,
         policy=parts.policy,
@@ -228,4 +326,6 @@ def _checkpoint_if_due(run: RunFolder, parts: TrainingParts, state: TrainingStat
         tokenizer=parts.tokenizer,
         state=state,
     )
-    remove_old_checkpoints(run.checkpoints, keep=checkpoint.keep)
+    remove_old_checkpoints(run.checkpoints, keep=parts.config.checkpoint.keep)
+    oldest = checkpoints_newest_first(run.checkpoints)[-1]
+    forget_rounds(run.rounds, up_to=checkpoint_round(oldest))

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.models import save_tiny
-from tests.tiny_runs import metric_lines, tiny_recipe
+from tests.tiny_runs import metric_lines, same_weights, tiny_recipe, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,17 +38,15 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
-def run(model: str, folder: Path, *, resume: bool = False, **changes: Any) -> TrainingResult:
-    return train(tiny_recipe(model, **changes), folder=folder, resume=resume, warn=lambda _: None)
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "model" / "model.safetensors")
-
-
-def same_weights(left: Path, right: Path) -> bool:
-    a, b = weights(left), weights(right)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def run(
+    model: str,
+    folder: Path,
+    *,
+    resume: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+    **changes: Any,
+) -> TrainingResult:
+    return train(tiny_recipe(model, **changes), folder=folder, resume=resume, warn=warn)
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -88,7 +87,10 @@ def test_a_run_writes_what_it_did(finished: TrainingResult):
         "rollouts.jsonl",
         "evaluations.jsonl",
         "checkpoints",
+        "rounds",
+        ".lock",
     }
+    assert not list((finished.folder / "rounds").iterdir())  # the last checkpoint covers all
     assert finished.checkpoint == finished.folder / "checkpoints" / "round-000004"
     assert [path.name for path in finished.checkpoint.parent.iterdir()] == ["round-000004"]
 
@@ -100,6 +102,7 @@ def test_the_recipe_beside_a_run_is_the_resolved_one(finished: TrainingResult, l
     assert dump_recipe(config) == (finished.folder / "recipe.toml").read_text()
     made_with = json.loads((finished.folder / "run.json").read_text())
     assert made_with["torch"] == torch.__version__
+    assert made_with["threads"] == torch.get_num_threads()
 
 
 def test_every_metric_is_documented_and_every_line_has_its_place(finished: TrainingResult):
@@ -292,13 +295,28 @@ def test_resuming_without_a_checkpoint_is_refused(llama: str, tmp_path: Path):
         run(llama, tmp_path / "run", resume=True)
 
 
-def test_a_finished_run_that_is_resumed_only_asks_again(llama: str, tmp_path: Path):
+def test_a_finished_run_that_is_resumed_has_its_answer(llama: str, tmp_path: Path):
     first = run(llama, tmp_path / "run")
     lines = untimed(first.folder)
     again = run(llama, tmp_path / "run", resume=True)
     assert again.checkpoint == first.checkpoint
     assert untimed(again.folder) == lines
     assert [e.outcomes for e in again.after] == [e.outcomes for e in first.after]
+    stages = [line["stage"] for line in read_lines(first.folder, "evaluations.jsonl")]
+    assert stages == ["before", "after"]
+
+
+def test_a_run_resumed_with_other_means_says_so(llama: str, tmp_path: Path):
+    first = run(llama, tmp_path / "run")
+    path = first.folder / "run.json"
+    made_with = json.loads(path.read_text())
+    path.write_text(json.dumps({**made_with, "threads": 99}))
+    said: list[str] = []
+    run(llama, first.folder, resume=True, warn=said.append)
+    assert said == [
+        f"this is not what made {first.folder}: threads was 99, is {torch.get_num_threads()}; the "
+        "run goes on, but not bit for bit as it would have there"
+    ]
 
 
 def test_both_engines_draw_the_same_and_learn_the_same(llama: str, tmp_path: Path):

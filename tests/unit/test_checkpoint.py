@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmpo.checkpoint import (
     TrainingState,
+    checkpoint_round,
     latest_checkpoint,
     load_checkpoint,
+    load_newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
 )
-from gmpo.errors import CheckpointError, ModelError, RunFolderError
+from gmpo.errors import CheckpointError, DamagedCheckpointError, ModelError, RunFolderError
 from gmpo.policy.score import Policy
 from gmpo.update import PolicyOptimizer
 
@@ -48,6 +50,15 @@ class Learner:
     def load(self, path: Path, *, digest: str = "abc") -> TrainingState:
         return load_checkpoint(
             path, policy=self.policy, optimizer=self.optimizer.adamw, recipe_digest=digest
+        )
+
+    def load_newest(self, folder: Path, said: list[str]) -> TrainingState | None:
+        return load_newest_checkpoint(
+            folder,
+            policy=self.policy,
+            optimizer=self.optimizer.adamw,
+            recipe_digest="abc",
+            warn=said.append,
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -161,8 +172,8 @@ def test_a_damaged_file_is_named(name: str, learner: Learner, tmp_path: Path):
     with pytest.raises(CheckpointError) as caught:
         learner.load(path)
     assert str(caught.value) == (
-        f"checkpoint {path} is damaged: {name} is not what was written; remove the folder to use "
-        "the one before it"
+        f"checkpoint {path} is damaged: {name} is not what was written; remove the folder to go "
+        "on from what was before it"
     )
 
 
@@ -217,6 +228,44 @@ def test_the_newest_whole_checkpoint_is_found(learner: Learner, tmp_path: Path):
     assert latest_checkpoint(tmp_path) == tmp_path / "round-000010"
     (tmp_path / "round-000010" / "state.json").unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "round-000009"
+
+
+def test_of_no_checkpoint_nothing_is_loaded(learner: Learner, tmp_path: Path):
+    assert learner.load_newest(tmp_path / "absent", []) is None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(learner: Learner, tmp_path: Path):
+    learner.save(tmp_path, round_number=2)
+    kept = learner.weights()
+    learner.step(9)
+    damaged = learner.save(tmp_path, round_number=3)
+    (damaged / "optimizer.safetensors").write_bytes(b"")
+    other, said = Learner(seed=1), list[str]()
+    assert other.load_newest(tmp_path, said) == state(2)
+    assert same(other.weights(), kept)
+    assert said == [
+        f"checkpoint {damaged} is damaged: optimizer.safetensors is not what was written; remove "
+        "the folder to go on from what was before it; the one before it is used"
+    ]
+    # It is out of the way of retention, and not lost.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-round-000003",
+        "round-000002",
+    ]
+    assert latest_checkpoint(tmp_path) == tmp_path / "round-000002"
+
+
+def test_where_all_are_damaged_nothing_is_moved(learner: Learner, tmp_path: Path):
+    for number in (1, 2):
+        path = learner.save(tmp_path, round_number=number)
+        (path / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match="round-000001 is damaged"):
+        learner.load_newest(tmp_path, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000001", "round-000002"]
+
+
+def test_the_round_of_a_checkpoint_is_in_its_name(learner: Learner, tmp_path: Path):
+    assert checkpoint_round(learner.save(tmp_path, round_number=17)) == 17
 
 
 def test_a_half_written_folder_is_not_taken_for_a_checkpoint(learner: Learner, tmp_path: Path):

@@ -163,3 +163,15 @@ def test_the_versions_behind_a_result_are_known():
     found = provenance()
     assert {"gmpo", "torch", "transformers", "numpy", "python", "machine", "commit"} <= set(found)
     assert all(found[name] for name in found if name != "commit")
+
+
+def test_a_second_user_of_the_folder_is_refused(run: RunFolder):
+    with run.locked():
+        with pytest.raises(RunFolderError) as caught, RunFolder(run.path).locked():
+            pass
+        assert str(caught.value) == (
+            f"run folder {run.path} is being trained in by another process; wait for it, stop it, "
+            "or choose another folder with --run"
+        )
+    with RunFolder(run.path).locked():
+        pass

@@ -45,6 +45,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
+            process_group=0,  # Ctrl-C is for the trainer, which may still need verdicts
         )
         self._replies: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(

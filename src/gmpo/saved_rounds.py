@@ -1,0 +1,155 @@
+"""A round's rewarded rollouts on disk: a killed run goes on from these instead of sampling anew.
+
+Weights are a function of the checkpoint and of the rollouts since. With these kept, a resumed run
+repeats the lost steps exactly, even where sampling or a reward function would not repeat itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmpo.errors import CheckpointError, RunFolderError
+from gmpo.records import Group, Prompt, Rollout
+from gmpo.rewards import ScoredGroups
+
+__all__ = ["SampledRound", "forget_rounds", "load_round", "save_round"]
+
+_ARRAYS = ("token_ids", "from_policy", "sampler_logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRound:
+    """What sampling and rewarding a round brought, and the seconds both took."""
+
+    scored: ScoredGroups
+    rollout_seconds: float
+    reward_seconds: float
+
+
+def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
+    """Write `folder/round-NNNNNN.npz`, whole or not at all, and return it.
+
+    Of a prompt only the id is kept: the task gives the rest again.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    scored = sampled.scored
+    rollouts = [rollout for group in scored.groups for rollout in group.rollouts]
+    about = {
+        "seconds": [sampled.rollout_seconds, sampled.reward_seconds],
+        "counts": {name: value for name, value in vars(scored).items() if name != "groups"},
+        "groups": [
+            {"prompt_id": group.prompt.id, "rollouts": [_about(r) for r in group.rollouts]}
+            for group in scored.groups
+        ],
+    }
+    path = _path(folder, round_number)
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+                token_ids=np.concatenate([r.token_ids for r in rollouts]),
+                from_policy=np.concatenate([r.from_policy for r in rollouts]),
+                sampler_logprobs=np.concatenate([r.sampler_logprobs for r in rollouts]),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror}; free space, then continue with --resume"
+        ) from None
+    return path
+
+
+def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> SampledRound | None:
+    """The saved round, bit for bit, or None if there is none.
+
+    Args:
+        folder: as given to `save_round`.
+        round_number: counted from 1.
+        prompts: of the round, in its order.
+
+    Raises:
+        CheckpointError: the file is damaged, or of other prompts.
+    """
+    path = _path(folder, round_number)
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*_ARRAYS, "about")}
+        about = json.loads(arrays.pop("about").tobytes())
+        rows = _rows(arrays, [row["num_tokens"] for g in about["groups"] for row in g["rollouts"]])
+        groups = tuple(
+            _group(prompt, group, rows)
+            for prompt, group in zip(prompts, about["groups"], strict=True)
+        )
+        rollout_seconds, reward_seconds = about["seconds"]
+        scored = ScoredGroups(groups=groups, **about["counts"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"saved rollouts {path} are damaged or of another task ({error}); remove the file to "
+            "sample the round again"
+        ) from None
+    return SampledRound(
+        scored=scored, rollout_seconds=rollout_seconds, reward_seconds=reward_seconds
+    )
+
+
+def forget_rounds(folder: Path, *, up_to: int) -> list[Path]:
+    """Remove saved rounds that no kept checkpoint needs any more; returns what was removed."""
+    removed = [path for path in sorted(folder.glob("round-*.npz")) if _number(path) <= up_to]
+    for path in removed:
+        path.unlink()
+    return removed
+
+
+def _path(folder: Path, round_number: int) -> Path:
+    return folder / f"round-{round_number:06d}.npz"
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))
+
+
+def _about(rollout: Rollout) -> dict[str, Any]:
+    """A rollout's fields but its arrays; JSON keeps every float exactly."""
+    names = [field.name for field in fields(rollout) if field.name not in _ARRAYS]
+    about = {name: vars(rollout)[name] for name in names if name != "prompt_id"}
+    return {**about, "rewards": dict(rollout.rewards), "num_tokens": rollout.num_tokens}
+
+
+def _rows(
+    arrays: Mapping[str, np.ndarray], lengths: Sequence[int]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each rollout's arrays, cut from the whole ones."""
+    stops = np.cumsum(lengths)
+    for length, stop in zip(lengths, stops.tolist(), strict=True):
+        yield {name: array[stop - length : stop] for name, array in arrays.items()}
+
+
+def _group(
+    prompt: Prompt, about: Mapping[str, Any], rows: Iterator[dict[str, np.ndarray]]
+) -> Group:
+    if prompt.id != about["prompt_id"]:
+        raise ValueError(f"prompt {about['prompt_id']!r} stands where {prompt.id!r} was expected")
+    rollouts = []
+    for row in about["rollouts"]:
+        everything: dict[str, Any] = {**row, **next(rows), "prompt_id": prompt.id}
+        del everything["num_tokens"]
+        rollouts.append(Rollout(**everything))
+    return Group(prompt=prompt, rollouts=tuple(rollouts))

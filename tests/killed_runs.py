@@ -1,0 +1,76 @@
+"""Training in processes of their own that are killed at a chosen moment."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmpo.config import RunConfig
+from gmpo.training import train
+
+_TOUCHING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+# One process imports torch; each run is a fork of it.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.killed_runs"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """When SIGKILL comes: at the n-th touch of a file of the run, or after so many seconds."""
+
+    touches: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a process ended, how often it had touched files, and seconds of training if it lived."""
+
+    exit_code: int
+    touches: int
+    seconds: float
+
+
+def run_in_process(config: RunConfig, folder: Path, death: Death | None = None) -> Ended:
+    """Start the run in a process of its own, or resume it."""
+    touched, seconds = _FORKS.Value("i", 0), _FORKS.Value("d", 0.0)
+    arguments = (config, folder, death or Death(), touched, seconds)
+    process = _FORKS.Process(target=_train, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return Ended(exit_code=process.exitcode, touches=touched.value, seconds=seconds.value)
+
+
+def _train(config: RunConfig, folder: Path, death: Death, touched: Any, seconds: Any) -> None:
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event not in _TOUCHING or not str(arguments[0]).startswith(str(folder)):
+            return
+        touched.value += 1
+        if touched.value == death.touches:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    if death.seconds is not None:
+        timer = threading.Timer(death.seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    resume = (folder / "recipe.toml").exists()
+    started = time.monotonic()
+    train(config, folder=folder, resume=resume, warn=lambda _: None)
+    seconds.value = time.monotonic() - started
+
+
+def digest(checkpoint: Path) -> str:
+    """Of weights and optimizer moments."""
+    names = ("model/model.safetensors", "optimizer.safetensors")
+    return hashlib.blake2b(b"".join((checkpoint / n).read_bytes() for n in names)).hexdigest()
