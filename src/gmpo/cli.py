@@ -150,7 +150,10 @@ def sample(
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 128,
     system: Annotated[str | None, typer.Option(help="System turn; default: the run's own.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same completions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed and precision, same completions.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or auto; default: the run's own, or auto.")
+    ] = None,
     as_json: _JsonOption = False,
 ) -> None:
     """Complete one prompt."""
@@ -167,7 +170,7 @@ def sample(
         stop_strings=tuple(stop or ()),
         seed=seed,
     )
-    generated = generate(_model_config(model, system), text, settings=settings, warn=_warn)
+    generated = generate(_model_config(model, system, dtype), text, settings=settings, warn=_warn)
     if as_json:
         print(json.dumps({"completions": [completion.as_dict() for completion in generated]}))
         return
@@ -339,12 +342,14 @@ def _evaluation_config(
     return config.model_copy(update={"model": named})
 
 
-def _model_config(model: str, system: str | None) -> ModelConfig:
+def _model_config(model: str, system: str | None, dtype: str | None) -> ModelConfig:
     """A model as it was trained, if it is a run folder; prompts must look as they did then."""
+    if dtype not in (None, "auto", "fp32", "bf16"):
+        raise ConfigError(f"--dtype is {dtype!r}; allowed: fp32, bf16, auto")
     recipe = Path(model) / "recipe.toml"
     trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
-    changes = {"name": _model_name(model)} | ({} if system is None else {"system": system})
-    return trained.model_copy(update=changes)
+    asked = {"name": _model_name(model), "system": system, "dtype": dtype}
+    return trained.model_copy(update={key: v for key, v in asked.items() if v is not None})
 
 
 def _model_name(model: str) -> str:

@@ -17,6 +17,9 @@ from tests.tiny_runs import metric_lines
 from gmpo.checkpoint import latest_checkpoint
 from gmpo.recipe import load_recipe
 
+FP32 = ("--dtype", "fp32")
+"""auto measures anew each time, so that on a busy machine two commands may differ."""
+
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
@@ -232,7 +235,8 @@ def test_sampling_prints_each_completion_with_its_length(model: str):
 
 def test_the_same_seed_samples_the_same(model: str):
     texts = [
-        gmpo("sample", model, "hi", "--seed", seed, "--max-tokens", "20").stdout for seed in "112"
+        gmpo("sample", model, "hi", "--seed", seed, *FP32, "--max-tokens", "20").stdout
+        for seed in "112"
     ]
     assert texts[0] == texts[1] != texts[2]
 
@@ -247,7 +251,18 @@ def test_sampling_as_json_has_texts_and_figures(model: str):
 
 def test_the_printed_completions_are_the_texts_themselves(model: str):
     # Random characters hold brackets, colons and more columns than a line.
-    arguments = ("sample", model, "hi", "-n", "40", "--temperature", "1", "--max-tokens", "200")
+    arguments = (
+        "sample",
+        model,
+        "hi",
+        "-n",
+        "40",
+        "--temperature",
+        "1",
+        *FP32,
+        "--max-tokens",
+        "200",
+    )
     completions = json.loads(gmpo(*arguments, "--json").stdout)["completions"]
     assert max(len(completion["text"]) for completion in completions) > 80
     expected = ""
@@ -258,7 +273,7 @@ def test_the_printed_completions_are_the_texts_themselves(model: str):
 
 
 def test_a_prompt_is_read_from_standard_input(model: str):
-    arguments = ("--max-tokens", "20", "--json")
+    arguments = ("--max-tokens", "20", *FP32, "--json")
     piped = gmpo("sample", model, "-", *arguments, stdin="hello there")
     given = gmpo("sample", model, "hello there", *arguments)
     assert piped.stdout == given.stdout
@@ -267,13 +282,13 @@ def test_a_prompt_is_read_from_standard_input(model: str):
 
 
 def test_greedy_sampling_does_not_depend_on_the_seed(model: str):
-    arguments = ("sample", model, "hi", "--temperature", "0", "--max-tokens", "20", "--seed")
+    arguments = ("sample", model, "hi", "--temperature", "0", *FP32, "--max-tokens", "20", "--seed")
     assert gmpo(*arguments, "1").stdout == gmpo(*arguments, "2").stdout
 
 
 def test_a_run_folder_is_sampled_by_its_newest_checkpoint(finished: Path):
     checkpoint = latest_checkpoint(finished / "checkpoints")
-    arguments = ("hi", "--max-tokens", "20")
+    arguments = ("hi", "--max-tokens", "20", *FP32)
     assert (
         gmpo("sample", finished, *arguments).stdout
         == gmpo("sample", f"{checkpoint}/model", *arguments).stdout
@@ -300,6 +315,7 @@ def test_a_run_is_sampled_with_the_system_turn_it_was_trained_with(finished: Pat
         (("--max-tokens", "0"), "max_tokens 0 and num_completions 1 must be at least 1"),
         (("--temperature", "-1"), "temperature -1.0 must be 0 or more"),
         (("--top-p", "0"), "top_p 0.0 must lie in (0, 1]"),
+        (("--dtype", "fp16"), "--dtype is 'fp16'; allowed: fp32, bf16, auto"),
         (("--top-k", "-1"), "top_k -1 must be 0 (off) or more"),
         (("--max-tokens", "255"), "max_tokens 255 exceed the model's context of 256"),
     ],
@@ -338,6 +354,13 @@ def test_inspecting_as_json_has_the_same_figures(finished: Path):
     rewards = [line["rollout/reward"] for line in metric_lines(finished, "round")]
     assert shown["first_reward"] == rewards[0]
     assert shown["last_ten_reward"] == pytest.approx(sum(rewards) / 2)
+
+
+def test_every_figure_of_the_summary_is_one_that_a_run_logs(finished: Path):
+    shown = json.loads(gmpo("inspect", finished, "--json").stdout)
+    missing = {name for name, value in shown.items() if value is None}
+    # The tiny recipe measures no gradient cosine.
+    assert missing == {"cosine_to_grpo"}
 
 
 def test_inspecting_a_group_shows_its_texts(finished: Path):

@@ -66,8 +66,6 @@ def run(tmp_path: Path) -> RunFolder:
             "ratio/max": 1.0,
             "clip/low_fraction": 0.0,
             "clip/high_fraction": 0.0,
-            "rollout/mismatch_mean": 0.001 * number,
-            "rollout/mismatch_max": 0.01 * number,
         }
         second = {
             "ratio/min": 1 / (1 + number),
@@ -89,6 +87,8 @@ def run(tmp_path: Path) -> RunFolder:
                 "grading/timeouts_total": 2.0,
                 "rollout/errors_total": 1.0 if number == 5 else 0.0,
                 "memory/peak_gib": number / 4,
+                "rollout/mismatch_mean": 0.001 * number,
+                "rollout/mismatch_max": 0.01 * number,
                 "time/rollout_seconds": 3.0 if number == 1 else 1.0,
                 "time/reward_seconds": 0.5,
                 "time/update_seconds": 2.0,
