@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from gmpo.config import (
     ArithmeticTask,
@@ -19,9 +19,10 @@ from gmpo.config import (
     RunConfig,
     TaskConfig,
 )
-from gmpo.errors import DataError, ModelError
+from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.grading import Grader
+from gmpo.named_functions import load_function
 from gmpo.policy.load import (
     choose_device,
     choose_dtype,
@@ -31,14 +32,23 @@ from gmpo.policy.load import (
 )
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Prompt
-from gmpo.rewards import RewardFunction, ScoredGroups, correct_reward, format_reward, score_groups
-from gmpo.rollouts import PromptRenderer, SamplingSettings, decode_text
+from gmpo.reward_table import build_rewards, reward_rule
+from gmpo.rewards import RewardFunction, RewardFunctions, ScoredGroups, score_groups
+from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
+from gmpo.rollouts import (
+    GroupSampler,
+    PromptRenderer,
+    SamplingSettings,
+    decode_text,
+    sample_groups,
+)
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.tasks import Task, arithmetic_task, bundled_task, countdown_task, jsonl_task
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
+    "Given",
     "PromptStream",
     "TrainingParts",
     "build_evaluator",
@@ -55,20 +65,35 @@ class PromptStream:
     The order depends on nothing but its arguments, so a resumed run goes on where it stood.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, prompts_per_round: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         self._prompts = prompts
-        self._per_round = prompts_per_round
         self._seed = seed
 
-    def take(self, round_number: int) -> list[Prompt]:
-        """The prompts of a round, counted from 0."""
-        first = round_number * self._per_round
-        return [self._at(position) for position in range(first, first + self._per_round)]
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def take(self, first: int, count: int) -> list[Prompt]:
+        """`count` prompts from position `first` on, counted from 0 and never ending."""
+        return [self._at(position) for position in range(first, first + count)]
 
     def _at(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
         return self._prompts[int(order[place])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Functions that a Python caller hands over as objects instead of having them imported.
+
+    Attributes:
+        rewards: by a name of the recipe's `[reward.functions]`, whose reference is then a record
+            of where the function came from and is not imported.
+        rollout: in place of the recipe's `sampling.rollout`, which names it likewise.
+    """
+
+    rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
+    rollout: RolloutFunction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,74 +105,92 @@ class TrainingParts:
     reference: Policy | None
     tokenizer: PreTrainedTokenizerBase
     sampler: LocalSampler
+    sample: GroupSampler
     optimizer: PolicyOptimizer
     prompts: PromptStream
     held_out: tuple[Prompt, ...]
     evaluator: Evaluator
     grader: Grader
-    rewards: dict[str, RewardFunction]
+    rewards: RewardFunctions
     sampling: SamplingSettings
     loss: LossSettings
     grpo_loss: LossSettings
+    warn: Callable[[str], None]
 
-    def score(self, groups: Sequence[Group]) -> ScoredGroups:
-        """Groups with rewards, by the recipe's reward table."""
-        reward = self.config.reward
-        return score_groups(
-            groups,
-            self.rewards,
-            weights={str(name): weight for name, weight in reward.weights.items()},
-            combine=reward.combine,
-            floor=reward.floor,
-            truncated=reward.truncated,
+    def score(self, groups: Sequence[Group], *, step: int, prompts_taken: int) -> ScoredGroups:
+        """Groups with rewards, by the recipe's reward table.
+
+        Args:
+            groups: as sampled.
+            step: optimizer steps done, which reward functions may ask for.
+            prompts_taken: prompts sampled before these.
+        """
+        training = self.config.training
+        state = TrainerState(
+            global_step=step,
+            max_steps=training.rounds * training.steps_per_round,
+            epoch=prompts_taken / len(self.prompts),
         )
+        rule = reward_rule(self.config.reward)
+        return score_groups(groups, self.rewards, rule=rule, trainer_state=state)
 
     def publish_weights(self, version: int) -> None:
         """Hand the policy's weights to the sampler."""
         self.sampler.load_weights(version, self.policy.named_weights())
 
     def close(self) -> None:
-        """Stop the grading worker."""
+        """Stop the grading worker and the event loop of async rewards."""
         self.grader.close()
+        self.rewards.close()
 
 
-def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingParts:
+def build_parts(
+    config: RunConfig, *, warn: Callable[[str], None], given: Given | None = None
+) -> TrainingParts:
     """Load and connect everything a recipe names.
+
+    Args:
+        config: the recipe.
+        warn: told in one sentence what is not as expected, now and during the run.
+        given: functions that stand in for those that the recipe names.
 
     Raises:
         gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
+    given = given or Given()
     task = build_task(config.task)
+    grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
+    rewards = build_rewards(config, grader, given=given.rewards)
+    rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
+    rollout = _rollout_function(config, given.rollout)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     train_prompts = [renderer.render(prompt) for prompt in task.train]
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+    sample = _group_sampler(config, sampler, tokenizer, policy, rollout)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
-    grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
     return TrainingParts(
         config=config,
         policy=policy,
         reference=_reference(config, warn=warn) if config.objective.kl_coefficient > 0 else None,
         tokenizer=tokenizer,
         sampler=sampler,
+        sample=sample,
         optimizer=_optimizer(config, policy),
-        prompts=PromptStream(
-            train_prompts,
-            prompts_per_round=config.sampling.prompts_per_round,
-            seed=config.training.seed,
-        ),
+        prompts=PromptStream(train_prompts, seed=config.training.seed),
         held_out=_held_out(config, task),
-        evaluator=_evaluator(config, task, sampler, renderer, grader, sampling),
+        evaluator=_evaluator(config, task, sample, renderer, grader, sampling),
         grader=grader,
-        rewards=_rewards(config, grader),
+        rewards=rewards,
         sampling=sampling,
         loss=_loss(config),
         grpo_loss=LossSettings(
             objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
             temperature=config.sampling.temperature,
         ),
+        warn=warn,
     )
 
 
@@ -162,9 +205,10 @@ def build_evaluator(
     renderer = _renderer(config, tokenizer)
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+    sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
-        evaluator = _evaluator(config, task, sampler, renderer, grader, sampling)
+        evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
         yield evaluator, _held_out(config, task)
 
 
@@ -208,6 +252,37 @@ def build_sampler(
         context_length=policy.model.config.max_position_embeddings,
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
+    )
+
+
+def _rollout_function(config: RunConfig, given: RolloutFunction | None) -> RolloutFunction | None:
+    """The function that makes the rollouts; None where the policy completes prompts by itself."""
+    reference = config.sampling.rollout
+    if given is not None and reference is None:
+        raise ConfigError(
+            "a rollout function was given, and the recipe's sampling.rollout is not set; name the "
+            "function there, as module:function, so that the recipe says how rollouts are made"
+        )
+    if given is not None or reference is None:
+        return given
+    return load_function(reference, key="sampling.rollout")
+
+
+def _group_sampler(
+    config: RunConfig,
+    sampler: LocalSampler,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    function: RolloutFunction | None,
+) -> GroupSampler:
+    if function is None:
+        return partial(sample_groups, sampler, tokenizer=tokenizer)
+    return FunctionRollouts(
+        function=function,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        max_length=config.sampling.max_length,
+        vocabulary_size=policy.model.config.vocab_size,
     )
 
 
@@ -255,14 +330,14 @@ def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> Sampling
 def _evaluator(
     config: RunConfig,
     task: Task,
-    sampler: LocalSampler,
+    sample: GroupSampler,
     renderer: PromptRenderer,
     grader: Grader,
     sampling: SamplingSettings,
 ) -> Evaluator:
     limit = config.evaluation.max_new_tokens
     return Evaluator(
-        sampler=sampler,
+        sample=sample,
         renderer=renderer,
         grader=grader,
         settings=sampling if limit is None else replace(sampling, max_tokens=limit),
@@ -290,14 +365,6 @@ def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:
         eps=training.adam_eps,
         weight_decay=training.weight_decay,
     )
-
-
-def _rewards(config: RunConfig, grader: Grader) -> dict[str, RewardFunction]:
-    available: dict[str, Callable[[], RewardFunction]] = {
-        "correct": lambda: correct_reward(grader),
-        "format": lambda: format_reward(config.reward.format_pattern),
-    }
-    return {name: available[name]() for name in config.reward.weights}
 
 
 def _loss(config: RunConfig) -> LossSettings:

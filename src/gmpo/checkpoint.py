@@ -42,6 +42,7 @@ class TrainingState:
     Attributes:
         round: rounds done.
         step: optimizer steps done, which is also the policy version.
+        prompts_taken: prompts sampled so far, which is where the next round's begin.
         mismatch_is_small: whether the last round allowed sampler log-probabilities; None at first.
         recipe_digest: of the resolved recipe; another recipe's checkpoint is refused.
         version: of gmpo.
@@ -49,6 +50,7 @@ class TrainingState:
 
     round: int
     step: int
+    prompts_taken: int
     mismatch_is_small: bool | None
     recipe_digest: str
     version: str

@@ -7,6 +7,7 @@ table.key=value` is the only override.
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Annotated, Literal
 
@@ -28,6 +29,11 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
 ]
+
+
+def _nearest(name: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {allowed}"
 
 
 class _Table(BaseModel):
@@ -130,9 +136,10 @@ TaskConfig = Annotated[
 class RewardConfig(_Table):
     """How a completion's reward is made."""
 
-    weights: dict[Literal["correct", "format"], float] = Field(default={"correct": 1.0})
-    """Weight of each reward component: `correct` (the answer is verified, 0 or 1) and `format`
-    (the completion matches `format_pattern`, 0 or 1)."""
+    weights: dict[str, float] = Field(default={"correct": 1.0})
+    """Weight of each reward component: `correct` (the answer is verified, 0 or 1), `format` (the
+    completion matches `format_pattern`, 0 or 1), `length` (1 for short completions, falling to 0),
+    or a name from `functions` or `models`. A component of weight 0 is only logged."""
     format_pattern: str = r"\s*-?\d+(\.\d+)?\s*"
     """Regular expression the whole completion must match for the `format` component."""
     combine: Literal["sum", "geometric"] = "sum"
@@ -144,15 +151,66 @@ class RewardConfig(_Table):
     official code's rule. They are counted either way."""
     timeout_seconds: float = Field(default=2.0, gt=0)
     """Longest grading of one answer, in seconds; time-outs count apart from wrong answers."""
+    length_full_tokens: int | None = Field(default=None, ge=0)
+    """Longest completion, in tokens, for which `length` is 1."""
+    length_zero_tokens: int | None = Field(default=None, ge=1)
+    """Shortest completion, in tokens, for which `length` is 0; it falls linearly in between."""
+    functions: dict[str, str] = Field(default={})
+    """Your own components: name = "module:function", importable here; they follow the convention
+    of TRL's reward functions."""
+    models: dict[str, str] = Field(default={})
+    """Reward models: name = hub name or folder of a sequence classifier with a single output."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What a function's fault does: stop ends the run and names the rows; drop leaves the rollouts
+    out of training, with an error, and counts them."""
+    function_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Longest call of one of `functions`, in seconds; None waits, as TRL does."""
 
     @model_validator(mode="after")
     def _positive_weights(self) -> RewardConfig:
         if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()):
             raise ValueError(
                 f"reward.weights must name at least one component, none below 0 and not all 0, "
-                f"got {self.weights}; allowed components: correct, format"
+                f"got {self.weights}; allowed components: {self._components()}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_weight_a_component(self) -> RewardConfig:
+        components = self._components()
+        twice = sorted(name for name in components if components.count(name) > 1)
+        if twice:
+            raise ValueError(
+                f"{twice[0]!r} names more than one component; correct, format and length are "
+                "built in, and [reward.functions] and [reward.models] share their names"
+            )
+        unknown = [name for name in self.weights if name not in components]
+        if unknown:
+            raise ValueError(
+                f"reward.weights.{unknown[0]} has no component of that name; "
+                f"{_nearest(unknown[0], components)}; your own go into [reward.functions] or "
+                "[reward.models]"
+            )
+        idle = [name for name in (*self.functions, *self.models) if name not in self.weights]
+        if idle:
+            raise ValueError(
+                f"component {idle[0]!r} has no weight; add reward.weights.{idle[0]}, 0 to log it "
+                f"only; reward.weights has {list(self.weights)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _length_limits(self) -> RewardConfig:
+        full, zero = self.length_full_tokens, self.length_zero_tokens
+        if "length" in self.weights and (full is None or zero is None or full >= zero):
+            raise ValueError(
+                "component 'length' needs length_full_tokens below length_zero_tokens, got "
+                f"{full} and {zero}"
+            )
+        return self
+
+    def _components(self) -> list[str]:
+        return ["correct", "format", "length", *self.functions, *self.models]
 
 
 class SamplingConfig(_Table):
@@ -176,6 +234,15 @@ class SamplingConfig(_Table):
     """Texts that end a completion, besides the model's own end tokens."""
     max_rows: int = Field(default=64, ge=1)
     """Sequences decoded at once."""
+    rollout: str | None = None
+    """Your own rollouts, "module:function" importable here: tools and several turns. None lets the
+    policy complete each prompt once."""
+    dynamic: Literal["off", "refill"] = "off"
+    """refill samples further prompts in place of dead groups, until the round has
+    `prompts_per_round` live ones."""
+    max_extra_prompts: int | None = Field(default=None, ge=1)
+    """Most further prompts a round with `dynamic = "refill"`; None is 3 times
+    `prompts_per_round`. If they run out, the round goes on with what it has."""
 
     @model_validator(mode="after")
     def _allowed(self) -> SamplingConfig:
@@ -194,7 +261,19 @@ class SamplingConfig(_Table):
                 f"max_length {self.max_length} must exceed max_new_tokens {self.max_new_tokens}: "
                 "it counts prompt plus completion"
             )
+        if self.max_extra_prompts is not None and self.dynamic == "off":
+            raise ValueError(
+                f"max_extra_prompts = {self.max_extra_prompts} works with dynamic = 'refill' only; "
+                "set that or remove it"
+            )
         return self
+
+    def most_prompts(self) -> int:
+        """Most prompts that a round may take."""
+        if self.dynamic == "off":
+            return self.prompts_per_round
+        extra = self.max_extra_prompts
+        return self.prompts_per_round + (3 * self.prompts_per_round if extra is None else extra)
 
 
 class ObjectiveConfig(_Table):

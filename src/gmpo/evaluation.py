@@ -8,8 +8,7 @@ from typing import Any
 
 from gmpo.grading import Grader
 from gmpo.records import Prompt
-from gmpo.rollouts import PromptRenderer, SamplingSettings, sample_groups
-from gmpo.sampler.requests import Sampler
+from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.statistics import wilson_interval
 from gmpo.tasks import few_shot_prompt
 
@@ -84,14 +83,14 @@ class Evaluator:
     """Asks held-out prompts of one task and grades the answers.
 
     Attributes:
-        sampler: idle, holding the weights to be measured.
-        renderer: the same as in training, so that prompts look alike; its tokenizer reads answers.
+        sample: as in training, from a sampler that holds the weights to be measured.
+        renderer: the same as in training, so that prompts look alike.
         grader: shared with the reward, so that answers are judged alike.
         settings: completions' limit and end tokens; temperature and count are set per call.
         examples: solved training prompts for few-shot evaluation; none, no few-shot pass.
     """
 
-    sampler: Sampler
+    sample: GroupSampler
     renderer: PromptRenderer
     grader: Grader
     settings: SamplingSettings
@@ -128,10 +127,8 @@ class Evaluator:
         temperature: float,
         key: tuple[int | str, ...] = (0,),
     ) -> Evaluation:
-        groups = sample_groups(
-            self.sampler,
+        groups = self.sample(
             [self.renderer.render(prompt) for prompt in prompts],
-            tokenizer=self.renderer.tokenizer,
             settings=replace(self.settings, num_completions=1, temperature=temperature),
             key=("evaluation", *key),
         )

@@ -59,7 +59,8 @@ class Rollout:
     `from_policy` is True where the policy sampled the token and False on tool or environment
     tokens. `sampler_logprobs` are log-probabilities (nats) of the distribution that was sampled.
     `rewards` are the components by name, `reward` their combination; both are filled by the reward
-    stage. A rollout with an `error` is counted but never trained on.
+    stage, and so are `notes`, what reward functions wrote beside it. A rollout with an `error` is
+    counted but never trained on.
     """
 
     prompt_id: str
@@ -74,6 +75,7 @@ class Rollout:
     rewards: Mapping[str, float] = field(default_factory=dict)
     reward: float | None = None
     error: str | None = None
+    notes: Mapping[str, str | float | None] = field(default_factory=dict)
 
     @property
     def is_truncated(self) -> bool:

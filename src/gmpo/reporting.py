@@ -15,38 +15,47 @@ import torch
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
 from gmpo.batch import reward_table
-from gmpo.records import Group
+from gmpo.records import Group, Rollout
 from gmpo.rewards import ScoredGroups
+from gmpo.saved_rounds import SampledRound
 from gmpo.steps import RoundUpdate, StepResult, advantages_of
-from gmpo.tracking import REWARD_COMPONENT_PREFIX
 
 __all__ = ["num_completion_tokens", "peak_memory_gib", "rollout_records", "round_metrics"]
 
 
 def round_metrics(
-    parts: TrainingParts, scored: ScoredGroups, update: RoundUpdate
+    parts: TrainingParts, sampled: SampledRound, update: RoundUpdate
 ) -> dict[str, float]:
-    """The round's figures: of its rollouts, and its steps' figures averaged (extremes kept)."""
+    """The round's figures: of its rollouts, and its steps' figures averaged (extremes kept).
+
+    Groups that a refilled round sampled and does not train on count like the others: without them
+    the reward would be that of chosen groups.
+    """
+    scored = sampled.scored
     rollouts = [rollout for group in scored.groups for rollout in group.rollouts]
     rewarded = [rollout for rollout in rollouts if rollout.reward is not None]
     rewards, valid = reward_table(scored.groups)
     advantages = group_advantages(rewards, valid=valid, scale="none")
     logprobs = np.concatenate([r.sampler_logprobs[r.from_policy] for r in rollouts])
+    num_tokens = num_completion_tokens(scored.groups)
     metrics = {
         "rollout/reward": float(rewards[valid].mean()) if rewarded else math.nan,
         "rollout/groups": float(len(scored.groups)),
+        "rollout/trained_groups": float(len(sampled.trained)),
         "rollout/dead_groups": float((advantages == 0).all(dim=-1).sum()),
-        "rollout/completion_tokens": num_completion_tokens(scored.groups) / len(rollouts),
+        "rollout/tokens": float(num_tokens),
+        "rollout/completion_tokens": num_tokens / len(rollouts),
+        "rollout/given_tokens_fraction": 1 - len(logprobs) / num_tokens if num_tokens else math.nan,
         "rollout/truncated_fraction": sum(r.is_truncated for r in rollouts) / len(rollouts),
-        "rollout/entropy": float(-logprobs.mean()),
+        "rollout/entropy": float(-logprobs.mean()) if len(logprobs) else math.nan,
         "rollout/errors_total": float(len(rollouts) - len(rewarded)),
         "grading/timeouts_total": float(scored.num_timeouts),
         "memory/peak_gib": peak_memory_gib(parts.policy.device),
+        "time/rollout_seconds": sampled.rollout_seconds,
+        "time/reward_seconds": sampled.reward_seconds,
+        "time/tokens_per_second": num_tokens / sampled.rollout_seconds,
     }
-    for name in parts.rewards:
-        values = [r.rewards[name] for r in rewarded if name in r.rewards]
-        if values:
-            metrics[f"{REWARD_COMPONENT_PREFIX}{name}"] = sum(values) / len(values)
+    metrics |= _component_metrics(scored, rewarded)
     metrics["rollout/old_from_sampler"] = float(update.used_sampler_logprobs)
     if update.mismatch is not None:
         metrics["rollout/mismatch_mean"] = update.mismatch.mean
@@ -59,18 +68,21 @@ def round_metrics(
 
 
 def rollout_records(
-    parts: TrainingParts, groups: Sequence[Group], update: RoundUpdate, *, round_number: int
+    parts: TrainingParts, sampled: SampledRound, update: RoundUpdate, *, round_number: int
 ) -> Iterator[dict[str, Any]]:
     """The first groups of the round with advantages and ratios, for `gmpo inspect`."""
+    groups = sampled.scored.groups
     advantages = advantages_of(parts, groups)
-    ratios = _row_ratios(update.steps)
+    row_ratios = _row_ratios(update.steps)
     for place, group in enumerate(groups[: parts.config.tracking.groups_per_round]):
+        ratios = row_ratios if place in sampled.trained else {}
         yield {
             "round": round_number,
             "group": place,
             "prompt_id": group.prompt.id,
             "prompt": _prompt_text(group),
             "answer": group.prompt.columns.get("answer"),
+            "is_trained": place in sampled.trained,
             "rollouts": [
                 {
                     "text": rollout.text,
@@ -78,6 +90,7 @@ def rollout_records(
                     "finish_reason": rollout.finish_reason,
                     "reward": rollout.reward,
                     "rewards": dict(rollout.rewards),
+                    "notes": dict(rollout.notes),
                     "error": rollout.error,
                     "advantage": float(advantages[place, column]),
                     "ratio": ratios.get(f"{rollout.prompt_id}#{rollout.index}"),
@@ -85,6 +98,23 @@ def rollout_records(
                 for column, rollout in enumerate(group.rollouts)
             ],
         }
+
+
+def _component_metrics(scored: ScoredGroups, rewarded: Sequence[Rollout]) -> dict[str, float]:
+    """Each reward component's figures, apart from the others and before weights."""
+    metrics = {}
+    for name, num_errors in scored.component_errors.items():
+        values = [rollout.rewards[name] for rollout in rewarded if name in rollout.rewards]
+        if values:
+            metrics[f"rollout/reward/{name}"] = float(np.mean(values))
+            metrics[f"rollout/reward_deviation/{name}"] = float(np.std(values))
+        if rewarded:
+            absent = 1 - len(values) / len(rewarded)
+            metrics[f"rollout/reward_absent_fraction/{name}"] = absent
+        metrics[f"rollout/reward_errors_total/{name}"] = float(num_errors)
+    for name, logged in scored.metrics.items():
+        metrics[f"reward_metric/{name}"] = _mean(logged)
+    return metrics
 
 
 def num_completion_tokens(groups: Sequence[Group]) -> int:

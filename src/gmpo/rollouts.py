@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,14 @@ from gmpo.errors import DataError, ModelError
 from gmpo.records import Group, Message, Prompt, Rollout
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
 
-__all__ = ["PromptRenderer", "SamplingSettings", "decode_text", "sample_groups"]
+__all__ = [
+    "GroupSampler",
+    "PromptRenderer",
+    "SamplingSettings",
+    "decode_text",
+    "prompt_keys",
+    "sample_groups",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,15 @@ class SamplingSettings:
     temperature: float
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...] = ()
+
+
+class GroupSampler(Protocol):
+    """Groups of completions: `sample_groups` bound to a sampler, or a user's rollouts."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, settings: SamplingSettings, key: tuple[int | str, ...]
+    ) -> list[Group]:
+        """One group a rendered prompt, in the prompts' order; `key` names the randomness."""
 
 
 class PromptRenderer:
@@ -113,9 +129,10 @@ def sample_groups(
         key: randomness of the call, e.g. (seed, round); each prompt adds its id and how often it
             has occurred before in this call.
     """
-    occurrences: Counter[str] = Counter()
     requests = []
-    for place, prompt in enumerate(prompts):
+    for place, (prompt, prompt_key) in enumerate(
+        zip(prompts, prompt_keys(prompts, key), strict=True)
+    ):
         assert prompt.token_ids is not None, "prompts are rendered before they are sampled"
         requests.append(
             SampleRequest(
@@ -127,10 +144,9 @@ def sample_groups(
                 temperature=settings.temperature,
                 stop_ids=settings.stop_ids,
                 stop_strings=settings.stop_strings,
-                key=(*key, prompt.id, occurrences[prompt.id]),
+                key=prompt_key,
             )
         )
-        occurrences[prompt.id] += 1
     completions = complete(sampler, requests)
     return [
         Group(
@@ -139,6 +155,16 @@ def sample_groups(
         )
         for place, prompt in enumerate(prompts)
     ]
+
+
+def prompt_keys(
+    prompts: Sequence[Prompt], key: tuple[int | str, ...]
+) -> Iterator[tuple[int | str, ...]]:
+    """Each prompt's randomness: the call's key, its id, and how often the id has come before."""
+    occurrences: Counter[str] = Counter()
+    for prompt in prompts:
+        yield (*key, prompt.id, occurrences[prompt.id])
+        occurrences[prompt.id] += 1
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

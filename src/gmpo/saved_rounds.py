@@ -27,11 +27,24 @@ _ARRAYS = ("token_ids", "from_policy", "sampler_logprobs")
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRound:
-    """What sampling and rewarding a round brought, and the seconds both took."""
+    """What sampling and rewarding a round brought, and the seconds both took.
+
+    Attributes:
+        scored: every group that was sampled, in the order of the prompts.
+        trained: places of the groups that the round trains on, rising.
+        rollout_seconds: of sampling.
+        reward_seconds: of the reward functions.
+    """
 
     scored: ScoredGroups
+    trained: tuple[int, ...]
     rollout_seconds: float
     reward_seconds: float
+
+    @property
+    def trained_groups(self) -> tuple[Group, ...]:
+        """The groups that the round trains on."""
+        return tuple(self.scored.groups[place] for place in self.trained)
 
 
 def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
@@ -46,6 +59,7 @@ def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
     rollouts = [rollout for group in scored.groups for rollout in group.rollouts]
     about = {
         "seconds": [sampled.rollout_seconds, sampled.reward_seconds],
+        "trained": sampled.trained,
         "counts": {name: value for name, value in vars(scored).items() if name != "groups"},
         "groups": [
             {"prompt_id": group.prompt.id, "rollouts": [_about(r) for r in group.rollouts]}
@@ -81,7 +95,7 @@ def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> Sa
     Args:
         folder: as given to `save_round`.
         round_number: counted from 1.
-        prompts: of the round, in its order.
+        prompts: of the round, in its order; those that it did not take may follow.
 
     Raises:
         CheckpointError: the file is damaged, or of other prompts.
@@ -96,8 +110,9 @@ def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> Sa
         rows = _rows(arrays, [row["num_tokens"] for g in about["groups"] for row in g["rollouts"]])
         groups = tuple(
             _group(prompt, group, rows)
-            for prompt, group in zip(prompts, about["groups"], strict=True)
+            for prompt, group in zip(prompts[: len(about["groups"])], about["groups"], strict=True)
         )
+        trained = tuple(int(place) for place in about["trained"])
         rollout_seconds, reward_seconds = about["seconds"]
         scored = ScoredGroups(groups=groups, **about["counts"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
@@ -106,7 +121,10 @@ def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> Sa
             "sample the round again"
         ) from None
     return SampledRound(
-        scored=scored, rollout_seconds=rollout_seconds, reward_seconds=reward_seconds
+        scored=scored,
+        trained=trained,
+        rollout_seconds=rollout_seconds,
+        reward_seconds=reward_seconds,
     )
 
 
@@ -130,7 +148,12 @@ def _about(rollout: Rollout) -> dict[str, Any]:
     """A rollout's fields but its arrays; JSON keeps every float exactly."""
     names = [field.name for field in fields(rollout) if field.name not in _ARRAYS]
     about = {name: vars(rollout)[name] for name in names if name != "prompt_id"}
-    return {**about, "rewards": dict(rollout.rewards), "num_tokens": rollout.num_tokens}
+    return {
+        **about,
+        "rewards": dict(rollout.rewards),
+        "notes": dict(rollout.notes),
+        "num_tokens": rollout.num_tokens,
+    }
 
 
 def _rows(

@@ -17,13 +17,16 @@ from typing import Any
 
 from gmpo.errors import DataError, RunFolderError
 
-__all__ = ["METRICS", "REWARD_COMPONENT_PREFIX", "RunFolder", "provenance", "read_lines"]
+__all__ = ["METRICS", "METRIC_FAMILIES", "RunFolder", "provenance", "read_lines"]
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",
     "rollout/groups": "groups sampled",
+    "rollout/trained_groups": "groups the round trains on; the others were dead and refilled",
     "rollout/dead_groups": "groups whose rollouts all earned the same, so that no gradient comes",
+    "rollout/tokens": "completion tokens of the round, all groups sampled",
     "rollout/completion_tokens": "mean completion length",
+    "rollout/given_tokens_fraction": "share of completion tokens that a tool put in",
     "rollout/truncated_fraction": "share of completions cut by the token limit",
     "rollout/entropy": "mean of -log pi over sampled tokens, an estimate of the token entropy",
     "rollout/mismatch_mean": "mean |log pi_trainer - log pi_sampler| on unchanged weights",
@@ -55,9 +58,16 @@ METRICS: Mapping[str, str] = {
     "kl_ref/k3": "k3 estimate of KL(policy || reference)",
     "evaluation/accuracy": "share of held-out items answered correctly, greedy, during training",
 }
-"""Every metric a run may log; components of the reward are `rollout/reward/<component>` besides."""
+"""Every metric a run may log; `METRIC_FAMILIES` besides."""
 
-REWARD_COMPONENT_PREFIX = "rollout/reward/"
+METRIC_FAMILIES: Mapping[str, str] = {
+    "rollout/reward/": "mean of one reward component",
+    "rollout/reward_deviation/": "standard deviation of one reward component",
+    "rollout/reward_absent_fraction/": "share of rewarded rollouts without the component",
+    "rollout/reward_errors_total/": "rollouts that the component's function failed on",
+    "reward_metric/": "what a reward function logged by this name, averaged over its calls",
+}
+"""Beginnings of metrics that end in a name of the recipe's or of a reward function's."""
 
 
 class RunFolder:
@@ -125,7 +135,7 @@ class RunFolder:
 
         Args:
             kind: "step", "round" or "evaluation".
-            values: by metric name; each is a key of `METRICS` or a reward component.
+            values: by metric name, a key of `METRICS` or of one of the `METRIC_FAMILIES`.
             position: round and step numbers.
 
         Raises:
@@ -134,7 +144,7 @@ class RunFolder:
         unknown = [
             name
             for name in values
-            if name not in METRICS and not name.startswith(REWARD_COMPONENT_PREFIX)
+            if name not in METRICS and not name.startswith(tuple(METRIC_FAMILIES))
         ]
         assert not unknown, f"metrics {unknown} are not documented in METRICS"
         line = {"kind": kind, **position, **{name: _finite(v) for name, v in values.items()}}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gmpo import __version__
-from gmpo.assembly import TrainingParts, build_parts
+from gmpo.assembly import Given, TrainingParts, build_parts
 from gmpo.checkpoint import (
     TrainingState,
     checkpoint_round,
@@ -27,8 +27,8 @@ from gmpo.config import RunConfig
 from gmpo.errors import CheckpointError, RunFolderError, RunStopped
 from gmpo.evaluation import Evaluation
 from gmpo.recipe import dump_recipe
-from gmpo.reporting import num_completion_tokens, rollout_records, round_metrics
-from gmpo.rollouts import sample_groups
+from gmpo.reporting import rollout_records, round_metrics
+from gmpo.rounds import prompts_of_round, sample_round
 from gmpo.saved_rounds import SampledRound, forget_rounds, load_round, save_round
 from gmpo.steps import RoundUpdate, update_policy
 from gmpo.tracking import RunFolder, provenance, read_lines
@@ -63,7 +63,7 @@ class TrainingResult:
     after: tuple[Evaluation, ...]
 
 
-def train(
+def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
     config: RunConfig,
     *,
     folder: str | Path,
@@ -71,6 +71,7 @@ def train(
     report: Callable[[Report], None] = lambda _: None,
     warn: Callable[[str], None] = print,
     should_stop: Callable[[], bool] = lambda: False,
+    given: Given | None = None,
 ) -> TrainingResult:
     """Run a recipe from its start, or from the folder's newest checkpoint, to its last round.
 
@@ -84,13 +85,17 @@ def train(
         report: told what happens, as it happens.
         warn: told in one sentence what is not as expected.
         should_stop: asked between rounds; once it says so, the run is saved and ends.
+        given: functions that stand in for those that the recipe names.
 
     Raises:
         RunStopped: `should_stop` said so; the run was saved.
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
     run = RunFolder(folder)
-    with run.locked(), closing(_parts(run, config, resume=resume, warn=warn)) as parts:
+    with (
+        run.locked(),
+        closing(_parts(run, config, resume=resume, warn=warn, given=given)) as parts,
+    ):
         state, before = _start(run, parts, resume=resume, report=report, warn=warn)
         _stop_if(should_stop, run, parts, state)
         while state.round < config.training.rounds:
@@ -111,72 +116,59 @@ def _run_round(
     run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
 ) -> TrainingState:
     """Sample once, reward, update several times, publish the weights."""
-    sampled = _sample_round(run, parts, state)
-    scored = sampled.scored
+    sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
     every = parts.config.training.gradient_cosine_every
     done = state.round + 1
     update = update_policy(
         parts,
-        scored.groups,
+        sampled.trained_groups,
         first_step=state.step,
         may_trust_sampler=state.mismatch_is_small is not False,
         measures_cosine=every > 0 and done % every == 0,
     )
-    state = _after(state, update)
+    state = _after(state, sampled, update)
     parts.publish_weights(state.step)
-    metrics = round_metrics(parts, scored, update) | {
-        "time/rollout_seconds": sampled.rollout_seconds,
-        "time/reward_seconds": sampled.reward_seconds,
-        "time/update_seconds": time.perf_counter() - started,
-        "time/tokens_per_second": num_completion_tokens(scored.groups) / sampled.rollout_seconds,
+    metrics = round_metrics(parts, sampled, update) | {
+        "time/update_seconds": time.perf_counter() - started
     }
     for number, step in enumerate(update.steps, start=state.step - len(update.steps) + 1):
         run.log_metrics("step", step.metrics, round=state.round, step=number)
     run.log_metrics("round", metrics, round=state.round, step=state.step)
-    for record in rollout_records(parts, scored.groups, update, round_number=state.round):
+    for record in rollout_records(parts, sampled, update, round_number=state.round):
         run.log_record("rollouts.jsonl", record)
     report(Report(stage="round", round=state.round, metrics=metrics))
     return state
 
 
-def _sample_round(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:
+def _rollouts(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:
     """The round's rewarded rollouts: those a killed run left, or new ones, saved before use."""
-    prompts = parts.prompts.take(state.round)
-    saved = load_round(run.rounds, state.round + 1, prompts)
+    saved = load_round(run.rounds, state.round + 1, prompts_of_round(parts, state))
     if saved is not None:
         return saved
-    started = time.perf_counter()
-    groups = sample_groups(
-        parts.sampler,
-        prompts,
-        tokenizer=parts.tokenizer,
-        settings=parts.sampling,
-        key=(parts.config.training.seed, state.round),
-    )
-    sampled = time.perf_counter()
-    scored = parts.score(groups)
-    result = SampledRound(
-        scored=scored,
-        rollout_seconds=sampled - started,
-        reward_seconds=time.perf_counter() - sampled,
-    )
-    save_round(run.rounds, state.round + 1, result)
-    return result
+    sampled = sample_round(parts, state)
+    save_round(run.rounds, state.round + 1, sampled)
+    return sampled
 
 
-def _after(state: TrainingState, update: RoundUpdate) -> TrainingState:
+def _after(state: TrainingState, sampled: SampledRound, update: RoundUpdate) -> TrainingState:
     mismatch = update.mismatch
     return replace(
         state,
         round=state.round + 1,
         step=state.step + len(update.steps),
+        prompts_taken=state.prompts_taken + len(sampled.scored.groups),
         mismatch_is_small=state.mismatch_is_small if mismatch is None else mismatch.is_small,
     )
 
 
 def _parts(
-    run: RunFolder, config: RunConfig, *, resume: bool, warn: Callable[[str], None]
+    run: RunFolder,
+    config: RunConfig,
+    *,
+    resume: bool,
+    warn: Callable[[str], None],
+    given: Given | None,
 ) -> TrainingParts:
     """The recipe's parts, once the folder is known to fit what was asked."""
     traces = ("metrics.jsonl", "rounds", "checkpoints")
@@ -189,7 +181,7 @@ def _parts(
         raise CheckpointError(
             f"run folder {run.path} holds no run to resume; start it without --resume"
         )
-    return build_parts(config, warn=warn)
+    return build_parts(config, warn=warn, given=given)
 
 
 def _start(
@@ -226,7 +218,12 @@ def _start(
     run.write_text("recipe.toml", recipe)
     run.write_text("run.json", json.dumps(_made_with(), indent=1))
     state = TrainingState(
-        round=0, step=0, mismatch_is_small=None, recipe_digest=digest, version=__version__
+        round=0,
+        step=0,
+        prompts_taken=0,
+        mismatch_is_small=None,
+        recipe_digest=digest,
+        version=__version__,
     )
     return state, _evaluate_fully(run, parts, stage="before", round_number=0, report=report)
 

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 # A package is one entry: modules inside it may import each other.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "ground": ("errors", "records", "config", "recipe", "store"),
+    "ground": ("errors", "records", "config", "recipe", "named_functions", "store"),
     "mathematics": ("geometric", "statistics", "detectors", "objective", "advantages"),
     "stages": (
         "tasks",
@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "policy",
         "sampler",
         "rollouts",
+        "rollout_functions",
         "batch",
         "update",
         "checkpoint",
@@ -41,7 +42,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "joiners": (
         "plots",
         "evaluation",
+        "reward_table",
         "assembly",
+        "rounds",
         "steps",
         "reporting",
         "training",
@@ -59,6 +62,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
 ALLOWED: dict[tuple[str, str], str] = {
     ("rewards", "grading"): "the `correct` reward is a graded answer",
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
+    ("rollout_functions", "rollouts"): "the user's rollouts stand in for the usual ones",
+    ("rollout_functions", "sampler"): "they ask the same sampler",
     ("update", "batch"): "an update consumes micro-batches",
     ("update", "schedules"): "an optimizer step asks for its step size",
     ("update", "policy.score"): "the gradient is that of what the policy scores",
@@ -85,6 +90,7 @@ TORCH_FREE = (
     "gmpo.records",
     "gmpo.config",
     "gmpo.recipe",
+    "gmpo.named_functions",
     "gmpo.geometric",
     "gmpo.statistics",
     "gmpo.tasks",

@@ -82,6 +82,11 @@ class LocalSampler:
         """Whether no request is queued or running."""
         return not self._queue and not self._rows
 
+    @property
+    def version(self) -> int:
+        """Version of the weights that are sampled from; 0 until some were loaded."""
+        return self._version
+
     def submit(self, request: SampleRequest) -> None:
         """Queue a request.
 
@@ -147,6 +152,11 @@ class LocalSampler:
                 f"max_tokens {request.max_tokens} and num_completions {request.num_completions} "
                 "must be at least 1",
             ),
+            (
+                request.first_index < 0 or request.first_position < 0,
+                f"first_index {request.first_index} and first_position {request.first_position} "
+                "must be 0 or more",
+            ),
             (not request.temperature >= 0, f"temperature {request.temperature} must be 0 or more"),
             (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
             (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
@@ -187,7 +197,8 @@ class LocalSampler:
             count = min(free, request.num_completions - pending.started)
             self._decoder.add_rows(pending.prefill, count)
             for index in range(pending.started, pending.started + count):
-                self._rows.append(self._new_row(request, index, pending.prefill))
+                number = request.first_index + index
+                self._rows.append(self._new_row(request, number, pending.prefill))
             new_logits.append(pending.prefill.logits[-1:].expand(count, -1))
             pending.started += count
             if pending.started == request.num_completions:
@@ -215,10 +226,12 @@ class LocalSampler:
             pending.prefill = prefill
 
     def _new_row(self, request: SampleRequest, index: int, prefill: Prefill) -> _Row:
+        start = request.first_position
+        stream = uniforms((*request.key, index), count=start + request.max_tokens)
         return _Row(
             request=request,
             index=index,
-            uniforms=uniforms((*request.key, index), count=request.max_tokens),
+            uniforms=stream[start:],
             first_version=self._version,
             prompt_logprobs=_prompt_logprobs(request, prefill),
         )

@@ -30,6 +30,9 @@ class SampleRequest:
         stop_ids: token ids that end a completion; the one sampled stays in it.
         stop_strings: texts that end a completion.
         key: what the completions' randomness depends on, beside their index and position.
+        first_index: number of the first completion; the others follow.
+        first_position: number of the first token drawn in its completion, above 0 where
+            `token_ids` end in a completion's beginning.
         top_logprobs: likeliest alternatives reported at each position.
         prompt_logprobs: whether to report log-probabilities of the prompt's own tokens.
         stream: whether each token is reported when it is drawn.
@@ -46,6 +49,8 @@ class SampleRequest:
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     key: tuple[int | str, ...] = (0,)
+    first_index: int = 0
+    first_position: int = 0
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     stream: bool = False
@@ -113,6 +118,10 @@ class Sampler(Protocol):
     @property
     def is_idle(self) -> bool:
         """Whether no request is queued or running."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that are sampled from."""
 
 
 def complete(sampler: Sampler, requests: Iterable[SampleRequest]) -> dict[str, list[Completion]]:

@@ -1,0 +1,147 @@
+"""A reward model: a sequence classifier's single output as the reward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gmpo.errors import ModelError
+from gmpo.rewards.convention import RewardFault
+
+__all__ = ["ClassifierReward", "load_classifier_reward"]
+
+_BATCH_TOKENS = 4096
+"""Tokens of one forward pass, padding included; a single text may exceed it."""
+
+
+class ClassifierReward:
+    """The model's output for each prompt with its completion; any real number.
+
+    A chat is rendered by the classifier's own chat template. Without one its turns are joined by
+    line breaks, and a plain prompt and completion are joined as they are; the tokenizer then adds
+    the special tokens that the model was trained with.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def __call__(
+        self, *, prompts: list[Any], completions: list[Any], **kwargs: Any
+    ) -> list[float | RewardFault]:
+        """The rewards, in the order of the completions; a fault for a text beyond the context."""
+        token_ids = [self._token_ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+        limit = self._context_length()
+        rewards: list[float | RewardFault] = [
+            RewardFault(
+                what=f"cannot be given: prompt and completion have {len(ids)} tokens, and the "
+                f"reward model takes {limit}; lower sampling.max_length"
+            )
+            for ids in token_ids
+        ]
+        fitting = [place for place, ids in enumerate(token_ids) if len(ids) <= limit]
+        for places in _batches(fitting, [len(ids) for ids in token_ids]):
+            values = self._outputs([token_ids[place] for place in places])
+            for place, value in zip(places, values, strict=True):
+                rewards[place] = value
+        return rewards
+
+    def _context_length(self) -> int:
+        positions: int = self.model.config.to_dict().get("max_position_embeddings", sys.maxsize)
+        return min(positions, self.tokenizer.model_max_length)
+
+    def _outputs(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
+        width = max(len(ids) for ids in token_ids)
+        shape = (len(token_ids), width)
+        padded = torch.full(shape, self.model.config.pad_token_id, dtype=torch.long)
+        attended = torch.zeros(shape, dtype=torch.long)
+        for row, ids in enumerate(token_ids):
+            padded[row, : len(ids)] = torch.tensor(ids)
+            attended[row, : len(ids)] = 1
+        device = self.model.device
+        outputs = self.model(padded.to(device), attention_mask=attended.to(device))
+        values: list[float] = outputs.logits[:, 0].float().tolist()
+        return values
+
+    def _token_ids(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self._encoded(prompt + completion, is_rendered=False)
+        turns = [*prompt, *completion]
+        if self.tokenizer.chat_template is None:
+            return self._encoded("\n".join(turn["content"] for turn in turns), is_rendered=False)
+        rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        return self._encoded(rendered, is_rendered=True)
+
+    def _encoded(self, text: str, *, is_rendered: bool) -> list[int]:
+        # A chat template writes its special tokens itself.
+        encoded = self.tokenizer(text, add_special_tokens=not is_rendered)
+        token_ids: list[int] = encoded["input_ids"]
+        return token_ids
+
+
+def load_classifier_reward(
+    name: str, *, device: torch.device, dtype: torch.dtype
+) -> ClassifierReward:
+    """The named sequence classifier and its tokenizer as a reward function.
+
+    Args:
+        name: a hub name, or a folder.
+        device: where it runs.
+        dtype: precision of its weights and its forward pass.
+
+    Raises:
+        ModelError: there is none, weights of its head are missing, or it has not one output.
+    """
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load reward model {name!r}: {first_line}; give the hub name or the folder of "
+            "a sequence classifier with its tokenizer"
+        ) from None
+    if report["missing_keys"]:
+        raise ModelError(
+            f"reward model {name!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which "
+            "would be random; give a model that was trained as a sequence classifier"
+        )
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"reward model {name!r} has {model.config.num_labels} outputs; it must have one "
+            "(num_labels = 1), which is the reward"
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of reward model {name!r} has neither a pad nor an end token, so texts "
+            "cannot be batched; set tokenizer.pad_token and save it"
+        )
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # Decoder classifiers look for the last token that is not this one.
+    model.config.pad_token_id = padding
+    return ClassifierReward(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def _batches(places: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places in batches of similar length that stay within the budget."""
+    batch: list[int] = []
+    for place in sorted(places, key=lambda place: lengths[place]):
+        if batch and lengths[place] * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
