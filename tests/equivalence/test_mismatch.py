@@ -12,7 +12,6 @@ from tests.tiny_runs import tiny_recipe
 
 from gmpo.assembly import TrainingParts, build_parts
 from gmpo.batch import StepBatch
-from gmpo.rollouts import sample_groups
 from gmpo.steps import build_steps, run_steps
 
 
@@ -35,14 +34,8 @@ def shifted(steps: list[StepBatch], nats: float) -> list[StepBatch]:
 
 def parts_and_steps(folder: Path) -> tuple[TrainingParts, list[StepBatch]]:
     parts = build_parts(tiny_recipe(save_tiny(folder)), warn=print)
-    groups = sample_groups(
-        parts.sampler,
-        parts.prompts.take(0),
-        tokenizer=parts.tokenizer,
-        settings=parts.sampling,
-        key=(0, 0),
-    )
-    steps = build_steps(parts, parts.score(groups).groups)
+    groups = parts.sample(parts.prompts.take(0, 8), settings=parts.sampling, key=(0, 0))
+    steps = build_steps(parts, parts.score(groups, step=0, prompts_taken=0).groups)
     assert steps[0].micro_batches, "the first step needs live rows for this test"
     return parts, steps
 

@@ -22,7 +22,7 @@ from gmpo.checkpoint import latest_checkpoint
 from gmpo.errors import CheckpointError, NonFiniteError, RunFolderError
 from gmpo.objective import OBJECTIVES
 from gmpo.recipe import dump_recipe, load_recipe
-from gmpo.tracking import METRICS, REWARD_COMPONENT_PREFIX, read_lines
+from gmpo.tracking import METRIC_FAMILIES, METRICS, read_lines
 from gmpo.training import Report, TrainingResult, train
 
 MEASURED_TIMES = ("time/", "memory/")
@@ -107,8 +107,9 @@ def test_the_recipe_beside_a_run_is_the_resolved_one(finished: TrainingResult, l
 
 def test_every_metric_is_documented_and_every_line_has_its_place(finished: TrainingResult):
     lines = metric_lines(finished.folder)
-    known = {*METRICS, "kind", "round", "step", f"{REWARD_COMPONENT_PREFIX}format"}
-    assert {name for line in lines for name in line} <= known
+    known = {*METRICS, "kind", "round", "step"}
+    unknown = {name for line in lines for name in line} - known
+    assert unknown == {f"{family}format" for family in METRIC_FAMILIES if "rollout" in family}
     assert Counter(line["kind"] for line in lines) == {"step": 16, "round": 4, "evaluation": 2}
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 17))

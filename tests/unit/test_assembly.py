@@ -21,11 +21,11 @@ PROMPTS = [Prompt(id=str(number), text=str(number)) for number in range(10)]
 
 
 def ids(stream: PromptStream, *rounds: int) -> list[str]:
-    return [prompt.id for number in rounds for prompt in stream.take(number)]
+    return [prompt.id for number in rounds for prompt in stream.take(4 * number, 4)]
 
 
-def stream(*, seed: int = 0, prompts_per_round: int = 4) -> PromptStream:
-    return PromptStream(PROMPTS, prompts_per_round=prompts_per_round, seed=seed)
+def stream(*, seed: int = 0) -> PromptStream:
+    return PromptStream(PROMPTS, seed=seed)
 
 
 def task(**table: Any) -> Task:
@@ -56,8 +56,8 @@ def test_each_pass_over_the_prompts_is_a_permutation_of_its_own():
 def test_the_order_depends_on_the_seed_only():
     assert ids(stream(), 0, 1, 2) == ids(stream(), 0, 1, 2)
     assert ids(stream(), 0, 1, 2) != ids(stream(seed=1), 0, 1, 2)
-    small, large = stream(prompts_per_round=2), stream(prompts_per_round=4)
-    assert ids(small, 0, 1, 2, 3) == ids(large, 0, 1)
+    in_pieces = [*stream().take(0, 3), *stream().take(3, 1), *stream().take(4, 4)]
+    assert [prompt.id for prompt in in_pieces] == ids(stream(), 0, 1)
 
 
 def test_a_round_can_be_taken_without_those_before_it():
@@ -68,7 +68,7 @@ def test_a_round_can_be_taken_without_those_before_it():
 
 
 def test_a_round_larger_than_the_task_goes_on_into_the_next_pass():
-    order = ids(stream(prompts_per_round=15), 0)
+    order = [prompt.id for prompt in stream().take(0, 15)]
     assert len(order) == 15
     assert len(set(order[:10])) == 10
 
@@ -142,10 +142,10 @@ def test_the_parts_are_what_the_recipe_says(model: str):
         assert parts.config.model.dtype == "fp32"
         assert parts.reference is None
         assert len(parts.held_out) == 3
-        assert list(parts.rewards) == ["format"]
+        assert list(parts.rewards.functions) == ["format"]
         assert parts.sampling.num_completions == 8
         assert parts.sampling.stop_ids == (1,)
-        assert [len(prompt.token_ids or ()) for prompt in parts.prompts.take(0)] == [17] * 8
+        assert [len(prompt.token_ids or ()) for prompt in parts.prompts.take(0, 8)] == [17] * 8
         settings = parts.evaluator.settings
         assert settings.max_tokens == 3
     finally:

@@ -76,6 +76,7 @@ def state(round_number: int) -> TrainingState:
     return TrainingState(
         round=round_number,
         step=4 * round_number,
+        prompts_taken=8 * round_number,
         mismatch_is_small=True,
         recipe_digest="abc",
         version="0.1.0",

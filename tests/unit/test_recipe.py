@@ -19,9 +19,11 @@ task.held_out_items task.split_seed task.kind task.operators task.min_operand ta
 task.num_terms task.train_items task.instruction task.num_numbers task.max_number task.max_target
 task.path task.held_out_path
 reward.weights reward.format_pattern reward.combine reward.floor reward.truncated
-reward.timeout_seconds
+reward.timeout_seconds reward.length_full_tokens reward.length_zero_tokens reward.functions
+reward.models reward.on_error reward.function_timeout_seconds
 sampling.group_size sampling.prompts_per_round sampling.max_new_tokens sampling.max_length
 sampling.temperature sampling.top_p sampling.top_k sampling.stop_strings sampling.max_rows
+sampling.rollout sampling.dynamic sampling.max_extra_prompts
 objective.name objective.clip_low objective.clip_high objective.clip_negative_high
 objective.kl_coefficient objective.entropy_coefficient objective.advantage_scale
 objective.advantage_eps
@@ -175,7 +177,7 @@ def test_several_mistakes_are_all_named(tmp_path: Path):
         ("objective.name=ppo", "objective.name = 'ppo': input should be 'gmpo', 'gmpo_no_clip'"),
         ("evaluation.sampled=maybe", "evaluation.sampled = 'maybe': input should be a valid bool"),
         ("training=3", "training = 3: input should be a valid dictionary"),
-        ("reward.weights.style=1", "input should be 'correct' or 'format'"),
+        ("reward.weights.style=much", "reward.weights.style = 'much': input should be a valid"),
         ("task.held_out_items=0", "task.held_out_items = 0: input should be greater than or equal"),
     ],
 )

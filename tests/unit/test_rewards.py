@@ -11,6 +11,8 @@ from gmpo.errors import ConfigError, DataError
 from gmpo.grading import Grader
 from gmpo.records import Group, Message, Prompt, Rollout
 from gmpo.rewards import (
+    RewardFunctions,
+    RewardRule,
     correct_reward,
     floored_geometric_mean,
     format_reward,
@@ -50,7 +52,11 @@ def rewards_of(scored):
 
 
 def constant(*values):
-    return lambda prompts, completions, **columns: list(values)
+    return lambda **kwargs: list(values)
+
+
+def score(groups, functions, **rule):
+    return score_groups(groups, RewardFunctions(functions), rule=RewardRule(**rule))
 
 
 def test_weighted_sum_is_the_weighted_sum():
@@ -129,46 +135,49 @@ def test_groups_come_back_with_components_and_rewards():
     grader = Grader()
     functions = {"correct": correct_reward(grader), "format": format_reward(r"\d+")}
     before = group("19", "it is 19", "18")
-    scored = score_groups([before], functions, weights={"correct": 1.0, "format": 0.5})
+    scored = score([before], functions, weights={"correct": 1.0, "format": 0.5})
     assert rewards_of(scored) == [1.5, 1.0, 0.5]
     assert scored.groups[0].rollouts[1].rewards == {"correct": 1.0, "format": 0.0}
     assert before.rollouts[0].reward is None
     assert (scored.num_rollouts, scored.num_timeouts) == (3, 0)
     assert scored.grading["exact"] == 3
     # f = 0.05, equal weights: (1, 1) -> 1; (1, 0) -> sqrt(0.05) = 0.2236
-    geometric = score_groups([before], functions, combine="geometric")
+    geometric = score([before], functions, combine="geometric")
     assert rewards_of(geometric) == pytest.approx([1.0, 0.05**0.5, 0.05**0.5])
 
 
 def test_any_of_the_accepted_answers_is_right():
-    scored = score_groups(
-        [group("4", "19", answers=("19", "4"))], {"correct": correct_reward(Grader())}
-    )
+    scored = score([group("4", "19", answers=("19", "4"))], {"correct": correct_reward(Grader())})
     assert rewards_of(scored) == [1.0, 1.0]
 
 
 def test_countdown_is_graded_by_its_value_not_by_its_example():
     countdown = group("7 * 3 + 5", "26", "3 + 5 + 7", answer="5 + 3 * 7", grading="countdown",
                       numbers=(3, 5, 7), target=26)  # fmt: skip
-    assert rewards_of(score_groups([countdown], {"c": correct_reward(Grader())})) == [1.0, 0.0, 0.0]
+    assert rewards_of(score([countdown], {"c": correct_reward(Grader())})) == [1.0, 0.0, 0.0]
 
 
 def test_functions_get_texts_and_columns_of_usable_rollouts_only():
-    seen = {}
+    seen = []
 
-    def record(prompts, completions, **columns):
-        seen.update(prompts=prompts, completions=completions, columns=columns)
+    def record(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **rest):
+        seen.append((prompts, completions, completion_ids, rest))
         return [0.0] * len(completions)
 
     first = group("a", level=3)
     broken = rollout("b", 1, error="cut off by the server")
     plain = Group(prompt=Prompt(id="q", text="x ="), rollouts=(rollout("c", prompt_id="q"),))
-    scored = score_groups(
+    scored = score(
         [Group(prompt=first.prompt, rollouts=(*first.rollouts, broken)), plain], {"r": record}
     )
-    assert seen["prompts"] == ["12 + 7?", "x ="]
-    assert seen["completions"] == ["a", "c"]
-    assert seen["columns"] == {"answer": ["19", None], "level": [3, None]}
+    # One call with the chats and one with the plain texts, each in its own form.
+    chats, plains = seen
+    assert chats[0] == [[{"role": "user", "content": "12 + 7?"}]]
+    assert chats[1] == [[{"role": "assistant", "content": "a"}]]
+    assert plains[:2] == (["x ="], ["c"])
+    assert chats[2] == plains[2] == [[1]]
+    assert chats[3] == {"answer": ["19"], "level": [3]}
+    assert plains[3] == {"answer": [None], "level": [None]}
     assert rewards_of(scored) == [0.0, None, 0.0]
     assert (scored.num_rollouts, scored.num_errors) == (3, 1)
     assert scored.groups[0].rollouts[1] is broken
@@ -178,24 +187,24 @@ def test_completions_cut_by_the_limit_are_counted_and_zeroed_only_if_asked():
     cut = rollout("19", 1, finish_reason="length")
     groups = [Group(prompt=group().prompt, rollouts=(rollout("19"), cut))]
     functions = {"correct": correct_reward(Grader())}
-    kept = score_groups(groups, functions)
+    kept = score(groups, functions)
     assert rewards_of(kept) == [1.0, 1.0]
     assert (kept.num_truncated, kept.num_zeroed) == (1, 0)
-    zeroed = score_groups(groups, functions, truncated="zero")
+    zeroed = score(groups, functions, truncated="zero")
     assert rewards_of(zeroed) == [1.0, 0.0]
     assert zeroed.groups[0].rollouts[1].rewards == {"correct": 1.0}
     assert (zeroed.num_truncated, zeroed.num_zeroed) == (1, 1)
 
 
 def test_a_timeout_is_a_zero_that_is_counted():
-    scored = score_groups([group(r"\boxed{9^{9^9}}")], {"correct": correct_reward(Grader())})
+    scored = score([group(r"\boxed{9^{9^9}}")], {"correct": correct_reward(Grader())})
     assert rewards_of(scored) == [0.0]
     assert scored.num_timeouts == scored.grading["refused_powers"] == 1
     assert scored.grading["exact"] == 0
 
 
 def test_rollouts_about_which_nothing_is_said_stay_unrewarded_and_counted():
-    scored = score_groups([group("a", "b")], {"r": constant(None, 0.5)})
+    scored = score([group("a", "b")], {"r": constant(None, 0.5)})
     assert rewards_of(scored) == [None, 0.5]
     assert scored.num_unrewarded == 1
     assert scored.groups[0].rollouts[0].rewards == {}
@@ -204,22 +213,22 @@ def test_rollouts_about_which_nothing_is_said_stay_unrewarded_and_counted():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ((0.1, math.nan), "prompt 'p', rollout 1: component 'r' is nan; it must be a finite"),
-        ((math.inf, 0.1), "prompt 'p', rollout 0: component 'r' is inf"),
-        ((0.1, "good"), "rollout 1: 'r' is 'good'; a reward must be a number or None"),
+        ((0.1, math.nan), "prompt 'p', rollout 1: reward 'r' is nan; it must be a finite"),
+        ((math.inf, 0.1), "prompt 'p', rollout 0: reward 'r' is inf"),
+        ((0.1, "good"), "rollout 1: reward 'r' is 'good'; it must be a finite number or None"),
         ((0.1,), "reward 'r' returned 1 values for 2 completions; it must return one a completion"),
     ],
 )
 def test_unusable_values_are_refused_with_their_rollout(values, text):
     with pytest.raises(DataError, match=text):
-        score_groups([group("a", "b")], {"r": constant(*values)})
+        score([group("a", "b")], {"r": constant(*values)})
 
 
 def test_options_that_do_not_exist_are_refused():
-    with pytest.raises(ConfigError, match="combine is 'mean' and truncated 'score'; they must be"):
-        score_groups([], {"r": constant()}, combine="mean")
+    with pytest.raises(ConfigError, match="combine is 'mean'; it must be 'sum' or 'geometric'"):
+        score([], {"r": constant()}, combine="mean")
     with pytest.raises(ConfigError, match="there is no reward function; give at least one"):
-        score_groups([], {})
+        score([], {})
     with pytest.raises(ConfigError, match=r"'\(' is not a regular expression"):
         format_reward("(")
 
@@ -227,17 +236,18 @@ def test_options_that_do_not_exist_are_refused():
 def test_prompts_that_cannot_be_graded_are_refused():
     correct = {"correct": correct_reward(Grader())}
     with pytest.raises(
-        DataError, match=r"row 0: there is no reference answer \(columns: \['answer'\]\)"
+        DataError,
+        match=r"rollout 0: reward 'correct' cannot be given: there is no reference answer",
     ):
-        score_groups([group("a", answer=None)], correct)
-    with pytest.raises(DataError, match="row 0: grading is 'judge'; the column must be"):
-        score_groups([group("a", grading="judge")], correct)
+        score([group("a", answer=None)], correct)
+    with pytest.raises(DataError, match="grading is 'judge'; the column must be"):
+        score([group("a", grading="judge")], correct)
     with pytest.raises(DataError, match="a prompt has a column 'completions'"):
-        score_groups([group("a", completions="x")], correct)
+        score([group("a", completions="x")], correct)
 
 
 def test_no_usable_rollout_calls_no_function():
-    def fail(prompts, completions, **columns):
+    def fail(**kwargs):
         raise AssertionError("called")
 
-    assert score_groups([], {"r": fail}).num_rollouts == 0
+    assert score([], {"r": fail}).num_rollouts == 0

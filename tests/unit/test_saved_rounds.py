@@ -26,8 +26,11 @@ def sampled(groups: list[Group]) -> SampledRound:
         num_zeroed=0,
         num_timeouts=2,
         grading={"timeouts": 2, "graded": 5},
+        component_errors={"correct": 1},
+        metrics={"depth": [1 / 3, 2.0]},
     )
-    return SampledRound(scored=scored, rollout_seconds=1.5, reward_seconds=0.25)
+    trained = tuple(range(1, len(groups)))
+    return SampledRound(scored=scored, trained=trained, rollout_seconds=1.5, reward_seconds=0.25)
 
 
 @pytest.fixture
@@ -35,7 +38,10 @@ def round_of_two() -> SampledRound:
     first, second = random_groups([[1, 2], [3]], [[3, 1], [2, 4]])
     failed = rollout([7], index=2, prompt_id="p1", reward=None, error="grading: timed out")
     tool = rollout([7, 8, 9], index=3, prompt_id="p1", from_policy=[True, False, True], reward=0.1)
-    with_parts = replace(tool, rewards={"correct": 0.1, "format": 1 / 3}, text="42 \N{SNOWMAN}\n")
+    components = {"correct": 0.1, "format": 1 / 3}
+    with_parts = replace(
+        tool, rewards=components, text="42 \N{SNOWMAN}\n", notes={"a": 0.1, "b": "x"}
+    )
     return sampled([first, replace(second, rollouts=(*second.rollouts, failed, with_parts))])
 
 
@@ -66,6 +72,15 @@ def test_a_round_comes_back_bit_for_bit(round_of_two: SampledRound, tmp_path: Pa
     again = load_round(tmp_path / "rounds", 3, prompts(round_of_two))
     assert again is not None
     assert_same(again, round_of_two)
+
+
+def test_prompts_that_the_round_did_not_take_may_follow(round_of_two: SampledRound, tmp_path: Path):
+    save_round(tmp_path, 3, round_of_two)
+    more = [group([9], [rollout([1], prompt_id="later")]).prompt]
+    again = load_round(tmp_path, 3, prompts(round_of_two) + more)
+    assert again is not None
+    assert_same(again, round_of_two)
+    assert again.trained_groups == again.scored.groups[1:]
 
 
 def test_log_probabilities_keep_their_precision(tmp_path: Path):

@@ -109,8 +109,6 @@ class RewardFunctions:
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._loop_thread.join(_GRACE_SECONDS)
-        if not self._loop_thread.is_alive():
-            self._loop.close()
         self._loop = self._loop_thread = None
 
     def _returned(self, call: RewardCall) -> Any:
@@ -160,10 +158,22 @@ class RewardFunctions:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._loop_thread = threading.Thread(
-                target=self._loop.run_forever, name="async rewards", daemon=True
+                target=_serve, args=(self._loop,), name="async rewards", daemon=True
             )
             self._loop_thread.start()
         return self._loop
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop until it is stopped, then let what still runs in it end as cancelled."""
+    loop.run_forever()
+    pending = asyncio.all_tasks(loop)
+    for task in pending:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 async def _gathered(calls: Sequence[RewardCall], limit: float | None) -> list[Any]:

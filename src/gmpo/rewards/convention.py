@@ -27,7 +27,7 @@ __all__ = [
     "rows_by_form",
 ]
 
-Turns = list[dict[str, str]]
+_Turns = list[dict[str, str]]
 
 _OWN_ARGUMENTS = (
     "prompts",
@@ -97,7 +97,7 @@ class RewardRows:
             **{name: [p.columns.get(name) for p in self.prompts] for name in self.column_names},
         }
 
-    def _completion(self, rollout: Rollout) -> str | Turns:
+    def _completion(self, rollout: Rollout) -> str | _Turns:
         if not self.is_chat:
             return rollout.text
         return [{"role": "assistant", "content": rollout.text}]
@@ -153,7 +153,7 @@ def rows_by_form(usable: Sequence[tuple[Prompt, Rollout]]) -> list[RewardRows]:
     return list(_forms(usable, names))
 
 
-def completion_text(completion: str | Turns) -> str:
+def completion_text(completion: str | _Turns) -> str:
     """A completion's text, whichever form it came in."""
     if isinstance(completion, str):
         return completion
@@ -222,7 +222,7 @@ def _forms(
             )
 
 
-def _prompt(prompt: Prompt) -> str | Turns:
+def _prompt(prompt: Prompt) -> str | _Turns:
     if prompt.messages is None:
         return prompt.text or ""
     return [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
