@@ -119,7 +119,7 @@ def test_functions_that_come_with_trl_run_unchanged():
         {"accuracy": 0.0, "think": 0.0, "overlong": -0.5, "repetition": 0.0},
     ]
     # what accuracy_reward logs beside each rollout with log_extra
-    assert set(scored.groups[0].rollouts[0].notes) == {"solution", "answer_parsed"}
+    assert set(scored.groups[0].rollouts[0].notes) == {"solution", "gold_parsed", "answer_parsed"}
 
 
 def test_a_trl_function_says_none_where_it_does_not_apply():
@@ -515,7 +515,7 @@ def test_without_a_limit_a_function_runs_in_the_callers_thread():
 
 def test_the_length_reward_falls_linearly_between_its_limits():
     reward = length_reward(full_tokens=4, zero_tokens=8)
-    # (8 - n) / 4, within [0, 1]
+    # 8 - n of the 4 tokens between the limits are left
     by_length = {0: 1.0, 4: 1.0, 5: 0.75, 6: 0.5, 7: 0.25, 8: 0.0, 20: 0.0}
     ids = [[0] * count for count in by_length]
     assert reward(prompts=[], completions=[], completion_ids=ids) == list(by_length.values())
