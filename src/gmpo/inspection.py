@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _WINDOW = 10
+_COMPONENT = "rollout/reward/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class RunSummary:
         rounds_total: rounds of the recipe.
         first_reward: mean sampled reward of the first round.
         last_ten_reward: mean sampled reward of the last ten rounds, of all if there are fewer.
+        components: of each reward component, its mean in the first round and in the last ten.
         best_ten_reward: largest mean sampled reward of ten rounds in a row.
         before: evaluations before the first round.
         after: evaluations after the last round.
@@ -97,6 +99,7 @@ class RunSummary:
     first_reward: float | None
     last_ten_reward: float | None
     best_ten_reward: float | None
+    components: dict[str, tuple[float | None, float | None]]
     before: tuple[EvaluationFigures, ...]
     after: tuple[EvaluationFigures, ...]
     ratio_range: tuple[float, float] | None
@@ -149,6 +152,7 @@ def summarize_run(path: str | Path) -> RunSummary:
         first_reward=rewards[0],
         last_ten_reward=_mean(_measured(rewards[-_WINDOW:])),
         best_ten_reward=_best_ten(rewards),
+        components=_components(rounds),
         before=_evaluations(folder, "before"),
         after=_evaluations(folder, "after"),
         ratio_range=_range(_values(steps, "ratio/min"), _values(steps, "ratio/max")),
@@ -258,6 +262,20 @@ def _best_ten(rewards: Sequence[float | None]) -> float | None:
     return max(_measured(means), default=None)
 
 
+def _components(
+    rounds: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[float | None, float | None]]:
+    """Apart, so that one component that is gamed shows while the others stand still."""
+    names = dict.fromkeys(name for line in rounds for name in line if name.startswith(_COMPONENT))
+    return {
+        name.removeprefix(_COMPONENT): (
+            rounds[0].get(name),
+            _mean(_values(rounds[-_WINDOW:], name)),
+        )
+        for name in names
+    }
+
+
 def _evaluations(folder: Path, stage: str) -> tuple[EvaluationFigures, ...]:
     """Results of the stage's newest record; a run that was resumed may hold several."""
     records = [r for r in read_lines(folder, "evaluations.jsonl") if r["stage"] == stage]
@@ -339,6 +357,13 @@ def _training_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("sampled reward, first round", _figure(summary.first_reward, "{:.3f}")),
         ("sampled reward, last ten rounds", _figure(summary.last_ten_reward, "{:.3f}")),
         ("sampled reward, best ten in a row", _figure(summary.best_ten_reward, "{:.3f}")),
+        *(
+            (
+                f"reward component {name}, first to last ten",
+                f"{_figure(first, '{:.3f}')} to {_figure(last, '{:.3f}')}",
+            )
+            for name, (first, last) in summary.components.items()
+        ),
         ("importance ratio, smallest to largest", _span(summary.ratio_range, "not measured")),
         ("importance ratio, bounds of the clip", _span(summary.clip_bounds, "none")),
         ("tokens clipped low", _figure(summary.clip_low_fraction, "{:.3%}")),
