@@ -5,7 +5,7 @@ SHELL := bash
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := $(wildcard src tests scripts benchmarks)
+CODE := $(wildcard src tests scripts benchmarks examples)
 
 # A finished run is never overwritten: the second `make train` gets a folder named by the time.
 ifndef RUN

@@ -103,10 +103,10 @@ def forecast(config: RunConfig) -> Forecast:
         train_items=len(task.train),
         held_out_items=held_out,
         longest_prompt_tokens=longest,
-        completion_tokens_per_round=sampling.prompts_per_round
+        completion_tokens_per_round=sampling.most_prompts()
         * sampling.group_size
         * sampling.max_new_tokens,
-        prompt_tokens_per_round=sampling.prompts_per_round * longest,
+        prompt_tokens_per_round=sampling.most_prompts() * longest,
         optimizer_steps=training.rounds * training.steps_per_round,
         weights_gib=weights,
         activations_gib=activations,

@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current folder of a user, whose modules are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -172,7 +172,7 @@ def test_the_calculator_answers_within_completions_that_are_trained(
         ("1 / 0 =", None),
         ("2 ** 9 =", None),
         ("x =", None),
-        ("= 3 =", None),
+        ("2 = 3 =", "3"),
         ("__import__('os') =", None),
         ("1 + " * 20 + "1 =", None),
         ("", None),
@@ -182,7 +182,6 @@ def test_the_calculator_computes_four_operations_and_nothing_else(
     text: str, value: str | None, here: Path
 ):
     (here / "calculator.py").write_text((CALCULATOR / "calculator.py").read_text())
-    sys.path.insert(0, str(here))
     import calculator
 
     assert calculator.value_of(text) == value
