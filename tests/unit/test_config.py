@@ -238,3 +238,60 @@ def test_a_resolved_recipe_cannot_be_changed():
     run = RunConfig(task=ArithmeticTask(kind="arithmetic"))
     with pytest.raises(ValidationError, match="frozen"):
         run.training.rounds = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            {"weights": {"correc": 1.0}},
+            "reward.weights.correc has no component of that name; did you mean 'correct'?; your "
+            "own go into [reward.functions] or [reward.models]",
+        ),
+        (
+            {"weights": {"brevty": 1.0}, "functions": {"brevity": "mine:brevity"}},
+            "reward.weights.brevty has no component of that name; did you mean 'brevity'?",
+        ),
+        (
+            {"weights": {"correct": 1.0}, "functions": {"brevity": "mine:brevity"}},
+            "component 'brevity' has no weight; add reward.weights.brevity, 0 to log it only",
+        ),
+        (
+            {"weights": {"correct": 1.0}, "models": {"judge": "folder"}},
+            "component 'judge' has no weight",
+        ),
+        (
+            {"weights": {"format": 1.0}, "functions": {"format": "mine:format"}},
+            "'format' names more than one component; correct, format and length are built in",
+        ),
+        (
+            {"weights": {"a": 1.0}, "functions": {"a": "mine:a"}, "models": {"a": "folder"}},
+            "'a' names more than one component",
+        ),
+        (
+            {"weights": {"length": 1.0}, "length_full_tokens": 8},
+            "component 'length' needs length_full_tokens below length_zero_tokens, got 8 and None",
+        ),
+        (
+            {"weights": {"correct": -1.0}},
+            "reward.weights must name at least one component, none below 0 and not all 0",
+        ),
+    ],
+)
+def test_every_component_has_one_weight_and_every_weight_a_component(
+    table: dict[str, Any], said: str
+):
+    assert said in refusal(RewardConfig, **table)
+
+
+def test_a_weight_of_0_only_logs_its_component():
+    weights = {"correct": 1.0, "brevity": 0.0}
+    assert RewardConfig(weights=weights, functions={"brevity": "mine:brevity"}).weights == weights
+
+
+def test_extra_prompts_are_for_refilled_rounds_only():
+    assert SamplingConfig().most_prompts() == 8
+    assert SamplingConfig(dynamic="refill").most_prompts() == 32
+    assert SamplingConfig(dynamic="refill", max_extra_prompts=5).most_prompts() == 13
+    said = refusal(SamplingConfig, max_extra_prompts=5)
+    assert "max_extra_prompts = 5 works with dynamic = 'refill' only; set that or remove it" in said

@@ -1,19 +1,25 @@
-"""Reward functions of the user's: TRL's convention, async ones, faults by the stated rule."""
+"""Reward functions of the user's: TRL's convention, what they get and give, async ones."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.reward_rows import (
+    Judge,
+    chat,
+    errors_of,
+    functions,
+    plain,
+    refusal,
+    rewards_of,
+    score,
+)
 from transformers import TrainerState
 from trl.rewards import (
     accuracy_reward,
@@ -22,83 +28,8 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from gmpo.errors import ConfigError, DataError
-from gmpo.records import Group, Message, Prompt, Rollout
-from gmpo.rewards import (
-    RewardFunctions,
-    RewardRule,
-    ScoredGroups,
-    joined,
-    length_reward,
-    score_groups,
-)
-
-
-def rollout(text: str, index: int = 0, *, prompt_id: str = "p", tokens: int = 1) -> Rollout:
-    return Rollout(
-        prompt_id=prompt_id,
-        index=index,
-        token_ids=np.arange(tokens),
-        from_policy=np.ones(tokens, dtype=np.bool_),
-        sampler_logprobs=np.full(tokens, -1.0),
-        text=text,
-        finish_reason="stop",
-        first_version=0,
-        last_version=0,
-    )
-
-
-def chat(*texts: str, prompt_id: str = "p", **columns: Any) -> Group:
-    turns = (Message(role="user", content="12 + 7?"),)
-    prompt = Prompt(id=prompt_id, messages=turns, columns=columns)
-    return Group(
-        prompt=prompt,
-        rollouts=tuple(rollout(t, n, prompt_id=prompt_id) for n, t in enumerate(texts)),
-    )
-
-
-def plain(*texts: str, prompt_id: str = "q", **columns: Any) -> Group:
-    prompt = Prompt(id=prompt_id, text="12 + 7 =", columns=columns)
-    return Group(
-        prompt=prompt,
-        rollouts=tuple(rollout(t, n, prompt_id=prompt_id) for n, t in enumerate(texts)),
-    )
-
-
-@contextmanager
-def functions(
-    *, time_limit_seconds: float | None = None, **named: Any
-) -> Iterator[RewardFunctions]:
-    made = RewardFunctions(named, time_limit_seconds=time_limit_seconds)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def score(
-    groups: list[Group],
-    rewards: RewardFunctions,
-    *,
-    trainer_state: object = None,
-    **rule: Any,
-) -> ScoredGroups:
-    return score_groups(groups, rewards, rule=RewardRule(**rule), trainer_state=trainer_state)
-
-
-def rewards_of(scored: ScoredGroups) -> list[float | None]:
-    return [r.reward for group in scored.groups for r in group.rollouts]
-
-
-def errors_of(scored: ScoredGroups) -> list[str | None]:
-    return [r.error for group in scored.groups for r in group.rollouts]
-
-
-def refusal(groups: list[Group], rewards: RewardFunctions, **rule: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        score(groups, rewards, **rule)
-    return str(caught.value)
-
+from gmpo.errors import ConfigError
+from gmpo.rewards import RewardFunctions, ScoredGroups, joined, length_reward
 
 # The convention
 
@@ -287,18 +218,6 @@ def test_a_column_with_the_name_of_an_argument_is_refused():
 # Async functions
 
 
-class Judge:
-    """An async callable object, as of a client that keeps its connection."""
-
-    def __init__(self) -> None:
-        self.loops: set[int] = set()
-
-    async def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
-        self.loops.add(id(asyncio.get_running_loop()))
-        await asyncio.sleep(0.01)
-        return [float(c) for c in completions]
-
-
 def test_async_functions_run_at_the_same_time():
     meeting = threading.Barrier(2, timeout=5)
 
@@ -346,168 +265,6 @@ def test_an_async_functions_fault_names_it_and_spares_the_others():
         assert errors_of(scored) == ["reward 'b' raised KeyError: 'judge'"] * 2
         assert scored.component_errors == {"a": 0, "b": 2}
         assert "reward 'b' raised KeyError: 'judge'" in refusal([plain("1")], rewards)
-
-
-# Faults
-
-
-def boom(**kwargs: Any) -> list[float]:
-    raise ValueError("no connection")
-
-
-def test_an_exception_stops_the_run_with_function_and_rows_named():
-    with functions(r=boom) as rewards, pytest.raises(DataError) as caught:
-        score([plain("a", "b"), plain("c", prompt_id="r")], rewards)
-    assert str(caught.value) == (
-        "reward 'r' raised ValueError: no connection; it was called with 3 rollouts, prompt 'q', "
-        "rollout 0 to prompt 'r', rollout 0; mend it, or set reward.on_error = 'drop' to leave "
-        "such rollouts out of training and count them"
-    )
-    assert isinstance(caught.value.__cause__, ValueError)
-
-
-@pytest.mark.parametrize(
-    ("values", "what"),
-    [
-        ([0.1], "returned 1 values for 2 completions; it must return one a completion, None"),
-        (0.5, "returned 0.5; it must return a list of numbers, one a completion"),
-        (None, "returned None; it must return a list of numbers"),
-        ("ab", "returned 'ab'; it must return a list of numbers"),
-        ({"a": 1, "b": 2}, "returned {'a': 1, 'b': 2}; it must return a list of numbers"),
-    ],
-)
-def test_what_is_no_list_of_the_right_length_is_refused(values: Any, what: str):
-    with functions(r=lambda **kwargs: values) as rewards:
-        said = refusal([plain("a", "b")], rewards)
-        assert said.startswith(f"reward 'r' {what}")
-        assert "it was called with 2 rollouts, prompt 'q', rollout 0 to prompt 'q'" in said
-        dropped = score([plain("a", "b")], rewards, on_error="drop")
-    assert (dropped.num_errors, dropped.component_errors) == (2, {"r": 2})
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (math.nan, "nan"),
-        (-math.inf, "-inf"),
-        ("1.0", "'1.0'"),
-        ([1.0], "[1.0]"),
-        (torch.tensor([1.0, 2.0]), "tensor([1., 2.])"),
-        (10**400, "1" + "0" * 76 + "..."),
-    ],
-)
-def test_a_value_that_is_no_finite_number_stops_the_run_or_drops_its_row(value: Any, shown: str):
-    with functions(r=lambda **kwargs: [0.5, value, None]) as rewards:
-        groups = [plain("a", "b", "c")]
-        said = refusal(groups, rewards)
-        scored = score(groups, rewards, on_error="drop")
-    assert said == (
-        f"prompt 'q', rollout 1: reward 'r' is {shown}; it must be a finite number or None; mend "
-        "it, or set reward.on_error = 'drop' to leave such rollouts out of training and count them"
-    )
-    # The fault costs its own row only, and the row is no zero.
-    assert rewards_of(scored) == [0.5, None, None]
-    assert errors_of(scored) == [
-        None,
-        f"reward 'r' is {shown}; it must be a finite number or None",
-        None,
-    ]
-    assert (scored.num_errors, scored.num_unrewarded, scored.component_errors) == (1, 1, {"r": 1})
-
-
-def test_a_dropped_rollout_keeps_its_other_components():
-    with functions(good=lambda **kwargs: [0.25], bad=boom) as rewards:
-        scored = score([plain("a")], rewards, on_error="drop")
-    (only,) = scored.groups[0].rollouts
-    assert only.rewards == {"good": 0.25}
-    assert (only.reward, only.error) == (None, "reward 'bad' raised ValueError: no connection")
-
-
-# Too slow
-
-
-def test_a_function_beyond_its_time_is_a_fault_and_is_not_called_while_it_is_busy():
-    release = threading.Event()
-    calls: list[int] = []
-
-    def slow(completions: list[str], **kwargs: Any) -> list[float]:
-        calls.append(len(completions))
-        if len(calls) == 1:
-            release.wait(10)
-        return [1.0] * len(completions)
-
-    with functions(time_limit_seconds=0.05, r=slow) as rewards:
-        scored = score([plain("a", "b")], rewards, on_error="drop")
-        assert errors_of(scored) == ["reward 'r' took longer than 0.05 s"] * 2
-        said = refusal([plain("a")], rewards, on_error="drop")
-        assert said == (
-            "reward 'r' is still busy with a call that was given up after 0.05 s, and Python "
-            "cannot end it; give the function a time limit of its own, then continue with --resume"
-        )
-        assert calls == [2]
-        release.set()
-        deadline = time.monotonic() + 5
-        while threading.active_count() > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert rewards_of(score([plain("a")], rewards)) == [1.0]
-
-
-def test_an_async_function_beyond_its_time_is_cancelled_and_works_again():
-    ended: list[str] = []
-
-    async def slow(completions: list[str], **kwargs: Any) -> list[float]:
-        try:
-            await asyncio.sleep(10 if not ended else 0)
-        except asyncio.CancelledError:
-            ended.append("cancelled")
-            raise
-        return [1.0] * len(completions)
-
-    with functions(time_limit_seconds=0.05, r=slow, quick=Judge()) as rewards:
-        scored = score([plain("1")], rewards, on_error="drop")
-        assert errors_of(scored) == ["reward 'r' took longer than 0.05 s"]
-        assert scored.groups[0].rollouts[0].rewards == {"quick": 1.0}
-        assert ended == ["cancelled"]
-        assert rewards_of(score([plain("1")], rewards)) == [2.0]
-
-
-def test_a_timeout_of_the_functions_own_is_named_as_what_it_raised():
-    async def asks(**kwargs: Any) -> list[float]:
-        raise TimeoutError("judge did not answer")
-
-    with functions(time_limit_seconds=5, r=asks) as rewards:
-        assert "raised TimeoutError: judge did not answer" in refusal([plain("a")], rewards)
-
-
-def test_an_async_function_that_blocks_the_loop_stops_the_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gmpo.rewards.calls._GRACE_SECONDS", 0.05)
-    release = threading.Event()
-
-    async def blocks(**kwargs: Any) -> list[float]:
-        release.wait(10)
-        return [1.0]
-
-    with functions(time_limit_seconds=0.05, r=blocks) as rewards:
-        said = refusal([plain("a")], rewards, on_error="drop")
-        release.set()
-    assert said.startswith(
-        "one of the async rewards ['r'] blocks their event loop beyond the limit"
-    )
-
-
-def test_without_a_limit_a_function_runs_in_the_callers_thread():
-    seen: list[threading.Thread] = []
-
-    def reward(**kwargs: Any) -> list[float]:
-        seen.append(threading.current_thread())
-        return [0.0]
-
-    with functions(r=reward) as rewards:
-        score([plain("a")], rewards)
-    with functions(time_limit_seconds=5, r=reward) as rewards:
-        score([plain("a")], rewards)
-    assert seen[0] is threading.current_thread()
-    assert seen[1] is not threading.current_thread()
 
 
 # Length
