@@ -58,6 +58,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
 # (importer, imported): the reason. A name is a stage or one module of a stage.
 ALLOWED: dict[tuple[str, str], str] = {
     ("rewards", "grading"): "the `correct` reward is a graded answer",
+    (
+        "tasks.rows",
+        "grading.answers",
+    ): "a worked solution's final answer is found as a completion's is",
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
     ("update", "batch"): "an update consumes micro-batches",
     ("update", "schedules"): "an optimizer step asks for its step size",
