@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from gmpo.config import (
     ArithmeticTask,
     BundledTask,
     CountdownTask,
+    DatasetTask,
     JsonlTask,
     ModelConfig,
     RunConfig,
@@ -35,7 +37,15 @@ from gmpo.rewards import RewardFunction, ScoredGroups, correct_reward, format_re
 from gmpo.rollouts import PromptRenderer, SamplingSettings, decode_text
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
-from gmpo.tasks import Task, arithmetic_task, bundled_task, countdown_task, jsonl_task
+from gmpo.tasks import (
+    RowForm,
+    Task,
+    arithmetic_task,
+    bundled_task,
+    countdown_task,
+    dataset_task,
+    jsonl_task,
+)
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
@@ -119,6 +129,8 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
+    for note in task.notes():
+        warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     train_prompts = [renderer.render(prompt) for prompt in task.train]
@@ -158,6 +170,8 @@ def build_evaluator(
     """What asks a recipe's held-out items of its model, and these items; no optimizer is made."""
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
+    for note in task.notes():
+        warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     policy = _policy(config, warn=warn)
@@ -180,9 +194,20 @@ def build_task(config: TaskConfig) -> Task:
     elif isinstance(config, CountdownTask):
         task = countdown_task(**arguments)
     elif isinstance(config, JsonlTask):
-        if config.held_out_items is None:
-            arguments["held_out_items"] = 0 if config.held_out_path else 500
-        task = jsonl_task(**arguments)
+        task = jsonl_task(
+            path=config.path,
+            held_out_path=config.held_out_path,
+            **_row_arguments(config, has_held_out_side=config.held_out_path is not None),
+        )
+    elif isinstance(config, DatasetTask):
+        task = dataset_task(
+            name=config.name,
+            config_name=config.config_name,
+            revision=config.revision,
+            split=config.split,
+            held_out_split=config.held_out_split,
+            **_row_arguments(config, has_held_out_side=config.held_out_split is not None),
+        )
     else:
         assert isinstance(config, BundledTask)
         task = bundled_task(name=config.kind, **arguments)
@@ -192,6 +217,29 @@ def build_task(config: TaskConfig) -> Task:
             "items; both sides need at least one"
         )
     return task
+
+
+def _row_arguments(config: JsonlTask | DatasetTask, *, has_held_out_side: bool) -> dict[str, Any]:
+    """What tasks made of rows have in common."""
+    held_out_items = config.held_out_items
+    if held_out_items is None:
+        held_out_items = 0 if has_held_out_side else 500
+    form = RowForm(
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+        id_column=config.id_column,
+        keep_columns=config.keep_columns,
+        answer_is_marked=config.answer_marked,
+        where=config.where,
+        unusable=config.unusable_rows,
+    )
+    return {
+        "held_out_items": held_out_items,
+        "split_seed": config.split_seed,
+        "instruction": config.instruction,
+        "form": form,
+        "held_out_where": config.held_out_where,
+    }
 
 
 def build_sampler(

@@ -106,7 +106,7 @@ def read_rows(rows: Iterable[Row], form: RowForm, *, source: str, id_prefix: str
     prompts: list[Prompt] = []
     left_out: Counter[str] = Counter()
     place_of_id: dict[str, str] = {}
-    first_of_kind: dict[str, str] = {}
+    first: tuple[str, str] | None = None
     reasons: list[str] = []
     others: dict[str, set[str]] = {name: set() for name in form.where}
     for row in rows:
@@ -121,10 +121,13 @@ def read_rows(rows: Iterable[Row], form: RowForm, *, source: str, id_prefix: str
             left_out[UNUSABLE] += 1
             reasons.append(str(error))
             continue
-        first_of_kind.setdefault(kind, row.place)
-        if len(first_of_kind) > 1:
-            places = " and ".join(f"{place} is {name}" for name, place in first_of_kind.items())
-            _refuse(row.place, f"{places}; make all prompts of a data set texts, or all chats")
+        first = first or (kind, row.place)
+        if kind != first[0]:
+            _refuse(
+                row.place,
+                f"the prompt is {kind}, but at {first[1]} it is {first[0]}; make all prompts of a "
+                "data set texts, or all chats",
+            )
         if prompt.id in place_of_id:
             earlier = place_of_id[prompt.id]
             _refuse(row.place, f"id {prompt.id!r} was used by {earlier}; make the ids differ")
@@ -166,7 +169,7 @@ def _is_wanted(row: Row, form: RowForm, others: dict[str, set[str]]) -> bool:
     return True
 
 
-def _prompt(row: Row, form: RowForm, id_prefix: str) -> tuple[Prompt, Literal["a text", "a chat"]]:
+def _prompt(row: Row, form: RowForm, id_prefix: str) -> tuple[Prompt, str]:
     columns = dict(row.columns)
     id_column = form.id_column or "id"
     if form.id_column and form.id_column not in columns:
