@@ -138,8 +138,11 @@ def _splits(
         )
         _check_revision(builder, name, revision)
         builder.download_and_prepare()
-        there = list(builder.info.splits or ())
-        _refuse_absent(wanted, there, name)
+        there = builder.info.splits or {}
+        _refuse_absent(wanted, list(there), name)
+        for split in wanted:
+            if there[split].num_examples == 0:
+                raise DataError(f"{name}[{split}] holds no row; it needs at least one")
         return {split: builder.as_dataset(split=split) for split in wanted}
     except DataError:
         raise
@@ -152,6 +155,10 @@ def _saved_splits(folder: Path) -> dict[str, Dataset]:
 
     try:
         saved = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # all the library says of a data set that was saved empty
+        raise DataError(
+            f"the data set saved in {folder} cannot be read ({error}); is one without rows in it?"
+        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"the data set saved in {folder} cannot be read: {error}") from error
     if isinstance(saved, datasets.DatasetDict):
