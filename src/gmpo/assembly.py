@@ -16,6 +16,7 @@ from gmpo.config import (
     BundledTask,
     CountdownTask,
     DatasetTask,
+    GymTask,
     JsonlTask,
     ModelConfig,
     RunConfig,
@@ -44,6 +45,7 @@ from gmpo.tasks import (
     bundled_task,
     countdown_task,
     dataset_task,
+    gym_task,
     jsonl_task,
 )
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
@@ -137,7 +139,7 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
-    grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
+    grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     return TrainingParts(
         config=config,
         policy=policy,
@@ -177,7 +179,7 @@ def build_evaluator(
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
-    with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
+    with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         evaluator = _evaluator(config, task, sampler, renderer, grader, sampling)
         yield evaluator, _held_out(config, task)
 
@@ -193,6 +195,8 @@ def build_task(config: TaskConfig) -> Task:
         task = arithmetic_task(**arguments)
     elif isinstance(config, CountdownTask):
         task = countdown_task(**arguments)
+    elif isinstance(config, GymTask):
+        task = gym_task(**arguments)
     elif isinstance(config, JsonlTask):
         task = jsonl_task(
             path=config.path,

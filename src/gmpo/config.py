@@ -8,7 +8,7 @@ table.key=value` is the only override.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ __all__ = [
     "CountdownTask",
     "DatasetTask",
     "EvaluationConfig",
+    "GymTask",
     "JsonlTask",
     "ModelConfig",
     "ObjectiveConfig",
@@ -154,6 +155,21 @@ class DatasetTask(_RowsTable):
     side."""
 
 
+class GymTask(_TaskTable):
+    """A task of reasoning-gym (extra `gym`), judged by its own scorer."""
+
+    kind: Literal["gym"]
+    """Selects this table."""
+    name: str
+    """Task, as in `reasoning_gym.create_dataset`."""
+    options: dict[str, Any] = Field(default={})
+    """The task's own settings, as in `reasoning_gym.create_dataset`, but seed and size."""
+    train_items: int = Field(default=2000, ge=1)
+    """Training items."""
+    instruction: str = ""
+    """Sentence after each question."""
+
+
 class BundledTask(_TaskTable):
     """Word problems that come with the package."""
 
@@ -164,7 +180,7 @@ class BundledTask(_TaskTable):
 
 
 TaskConfig = Annotated[
-    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | BundledTask,
+    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | GymTask | BundledTask,
     Field(discriminator="kind"),
 ]
 """The `[task]` table; its `kind` selects which keys it has."""

@@ -62,6 +62,7 @@ ALLOWED: dict[tuple[str, str], str] = {
         "tasks.rows",
         "grading.answers",
     ): "a worked solution's final answer is found as a completion's is",
+    ("tasks.gym", "grading.gym"): "items are made by the process that will score their answers",
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
     ("update", "batch"): "an update consumes micro-batches",
     ("update", "schedules"): "an optimizer step asks for its step size",
