@@ -41,6 +41,7 @@ def round_metrics(
         "rollout/entropy": float(-logprobs.mean()),
         "rollout/errors_total": float(len(rollouts) - len(rewarded)),
         "grading/timeouts_total": float(scored.num_timeouts),
+        "grading/scorer_errors_total": float(scored.grading.get("scorer_errors", 0)),
         "memory/peak_gib": peak_memory_gib(parts.policy.device),
     }
     for name in parts.rewards:
