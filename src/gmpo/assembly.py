@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -14,6 +15,8 @@ from gmpo.config import (
     ArithmeticTask,
     BundledTask,
     CountdownTask,
+    DatasetTask,
+    GymTask,
     JsonlTask,
     ModelConfig,
     RunConfig,
@@ -44,7 +47,16 @@ from gmpo.rollouts import (
 )
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
-from gmpo.tasks import Task, arithmetic_task, bundled_task, countdown_task, jsonl_task
+from gmpo.tasks import (
+    RowForm,
+    Task,
+    arithmetic_task,
+    bundled_task,
+    countdown_task,
+    dataset_task,
+    gym_task,
+    jsonl_task,
+)
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
@@ -160,7 +172,9 @@ def build_parts(
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     given = given or Given()
     task = build_task(config.task)
-    grader = Grader(time_limit_seconds=config.reward.timeout_seconds)
+    for note in task.notes():
+        warn(note)
+    grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
     rollout = _rollout_function(config, given.rollout)
@@ -201,13 +215,15 @@ def build_evaluator(
     """What asks a recipe's held-out items of its model, and these items; no optimizer is made."""
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
+    for note in task.notes():
+        warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
-    with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
+    with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
         yield evaluator, _held_out(config, task)
 
@@ -223,10 +239,23 @@ def build_task(config: TaskConfig) -> Task:
         task = arithmetic_task(**arguments)
     elif isinstance(config, CountdownTask):
         task = countdown_task(**arguments)
+    elif isinstance(config, GymTask):
+        task = gym_task(**arguments)
     elif isinstance(config, JsonlTask):
-        if config.held_out_items is None:
-            arguments["held_out_items"] = 0 if config.held_out_path else 500
-        task = jsonl_task(**arguments)
+        task = jsonl_task(
+            path=config.path,
+            held_out_path=config.held_out_path,
+            **_row_arguments(config, has_held_out_side=config.held_out_path is not None),
+        )
+    elif isinstance(config, DatasetTask):
+        task = dataset_task(
+            name=config.name,
+            config_name=config.config_name,
+            revision=config.revision,
+            split=config.split,
+            held_out_split=config.held_out_split,
+            **_row_arguments(config, has_held_out_side=config.held_out_split is not None),
+        )
     else:
         assert isinstance(config, BundledTask)
         task = bundled_task(name=config.kind, **arguments)
@@ -236,6 +265,29 @@ def build_task(config: TaskConfig) -> Task:
             "items; both sides need at least one"
         )
     return task
+
+
+def _row_arguments(config: JsonlTask | DatasetTask, *, has_held_out_side: bool) -> dict[str, Any]:
+    """What tasks made of rows have in common."""
+    held_out_items = config.held_out_items
+    if held_out_items is None:
+        held_out_items = 0 if has_held_out_side else 500
+    form = RowForm(
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+        id_column=config.id_column,
+        keep_columns=config.keep_columns,
+        answer_is_marked=config.answer_marked,
+        where=config.where,
+        unusable=config.unusable_rows,
+    )
+    return {
+        "held_out_items": held_out_items,
+        "split_seed": config.split_seed,
+        "instruction": config.instruction,
+        "form": form,
+        "held_out_where": config.held_out_where,
+    }
 
 
 def build_sampler(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,7 +18,9 @@ __all__ = [
     "BundledTask",
     "CheckpointConfig",
     "CountdownTask",
+    "DatasetTask",
     "EvaluationConfig",
+    "GymTask",
     "JsonlTask",
     "ModelConfig",
     "ObjectiveConfig",
@@ -102,20 +104,76 @@ class CountdownTask(_TaskTable):
     """Sentence after the question."""
 
 
-class JsonlTask(_TaskTable):
-    """A JSONL file with `prompt` or `problem` and `answer` in every row."""
-
+class _RowsTable(_TaskTable):
     held_out_items: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
-    """Held-out items; None takes all rows of `held_out_path`, or else splits 500 off `path`."""
+    """Held-out items; None takes all rows of the held-out side where one is named, and else splits
+    500 off the training rows."""
+    instruction: str = ""
+    """Sentence after each problem."""
+    prompt_column: str | None = None
+    """Column of the problem, a text or a chat; None is `prompt`, or else `problem`."""
+    answer_column: str | None = None
+    """Column of the reference answer or of a list of accepted forms; None is `answer` and
+    `answers`."""
+    id_column: str | None = None
+    """Column of the id; None is `id` where it is there."""
+    keep_columns: tuple[str, ...] | None = None
+    """Other columns that reward functions get; None is all."""
+    answer_marked: bool = False
+    r"""Whether the answer column holds a worked solution that marks its final answer, as in
+    `\boxed{}` or after `####`."""
+    where: dict[str, tuple[bool | int | float | str, ...]] = Field(default={})
+    """Training rows count only if each column named here has one of the values listed for it; rows
+    split off them too."""
+    held_out_where: dict[str, tuple[bool | int | float | str, ...]] = Field(default={})
+    """The same for the rows of a held-out side that is named."""
+    unusable_rows: Literal["refuse", "drop"] = "refuse"
+    """What is done with a row without usable problem or answer, and with a training problem that is
+    also held out; drop leaves it out and says how many there were."""
+
+
+class JsonlTask(_RowsTable):
+    """JSON Lines with a problem and its answer in every row."""
 
     kind: Literal["jsonl"]
     """Selects this table."""
-    path: str
-    """Training rows."""
-    held_out_path: str | None = None
+    path: str | tuple[str, ...]
+    """Training rows: a file, a folder of them, or several of these."""
+    held_out_path: str | tuple[str, ...] | None = None
     """Held-out rows; None splits `held_out_items` rows off `path`, equal texts on one side."""
+
+
+class DatasetTask(_RowsTable):
+    """A data set of the `datasets` library (extra `data`)."""
+
+    kind: Literal["dataset"]
+    """Selects this table."""
+    name: str
+    """A hub name, a folder that `save_to_disk` wrote, or a folder of data files."""
+    config_name: str | None = None
+    """Configuration of a data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; None is the newest."""
+    split: str = "train"
+    """Split of the training rows."""
+    held_out_split: str | None = None
+    """Split of the held-out rows; None splits `held_out_items` rows off `split`, equal texts on one
+    side."""
+
+
+class GymTask(_TaskTable):
+    """A task of reasoning-gym (extra `gym`), judged by its own scorer."""
+
+    kind: Literal["gym"]
+    """Selects this table."""
+    name: str
+    """Task, as in `reasoning_gym.create_dataset`."""
+    options: dict[str, Any] = Field(default={})
+    """The task's own settings, as in `reasoning_gym.create_dataset`, but seed and size."""
+    train_items: int = Field(default=2000, ge=1)
+    """Training items."""
     instruction: str = ""
-    """Sentence after each problem."""
+    """Sentence after each question."""
 
 
 class BundledTask(_TaskTable):
@@ -128,7 +186,8 @@ class BundledTask(_TaskTable):
 
 
 TaskConfig = Annotated[
-    ArithmeticTask | CountdownTask | JsonlTask | BundledTask, Field(discriminator="kind")
+    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | GymTask | BundledTask,
+    Field(discriminator="kind"),
 ]
 """The `[task]` table; its `kind` selects which keys it has."""
 

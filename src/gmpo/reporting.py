@@ -50,6 +50,7 @@ def round_metrics(
         "rollout/entropy": float(-logprobs.mean()) if len(logprobs) else math.nan,
         "rollout/errors_total": float(len(rollouts) - len(rewarded)),
         "grading/timeouts_total": float(scored.num_timeouts),
+        "grading/scorer_errors_total": float(scored.grading.get("scorer_errors", 0)),
         "memory/peak_gib": peak_memory_gib(parts.policy.device),
         "time/rollout_seconds": sampled.rollout_seconds,
         "time/reward_seconds": sampled.reward_seconds,

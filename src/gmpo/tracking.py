@@ -33,6 +33,7 @@ METRICS: Mapping[str, str] = {
     "rollout/mismatch_max": "largest |log pi_trainer - log pi_sampler| on unchanged weights",
     "rollout/old_from_sampler": "1 if sampler log-probabilities served as the old ones",
     "grading/timeouts_total": "answers whose grading ran out of time in the round",
+    "grading/scorer_errors_total": "answers on which a task's own scorer raised in the round",
     "rollout/errors_total": "rollouts of the round that failed and were not used",
     "time/rollout_seconds": "seconds of sampling in the round",
     "time/reward_seconds": "seconds of grading in the round",

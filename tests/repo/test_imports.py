@@ -61,6 +61,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
 # (importer, imported): the reason. A name is a stage or one module of a stage.
 ALLOWED: dict[tuple[str, str], str] = {
     ("rewards", "grading"): "the `correct` reward is a graded answer",
+    (
+        "tasks.rows",
+        "grading.answers",
+    ): "a worked solution's final answer is found as a completion's is",
+    ("tasks.gym", "grading.gym"): "items are made by the process that will score their answers",
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
     ("rollout_functions", "rollouts"): "the user's rollouts stand in for the usual ones",
     ("rollout_functions", "sampler"): "they ask the same sampler",

@@ -18,7 +18,10 @@ MAX_ANSWER_CHARACTERS = 300  # longer answers are only compared as text
 
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 # A minus after a digit or a closing bracket is a subtraction, not a sign.
-_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}])[-+])?{_UNSIGNED}(?:/{_UNSIGNED})?")
+_LATEX_FRACTION = r"\\[dt]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}"
+_NUMBER_IN_TEXT = re.compile(
+    rf"(?:(?<![\w)\]}}])[-+])?(?:{_LATEX_FRACTION}|{_UNSIGNED}(?:/{_UNSIGNED})?)"
+)
 _WHOLE_NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<top>{_UNSIGNED})(?:\s*/\s*(?P<bottom>{_UNSIGNED}))?"
     r"\s*%?(?:\s+(?P<unit>[^\W\d_]{2,})\D*)?"

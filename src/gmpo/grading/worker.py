@@ -1,4 +1,4 @@
-"""math-verify in a process of its own, which can be killed.
+"""A process of its own for what may hang: it is asked by a line of JSON, and can be killed.
 
 A model can write `9^{9^9}`, and nothing inside a process surely stops what that sets off.
 """
@@ -14,29 +14,30 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any, Literal
 
 from gmpo.errors import GmpoError
 
-__all__ = ["Worker", "serve"]
+__all__ = ["STARTUP_LIMIT_SECONDS", "Worker", "serve"]
 
-_STARTUP_LIMIT_SECONDS = 60.0
+STARTUP_LIMIT_SECONDS = 60.0  # for imports, which a busy machine may take long over
 _SOFT_LIMIT_SHARE = 0.8  # of the time limit, after which the worker interrupts itself
+_LIBRARIES = {"symbolic": "math_verify", "gym": "reasoning_gym"}
 
 
 class Worker:
-    """A running math-verify process, asked by a line of JSON on its standard input.
+    """A running process that serves the `main` of one module of this package.
 
     A fresh interpreter rather than a fork or multiprocessing's spawn: it inherits no threads or
     locks, does not run the caller's main module, and ends by itself when the caller does.
     """
 
-    def __init__(self, time_limit_seconds: float) -> None:
-        self._time_limit_seconds = time_limit_seconds
-        start = "import sys; sys.path.insert(0, sys.argv[1]); from gmpo.grading import worker; "
-        serve = f"worker.serve({time_limit_seconds * _SOFT_LIMIT_SHARE})"
+    def __init__(self, server: Literal["symbolic", "gym"]) -> None:
+        start = "import sys; sys.path.insert(0, sys.argv[1]); "
+        serve = f"from gmpo.grading import {server}; {server}.main()"
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", start + serve, root],
@@ -45,6 +46,8 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
+            # Some procedural tasks go through sets of texts, whose order is the hash's.
+            env={**os.environ, "PYTHONHASHSEED": "0"},
             process_group=0,  # Ctrl-C is for the trainer, which may still need verdicts
         )
         self._replies: queue.Queue[str] = queue.Queue()
@@ -53,11 +56,11 @@ class Worker:
         )
         self._reader.start()
         self.stop = weakref.finalize(self, _end_process, self._process, self._reader)
-        if not self._next_reply(_STARTUP_LIMIT_SECONDS):
+        if not self._next_reply(STARTUP_LIMIT_SECONDS):
             self.stop()
             raise GmpoError(
-                f"the grading process did not start within {_STARTUP_LIMIT_SECONDS:g} s; "
-                f"see what `{sys.executable} -c 'import math_verify'` says"
+                f"the grading process did not start within {STARTUP_LIMIT_SECONDS:g} s; "
+                f"see what `{sys.executable} -c 'import {_LIBRARIES[server]}'` says"
             )
 
     @property
@@ -65,16 +68,21 @@ class Worker:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def ask(self, request: dict[str, object]) -> dict[str, bool | None] | None:
-        """The reply, or None if the process ended or the time is over."""
+    def ask(self, request: dict[str, Any], limit_seconds: float) -> dict[str, Any] | None:
+        """The reply, or None if the time is over; the process is killed if it does not say so."""
         assert self._process.stdin is not None
+        soft_limit_seconds = limit_seconds * _SOFT_LIMIT_SHARE
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps([soft_limit_seconds, request]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
+            line = ""
+        else:
+            line = self._next_reply(limit_seconds)
+        if not line:
+            self.stop()
             return None
-        line = self._next_reply(self._time_limit_seconds)
-        reply: dict[str, bool | None] | None = json.loads(line) if line else None
+        reply: dict[str, Any] | None = json.loads(line)
         return reply
 
     def _next_reply(self, limit_seconds: float) -> str:
@@ -101,14 +109,20 @@ def _end_process(process: subprocess.Popen[str], reader: threading.Thread) -> No
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: math-verify catches those and would call the answer wrong."""
+    """Not an Exception: libraries catch those, and would call the answer wrong."""
 
 
-def serve(soft_limit_seconds: float) -> None:
-    """Answer requests until standard input ends; the main function of the worker process."""
-    import math_verify
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer requests until standard input ends; the main loop of a worker process.
+
+    Args:
+        answer: the reply to a request; interrupted when the request's time is nearly over.
+    """
+    was_interrupted = False
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal was_interrupted
+        was_interrupted = True
         raise _OutOfTime
 
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -118,27 +132,18 @@ def serve(soft_limit_seconds: float) -> None:
         signal.signal(signal.SIGALRM, interrupt)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
-        is_equal: bool | None = None
+        soft_limit_seconds, request = json.loads(line)
+        was_interrupted = False
+        reply: dict[str, Any] | None = None
         try:
             if has_timer:
                 signal.setitimer(signal.ITIMER_REAL, soft_limit_seconds)
-            answer = math_verify.parse(_as_math(request["answer"]), parsing_timeout=None)
-            is_equal = any(
-                math_verify.verify(
-                    math_verify.parse(_as_math(reference), parsing_timeout=None),
-                    answer,
-                    timeout_seconds=None,
-                )
-                for reference in request["references"]
-            )
+            reply = answer(request)
         except _OutOfTime:
-            is_equal = None
+            reply = None
         finally:
             if has_timer:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"is_equal": is_equal}), file=replies, flush=True)
-
-
-def _as_math(text: str) -> str:
-    return text if "$" in text or "\\boxed" in text else f"${text}$"
+        # A library that catches everything would turn the interruption into a verdict.
+        reply = None if was_interrupted else reply
+        print(json.dumps(reply), file=replies, flush=True)

@@ -8,8 +8,9 @@ from importlib.resources import files
 
 from gmpo.errors import DataError
 from gmpo.records import Prompt
-from gmpo.tasks.jsonl import normalized_text, prompts_from_jsonl, split_by_text
-from gmpo.tasks.task import Task, with_instruction
+from gmpo.tasks.jsonl import prompts_from_jsonl
+from gmpo.tasks.splits import Sides, normalized_text, split_by_text
+from gmpo.tasks.task import Task, task_of_sides
 
 __all__ = ["bundled_task"]
 
@@ -61,18 +62,13 @@ def bundled_task(
             )
     else:
         raise DataError(f"there is no bundled data set {name!r}; choose 'svamp' or 'gsm8k'")
-    return Task(
-        name=name,
-        train=tuple(with_instruction(prompt, instruction) for prompt in train),
-        held_out=tuple(with_instruction(prompt, instruction) for prompt in held_out),
-        instruction=instruction,
-    )
+    return task_of_sides(name, Sides(train=train, held_out=held_out), instruction=instruction)
 
 
 def _bundled_prompts(stem: str) -> list[Prompt]:
     file_name = f"{stem}.jsonl.gz"
-    content = gzip.decompress(files("gmpo").joinpath("data", file_name).read_bytes())
-    return prompts_from_jsonl(content, source=file_name)
+    with files("gmpo").joinpath("data", file_name).open("rb") as packed, gzip.open(packed) as lines:
+        return prompts_from_jsonl(lines, source=file_name)
 
 
 def _story(prompt: Prompt) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from gmpo.errors import DataError
 from gmpo.records import Message, Prompt
+from gmpo.tasks.splits import Sides
 
-__all__ = ["Task", "few_shot_prompt", "with_instruction"]
+__all__ = ["Task", "few_shot_prompt", "task_of_sides", "with_instruction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,34 @@ class Task:
 
     Every prompt is a chat ending in a user turn and has `columns["answer"]`. `instruction` is the
     sentence that was added to every problem, kept so that a user's own prompt can be put the same
-    way; it may be empty.
+    way; it may be empty. `left_out` counts, by reason, the rows of the data that became no prompt.
     """
 
     name: str
     train: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     instruction: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a person should know before using it, a sentence each."""
+        counts = self.left_out.items()
+        return [f"task {self.name}: {count} {reason} left out" for reason, count in counts]
+
+
+def task_of_sides(name: str, sides: Sides, *, instruction: str) -> Task:
+    """A task from its two sides, with the instruction added to every problem."""
+    for side in (sides.train, sides.held_out):
+        # In place, so that each old prompt is freed before the next new one is made.
+        for position, prompt in enumerate(side):
+            side[position] = with_instruction(prompt, instruction)
+    return Task(
+        name=name,
+        train=tuple(sides.train),
+        held_out=tuple(sides.held_out),
+        instruction=instruction,
+        left_out=sides.left_out,
+    )
 
 
 def few_shot_prompt(prompt: Prompt, examples: Sequence[Prompt]) -> Prompt:
