@@ -24,6 +24,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "tokenizers says nothing narrower of a full disk",
     ("src/gmpo/cli.py", "**kwargs passed along"): "a decorator typed by ParamSpec drops nothing",
+    (
+        "src/gmpo/policy/recompute.py",
+        "**named passed along",
+    ): "a transformers layer gets back exactly the arguments that its model called it with",
 }
 
 
