@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class TokenScores:
     entropy: Float[Tensor, "B T"] | None
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What gives tokens their log-probabilities: a policy, or the base under its adapters."""
 
