@@ -1,8 +1,11 @@
-"""Measures adapters and gradient checkpointing on the bundled model; writes docs/results/lora.json.
+"""Measure adapters and gradient checkpointing on the bundled model; into docs/results/lora.json.
 
-    .venv/bin/python scripts/lora.py
+Every part replaces its own figures in that file; without an argument all parts run.
+
+    python scripts/lora.py [memory] [agreement] [sampling]
 
 Each case of the memory table runs in a process of its own, because a process's peak never falls.
+Sampling is timed in seconds of one thread's CPU, which a busy machine changes least.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +35,7 @@ from gmpo.update import LossSettings, PolicyOptimizer, accumulate_gradients, bin
 
 MODEL = "smollm2-135m"
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "lora.json"
-RANK, PROMPT_TOKENS, COMPLETIONS = 16, 64, 2
+RANK, PROMPT_TOKENS, COMPLETIONS, COMPLETION_TOKENS = 16, 64, 2, 1024
 CASES = [(rank, on) for rank in (0, RANK) for on in (False, True)]
 
 
@@ -81,31 +86,29 @@ def step_of(tokens: int) -> StepBatch:
 
 
 def update_case(rank: int, gradient_checkpointing: bool, tokens: int) -> dict[str, float]:
-    """Peak memory and time of optimizer steps on completions of this length."""
+    """Peak memory of optimizer steps on completions of this length."""
     policy = policy_of(rank=rank, gradient_checkpointing=gradient_checkpointing)
     optimizer = PolicyOptimizer(policy)
     step = step_of(tokens)
     settings = LossSettings(objective=bind_objective("gmpo_no_clip", clips={}, max_tokens=tokens))
-    started = time.perf_counter()
-    for _ in range(2):
+    for _ in range(2):  # the second holds AdamW's moments beside the activations
         accumulate_gradients(policy, step, settings)
         optimizer.apply_step(learning_rate=1e-6, clip_norm=1.0)
     return {
         "peak_gib": peak_memory_gib(policy.device),
-        "step_seconds": (time.perf_counter() - started) / 2,
         "trained_parameters": sum(w.numel() for w in policy.trained_weights().values()),
     }
 
 
 def sampled(policy: Policy, rows: int, tokens: int) -> float:
-    """Tokens a second of one prompt's completions, without its prefill's share of the weights."""
+    """Tokens a CPU second of one prompt's completions."""
     sampler = build_sampler(policy, load_tokenizer(MODEL), max_rows=rows)
     request = SampleRequest(
         id="r", token_ids=tuple(range(1000, 1064)), num_completions=rows, max_tokens=tokens
     )
-    started = time.perf_counter()
+    started = time.process_time()
     complete(sampler, [request])
-    return rows * tokens / (time.perf_counter() - started)
+    return rows * tokens / (time.process_time() - started)
 
 
 def merged_against_adapters() -> dict[str, float]:
@@ -129,46 +132,48 @@ def spread(name: str, difference: Tensor) -> dict[str, float]:
 
 
 def sampling() -> dict[str, float]:
-    """Tokens a second through adapters and without them, best of three in turns."""
+    """Tokens a CPU second through adapters and without them, the best of turns about."""
+    torch.set_num_threads(1)
     policies = {"adapters": moved(policy_of(rank=RANK)), "plain": policy_of()}
     best: dict[str, float] = {}
     for rows in (8, 64):
         for _ in range(3):
             for name, policy in policies.items():
                 key = f"{name}_{rows}_rows"
-                best[key] = max(best.get(key, 0.0), sampled(policy, rows, 24))
+                best[key] = max(best.get(key, 0.0), sampled(policy, rows, 12))
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each completion")
-    parser.add_argument("--case", type=int, help="run one case of the memory table and print it")
-    arguments = parser.parse_args()
-    if arguments.case is not None:
-        rank, on = CASES[arguments.case]
-        print(json.dumps(update_case(rank, on, arguments.tokens)))
-        return
-    memory = []
+def memory() -> dict[str, Any]:
+    """Peak memory of updates with all weights or adapters, layers kept or run again."""
+    rows = []
     for number, (rank, on) in enumerate(CASES):
         command = [sys.executable, __file__, "--case", str(number)]
-        command += ["--tokens", str(arguments.tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = {"rank": rank, "gradient_checkpointing": on, **json.loads(done.stdout)}
-        print(json.dumps(found), flush=True)
-        memory.append(found)
-    result = {
-        "model": MODEL,
-        "rank": RANK,
-        "completions": COMPLETIONS,
-        "completion_tokens": arguments.tokens,
-        "threads": torch.get_num_threads(),
-        "update": memory,
-        "agreement_nats": merged_against_adapters(),
-        "sampling_tokens_per_second": sampling(),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+        rows.append({"rank": rank, "gradient_checkpointing": on, **json.loads(done.stdout)})
+    return {"completions": COMPLETIONS, "completion_tokens": COMPLETION_TOKENS, "cases": rows}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "memory": memory,
+    "agreement": merged_against_adapters,
+    "sampling": sampling,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure")
+    parser.add_argument("--case", type=int, help="print one case of the memory table")
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(json.dumps(update_case(*CASES[arguments.case], COMPLETION_TOKENS)))
+        return
+    for part in arguments.parts or PARTS:
+        found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        found |= {"model": MODEL, "rank": RANK, part: PARTS[part]()}
+        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(part, json.dumps(found[part]), flush=True)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,7 @@ def test_the_tokenizer_is_the_adapters_own_or_its_bases(tmp_path: Path):
         ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
     ],
 )
-def test_an_adapter_of_another_kind_is_refused(
-    changes: dict[str, Any], said: str, tmp_path: Path
-):
+def test_an_adapter_of_another_kind_is_refused(changes: dict[str, Any], said: str, tmp_path: Path):
     _, adapter = saved(tmp_path)
     edit_config(adapter, **changes)
     with pytest.raises(ModelError) as caught:

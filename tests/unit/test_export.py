@@ -96,9 +96,7 @@ def test_a_peft_folder_loads_with_peft_and_gives_the_policys_logits(family: str,
 
 
 def test_an_untied_model_keeps_its_head(tmp_path: Path):
-    policy = checkpointed(
-        Policy(tiny_model(tied=False), warn=lambda _: None), tmp_path / "run", 1
-    )
+    policy = checkpointed(Policy(tiny_model(tied=False), warn=lambda _: None), tmp_path / "run", 1)
     export_run(tmp_path / "run", tmp_path / "out")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(exported["lm_head.weight"], policy.model.lm_head.weight.detach())
