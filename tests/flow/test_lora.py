@@ -178,7 +178,7 @@ def test_evaluate_asks_the_run_with_its_adapters(finished: TrainingResult):
 def test_sample_draws_what_the_exported_model_draws(finished: TrainingResult, tmp_path: Path):
     assert gmpo("export", finished.folder, tmp_path / "out").exit_code == 0
     drawn = [
-        gmpo("sample", model, "1+2", "--max-tokens", "12", "--json").stdout
+        gmpo("sample", model, "1+2", "--max-tokens", "12", "--dtype", "fp32", "--json").stdout
         for model in (finished.folder, tmp_path / "out")
     ]
     texts = [[c["text"] for c in json.loads(each)["completions"]] for each in drawn]
