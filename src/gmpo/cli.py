@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -187,12 +187,12 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     destination: Annotated[Path, typer.Argument(help="New folder; never overwritten.")],
     form: Annotated[
-        Literal["transformers", "peft"],
-        typer.Option("--format", help="The whole model, or a LoRA run's adapters alone."),
+        str,
+        typer.Option(
+            "--format", help="transformers: the whole model; peft: a LoRA run's adapters."
+        ),
     ] = "transformers",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the files.")] = (
-        "fp32"
-    ),
+    dtype: Annotated[str, typer.Option(help="Precision of the files: fp32 or bf16.")] = "fp32",
     checkpoint: Annotated[
         int | None, typer.Option(help="Round of the checkpoint; the newest by default.")
     ] = None,

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,17 +21,12 @@ from gmpo.checkpoint import (
     save_tokenizer,
     verified_content,
 )
-from gmpo.errors import CheckpointError, ExportError
+from gmpo.errors import CheckpointError, ConfigError, ExportError
 from gmpo.policy.adapter_files import is_adapter_folder, read_adapter, write_adapter
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.tracking import provenance
 
-__all__ = ["ExportFormat", "ExportPrecision", "Exported", "export_run"]
-
-ExportFormat = Literal["transformers", "peft"]
-"""What is written: the whole model, adapters merged, or the adapters alone."""
-ExportPrecision = Literal["fp32", "bf16"]
-"""Precision of what is written; training keeps its weights in fp32."""
+__all__ = ["Exported", "export_run"]
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,8 +36,8 @@ class Exported:
     """What was written and where it came from."""
 
     destination: str
-    format: ExportFormat
-    precision: ExportPrecision
+    format: str
+    precision: str
     checkpoint: str
     round: int
 
@@ -55,8 +50,8 @@ def export_run(
     run: Path,
     destination: Path,
     *,
-    form: ExportFormat = "transformers",
-    precision: ExportPrecision = "fp32",
+    form: str = "transformers",
+    precision: str = "fp32",
     round_number: int | None = None,
 ) -> Exported:
     """Write a checkpoint's model to a new folder that needs no `gmpo` to be read.
@@ -67,15 +62,20 @@ def export_run(
     Args:
         run: a run folder.
         destination: must not exist.
-        form: "transformers" for the whole model, "peft" for the adapters of a LoRA run.
-        precision: of the tensors; bf16 is rounded once, after merging in fp32.
+        form: "transformers" for the whole model, adapters merged, "peft" for the adapters alone.
+        precision: "fp32", as training keeps its weights, or "bf16", rounded once, after merging.
         round_number: of the checkpoint; None takes the newest.
 
     Raises:
+        ConfigError: no such form or precision.
         ExportError: there is no such run, the destination exists or cannot be written, or the run
             has no adapters to be exported as such.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    if form not in _WRITERS:
+        raise ConfigError(f"--format is {form!r}; allowed: {', '.join(_WRITERS)}")
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"--dtype is {precision!r}; allowed: {', '.join(_PRECISIONS)}")
     checkpoint = _checkpoint(run, round_number)
     source = checkpoint_model(checkpoint)
     if form == "peft" and not is_adapter_folder(source):
@@ -93,8 +93,7 @@ def export_run(
         checkpoint=str(checkpoint),
         round=checkpoint_round(checkpoint),
     )
-    write = {"transformers": _write_model, "peft": _write_adapter}[form]
-    _write_then_rename(destination, lambda partial: _write(partial, source, exported, write))
+    _write_then_rename(destination, lambda partial: _write(partial, source, exported))
     return exported
 
 
@@ -113,13 +112,8 @@ def _checkpoint(run: Path, round_number: int | None) -> Path:
     )
 
 
-def _write(
-    folder: Path,
-    source: Path,
-    exported: Exported,
-    write: Callable[[Path, Path, torch.dtype], None],
-) -> None:
-    write(folder, source, _PRECISIONS[exported.precision])
+def _write(folder: Path, source: Path, exported: Exported) -> None:
+    _WRITERS[exported.format](folder, source, _PRECISIONS[exported.precision])
     save_tokenizer(load_tokenizer(str(source)), folder)
     origin = {**exported.as_dict(), **provenance()}
     del origin["destination"]
@@ -139,6 +133,9 @@ def _write_adapter(folder: Path, source: Path, dtype: torch.dtype) -> None:
     adapter = read_adapter(source)
     tensors = {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()}
     write_adapter(folder, adapter.config, tensors)
+
+
+_WRITERS = {"transformers": _write_model, "peft": _write_adapter}
 
 
 def _write_then_rename(destination: Path, write: Callable[[Path], None]) -> None:

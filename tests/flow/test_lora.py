@@ -217,7 +217,13 @@ def test_export_refuses_in_one_line(finished: TrainingResult, tmp_path: Path):
         f"{tmp_path / 'there'} exists and is not overwritten; name a new folder"
     )
     assert "is no run folder" in refusal("export", tmp_path, tmp_path / "new")
-    assert gmpo("export", finished.folder, tmp_path / "new", "--format", "onnx").exit_code == 2
+    assert refusal("export", finished.folder, tmp_path / "new", "--format", "onnx") == (
+        "--format is 'onnx'; allowed: transformers, peft"
+    )
+    assert refusal("export", finished.folder, tmp_path / "new", "--dtype", "fp16") == (
+        "--dtype is 'fp16'; allowed: fp32, bf16"
+    )
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
