@@ -272,6 +272,17 @@ def test_no_gradient_of_a_frozen_weight_is_computed(family: str, engine: str):
     assert backward_flops(adapted) < 0.7 * backward_flops(whole)
 
 
+def test_a_weight_that_its_owner_froze_is_carried_over_with_the_others():
+    source, target = (Policy(tiny_model(seed=seed), engine="plain") for seed in (1, 2))
+    model = tiny_model(seed=3)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    frozen = Policy(model, engine="plain")
+    frozen.load_weights(source.named_weights())
+    target.load_weights(frozen.named_weights())
+    for name, weight in target.named_weights():
+        assert torch.equal(weight, source.masters[name].detach()), name
+
+
 def test_the_base_digest_is_that_of_the_frozen_weights():
     policy, other = adapted_policy(), adapted_policy(is_moved=False)
     assert policy.base_digest == other.base_digest  # the factors do not count

@@ -160,12 +160,13 @@ class Policy:
         return {n: master.detach() for n, master in self.masters.items() if master.requires_grad}
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the weights that training moves.
+        """Replace the adapters' weights by `trained_weights`, or without adapters all weights.
 
         Raises:
-            ModelError: names or shapes are not exactly those of `trained_weights`.
+            ModelError: names or shapes are not exactly this model's.
         """
-        copy_weights(self.trained_weights(), named_tensors)
+        weights = self.trained_weights() if self.adapters else dict(self.own_weights())
+        copy_weights(weights, named_tensors)
         self.publish_masters()
 
     @torch.no_grad()
