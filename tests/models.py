@@ -46,9 +46,14 @@ def character_tokenizer(*, chat: bool = True, pad: bool = True) -> PreTrainedTok
 
 
 def tiny_model(
-    family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, tied: bool = True
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tied: bool = True,
+    layers: int = 2,
 ) -> PreTrainedModel:
-    """A random two-layer model whose logits are spread enough for draws to differ."""
+    """A random small model whose logits are spread enough for draws to differ."""
     shared = {
         "vocab_size": len(SPECIAL) + len(CHARACTERS),
         "tie_word_embeddings": tied,
@@ -59,7 +64,7 @@ def tiny_model(
     grouped = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
@@ -70,7 +75,7 @@ def tiny_model(
         "qwen2": lambda: Qwen2Config(**grouped),
         "qwen3": lambda: Qwen3Config(**grouped, head_dim=8),
         "mistral": lambda: MistralConfig(**grouped, sliding_window=None),
-        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **shared),
+        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=layers, n_head=4, n_positions=256, **shared),
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(configs[family](), dtype=dtype)

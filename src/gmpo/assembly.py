@@ -30,10 +30,11 @@ from gmpo.policy.load import (
     choose_device,
     choose_dtype,
     end_token_ids,
-    load_policy,
+    load_model,
     load_tokenizer,
 )
-from gmpo.policy.score import Policy
+from gmpo.policy.lora import add_adapters
+from gmpo.policy.score import BasePolicy, Policy, Scorer
 from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
 from gmpo.rewards import RewardFunction, RewardFunctions, ScoredGroups, score_groups
@@ -114,7 +115,7 @@ class TrainingParts:
 
     config: RunConfig
     policy: Policy
-    reference: Policy | None
+    reference: Scorer | None
     tokenizer: PreTrainedTokenizerBase
     sampler: LocalSampler
     sample: GroupSampler
@@ -147,8 +148,8 @@ class TrainingParts:
         return score_groups(groups, self.rewards, rule=rule, trainer_state=state)
 
     def publish_weights(self, version: int) -> None:
-        """Hand the policy's weights to the sampler."""
-        self.sampler.load_weights(version, self.policy.named_weights())
+        """Hand the policy's weights to the sampler, which runs the policy's own module."""
+        self.sampler.load_weights(version, self.policy.own_weights())
 
     def close(self) -> None:
         """Stop the grading worker and the event loop of async rewards."""
@@ -188,7 +189,7 @@ def build_parts(
     return TrainingParts(
         config=config,
         policy=policy,
-        reference=_reference(config, warn=warn) if config.objective.kl_coefficient > 0 else None,
+        reference=_reference(config, policy, warn=warn),
         tokenizer=tokenizer,
         sampler=sampler,
         sample=sample,
@@ -219,7 +220,7 @@ def build_evaluator(
         warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
-    policy = _policy(config, warn=warn)
+    policy = _frozen_policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
@@ -398,15 +399,37 @@ def _evaluator(
 
 
 def _policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
-    model = config.model
-    engine = config.training.engine
-    return load_policy(model.name, device=model.device, dtype=model.dtype, engine=engine, warn=warn)
+    """The policy that is trained, with its adapters if the recipe has any."""
+    model = load_model(config.model.name, device=config.model.device, dtype=config.model.dtype)
+    lora, training = config.lora, config.training
+    if lora.rank:
+        add_adapters(
+            model,
+            rank=lora.rank,
+            alpha=lora.scale_numerator(),
+            targets=lora.targets,
+            seed=training.seed,
+        )
+    return Policy(
+        model,
+        engine=training.engine,
+        gradient_checkpointing=training.gradient_checkpointing,
+        warn=warn,
+    )
 
 
-def _reference(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
-    reference = _policy(config, warn=warn)
-    reference.model.requires_grad_(False)
-    return reference
+def _frozen_policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
+    """The named model as it is, to be asked and not trained."""
+    model = load_model(config.model.name, device=config.model.device, dtype=config.model.dtype)
+    model.requires_grad_(False)  # before Policy makes fp32 masters of what is trained
+    return Policy(model, engine=config.training.engine, warn=warn)
+
+
+def _reference(config: RunConfig, policy: Policy, *, warn: Callable[[str], None]) -> Scorer | None:
+    """The starting model, if there is a KL term: under adapters it is there already."""
+    if not config.objective.kl_coefficient:
+        return None
+    return BasePolicy(policy) if policy.adapters else _frozen_policy(config, warn=warn)
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,21 +18,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import CheckpointError, DamagedCheckpointError, RunFolderError
+from gmpo.policy.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights, save_adapter
 from gmpo.policy.score import Policy
 
 __all__ = [
     "TrainingState",
+    "checkpoint_model",
     "checkpoint_round",
     "checkpoints_newest_first",
+    "flush_folder",
     "latest_checkpoint",
     "load_checkpoint",
     "load_newest_checkpoint",
     "remove_old_checkpoints",
     "save_checkpoint",
+    "save_tokenizer",
+    "verified_content",
 ]
 
 _PREFIX = "round-"
 _WEIGHTS = "model/model.safetensors"
+_ADAPTER = f"adapter/{ADAPTER_WEIGHTS}"
 _MOMENTS = "optimizer.safetensors"
 
 
@@ -64,9 +71,11 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: TrainingState,
 ) -> Path:
-    """Write `folder/round-NNNNNN` and return it; `model/` in it loads with transformers.
+    """Write `folder/round-NNNNNN` and return it.
 
-    Everything goes to a temporary name first, is flushed to disk, and is then renamed.
+    `model/` in it loads with transformers; a policy with adapters leaves `adapter/` in its place,
+    which loads with PEFT, and the digest of its frozen base. Everything goes to a temporary name
+    first, is flushed to disk, and is then renamed.
 
     Raises:
         RunFolderError: the disk is full or not writable; older checkpoints are untouched.
@@ -75,21 +84,27 @@ def save_checkpoint(
     partial = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "model").mkdir(parents=True)
-        weights = {name: tensor.contiguous().cpu() for name, tensor in policy.named_weights()}
-        save_file(weights, partial / _WEIGHTS, metadata={"format": "pt"})
-        policy.model.config.save_pretrained(partial / "model")
-        policy.model.generation_config.save_pretrained(partial / "model")
-        _save_tokenizer(tokenizer, partial / "model")
+        weights = partial / (_ADAPTER if policy.adapters else _WEIGHTS)
+        weights.parent.mkdir(parents=True)
+        if policy.adapters:
+            save_adapter(policy, weights.parent)
+        else:
+            _save_model(policy, weights)
+        save_tokenizer(tokenizer, weights.parent)
         save_file(_moments(policy, optimizer), partial / _MOMENTS)
-        digests = {name: _digest(partial / name) for name in (_WEIGHTS, _MOMENTS)}
-        content = {**asdict(state), "digests": digests}
+        files = (weights, partial / _MOMENTS)
+        content = {
+            **asdict(state),
+            "digests": {str(file.relative_to(partial)): _digest(file) for file in files},
+        }
+        if policy.adapters:
+            content["base_digest"] = policy.base_digest
         (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        _flush(partial)
+        flush_folder(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush_folder(folder)
+        _flush_one(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFolderError(
@@ -106,13 +121,43 @@ def load_checkpoint(
 
     Raises:
         DamagedCheckpointError: files are missing, or are not what was written.
-        CheckpointError: it belongs to another recipe.
+        CheckpointError: it belongs to another recipe, or its adapters to another base model.
         ModelError: it belongs to another model.
     """
+    content = verified_content(path)
+    base_digest = content.pop("base_digest", None)
+    state = TrainingState(**content)
+    if state.recipe_digest != recipe_digest:
+        raise CheckpointError(
+            f"checkpoint {path} was made with another recipe; resume with the run's own "
+            "recipe.toml, or choose another run folder"
+        )
+    if policy.adapters:
+        if base_digest != policy.base_digest:
+            raise CheckpointError(
+                f"checkpoint {path} holds adapters of another base model than "
+                f"{policy.model.name_or_path!r} is now; bring back the model it was trained on, or "
+                "choose another run folder"
+            )
+        load_adapter_weights(policy, path / "adapter")
+    else:
+        policy.load_weights(load_file(path / _WEIGHTS).items())
+    _restore_moments(load_file(path / _MOMENTS), policy, optimizer)
+    return state
+
+
+def verified_content(path: Path) -> dict[str, Any]:
+    """What `state.json` says besides digests, once the files are found to be what was written.
+
+    Raises:
+        DamagedCheckpointError: files are missing, or are not what was written.
+    """
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digests: Mapping[str, str] = content.pop("digests")
-        state = TrainingState(**content)
+        expected = {field.name for field in fields(TrainingState)}
+        if content.keys() - {"base_digest"} != expected:
+            raise ValueError(f"it has {sorted(content)} instead of {sorted(expected)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
             f"checkpoint {path} has no readable state.json: {error}; remove the folder to go "
@@ -124,14 +169,7 @@ def load_checkpoint(
                 f"checkpoint {path} is damaged: {name} is not what was written; remove the folder "
                 "to go on from what was before it"
             )
-    if state.recipe_digest != recipe_digest:
-        raise CheckpointError(
-            f"checkpoint {path} was made with another recipe; resume with the run's own "
-            "recipe.toml, or choose another run folder"
-        )
-    policy.load_weights(load_file(path / _WEIGHTS).items())
-    _restore_moments(load_file(path / _MOMENTS), policy, optimizer)
-    return state
+    return content
 
 
 def load_newest_checkpoint(
@@ -176,6 +214,12 @@ def checkpoints_newest_first(folder: Path) -> list[Path]:
     return found[::-1]
 
 
+def checkpoint_model(path: Path) -> Path:
+    """The folder of a checkpoint that `load_model` takes: a whole model, or adapters."""
+    adapter = path / "adapter"
+    return adapter if adapter.is_dir() else path / "model"
+
+
 def checkpoint_round(path: Path) -> int:
     """Rounds done when a checkpoint was written, by its name."""
     return int(path.name.removeprefix(_PREFIX))
@@ -195,7 +239,15 @@ def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:
     return removed
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save_model(policy: Policy, file: Path) -> None:
+    weights = {name: tensor.contiguous().cpu() for name, tensor in policy.named_weights()}
+    save_file(weights, file, metadata={"format": "pt"})
+    policy.model.config.save_pretrained(file.parent)
+    policy.model.generation_config.save_pretrained(file.parent)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files; a full disk is an OSError, whatever the library raises."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -237,17 +289,18 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Make sure that everything in a folder is on the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_folder(path)
-    _flush_folder(folder)
+            _flush_one(path)
+    _flush_one(folder)
 
 
-def _flush_folder(folder: Path) -> None:
+def _flush_one(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The `gmpo` command: train, evaluate, sample, inspect, models."""
+"""The `gmpo` command: train, evaluate, sample, export, inspect, models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gmpo.inspection import RunSummary
     from gmpo.training import TrainingResult
 
-__all__ = ["app", "evaluate", "inspect", "main", "models", "sample", "train"]
+__all__ = ["app", "evaluate", "export", "inspect", "main", "models", "sample", "train"]
 
 app = typer.Typer(
     help="Geometric-Mean Policy Optimization of language models from verifiable rewards.",
@@ -179,6 +179,36 @@ def sample(
         console.print(Text(visible(completion.text)), soft_wrap=True)
         reason = "" if completion.finish_reason == "stop" else ", cut by --max-tokens"
         console.print(f"[dim]({completion.num_tokens} tokens{reason})[/dim]")
+
+
+@app.command()
+@_refuses_clearly
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    destination: Annotated[Path, typer.Argument(help="New folder; never overwritten.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="transformers: the whole model; peft: a LoRA run's adapters."
+        ),
+    ] = "transformers",
+    dtype: Annotated[str, typer.Option(help="Precision of the files: fp32 or bf16.")] = "fp32",
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Round of the checkpoint; the newest by default.")
+    ] = None,
+    as_json: _JsonOption = False,
+) -> None:
+    """Write a run's model as a folder for transformers, or its adapters as one for PEFT."""
+    from gmpo.export import export_run
+
+    exported = export_run(run, destination, form=form, precision=dtype, round_number=checkpoint)
+    if as_json:
+        print(json.dumps(exported.as_dict()))
+        return
+    sentence = (
+        f"{exported.destination} holds {exported.checkpoint} for {form}, in {exported.precision}"
+    )
+    Console().print(Text(sentence), soft_wrap=True)
 
 
 @app.command()
@@ -356,12 +386,12 @@ def _model_name(model: str) -> str:
     """A run folder stands for its newest checkpoint's model."""
     if not (Path(model) / "recipe.toml").is_file():
         return model
-    from gmpo.checkpoint import latest_checkpoint
+    from gmpo.checkpoint import checkpoint_model, latest_checkpoint
 
     checkpoint = latest_checkpoint(Path(model) / "checkpoints")
     if checkpoint is None:
         raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
-    return str(checkpoint / "model")
+    return str(checkpoint_model(checkpoint))
 
 
 def _fresh_folder(name: str) -> Path:

@@ -1,7 +1,7 @@
 """One TOML recipe a run, parsed into frozen models; every key is documented under its definition.
 
 A recipe has the tables `[model] [task] [reward] [sampling] [objective] [training] [checkpoint]
-[evaluation] [tracking]`. Unknown keys are refused with the nearest valid name; `--set
+[evaluation] [tracking] [lora]`. Unknown keys are refused with the nearest valid name; `--set
 table.key=value` is the only override.
 """
 
@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "GymTask",
     "JsonlTask",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "RewardConfig",
@@ -460,6 +461,36 @@ class TrainingConfig(_Table):
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
     a round's last step, which costs two more forward and backward passes; 0 never measures."""
 
+    gradient_checkpointing: bool = False
+    """Whether layers run again in the backward pass instead of keeping what they computed: the same
+    gradients for less memory and more time, for long completions."""
+
+
+class LoraConfig(_Table):
+    """Low-rank adapters, trained in place of the model's weights."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters; 0 trains all weights and has no adapters."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The adapters' outputs are scaled by alpha / rank; None takes 2 * rank."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Adapted layers by the last parts of their names, e.g. "q_proj" or "self_attn.q_proj"; None
+    takes all linear layers of attention and feed-forward."""
+
+    @model_validator(mode="after")
+    def _only_with_a_rank(self) -> LoraConfig:
+        for key, value in (("alpha", self.alpha), ("targets", self.targets)):
+            if value is not None and not self.rank:
+                raise ValueError(
+                    f"lora.{key} = {value!r} needs adapters, and lora.rank is 0; set lora.rank, "
+                    f"e.g. to 16, or remove lora.{key}"
+                )
+        return self
+
+    def scale_numerator(self) -> float:
+        """Alpha with its default filled in."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
 
 class CheckpointConfig(_Table):
     """When checkpoints are written."""
@@ -508,6 +539,7 @@ class RunConfig(_Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    lora: LoraConfig = LoraConfig()
 
     def max_prompt_tokens(self) -> int:
         """Tokens that max_length leaves for a prompt beside the longest completion asked for."""

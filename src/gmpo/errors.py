@@ -5,6 +5,7 @@ __all__ = [
     "ConfigError",
     "DamagedCheckpointError",
     "DataError",
+    "ExportError",
     "GmpoError",
     "ModelError",
     "NonFiniteError",
@@ -43,6 +44,10 @@ class DamagedCheckpointError(CheckpointError):
 
 class RunFolderError(GmpoError, OSError):
     """A run folder cannot be created or written, or another process is using it."""
+
+
+class ExportError(GmpoError, OSError):
+    """A model cannot be exported as asked, or not to the place asked for."""
 
 
 class RunStopped(GmpoError):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gmpo.batch import MicroBatch, StepBatch
 from gmpo.errors import NonFiniteError
 from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
-from gmpo.policy.score import Policy, TokenScores
+from gmpo.policy.score import Policy, Scorer, TokenScores
 
 __all__ = [
     "LossSettings",
@@ -188,7 +188,7 @@ def with_old_logprobs(
 
 @torch.no_grad()
 def with_reference_logprobs(
-    reference: Policy, steps: Sequence[StepBatch], *, temperature: float
+    reference: Scorer, steps: Sequence[StepBatch], *, temperature: float
 ) -> list[StepBatch]:
     """Steps with the reference policy's log-probabilities, for the KL term."""
 

@@ -52,6 +52,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "study",
         "generation",
         "forecast",
+        "export",
         "inspection",
         "terminal",
         "cli",
@@ -74,6 +75,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("update", "policy.score"): "the gradient is that of what the policy scores",
     ("saved_rounds", "rewards"): "what is saved of a round are its rewarded rollouts",
     ("checkpoint", "policy.score"): "a checkpoint holds the policy's named weights",
+    ("checkpoint", "policy.adapter_files"): "a LoRA checkpoint holds the adapters as PEFT's files",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
     (

@@ -15,6 +15,7 @@ from gmpo.config import (
     CountdownTask,
     EvaluationConfig,
     JsonlTask,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     RewardConfig,
@@ -38,6 +39,7 @@ TABLES = (
     CheckpointConfig,
     EvaluationConfig,
     TrackingConfig,
+    LoraConfig,
 )
 
 
@@ -295,3 +297,21 @@ def test_extra_prompts_are_for_refilled_rounds_only():
     assert SamplingConfig(dynamic="refill", max_extra_prompts=5).most_prompts() == 13
     said = refusal(SamplingConfig, max_extra_prompts=5)
     assert "max_extra_prompts = 5 works with dynamic = 'refill' only; set that or remove it" in said
+
+
+def test_without_a_rank_there_are_no_adapters_and_none_of_their_keys():
+    assert RunConfig(task=ArithmeticTask(kind="arithmetic")).lora == LoraConfig(rank=0)
+    assert refusal(LoraConfig, targets=["q_proj"]) == (
+        "Value error, lora.targets = ('q_proj',) needs adapters, and lora.rank is 0; set "
+        "lora.rank, e.g. to 16, or remove lora.targets"
+    )
+    assert refusal(LoraConfig, alpha=8, rank=0) == (
+        "Value error, lora.alpha = 8.0 needs adapters, and lora.rank is 0; set lora.rank, e.g. to "
+        "16, or remove lora.alpha"
+    )
+    assert "at least 1 item" in refusal(LoraConfig, rank=4, targets=[])
+
+
+def test_alpha_is_twice_the_rank_by_default():
+    assert LoraConfig(rank=8).scale_numerator() == 16.0
+    assert LoraConfig(rank=8, alpha=1.5).scale_numerator() == 1.5

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gmpo.batch import MicroBatch, StepBatch
 from gmpo.policy.head import chunked_token_logprobs
 from gmpo.policy.llama import LlamaBody
+from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.prefix import extend
-from gmpo.policy.score import Policy
+from gmpo.policy.score import BasePolicy, Policy
 from gmpo.sampler.decoders import LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
@@ -57,11 +58,16 @@ def settings_of(name: str) -> LossSettings:
 
 
 def one_update(
-    model: PreTrainedModel, reference: PreTrainedModel, engine: str, device: str
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    engine: str,
+    device: str,
+    *,
+    recomputes: bool = False,
 ) -> dict:
     """All that a training step does with tensors; its figures."""
-    policy = Policy(model, engine=engine, warn=ignore)
-    old = Policy(reference, engine=engine, warn=ignore)
+    policy = Policy(model, engine=engine, gradient_checkpointing=recomputes, warn=ignore)
+    old = BasePolicy(policy) if policy.adapters else Policy(reference, engine=engine, warn=ignore)
     # A large epsilon: a key bias has no gradient but rounding, which AdamW would blow up.
     optimizer = PolicyOptimizer(policy, eps=1e-3)
     gmpo, grpo = settings_of("gmpo"), settings_of("grpo")
@@ -99,6 +105,27 @@ def test_an_update_elsewhere_gives_the_cpus_figures_and_weights(
         torch.testing.assert_close(
             values_of(other.data), parameter.data, rtol=tolerance, atol=tolerance, msg=name
         )
+
+
+@every_path
+def test_adapters_elsewhere_give_the_cpus_figures_and_weights(family: str, engine: str):
+    here = tiny_model(family)
+    there = copy.deepcopy(here)
+    add_adapters(here, rank=3, alpha=6.0)
+    expected = one_update(here, here, engine, "cpu", recomputes=True)
+    move_there(there)
+    with elsewhere() as device:
+        add_adapters(there, rank=3, alpha=6.0)
+        figures = one_update(there, there, engine, str(device), recomputes=True)
+    assert figures == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for name, layer in adapters_of(there).items():
+        for kind in ("lora_A", "lora_B"):
+            factor = layer.get_parameter(kind)
+            assert factor.device == ELSEWHERE
+            ours = here.get_parameter(f"{name}.{kind}")
+            torch.testing.assert_close(
+                values_of(factor.data), ours.data, rtol=1e-4, atol=1e-4, msg=name
+            )
 
 
 @pytest.mark.parametrize("skips", [False, True])

@@ -31,7 +31,12 @@ _Rotary = tuple[Tensor, Tensor]
 
 
 class LlamaBody:
-    """Layer functions of one Llama-family model; holds references to its parameters, no copies."""
+    """Layer functions of one Llama-family model; holds references to its parameters, no copies.
+
+    Attributes:
+        recomputes_layers: whether a pass with gradient keeps only what goes into each layer and
+            runs the layer again in the backward pass.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         reason = _why_unsupported(model)
@@ -45,6 +50,7 @@ class LlamaBody:
         self.num_key_heads: int = config.num_key_value_heads
         self.head_dim: int = self.layers[0].self_attn.head_dim
         self.has_head_norms = config.model_type == "qwen3"
+        self.recomputes_layers = False
 
     @property
     def head_weight(self) -> Float[Tensor, "V M"]:

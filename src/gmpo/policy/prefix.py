@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from gmpo.batch import MicroBatch
 from gmpo.policy.llama import LlamaBody, attend
+from gmpo.policy.recompute import recomputed
 
 __all__ = [
     "Past",
@@ -92,15 +95,33 @@ def extend(
         rows, width = token_ids.shape
         sees_past = past.valid[:, None, None].expand(rows, 1, width, -1)
         mask = torch.cat((sees_past, mask.expand(rows, 1, width, width)), dim=-1)
+    run = _run_layer
+    if body.recomputes_layers and torch.is_grad_enabled():
+        run = partial(recomputed, _run_layer)
     own = []
     for number, layer in enumerate(body.layers):
-        queries, keys, values = body.project(layer, hidden, rotary)
+        before = None if past is None else past.layers[number]
+        hidden, keys, values = run(body, layer, hidden, rotary, mask, before)
         own.append((keys, values))
-        if past is not None:
-            keys = torch.cat((past.layers[number][0], keys), dim=2)
-            values = torch.cat((past.layers[number][1], values), dim=2)
-        hidden = body.finish(layer, hidden, attend(queries, keys, values, mask=mask))
     return hidden, Past(layers=tuple(own), valid=offsets[None] < lengths[:, None], lengths=lengths)
+
+
+def _run_layer(
+    body: LlamaBody,
+    layer: Any,
+    hidden: Float[Tensor, "B T M"],
+    rotary: tuple[Tensor, Tensor],
+    mask: Bool[Tensor, "b 1 T S"],
+    before: tuple[Tensor, Tensor] | None,
+) -> tuple[Float[Tensor, "B T M"], Tensor, Tensor]:
+    """One layer after the keys and values before it; its output and its own keys and values."""
+    queries, keys, values = body.project(layer, hidden, rotary)
+    all_keys, all_values = keys, values
+    if before is not None:
+        all_keys = torch.cat((before[0], keys), dim=2)
+        all_values = torch.cat((before[1], values), dim=2)
+    hidden = body.finish(layer, hidden, attend(queries, all_keys, all_values, mask=mask))
+    return hidden, keys, values
 
 
 def run_prompts(

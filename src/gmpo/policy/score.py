@@ -5,8 +5,11 @@ Dimensions: **B** sequences, **T** completion tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -15,12 +18,14 @@ from transformers import PreTrainedModel
 
 from gmpo.batch import MicroBatch
 from gmpo.errors import ModelError
-from gmpo.policy.head import chunked_token_logprobs, token_logprobs
+from gmpo.policy.head import chunked_token_logprobs, token_logprobs, widened
 from gmpo.policy.llama import LlamaBody
+from gmpo.policy.lora import adapters_of, adapters_off, merged_weight
 from gmpo.policy.prefix import largest_logit_difference, scored_hidden_states
+from gmpo.policy.recompute import recompute_layers
 from gmpo.policy.weights import copy_weights
 
-__all__ = ["Policy", "TokenScores"]
+__all__ = ["BasePolicy", "Policy", "Scorer", "TokenScores"]
 
 _LARGEST_LOGIT_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Start-up check of the fast path, as a fraction of the logits' spread."""
@@ -34,6 +39,16 @@ class TokenScores:
     entropy: Float[Tensor, "B T"] | None
 
 
+@runtime_checkable
+class Scorer(Protocol):
+    """What gives tokens their log-probabilities: a policy, or the base under its adapters."""
+
+    def score(
+        self, batch: MicroBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> TokenScores:
+        """As `Policy.score`."""
+
+
 class Policy:
     """pi_theta: scores tokens, holds fp32 master weights, hands out named weights.
 
@@ -42,16 +57,29 @@ class Policy:
     `warn` is told why.
 
     Args:
-        model: a decoder-only causal language model, on its device and in its compute precision.
+        model: a decoder-only causal language model, on its device and in its compute precision;
+            with `add_adapters` called on it, only its adapters are trained.
         engine: "fast" or "plain".
+        gradient_checkpointing: run each layer again in the backward pass instead of keeping what
+            it computed; the same gradients for less memory and more time.
         warn: called with one sentence if the fast path does not cover the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, engine: str = "fast", warn: Callable[[str], None] = print
+        self,
+        model: PreTrainedModel,
+        *,
+        engine: str = "fast",
+        gradient_checkpointing: bool = False,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.model = model.eval()  # dropout would make scored and sampled policy differ
         self.body = _checked_body(model, warn) if engine == "fast" else None
+        if gradient_checkpointing and self.body is not None:
+            self.body.recomputes_layers = True
+        elif gradient_checkpointing:
+            recompute_layers(model)
+        self.adapters = adapters_of(model)
         self.masters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             self.masters[name] = _master_of(parameter)
@@ -99,18 +127,46 @@ class Policy:
             entropy=_scatter(entropy, batch) if with_entropy and entropy is not None else None,
         )
 
+    @cached_property
+    def base_digest(self) -> str:
+        """Of the frozen weights as they are held: 32 hexadecimal digits; the same base only."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weight in self.masters.items():
+            if not weight.requires_grad:
+                digest.update(name.encode())
+                raw = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                digest.update(raw.numpy().data)
+        return digest.hexdigest()
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full fp32 tensors by name; the only way weights reach a sampler or a checkpoint."""
+        """Full fp32 tensors of a plain model by name, adapters merged; how weights leave.
+
+        A plain model that loads them computes what this policy does, to rounding.
+        """
+        for name, master in self.masters.items():
+            layer, _, kind = name.rpartition(".")
+            if layer not in self.adapters or kind == "bias":
+                yield name, widened(master.detach())
+            elif kind == "weight":
+                yield name, self._merged(layer)
+
+    def own_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's own parameters, adapters apart, for a sampler over this very module."""
         for name, master in self.masters.items():
             yield name, master.detach()
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The fp32 weights that training moves, by the module's own names: adapters, or all."""
+        return {n: master.detach() for n, master in self.masters.items() if master.requires_grad}
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights.
+        """Replace the adapters' weights by `trained_weights`, or without adapters all weights.
 
         Raises:
             ModelError: names or shapes are not exactly this model's.
         """
-        copy_weights(self.masters, named_tensors)
+        weights = self.trained_weights() if self.adapters else dict(self.own_weights())
+        copy_weights(weights, named_tensors)
         self.publish_masters()
 
     @torch.no_grad()
@@ -119,6 +175,16 @@ class Policy:
         for name, parameter in self.model.named_parameters():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+    def _merged(self, layer: str) -> Tensor:
+        adapter = self.adapters[layer]
+        return merged_weight(
+            self.masters[f"{layer}.weight"],
+            self.masters[f"{layer}.lora_A"],
+            self.masters[f"{layer}.lora_B"],
+            scale=adapter.scale,
+            is_transposed=adapter.is_transposed,
+        )
 
     def _score_plainly(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """One padded forward over prompt and completion a row, with full logits."""
@@ -135,9 +201,23 @@ class Policy:
             counted = torch.nonzero(batch.mask[row])[:, 0]
             predictors.append(row * width + start - 1 + counted)
             tokens.append(batch.completion_ids[row, counted])
-        logits = self.model(token_ids, attention_mask=attention_mask).logits
+        logits = self.model(token_ids, attention_mask=attention_mask, use_cache=False).logits
         scored = logits.flatten(0, 1)[torch.cat(predictors)]
         return token_logprobs(scored, torch.cat(tokens), temperature=temperature)
+
+
+@dataclass(frozen=True)
+class BasePolicy:
+    """The model a policy with adapters started from: the same frozen weights, adapters off."""
+
+    policy: Policy
+
+    def score(
+        self, batch: MicroBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> TokenScores:
+        """As `Policy.score`; without gradient, because nothing it uses is trained."""
+        with torch.no_grad(), adapters_off(self.policy.model):
+            return self.policy.score(batch, temperature=temperature, with_entropy=with_entropy)
 
 
 def _scatter(values: Float[Tensor, " N"], batch: MicroBatch) -> Float[Tensor, "B T"]:
@@ -146,10 +226,10 @@ def _scatter(values: Float[Tensor, " N"], batch: MicroBatch) -> Float[Tensor, "B
 
 
 def _master_of(parameter: nn.Parameter) -> nn.Parameter:
-    """The fp32 weight the optimizer moves: the parameter itself unless it is narrower."""
-    if parameter.dtype in (torch.float32, torch.float64):
+    """The fp32 weight the optimizer moves: the parameter itself if it is frozen or wide enough."""
+    if parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad:
         return parameter
-    master = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+    master = nn.Parameter(parameter.detach().float())
 
     def widen_gradient(narrow: Tensor) -> None:
         # Micro-batches add up in fp32: bf16 would lose a small one beside a large sum.
@@ -160,8 +240,7 @@ def _master_of(parameter: nn.Parameter) -> nn.Parameter:
             master.grad += narrow.grad
         narrow.grad = None
 
-    if parameter.requires_grad:
-        parameter.register_post_accumulate_grad_hook(widen_gradient)
+    parameter.register_post_accumulate_grad_hook(widen_gradient)
     return master
 
 
