@@ -1,0 +1,1 @@
+"""The objective inside other trainers; the only place that imports them, and imported by nothing."""
