@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -93,9 +93,6 @@ def through_trl(
         options: of TRL's config, over those set here.
     """
     trainer_class = kind or {"gmpo": GMPOTrainer, "grpo": GRPOTrainer}[rounds.objective]
-    config_class = GRPOConfig if rounds.objective == "grpo" else GMPOConfig
-    rollouts = {(group.prompt.id, r.index): r for group in rounds.groups for r in group.rollouts}
-    group_of = {group.prompt.id: group for group in rounds.groups}
     seen: list[dict[str, Any]] = []
 
     class Recording(trainer_class):  # type: ignore[misc, valid-type]
@@ -104,61 +101,23 @@ def through_trl(
             seen.append(inputs)
             return inputs
 
-    def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
-        occurrences: Counter[str] = Counter()
-        chosen = []
-        for name in prompts:
-            chosen.append(group_of[name].rollouts[occurrences[name]])
-            occurrences[name] += 1
-        return {
-            "prompt_ids": [list(group_of[name].prompt.token_ids or ()) for name in prompts],
-            "completion_ids": [rollout.token_ids.tolist() for rollout in chosen],
-            "logprobs": None,
-        }
-
-    def reward(
-        prompts: list[str], completion_ids: list[list[int]], **_: Any
-    ) -> list[float | None]:
-        return [
-            next(r.reward for r in group_of[name].rollouts if r.token_ids.tolist() == ids)
-            for name, ids in zip(prompts, completion_ids, strict=True)
-        ]
-
+    rollout_func, reward = answers_of(rounds.groups)
     before = copied(model)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {
-            "output_dir": folder,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "dataloader_pin_memory": False,
-            "optim": {"sgd": "sgd", "adamw": "adamw_torch"}[rounds.optimizer],
-            "learning_rate": rounds.learning_rate,
-            "lr_scheduler_type": "constant",
-            # Unclipped SGD sees a gradient of the wrong size, which AdamW does not.
-            "max_grad_norm": {"sgd": 0.0, "adamw": 1.0}[rounds.optimizer],
-            "num_generations": len(rounds.groups[0].rollouts),
-            "per_device_train_batch_size": rounds.rows_per_step,
-            "steps_per_generation": STEPS_PER_ROUND,
-            "gradient_accumulation_steps": 1,
-            "max_steps": rounds.num_rounds * STEPS_PER_ROUND,
-            **({"loss_type": "grpo"} if rounds.objective == "grpo" else {}),
-            **options,
-        }
         trainer = Recording(
             model,
             reward,
-            args=config_class(**arguments),
-            train_dataset=Dataset.from_dict({"prompt": list(group_of)}),
+            args=trl_config(rounds, folder, options),
+            train_dataset=Dataset.from_dict(
+                {"prompt": [group.prompt.id for group in rounds.groups]}
+            ),
             processing_class=tokenizer,
             rollout_func=rollout_func,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    steps = [rows_of(inputs, rollouts, group_of) for inputs in seen]
+    pad_token = int(trainer.model.config.pad_token_id)
+    steps = [rows_of(inputs, rounds.groups, pad_token=pad_token) for inputs in seen]
     advantages = {
         row: value
         for rows, inputs in zip(steps, seen, strict=True)
@@ -172,25 +131,91 @@ def through_trl(
     )
 
 
-def rows_of(
-    inputs: Mapping[str, Tensor],
-    rollouts: Mapping[tuple[str, int], Rollout],
-    group_of: Mapping[str, Group],
-) -> list[tuple[str, int]]:
-    """Which rollouts the rows of TRL's micro-batch are, by their token ids."""
-    by_tokens = {
-        (group_of[name].prompt.token_ids, tuple(rollout.token_ids.tolist())): (name, index)
-        for (name, index), rollout in rollouts.items()
-    }
-    assert len(by_tokens) == len(rollouts), "two rollouts of one prompt must not be equal"
-    found = []
-    for row in range(len(inputs["completion_ids"])):
-        tokens = [
-            tuple(inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist())
-            for part in ("prompt", "completion")
+def answers_of(
+    groups: Sequence[Group],
+) -> tuple[Callable[..., dict[str, Any]], Callable[..., list[float | None]]]:
+    """A `rollout_func` and a reward function for TRL that give the groups' own, by prompt id."""
+    group_of = {group.prompt.id: group for group in groups}
+
+    def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        occurrences: Counter[str] = Counter()
+        chosen = []
+        for name in prompts:
+            chosen.append(group_of[name].rollouts[occurrences[name]])
+            occurrences[name] += 1
+        return {
+            "prompt_ids": [list(group_of[name].prompt.token_ids or ()) for name in prompts],
+            "completion_ids": [rollout.token_ids.tolist() for rollout in chosen],
+            "logprobs": None,
+        }
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [
+            next(r.reward for r in group_of[name].rollouts if r.token_ids.tolist() == ids)
+            for name, ids in zip(prompts, completion_ids, strict=True)
         ]
-        found.append(by_tokens[tokens[0], tokens[1]])
-    return found
+
+    return rollout_func, reward
+
+
+def trl_config(rounds: Rounds, folder: str, options: dict[str, Any]) -> GRPOConfig:
+    """fp32 on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
+    config_class = GRPOConfig if rounds.objective == "grpo" else GMPOConfig
+    arguments = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        "optim": {"sgd": "sgd", "adamw": "adamw_torch"}[rounds.optimizer],
+        "learning_rate": rounds.learning_rate,
+        "lr_scheduler_type": "constant",
+        # Unclipped SGD sees a gradient of the wrong size, which AdamW does not.
+        "max_grad_norm": {"sgd": 0.0, "adamw": 1.0}[rounds.optimizer],
+        "num_generations": len(rounds.groups[0].rollouts),
+        "per_device_train_batch_size": rounds.rows_per_step,
+        "steps_per_generation": STEPS_PER_ROUND,
+        "gradient_accumulation_steps": 1,
+        "max_steps": rounds.num_rounds * STEPS_PER_ROUND,
+        **({"loss_type": "grpo"} if rounds.objective == "grpo" else {}),
+        **options,
+    }
+    return config_class(**arguments)
+
+
+def rows_of(
+    inputs: Mapping[str, Tensor], groups: Sequence[Group], *, pad_token: int
+) -> list[tuple[str, int]]:
+    """Which rollouts the rows of TRL's micro-batch are, by their token ids.
+
+    Not by its mask, which is empty for a completion that TRL leaves out of the loss.
+    """
+
+    def unpadded(tokens: Sequence[int]) -> tuple[int, ...]:
+        end = len(tokens)
+        while end and tokens[end - 1] == pad_token:
+            end -= 1
+        return tuple(tokens[:end])
+
+    by_tokens = {
+        (group.prompt.token_ids, unpadded(rollout.token_ids.tolist())): (
+            group.prompt.id,
+            rollout.index,
+        )
+        for group in groups
+        for rollout in group.rollouts
+    }
+    assert len(by_tokens) == sum(len(group.rollouts) for group in groups), "equal rollouts"
+    prompts = [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+    ]
+    completions = [unpadded(ids) for ids in inputs["completion_ids"].tolist()]
+    return [by_tokens[row] for row in zip(prompts, completions, strict=True)]
 
 
 def through_gmpo(
@@ -199,6 +224,7 @@ def through_gmpo(
     steps: Sequence[Sequence[tuple[str, int]]],
     *,
     engine: str = "fast",
+    skips_dead_rows: bool = True,
     objective: Callable[..., Any] | None = None,
 ) -> tuple[Weights, list[dict[str, float]]]:
     """The update of gmpo on the rows that TRL took step by step, and each step's figures.
@@ -208,6 +234,7 @@ def through_gmpo(
         rounds: what is replayed.
         steps: rows of each optimizer step, STEPS_PER_ROUND of them a round.
         engine: gmpo's `training.engine`.
+        skips_dead_rows: leave rows with advantage 0 out, from the figures too.
         objective: in place of the named one, to see a wrong one fail.
     """
     policy = Policy(model, engine=engine, warn=print)
@@ -220,7 +247,7 @@ def through_gmpo(
     figures = []
     for first in range(0, len(steps), STEPS_PER_ROUND):
         batches = [
-            step_batch(rows, rounds.groups, advantages, policy)
+            step_batch(rows, rounds.groups, advantages, policy, skips_dead_rows=skips_dead_rows)
             for rows in steps[first : first + STEPS_PER_ROUND]
         ]
         batches, _ = with_old_logprobs(policy, batches, temperature=1.0)
@@ -250,6 +277,8 @@ def step_batch(
     groups: Sequence[Group],
     advantages: Mapping[tuple[str, int], float],
     policy: Policy,
+    *,
+    skips_dead_rows: bool,
 ) -> StepBatch:
     """One step on the given rows: each group with those of its rollouts that are among them."""
     parts = []
@@ -266,7 +295,7 @@ def step_batch(
         table,
         max_tokens=2048,
         shares_prompts=policy.shares_prompts,
-        skips_dead_rows=True,
+        skips_dead_rows=skips_dead_rows,
         device=policy.device,
     )
 
@@ -296,68 +325,59 @@ def moved(model: PreTrainedModel, before: Weights) -> Weights:
 
 def relative_difference(update: Weights, expected: Weights) -> float:
     """|update - expected| / |expected| over all weights, in Euclidean norm."""
-    gap = math.sqrt(sum(float((update[n] - e).double().square().sum()) for n, e in expected.items()))
+    gap = math.sqrt(
+        sum(float((update[n] - e).double().square().sum()) for n, e in expected.items())
+    )
     size = math.sqrt(sum(float(e.double().square().sum()) for e in expected.values()))
     return gap / size
 
 
-def random_rounds(
+def replayable_groups(
     *,
     vocabulary: int,
+    end_token: int,
     prompt_lengths: Sequence[int],
     group_size: int,
     longest: int,
-    prompts_per_round: int,
-    objective: str,
-    optimizer: str,
-    learning_rate: float,
-    seed: int = 0,
-) -> Rounds:
-    """Random prompts and completions of 1 to `longest` tokens, with rewards of three kinds.
+) -> tuple[Group, ...]:
+    """Groups of random completions of 1 to `longest` tokens.
 
-    The groups' rewards are 0 or 1, fractions, and all equal in every fourth group, whose
-    advantages are 0.
+    Rewards are 0 or 1 in most groups, fractions in some, and all equal in every fourth, whose
+    advantages are 0. Every second completion ends with `end_token`, the others as if cut.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     groups = []
     for number, length in enumerate(prompt_lengths):
+        name = f"p{number}"
         rewards = generator.integers(0, 2, size=group_size).astype(float)
         if number % 4 == 1:
             rewards = generator.random(group_size).round(3)
         if number % 4 == 3:
             rewards[:] = 1.0
-        drawn = [
-            generator.integers(5, vocabulary, size=generator.integers(1, longest + 1))
-            for _ in range(group_size)
-        ]
+        rollouts = []
+        for index in range(group_size):
+            drawn = generator.integers(5, vocabulary, size=generator.integers(1, longest + 1))
+            if index % 2 == 0:
+                drawn[-1] = end_token
+            rollouts.append(_rollout(name, index, drawn, float(rewards[index])))
+        prompt_ids = tuple(generator.integers(5, vocabulary, size=length).tolist())
         groups.append(
-            Group(
-                prompt=Prompt(
-                    id=f"p{number}",
-                    text=f"p{number}",
-                    token_ids=tuple(generator.integers(5, vocabulary, size=length).tolist()),
-                ),
-                rollouts=tuple(
-                    Rollout(
-                        prompt_id=f"p{number}",
-                        index=index,
-                        token_ids=ids,
-                        from_policy=np.ones(len(ids), dtype=np.bool_),
-                        sampler_logprobs=np.zeros(len(ids), dtype=np.float32),
-                        text="",
-                        finish_reason="stop",
-                        first_version=0,
-                        last_version=0,
-                        reward=float(reward),
-                    )
-                    for index, (ids, reward) in enumerate(zip(drawn, rewards, strict=True))
-                ),
-            )
+            Group(prompt=Prompt(id=name, text=name, token_ids=prompt_ids), rollouts=tuple(rollouts))
         )
-    return Rounds(
-        groups=tuple(groups),
-        prompts_per_round=prompts_per_round,
-        objective=objective,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
+    return tuple(groups)
+
+
+def _rollout(prompt_id: str, index: int, drawn: np.ndarray, reward: float) -> Rollout:
+    """A rollout of given tokens; gmpo scores them itself, so the sampler's figures are zeros."""
+    return Rollout(
+        prompt_id=prompt_id,
+        index=index,
+        token_ids=drawn,
+        from_policy=np.ones(len(drawn), dtype=np.bool_),
+        sampler_logprobs=np.zeros(len(drawn), dtype=np.float32),
+        text="",
+        finish_reason="stop",
+        first_version=0,
+        last_version=0,
+        reward=reward,
     )

@@ -1,1 +1,1 @@
-"""The objective inside other trainers; the only place that imports them, and imported by nothing."""
+"""The objective inside other trainers: the one place that imports them; nothing imports it."""

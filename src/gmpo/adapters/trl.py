@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from gmpo.objective import ObjectiveTerms, gmpo_terms, kl_k3, step_diagnostics, 
 
 __all__ = ["IGNORED_OPTIONS", "TRLGMPOTrainer", "require_trl"]
 
-TESTED_TRL = "1.16"
+_TESTED = "1.16"
 
 IGNORED_OPTIONS: Mapping[str, str] = {
     "loss_type": "the loss is GMPO's, always a mean over sequences",
@@ -43,10 +43,10 @@ IGNORED_OPTIONS: Mapping[str, str] = {
     "vespo_lambda_pos": "the loss is not VESPO's",
     "vespo_lambda_neg": "the loss is not VESPO's",
 }
-"""Options of TRL's loss that this one has no use for, and why; any value but the default is refused."""
+"""Options of TRL's loss that this one has no use for, and why; only their defaults are allowed."""
 
 # What a vision-language model's forward pass needs beside token ids, by TRL's own names.
-MODEL_INPUTS = (
+_MODEL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
     "num_images",
@@ -79,10 +79,10 @@ def require_trl(tested: str) -> None:
         )
 
 
-require_trl(TESTED_TRL)
+require_trl(_TESTED)
 
-from trl import GRPOTrainer  # noqa: E402
-from trl.experimental.gmpo import GMPOConfig  # noqa: E402
+from trl.experimental.gmpo.gmpo_config import GMPOConfig  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import nanmax, nanmin  # noqa: E402
 
 # How a figure of `step_diagnostics` is brought together over processes.
@@ -118,20 +118,20 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
         ConfigError: an option is set that this loss would ignore, or the config is GRPO's.
     """
 
-    _tag_names = ("trl", "gmpo")
+    _tag_names: ClassVar[list[str]] = ["trl", "gmpo"]
 
     def __init__(self, model: Any, reward_funcs: Any, args: GMPOConfig, **kwargs: Any) -> None:
-        refuse_ignored_options(args)
+        _refuse_ignored_options(args)
         super().__init__(model, reward_funcs, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ConfigError(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef} (the model's own unless set), "
-                "but this loss has no auxiliary term; set router_aux_loss_coef=0.0"
+                f"router_aux_loss_coef is {self.router_aux_loss_coef} (the model's own unless "
+                "set), but this loss has no auxiliary term; set router_aux_loss_coef=0.0"
             )
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         policy_logprobs, entropies = self._scores(model, inputs)
-        mask = counted_tokens(inputs)
+        mask = _counted_tokens(inputs)
         # A completion cut by the limit may have no token left (`mask_truncated_completions`): it
         # has no mean, so it is left out of the terms and stays in the denominator.
         rows = mask.any(dim=-1)
@@ -141,7 +141,7 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
         terms = gmpo_terms(
             policy_logprobs=policy_logprobs[rows],
             old_logprobs=old_logprobs[rows],
-            advantages=weighted_advantages(inputs)[rows],
+            advantages=_weighted_advantages(inputs)[rows],
             mask=mask[rows],
             clip_low=self.epsilon_low,
             clip_high=self.epsilon_high,
@@ -152,9 +152,9 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 p_logprobs=policy_logprobs[rows],
                 q_logprobs=inputs["ref_per_token_logps"][rows],
             )
-            self._log_token_mean("kl", divergence, mask[rows])
             if self.args.use_bias_correction_kl:
                 divergence = divergence * terms.log_ratio.exp()
+            self._log_token_mean("kl", divergence, mask[rows])
             losses = losses + self.beta * token_mean(divergence, mask=mask[rows])
         loss = losses.sum() / len(mask)
         self._require_finite(loss)
@@ -177,7 +177,7 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
             compute_entropy=True,
-            **{name: inputs.get(name) for name in MODEL_INPUTS},
+            **{name: inputs.get(name) for name in _MODEL_INPUTS},
         )
         return logprobs, entropies
 
@@ -187,8 +187,8 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if not all_losses.isfinite().all():
             raise NonFiniteError(
                 f"the loss is {all_losses.tolist()} (one a process) in step "
-                f"{self.state.global_step}; the weights were not moved. Lower the learning rate, or "
-                "resume from the last checkpoint"
+                f"{self.state.global_step}; the weights were not moved. Lower the learning rate, "
+                "or resume from the last checkpoint"
             )
 
     def _log_token_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
@@ -214,7 +214,7 @@ class TRLGMPOTrainer(GRPOTrainer):  # type: ignore[misc]
         metrics["rows_without_tokens"].append(float(empty))
 
 
-def refuse_ignored_options(args: GMPOConfig) -> None:
+def _refuse_ignored_options(args: GMPOConfig) -> None:
     """Check that nothing is asked for that the loss would leave out.
 
     Raises:
@@ -235,19 +235,19 @@ def refuse_ignored_options(args: GMPOConfig) -> None:
     mode = args.vllm_importance_sampling_mode
     if args.use_vllm and args.vllm_importance_sampling_correction and mode.startswith("token"):
         raise ConfigError(
-            f"vllm_importance_sampling_mode={mode!r} weighs single tokens, but GMPO has one weight a "
-            "sequence; use 'sequence_mask' or 'sequence_truncate', or set "
+            f"vllm_importance_sampling_mode={mode!r} weighs single tokens, but GMPO has one weight "
+            "a sequence; use 'sequence_mask' or 'sequence_truncate', or set "
             "vllm_importance_sampling_correction=False"
         )
 
 
-def counted_tokens(inputs: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
+def _counted_tokens(inputs: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
     """True on completion tokens that the policy sampled: neither padding nor a tool's answer."""
     mask: Tensor = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def weighted_advantages(inputs: Mapping[str, Any]) -> Float[Tensor, " B"]:
+def _weighted_advantages(inputs: Mapping[str, Any]) -> Float[Tensor, " B"]:
     """Advantages times vLLM's weight of each sequence, where there is one.
 
     The weight is at least 0, so it changes no sign; a weight of 0 makes the row's loss exactly 0
