@@ -5,6 +5,7 @@ __all__ = [
     "ConfigError",
     "DamagedCheckpointError",
     "DataError",
+    "DependencyError",
     "ExportError",
     "GmpoError",
     "ModelError",
@@ -24,6 +25,10 @@ class ConfigError(GmpoError, ValueError):
 
 class DataError(GmpoError, ValueError):
     """A task, a row of data or a reward is not usable; the row is named."""
+
+
+class DependencyError(GmpoError, ImportError):
+    """An optional package is missing, or is there in a release that was not tested."""
 
 
 class ModelError(GmpoError, ValueError):

@@ -1,4 +1,4 @@
-"""Imports run one way: ground -> mathematics -> stages -> joiners; some modules never load torch.
+"""Imports run one way, from ground up to the adapters; some modules never load torch.
 
 The tables below are the rule. A new module goes into `LAYERS`; a stage that has to know another
 stage goes into `ALLOWED` with the reason.
@@ -57,7 +57,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "terminal",
         "cli",
     ),
+    # Last, so that nothing imports them: whoever has neither TRL nor verl never meets them.
+    "adapters": ("adapters",),
 }
+
+# Other trainers; only the adapters may import them.
+OTHER_TRAINERS = ("trl", "verl")
 
 # (importer, imported): the reason. A name is a stage or one module of a stage.
 ALLOWED: dict[tuple[str, str], str] = {
@@ -87,8 +92,15 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
 }
 
-# Mathematics takes tensors, arrays and floats; of ground it may know the errors alone.
-MATHEMATICS_MAY_KNOW = ("errors",)
+# (layer, earlier layer): what alone it may know of that. Mathematics takes tensors, arrays and
+# floats. An adapter gives the objective to a trainer that has records, policies and a loop itself.
+KNOWS_ONLY: dict[tuple[str, str], tuple[str, ...]] = {
+    ("mathematics", "ground"): ("errors",),
+    ("adapters", "ground"): ("errors",),
+    ("adapters", "mathematics"): ("objective",),
+    ("adapters", "stages"): (),
+    ("adapters", "joiners"): (),
+}
 
 # Importing these, in a fresh interpreter, leaves torch unloaded. Planned ones are listed already.
 TORCH_FREE = (
@@ -152,9 +164,10 @@ def complaints(importer: str, target: str) -> Iterator[str]:
         yield f"{arrow}, but {unknown!r} is in no layer; add it to LAYERS in {Path(__file__).name}"
     elif layers.index(other_layer) > layers.index(my_layer):
         yield f"{arrow}: {my_layer} may not know {other_layer}"
-    elif my_layer == "mathematics" and other_layer == "ground":
-        if other not in MATHEMATICS_MAY_KNOW:
-            yield f"{arrow}: mathematics may know only {MATHEMATICS_MAY_KNOW} of the ground"
+    elif (my_layer, other_layer) in KNOWS_ONLY:
+        allowed = KNOWS_ONLY[my_layer, other_layer]
+        if other not in allowed:
+            yield f"{arrow}: of {other_layer}, {my_layer} may know only {allowed}"
     elif my_layer == "joiners" == other_layer:
         joiners = LAYERS["joiners"]
         if joiners.index(other) > joiners.index(mine):
@@ -201,6 +214,8 @@ def test_imports_run_one_way():
         ("records", "from gmpo.objective import gmpo_loss"),
         ("surprise", "from gmpo.records import Group"),
         ("training", "import gmpo.surprise"),
+        ("adapters.trl", "from gmpo.policy.score import Policy"),
+        ("cli", "from gmpo.adapters.trl import TRLGMPOTrainer"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, text: str):
@@ -221,6 +236,29 @@ def test_a_wrong_import_is_found(module: str, text: str):
 def test_a_right_import_passes(module: str, text: str):
     targets = imported(text, module=module, is_package=False)
     assert not [c for target in targets for c in complaints(module, target)]
+
+
+def test_only_the_adapters_import_other_trainers():
+    guilty = [
+        f"gmpo.{name} imports {found}"
+        for name, path in modules(SOURCE)
+        if name.partition(".")[0] != "adapters"
+        for found in foreign(path.read_text())
+        if found in OTHER_TRAINERS
+    ]
+    assert not guilty, "\n".join(guilty)
+    assert foreign("import os, trl.trainer\nfrom verl import DataProto") == {"os", "trl", "verl"}
+
+
+def foreign(text: str) -> set[str]:
+    """Top-level packages that a module's text imports, at any depth."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
 
 
 def test_the_torch_free_modules_do_not_load_torch():

@@ -1,0 +1,166 @@
+"""How far TRL's update and gmpo's are apart on the same rounds, for a tiny and a real model.
+
+Prints a table and writes every figure to a JSON file, which docs/experiments.md quotes. Run it from
+the repository's root, where the tiny model of the tests is found too:
+
+    python -m scripts.parity --json docs/results/parity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from scripts.replay import (
+    LIMITS,
+    STEPS_PER_ROUND,
+    Rounds,
+    advantages_of,
+    relative_difference,
+    replayable_groups,
+    through_gmpo,
+    through_trl,
+)
+from tests.models import character_tokenizer, tiny_model
+from tests.rollout_groups import VOCABULARY
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gmpo.objective import OBJECTIVES, ObjectiveTerms
+from gmpo.policy.load import load_model, load_tokenizer
+from gmpo.records import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, groups to replay over it, and step sizes that leave the clip on both sides."""
+
+    load: Callable[[], PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    groups: tuple[Group, ...]
+    learning_rates: dict[str, float]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=["tiny", "smollm2-135m"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    arguments = parser.parse_args()
+    subjects = {"tiny": tiny, "smollm2-135m": smollm2}
+    rows = [row for name in arguments.models or subjects for row in compare(name, subjects[name]())]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {"made_with": made_with(), "limits": LIMITS, "comparisons": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(not all(row["agrees"] for row in rows))
+
+
+def tiny() -> Subject:
+    """A random Llama of two layers, two rounds."""
+    return Subject(
+        load=tiny_model,
+        tokenizer=character_tokenizer(),
+        groups=replayable_groups(
+            vocabulary=VOCABULARY,
+            end_token=1,
+            prompt_lengths=[6, 7, 3, 1, 5, 2, 4, 8],
+            group_size=4,
+            longest=9,
+        ),
+        learning_rates={"sgd": 0.1, "adamw": 0.01},
+    )
+
+
+def smollm2() -> Subject:
+    """The default model, one round."""
+    tokenizer = load_tokenizer("smollm2-135m")
+    return Subject(
+        load=lambda: load_model("smollm2-135m", device="cpu", dtype="fp32"),
+        tokenizer=tokenizer,
+        groups=replayable_groups(
+            vocabulary=len(tokenizer),
+            end_token=int(tokenizer.eos_token_id),
+            prompt_lengths=[12, 30, 5, 20],
+            group_size=4,
+            longest=16,
+        ),
+        learning_rates={"sgd": 1e-3, "adamw": 1e-5},
+    )
+
+
+def compare(name: str, subject: Subject) -> list[dict[str, Any]]:
+    """One row for each objective and optimizer, and one for a loss of the wrong sign."""
+    rows = []
+    for objective in ("gmpo", "grpo"):
+        for optimizer in LIMITS:
+            rounds = Rounds(
+                groups=subject.groups,
+                prompts_per_round=4,
+                objective=objective,
+                optimizer=optimizer,
+                learning_rate=subject.learning_rates[optimizer],
+            )
+            row = {"model": name, **compare_rounds(subject, rounds)}
+            print(
+                f"{name:13} {objective} {optimizer:5} |d_gmpo - d_trl| / |d_trl| = "
+                f"{row['difference']:.2e} (at most {row['limit']:.0e}); sign flipped "
+                f"{row['difference_sign_flipped']:.2f}; ratio {row['ratio_min']:.3f} to "
+                f"{row['ratio_max']:.3f}, clipped {row['clipped_fraction']:.1%}",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def compare_rounds(subject: Subject, rounds: Rounds) -> dict[str, Any]:
+    theirs = through_trl(subject.load(), subject.tokenizer, rounds)
+    update, figures = through_gmpo(subject.load(), rounds, theirs.steps)
+    difference = relative_difference(update, theirs.update)
+    del update  # a real model's update is half a gigabyte
+
+    def sign_flipped(**tensors: Any) -> ObjectiveTerms:
+        terms = OBJECTIVES[rounds.objective](**tensors)
+        return replace(terms, loss=-terms.loss)
+
+    wrong, _ = through_gmpo(subject.load(), rounds, theirs.steps, objective=sign_flipped)
+    difference_wrong = relative_difference(wrong, theirs.update)
+    ours = advantages_of(rounds.groups)
+    limit = LIMITS[rounds.optimizer]
+    clipped = [each["clip/low_fraction"] + each["clip/high_fraction"] for each in figures]
+    return {
+        "objective": rounds.objective,
+        "optimizer": rounds.optimizer,
+        "learning_rate": rounds.learning_rate,
+        "steps": rounds.num_rounds * STEPS_PER_ROUND,
+        "rows_per_step": rounds.rows_per_step,
+        "difference": difference,
+        "limit": limit,
+        "difference_sign_flipped": difference_wrong,
+        "largest_advantage_difference": max(
+            abs(ours[row] - value) for row, value in theirs.advantages.items()
+        ),
+        "ratio_min": min(each["ratio/min"] for each in figures),
+        "ratio_max": max(each["ratio/max"] for each in figures),
+        "clipped_fraction": sum(clipped) / len(clipped),
+        "agrees": difference <= limit < difference_wrong,
+    }
+
+
+def made_with() -> dict[str, Any]:
+    packages = ("gmpo", "trl", "torch", "transformers")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

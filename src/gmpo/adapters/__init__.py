@@ -1,0 +1,1 @@
+"""The objective inside other trainers: the one place that imports them; nothing imports it."""
