@@ -35,6 +35,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "src/gmpo/rollout_functions.py",
         "except Exception",
     ): "a user's rollout function may raise anything; it goes on as an error that names it",
+    (
         "src/gmpo/grading/gym.py",
         "except Exception",
     ): "a scorer of reasoning-gym raises anything on bad text; it is named and counted",
