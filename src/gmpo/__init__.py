@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gmpo.geometric import SafeGeometricMean, compare_sensitivity
     from gmpo.records import Group, Message, Prompt, Rollout
+    from gmpo.trainer import GMPOTrainer
+    from gmpo.trainer_config import GMPOConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMPOConfig",
+    "GMPOTrainer",
     "Group",
     "Message",
     "Prompt",
@@ -25,6 +29,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GMPOConfig": "gmpo.trainer_config",
+    "GMPOTrainer": "gmpo.trainer",
     "Group": "gmpo.records",
     "Message": "gmpo.records",
     "Prompt": "gmpo.records",

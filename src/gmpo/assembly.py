@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from gmpo.config import (
     ArithmeticTask,
     BundledTask,
     CountdownTask,
     DatasetTask,
+    GivenTask,
     GymTask,
     JsonlTask,
     ModelConfig,
@@ -33,7 +35,7 @@ from gmpo.policy.load import (
     load_model,
     load_tokenizer,
 )
-from gmpo.policy.lora import add_adapters
+from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.score import BasePolicy, Policy, Scorer
 from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
@@ -97,14 +99,20 @@ class PromptStream:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Functions that a Python caller hands over as objects instead of having them imported.
+    """Objects that a Python caller hands over instead of having them loaded or imported.
 
     Attributes:
+        model: trained in place of the one that the recipe names, and really in place.
+        tokenizer: of that model.
+        task: whose items are asked in place of those of `[task]`, which has `kind = "given"`.
         rewards: by a name of the recipe's `[reward.functions]`, whose reference is then a record
             of where the function came from and is not imported.
         rollout: in place of the recipe's `sampling.rollout`, which names it likewise.
     """
 
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    task: Task | None = None
     rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
     rollout: RolloutFunction | None = None
 
@@ -152,7 +160,8 @@ class TrainingParts:
         self.sampler.load_weights(version, self.policy.own_weights())
 
     def close(self) -> None:
-        """Stop the grading worker and the event loop of async rewards."""
+        """Stop the grading worker and the event loop of async rewards; let the model go."""
+        self.policy.release()
         self.grader.close()
         self.rewards.close()
 
@@ -165,31 +174,32 @@ def build_parts(
     Args:
         config: the recipe.
         warn: told in one sentence what is not as expected, now and during the run.
-        given: functions that stand in for those that the recipe names.
+        given: objects that stand in for those that the recipe names.
 
     Raises:
         gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     given = given or Given()
-    task = build_task(config.task)
+    task = given.task or build_task(config.task)
     for note in task.notes():
         warn(note)
     grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
     rollout = _rollout_function(config, given.rollout)
-    tokenizer = load_tokenizer(config.model.name)
+    tokenizer = given.tokenizer or load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
     train_prompts = [renderer.render(prompt) for prompt in task.train]
-    policy = _policy(config, warn=warn)
+    policy = _policy(config, given.model, warn=warn)
+    reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, rollout)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     return TrainingParts(
         config=config,
         policy=policy,
-        reference=_reference(config, policy, warn=warn),
+        reference=reference,
         tokenizer=tokenizer,
         sampler=sampler,
         sample=sample,
@@ -220,7 +230,7 @@ def build_evaluator(
         warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
-    policy = _frozen_policy(config, warn=warn)
+    policy = _frozen_policy(config, None, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
@@ -235,6 +245,11 @@ def build_task(config: TaskConfig) -> Task:
     Raises:
         DataError: it is empty or its rows are not usable.
     """
+    if isinstance(config, GivenTask):
+        raise DataError(
+            f"this recipe's {config.train_items} training items were handed over in Python and are "
+            "not in it; run the script that made it, with resume=True to go on with its run"
+        )
     arguments = config.model_dump(exclude={"kind"})
     if isinstance(config, ArithmeticTask):
         task = arithmetic_task(**arguments)
@@ -398,11 +413,13 @@ def _evaluator(
     )
 
 
-def _policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
+def _policy(
+    config: RunConfig, given: PreTrainedModel | None, *, warn: Callable[[str], None]
+) -> Policy:
     """The policy that is trained, with its adapters if the recipe has any."""
-    model = load_model(config.model.name, device=config.model.device, dtype=config.model.dtype)
+    model = given or _named_model(config)
     lora, training = config.lora, config.training
-    if lora.rank:
+    if lora.rank and not adapters_of(model):
         add_adapters(
             model,
             rank=lora.rank,
@@ -418,18 +435,31 @@ def _policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
     )
 
 
-def _frozen_policy(config: RunConfig, *, warn: Callable[[str], None]) -> Policy:
-    """The named model as it is, to be asked and not trained."""
-    model = load_model(config.model.name, device=config.model.device, dtype=config.model.dtype)
+def _frozen_policy(
+    config: RunConfig, given: PreTrainedModel | None, *, warn: Callable[[str], None]
+) -> Policy:
+    """A copy of the given model, or the named one, as it is: to be asked and not trained."""
+    model = _named_model(config) if given is None else copy.deepcopy(given)
     model.requires_grad_(False)  # before Policy makes fp32 masters of what is trained
     return Policy(model, engine=config.training.engine, warn=warn)
 
 
-def _reference(config: RunConfig, policy: Policy, *, warn: Callable[[str], None]) -> Scorer | None:
+def _named_model(config: RunConfig) -> PreTrainedModel:
+    model = config.model
+    return load_model(model.name, device=model.device, dtype=model.dtype)
+
+
+def _reference(
+    config: RunConfig,
+    policy: Policy,
+    given: PreTrainedModel | None,
+    *,
+    warn: Callable[[str], None],
+) -> Scorer | None:
     """The starting model, if there is a KL term: under adapters it is there already."""
     if not config.objective.kl_coefficient:
         return None
-    return BasePolicy(policy) if policy.adapters else _frozen_policy(config, warn=warn)
+    return BasePolicy(policy) if policy.adapters else _frozen_policy(config, given, warn=warn)
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:

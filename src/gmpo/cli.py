@@ -18,6 +18,7 @@ from rich.text import Text
 from gmpo.config import ModelConfig
 from gmpo.errors import ConfigError, GmpoError, RunStopped
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe
+from gmpo.tracking import fresh_folder
 
 if TYPE_CHECKING:
     from gmpo.config import RunConfig
@@ -93,7 +94,7 @@ def train(
     if dry_run:
         _show_dry_run(config, as_json=as_json)
         return
-    folder = Path(run) if run else _fresh_folder(Path(source).stem)
+    folder = Path(run) if run else fresh_folder(Path(source).stem)
     console = Console(stderr=as_json)
     started = time.perf_counter()
     result = _train_with_display(config, folder, resume=resume, console=console)
@@ -392,14 +393,6 @@ def _model_name(model: str) -> str:
     if checkpoint is None:
         raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
     return str(checkpoint_model(checkpoint))
-
-
-def _fresh_folder(name: str) -> Path:
-    """runs/NAME, or the first free runs/NAME-2, runs/NAME-3 ..."""
-    folder, number = Path("runs") / name, 2
-    while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
 
 
 def _warn(message: str) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "CountdownTask",
     "DatasetTask",
     "EvaluationConfig",
+    "GivenTask",
     "GymTask",
     "JsonlTask",
     "LoraConfig",
@@ -186,8 +187,21 @@ class BundledTask(_TaskTable):
     """Sentence after each problem."""
 
 
+class GivenTask(_TaskTable):
+    """Items that a Python caller handed over: a record of them, from which none can be made."""
+
+    kind: Literal["given"]
+    """Selects this table; `GMPOTrainer` writes it."""
+    train_items: int = Field(ge=1)
+    """Training items that were given."""
+    held_out_items: int = Field(default=0, ge=0)
+    """Held-out items that were given; 0 evaluates nothing."""
+    digest: str
+    """Of all items; a run is resumed with the same ones only."""
+
+
 TaskConfig = Annotated[
-    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | GymTask | BundledTask,
+    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | GymTask | BundledTask | GivenTask,
     Field(discriminator="kind"),
 ]
 """The `[task]` table; its `kind` selects which keys it has."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,15 @@ from pydantic import BaseModel, ValidationError
 from gmpo.config import RunConfig, TaskConfig
 from gmpo.errors import ConfigError
 
-__all__ = ["bundled_recipes", "dump_recipe", "load_recipe", "recipe_keys"]
+__all__ = [
+    "bundled_recipes",
+    "dump_recipe",
+    "explain_settings",
+    "load_recipe",
+    "put_key",
+    "recipe_keys",
+    "recipe_of_table",
+]
 
 
 def bundled_recipes() -> dict[str, str]:
@@ -38,10 +46,23 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     table = _parse(_recipe_text(source), source=str(source))
     for override in overrides:
         _apply_override(table, override)
+    return recipe_of_table(table, source=str(source))
+
+
+def recipe_of_table(table: Mapping[str, Any], *, source: str) -> RunConfig:
+    """The recipe that a parsed TOML table is.
+
+    Args:
+        table: by key, nested.
+        source: where it came from, for messages.
+
+    Raises:
+        ConfigError: an unknown key (the nearest name is offered), or a value that is not allowed.
+    """
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source=str(source))) from None
+        raise ConfigError(_explain(error, source=source)) from None
 
 
 def dump_recipe(config: RunConfig) -> str:
@@ -106,11 +127,36 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
+    put_key(table, path.strip(), value)
+
+
+def put_key(table: dict[str, Any], path: str, value: object) -> None:
+    """Set `table.key` in a nested table.
+
+    Raises:
+        ConfigError: what should hold the key is a value.
+    """
+    *tables, last = path.split(".")
+    for name in tables:
+        table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"override {override!r}: {key!r} is a value, not a table")
-    table[keys[-1]] = value
+            raise ConfigError(f"{path!r}: {name!r} is a value, not a table")
+    table[last] = value
+
+
+def explain_settings(error: ValidationError, names: Sequence[str], *, of: str) -> str:
+    """A flat model's validation error as one sentence, with the nearest name of an unknown one."""
+    sentences = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {list(names)}"
+            sentences.append(f"unknown setting {name!r}; {hint}")
+        else:
+            message = str(problem["msg"])
+            sentences.append(f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
+    return f"{of}: {'; '.join(sentences)}"
 
 
 def _explain(error: ValidationError, *, source: str) -> str:

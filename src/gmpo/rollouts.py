@@ -92,8 +92,9 @@ class PromptRenderer:
             )
             token_ids = cast(list[int], rendered)
         else:
-            text = "\n".join(turn.content for turn in turns)
-            token_ids = cast(list[int], self.tokenizer(text + "\n")["input_ids"])
+            joined = "".join(f"{turn.content}\n" for turn in turns)
+            text = joined if prompt.text is None else prompt.text  # a text stays as it is
+            token_ids = cast(list[int], self.tokenizer(text)["input_ids"])
         if len(token_ids) > self._max_prompt_tokens:
             raise DataError(
                 f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than the "

@@ -68,6 +68,8 @@ class TrainingDisplay:
         """Show what the loop says."""
         if report.stage == "round":
             self._show_round(report)
+        elif report.stage == "checkpoint":
+            pass  # a line a checkpoint would say nothing that a user waits for
         elif report.stage == "evaluation":
             self._held_out = f"held-out {report.evaluations[0].accuracy:.2f}"
         else:

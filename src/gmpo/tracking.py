@@ -17,7 +17,7 @@ from typing import Any
 
 from gmpo.errors import DataError, RunFolderError
 
-__all__ = ["METRICS", "METRIC_FAMILIES", "RunFolder", "provenance", "read_lines"]
+__all__ = ["METRICS", "METRIC_FAMILIES", "RunFolder", "fresh_folder", "provenance", "read_lines"]
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",
@@ -175,6 +175,14 @@ class RunFolder:
                 f"{self.path / name} cannot be written: {error.strerror}; "
                 "free space, then continue with --resume"
             ) from None
+
+
+def fresh_folder(name: str) -> Path:
+    """A run folder by name: runs/NAME, or the first free runs/NAME-2, runs/NAME-3 ..."""
+    folder, number = Path("runs") / name, 2
+    while folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
 
 
 def read_lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,15 +41,19 @@ class Report:
     """What the loop tells its caller as it happens.
 
     Attributes:
-        stage: "before", "round", "evaluation" or "after".
+        stage: "before", "round", "evaluation", "checkpoint" or "after".
         round: rounds done.
         metrics: the round's figures, steps averaged (stage "round").
+        steps: the figures of each of its optimizer steps (stage "round").
+        epoch: passes over the prompts done (stage "round").
         evaluations: results of the stage.
     """
 
     stage: str
     round: int
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: tuple[dict[str, float], ...] = ()
+    epoch: float = 0.0
     evaluations: tuple[Evaluation, ...] = ()
 
 
@@ -101,7 +105,7 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
         while state.round < config.training.rounds:
             state = _run_round(run, parts, state, report)
             _evaluate_during(run, parts, state, report)
-            _checkpoint_if_due(run, parts, state)
+            _checkpoint_if_due(run, parts, state, report)
             _stop_if(should_stop, run, parts, state)
         # A finished run that is resumed has its answer already.
         after = _recorded_evaluations(run, "after") or _evaluate_fully(
@@ -137,7 +141,15 @@ def _run_round(
     run.log_metrics("round", metrics, round=state.round, step=state.step)
     for record in rollout_records(parts, sampled, update, round_number=state.round):
         run.log_record("rollouts.jsonl", record)
-    report(Report(stage="round", round=state.round, metrics=metrics))
+    report(
+        Report(
+            stage="round",
+            round=state.round,
+            metrics=metrics,
+            steps=tuple(step.metrics for step in update.steps),
+            epoch=state.prompts_taken / len(parts.prompts),
+        )
+    )
     return state
 
 
@@ -263,7 +275,7 @@ def _evaluate_during(
     run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
 ) -> None:
     evaluation = parts.config.evaluation
-    if not evaluation.every_rounds or state.round % evaluation.every_rounds:
+    if not parts.held_out or not evaluation.every_rounds or state.round % evaluation.every_rounds:
         return
     result = parts.evaluator.greedy(parts.held_out[: evaluation.items_during])
     metrics = {"evaluation/accuracy": result.accuracy}
@@ -279,13 +291,15 @@ def _evaluate_fully(
     round_number: int,
     report: Callable[[Report], None],
 ) -> tuple[Evaluation, ...]:
-    """Greedy, greedy few-shot and sampled accuracy on all held-out items."""
+    """Greedy, greedy few-shot and sampled accuracy on all held-out items, if there are any."""
+    if not parts.held_out:
+        return ()
     config = parts.config
     key = (config.training.seed, stage) if config.evaluation.sampled else None
     results: list[Evaluation] = []
     for result in parts.evaluator.every_way(parts.held_out, sampled_key=key):
         results.append(result)
-        report(Report(stage=stage, round=round_number, metrics={}, evaluations=(result,)))
+        report(Report(stage=stage, round=round_number, evaluations=(result,)))
     run.log_record(
         "evaluations.jsonl",
         {"stage": stage, "round": round_number, "results": [r.as_record() for r in results]},
@@ -293,12 +307,15 @@ def _evaluate_fully(
     return tuple(results)
 
 
-def _checkpoint_if_due(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
+def _checkpoint_if_due(
+    run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
+) -> None:
     checkpoint = parts.config.checkpoint
     is_last = state.round == parts.config.training.rounds
     if not is_last and state.round % checkpoint.every_rounds:
         return
     _save(run, parts, state)
+    report(Report(stage="checkpoint", round=state.round))
 
 
 def _stop_if(

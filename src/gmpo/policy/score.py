@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gmpo.batch import MicroBatch
@@ -81,8 +82,14 @@ class Policy:
             recompute_layers(model)
         self.adapters = adapters_of(model)
         self.masters: dict[str, nn.Parameter] = {}
+        self._hooks: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
-            self.masters[name] = _master_of(parameter)
+            self.masters[name] = _master_of(parameter, self._hooks)
+
+    def release(self) -> None:
+        """Let the model go, so that another policy may be made of it; this one trains no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +232,7 @@ def _scatter(values: Float[Tensor, " N"], batch: MicroBatch) -> Float[Tensor, "B
     return table.masked_scatter(batch.mask, values)
 
 
-def _master_of(parameter: nn.Parameter) -> nn.Parameter:
+def _master_of(parameter: nn.Parameter, hooks: list[RemovableHandle]) -> nn.Parameter:
     """The fp32 weight the optimizer moves: the parameter itself if it is frozen or wide enough."""
     if parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad:
         return parameter
@@ -240,7 +247,7 @@ def _master_of(parameter: nn.Parameter) -> nn.Parameter:
             master.grad += narrow.grad
         narrow.grad = None
 
-    parameter.register_post_accumulate_grad_hook(widen_gradient)
+    hooks.append(parameter.register_post_accumulate_grad_hook(widen_gradient))
     return master
 
 

@@ -39,6 +39,8 @@ class RowForm:
         keep_columns: which other columns go to the prompt's columns; None is all of them.
         answer_is_marked: the answer is the one that a worked solution marks: in `\\boxed{}` or
             `<answer>`, after `####` or "answer is".
+        needs_answer: whether a row without an answer is unusable; if not, its columns stay as they
+            are.
         where: a row counts only if each of these columns has one of the values named for it.
         unusable: what is done with a row that has no usable problem or answer.
     """
@@ -48,6 +50,7 @@ class RowForm:
     id_column: str | None = None
     keep_columns: tuple[str, ...] | None = None
     answer_is_marked: bool = False
+    needs_answer: bool = True
     where: Mapping[str, Sequence[str | int | float | bool]] = field(default_factory=dict)
     unusable: Literal["refuse", "drop"] = "refuse"
 
@@ -183,7 +186,7 @@ def _prompt(row: Row, form: RowForm, id_prefix: str) -> tuple[Prompt, str]:
         _refuse(row.place, str(error))
     problem = columns.pop(problem_column)
     messages = _messages(problem, row.place, problem_column)
-    answers = _answers(columns, form, row.place)
+    answers = _answers(columns, form, row.place) if form.needs_answer else {}
     if form.keep_columns is not None:
         columns = {name: value for name, value in columns.items() if name in form.keep_columns}
     _refuse_second_answer(columns, form, row.place)

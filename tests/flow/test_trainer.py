@@ -1,0 +1,388 @@
+"""`GMPOTrainer`: a model, rows and functions held in Python go through a recipe's loop."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tests.models import character_tokenizer, save_tiny, tiny_model
+from tests.tiny_runs import COMMON_START, metric_lines, same_weights, tiny_recipe
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    GPT2LMHeadModel,
+    TrainerCallback,
+)
+
+from gmpo import GMPOConfig, GMPOTrainer
+from gmpo.assembly import build_task
+from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.recipe import load_recipe
+from gmpo.training import train
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainer" / "quickstart.py"
+ROWS = [
+    {"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(4) for b in range(4)
+]
+
+
+def common_start(completions: list[Any], **_: Any) -> list[float]:
+    """By TRL's convention: 1 for a completion that starts with a letter or digit."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(text[:1].isalnum()) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("llama"))
+
+
+def settings(folder: Path, **changes: Any) -> GMPOConfig:
+    return GMPOConfig(
+        **{
+            "learning_rate": 1e-3,
+            "batch_size": 16,
+            "max_length": 64,
+            "max_new_tokens": 4,
+            "output_dir": str(folder),
+            **changes,
+        }
+    )
+
+
+def trainer(llama: str, folder: Path, **changes: Any) -> GMPOTrainer:
+    arguments: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(llama),
+        "tokenizer": character_tokenizer(),
+        "config": settings(folder),
+        "train_dataset": ROWS,
+        "reward": common_start,
+        "callbacks": (),
+        "warn": lambda _: None,
+    }
+    return GMPOTrainer(**{**arguments, **changes})
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def test_the_callers_model_is_trained_in_place(llama: str, tmp_path: Path):
+    ours = trainer(llama, tmp_path / "run", eval_dataset=ROWS[:2], train_dataset=ROWS[2:])
+    before = weights_of(ours.model)
+    outcome = ours.train(num_epochs=2)
+    after = weights_of(ours.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    # The checkpoint is the model as the caller holds it now.
+    saved = AutoModelForCausalLM.from_pretrained(outcome.checkpoint / "model")
+    assert all(torch.equal(after[name], w) for name, w in saved.named_parameters())
+    assert outcome.folder == tmp_path / "run"
+    assert outcome.metrics["rollout/reward"] == pytest.approx(
+        metric_lines(outcome.folder, "round")[-1]["rollout/reward"]
+    )
+    for evaluations in (outcome.before, outcome.after):
+        assert [evaluation.name for evaluation in evaluations] == ["greedy", "sampled"]
+    assert str(outcome).startswith(f"run {tmp_path / 'run'}; reward of the last round ")
+    assert "held-out greedy accuracy before 0." in str(outcome)
+
+
+def test_it_is_the_loop_of_a_recipe(llama: str, tmp_path: Path):
+    # The same model, items, rewards and settings through both doors end in the same bits.
+    recipe = tiny_recipe(llama, checkpoint={"every_rounds": 9}, training__learning_rate=1e-3)
+    by_recipe = train(recipe, folder=tmp_path / "recipe", warn=lambda _: None)
+    rows = [
+        {"id": p.id, "prompt": [vars(m) for m in p.messages or ()], **p.columns}
+        for p in build_task(recipe.task).train
+    ]
+    ours = trainer(
+        llama,
+        tmp_path / "trainer",
+        train_dataset=rows,
+        reward=None,
+        config=settings(
+            tmp_path / "trainer",
+            max_new_tokens=3,
+            recipe={"reward.weights": {"format": 1.0}, "reward.format_pattern": COMMON_START},
+        ),
+    )
+    outcome = ours.train(num_epochs=16 / len(rows))
+    assert len(metric_lines(outcome.folder, "round")) == recipe.training.rounds
+    assert same_weights(outcome.checkpoint, by_recipe.checkpoint)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, iter], ids=["list", "dataset", "iter"])
+def test_rows_may_come_as_any_iterable(kind: Any, llama: str, tmp_path: Path):
+    ours = trainer(llama, tmp_path / "run", train_dataset=kind(ROWS))
+    outcome = ours.train()
+    assert len(metric_lines(outcome.folder, "round")) == 2  # 16 prompts, 8 a round
+    assert load_recipe(outcome.folder / "recipe.toml").task.train_items == 16  # type: ignore[union-attr]
+
+
+def test_a_text_prompt_goes_to_the_model_as_it_is(llama: str, tmp_path: Path):
+    seen: list[tuple[Any, Any]] = []
+
+    def look(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [float(index % 2) for index in range(len(prompts))]
+
+    rows = [{"prompt": f"{n} + 1 ="} for n in range(8)]
+    ours = trainer(llama, tmp_path / "run", train_dataset=rows, reward=look)
+    groups = ours.sample(rows)
+    assert [g.prompt.token_ids for g in groups] == [
+        tuple(ours.tokenizer(row["prompt"])["input_ids"]) for row in rows
+    ]
+    ours.score(groups)
+    ours.close()
+    assert {type(value) for pair in seen for value in pair} == {str}
+    assert {prompt for prompt, _ in seen} == {row["prompt"] for row in rows}
+
+
+def test_a_loop_of_ones_own_moves_the_policy(llama: str, tmp_path: Path):
+    ours = trainer(llama, tmp_path / "unused")
+    before = weights_of(ours.model)
+    rewards = []
+    for _ in range(6):
+        groups = ours.score(ours.sample(ROWS[:8]))
+        rewards.append(sum(r.reward or 0 for g in groups for r in g.rollouts) / 64)
+        steps = ours.update_policy(groups, learning_rate=3e-3)
+        assert len(steps) == 4
+        # A first step without a live group has no ratio.
+        assert steps[0].get("ratio/max", 1.0) == pytest.approx(1, abs=1e-4)
+        assert {step["update/learning_rate"] for step in steps} == {3e-3}
+    ours.close()
+    assert rewards[-1] > rewards[0] + 0.1
+    after = weights_of(ours.model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_groups_without_rewards_are_refused(llama: str, tmp_path: Path):
+    ours = trainer(llama, tmp_path / "unused")
+    with pytest.raises(DataError, match="none of the 8 groups has a rollout with a reward"):
+        ours.update_policy(ours.sample(ROWS[:8]))
+    with pytest.raises(DataError, match="3 groups do not divide into 4 steps"):
+        ours.update_policy(ours.score(ours.sample(ROWS[:3])))
+    ours.close()
+
+
+class Listener(TrainerCallback):
+    """Notes every event, and asks for the end at a step."""
+
+    def __init__(self, end_at: int | None = None) -> None:
+        self.events: list[str] = []
+        self.logs: list[dict[str, float]] = []
+        self.end_at = end_at
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+        assert args.learning_rate == 1e-3
+        assert kwargs["model"] is not None and kwargs["processing_class"] is not None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(f"step {state.global_step}/{state.max_steps}")
+        if state.global_step == self.end_at:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.events.append("save")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.events.append("epoch")
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.events.append(f"evaluate {sorted(metrics)}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def steps(first: int, last: int) -> list[str]:
+    return [f"step {number}/16" for number in range(first, last + 1)]
+
+
+def test_callbacks_of_transformers_hear_what_happens_in_its_order(llama: str, tmp_path: Path):
+    listener = Listener()
+    ours = trainer(
+        llama,
+        tmp_path / "run",
+        train_dataset=ROWS,
+        eval_dataset=[{"problem": "What is 9 + 9?", "answer": 18}],
+        config=settings(tmp_path / "run", recipe={"evaluation.sampled": False}),
+        callbacks=(listener,),
+    )
+    ours.train(num_epochs=2, evaluation_strategy="steps", eval_steps=7, logging_steps=8)
+    asked = "evaluate ['eval_greedy_accuracy']"
+    assert listener.events == [
+        "begin",
+        asked,
+        *steps(1, 4),
+        *steps(5, 8),
+        "epoch",
+        asked,  # 7 steps are 2 rounds
+        "save",
+        *steps(9, 12),
+        *steps(13, 16),
+        "epoch",
+        asked,
+        "save",
+        asked,
+        "end",
+    ]
+    logged = [logs for logs in listener.logs if "loss" in logs]
+    assert len(logged) == 2
+    assert {"reward", "grad_norm", "learning_rate", "ratio/max", "epoch"} <= logged[0].keys()
+    assert logged[0]["reward"] == logged[0]["rollout/reward"]
+    assert [logs["epoch"] for logs in logged] == [1.0, 2.0]
+
+
+def test_a_callback_can_end_the_run_which_is_saved_and_goes_on(llama: str, tmp_path: Path):
+    said: list[str] = []
+    ours = trainer(llama, tmp_path / "run", callbacks=(Listener(end_at=5),), warn=said.append)
+    outcome = ours.train(num_epochs=2)
+    assert outcome.checkpoint.name == "round-000002"
+    assert f"a callback ended the run; {tmp_path / 'run'} goes on with train(resume=True)" in said
+    again = trainer(llama, tmp_path / "run").train(num_epochs=2, resume=True)
+    whole = trainer(llama, tmp_path / "whole").train(num_epochs=2)
+    assert same_weights(again.checkpoint, whole.checkpoint)
+
+
+def test_early_stopping_of_transformers_is_told_that_it_needs_its_metric(
+    llama: str, tmp_path: Path
+):
+    # It asserts on arguments that it reads, so what we hand over must be the real thing.
+    ours = trainer(llama, tmp_path / "run", callbacks=(EarlyStoppingCallback(),))
+    with pytest.raises(AssertionError, match="EarlyStoppingCallback requires"):
+        ours.train()
+
+
+def test_a_trl_users_functions_and_columns_run_unchanged(llama: str, tmp_path: Path):
+    async def short(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
+        return [None if len(ids) == 4 else 1.0 for ids in completion_ids]
+
+    def solved(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
+        return [float(s in c[0]["content"]) for c, s in zip(completions, solution, strict=True)]
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Say {n}"}], "solution": str(n)} for n in range(8)
+    ]
+    ours = trainer(
+        llama,
+        tmp_path / "run",
+        train_dataset=Dataset.from_list(rows),
+        reward=[short, solved, common_start],
+        config=settings(
+            tmp_path / "run",
+            recipe={"reward.weights": {"short": 0.5, "solved": 1.0, "common_start": 1.0}},
+        ),
+    )
+    outcome = ours.train()
+    assert {f"rollout/reward/{name}" for name in ("solved", "common_start")} <= set(outcome.metrics)
+    recipe = load_recipe(outcome.folder / "recipe.toml")
+    assert recipe.reward.functions["common_start"] == "tests.flow.test_trainer:common_start"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        (
+            {"train_dataset": [{"problem": "a"}], "reward": None},
+            DataError,
+            r"train_dataset\[0\]: answer is missing",
+        ),
+        ({"train_dataset": []}, DataError, "train_dataset holds no row"),
+        (
+            {"train_dataset": ["a"]},
+            DataError,
+            r"train_dataset\[0\] is str; a row must be a mapping",
+        ),
+        (
+            {"train_dataset": [{"problem": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]},
+            DataError,
+            r"train_dataset\[1\]: the prompt is a chat, but at train_dataset\[0\] it is a text",
+        ),
+        (
+            {"train_dataset": [{"problem": "a", "id": 1}, {"problem": "b", "id": 1}]},
+            DataError,
+            r"id '1' was used by train_dataset\[0\]",
+        ),
+        (
+            {"eval_dataset": [{"problem": "a"}]},
+            DataError,
+            r"eval_dataset\[0\]: answer is missing",
+        ),
+        (
+            {"reward": [common_start, common_start]},
+            ConfigError,
+            r"reward functions are called \['common_start', 'common_start'\]",
+        ),
+        (
+            {"model": tiny_model("llama", dtype=torch.float16)},
+            ModelError,
+            "the model is in torch.float16; load it in torch.float32 or torch.bfloat16",
+        ),
+        (
+            {"model": tiny_model("llama"), "tokenizer": None},
+            ConfigError,
+            "the model has no name to find its tokenizer by",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(
+    changes: dict[str, Any], kind: type[Exception], said: str, llama: str, tmp_path: Path
+):
+    with pytest.raises(kind, match=said):
+        trainer(llama, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_that_are_held_out_are_not_trained_on_and_are_counted(llama: str, tmp_path: Path):
+    said: list[str] = []
+    ours = trainer(llama, tmp_path / "run", eval_dataset=ROWS[:3], warn=said.append)
+    outcome = ours.train()
+    assert any("3 " in sentence and "left out" in sentence for sentence in said)
+    recipe = load_recipe(outcome.folder / "recipe.toml")
+    assert recipe.task.train_items == 13  # type: ignore[union-attr]
+
+
+def test_a_run_that_was_given_objects_says_so_to_the_command(llama: str, tmp_path: Path):
+    outcome = trainer(llama, tmp_path / "run").train()
+    with pytest.raises(DataError, match="16 training items were handed over in Python"):
+        train(load_recipe(outcome.folder / "recipe.toml"), folder=tmp_path / "new", warn=print)
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    words: list[str] = []
+    monkeypatch.setattr(sys, "argv", words)
+    yield words
+
+
+def test_the_articles_script_runs(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    # A GPT-2 without a chat template, as the article's DialoGPT is, and with room for its 512.
+    shape = tiny_model("gpt2").config
+    shape.n_positions = 512
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = None
+    name = str(tmp_path / "model")
+    GPT2LMHeadModel(shape).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    monkeypatch.chdir(tmp_path)
+    arguments[:] = [str(EXAMPLE), name]
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "훈련 완료: run runs/gmpo; reward of the last round" in printed
+    assert (tmp_path / "runs" / "gmpo" / "checkpoints").is_dir()
