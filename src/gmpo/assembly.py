@@ -12,18 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from gmpo.config import (
-    ArithmeticTask,
-    BundledTask,
-    CountdownTask,
-    DatasetTask,
-    GivenTask,
-    GymTask,
-    JsonlTask,
-    ModelConfig,
-    RunConfig,
-    TaskConfig,
-)
+from gmpo.config import ModelConfig, RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.grading import Grader
@@ -50,6 +39,16 @@ from gmpo.rollouts import (
 )
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
+from gmpo.task_config import (
+    ArithmeticTask,
+    BundledTask,
+    CountdownTask,
+    DatasetTask,
+    GivenTask,
+    GymTask,
+    JsonlTask,
+    TaskConfig,
+)
 from gmpo.tasks import (
     RowForm,
     Task,

@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from gmpo.task_config import Table, TaskConfig
 
 __all__ = [
-    "ArithmeticTask",
-    "BundledTask",
     "CheckpointConfig",
-    "CountdownTask",
-    "DatasetTask",
     "EvaluationConfig",
-    "GivenTask",
-    "GymTask",
-    "JsonlTask",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
-    "TaskConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]
@@ -40,13 +34,7 @@ def _nearest(name: str, allowed: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {allowed}"
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class ModelConfig(_Table):
+class ModelConfig(Table):
     """Which model is trained, where, and in which precision."""
 
     name: str = "smollm2-135m"
@@ -63,151 +51,7 @@ class ModelConfig(_Table):
     """System turn put before every chat; None leaves it to the template's own default."""
 
 
-class _TaskTable(_Table):
-    held_out_items: int = Field(default=500, ge=1)
-    """Items kept for evaluation, never trained on, disjoint in meaning from the training items."""
-    split_seed: int = 0
-    """Seed of the split into training and held-out items, apart from the training seed."""
-
-
-class ArithmeticTask(_TaskTable):
-    """Procedural arithmetic, e.g. "What is 12 + 7?"."""
-
-    kind: Literal["arithmetic"]
-    """Selects this table."""
-    operators: tuple[Literal["+", "-", "*"], ...] = Field(default=("+",), min_length=1)
-    """Operators drawn from."""
-    min_operand: int = 0
-    """Smallest operand."""
-    max_operand: int = 50
-    """Largest operand."""
-    num_terms: int = Field(default=2, ge=2, le=8)
-    """Operands an expression has."""
-    train_items: int | None = Field(default=None, ge=1)
-    """Most training items; None takes all of a small space and 10,000 of a large one."""
-    instruction: str = "Answer with just the number."
-    """Sentence after the question."""
-
-
-class CountdownTask(_TaskTable):
-    """Procedural countdown: reach a target with the given numbers, each used once."""
-
-    kind: Literal["countdown"]
-    """Selects this table."""
-    num_numbers: int = Field(default=3, ge=2, le=6)
-    """Numbers an item offers."""
-    max_number: int = Field(default=20, ge=2)
-    """Largest number offered."""
-    max_target: int = Field(default=100, ge=1)
-    """Largest target."""
-    train_items: int = Field(default=10_000, ge=1)
-    """Training items."""
-    instruction: str = "Answer with just the expression."
-    """Sentence after the question."""
-
-
-class _RowsTable(_TaskTable):
-    held_out_items: int | None = Field(default=None, ge=1)  # type: ignore[assignment]
-    """Held-out items; None takes all rows of the held-out side where one is named, and else splits
-    500 off the training rows."""
-    instruction: str = ""
-    """Sentence after each problem."""
-    prompt_column: str | None = None
-    """Column of the problem, a text or a chat; None is `prompt`, or else `problem`."""
-    answer_column: str | None = None
-    """Column of the reference answer or of a list of accepted forms; None is `answer` and
-    `answers`."""
-    id_column: str | None = None
-    """Column of the id; None is `id` where it is there."""
-    keep_columns: tuple[str, ...] | None = None
-    """Other columns that reward functions get; None is all."""
-    answer_marked: bool = False
-    r"""Whether the answer column holds a worked solution that marks its final answer, as in
-    `\boxed{}` or after `####`."""
-    where: dict[str, tuple[bool | int | float | str, ...]] = Field(default={})
-    """Training rows count only if each column named here has one of the values listed for it; rows
-    split off them too."""
-    held_out_where: dict[str, tuple[bool | int | float | str, ...]] = Field(default={})
-    """The same for the rows of a held-out side that is named."""
-    unusable_rows: Literal["refuse", "drop"] = "refuse"
-    """What is done with a row without usable problem or answer, and with a training problem that is
-    also held out; drop leaves it out and says how many there were."""
-
-
-class JsonlTask(_RowsTable):
-    """JSON Lines with a problem and its answer in every row."""
-
-    kind: Literal["jsonl"]
-    """Selects this table."""
-    path: str | tuple[str, ...]
-    """Training rows: a file, a folder of them, or several of these."""
-    held_out_path: str | tuple[str, ...] | None = None
-    """Held-out rows; None splits `held_out_items` rows off `path`, equal texts on one side."""
-
-
-class DatasetTask(_RowsTable):
-    """A data set of the `datasets` library (extra `data`)."""
-
-    kind: Literal["dataset"]
-    """Selects this table."""
-    name: str
-    """A hub name, a folder that `save_to_disk` wrote, or a folder of data files."""
-    config_name: str | None = None
-    """Configuration of a data set that has several."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub data set; None is the newest."""
-    split: str = "train"
-    """Split of the training rows."""
-    held_out_split: str | None = None
-    """Split of the held-out rows; None splits `held_out_items` rows off `split`, equal texts on one
-    side."""
-
-
-class GymTask(_TaskTable):
-    """A task of reasoning-gym (extra `gym`), judged by its own scorer."""
-
-    kind: Literal["gym"]
-    """Selects this table."""
-    name: str
-    """Task, as in `reasoning_gym.create_dataset`."""
-    options: dict[str, Any] = Field(default={})
-    """The task's own settings, as in `reasoning_gym.create_dataset`, but seed and size."""
-    train_items: int = Field(default=2000, ge=1)
-    """Training items."""
-    instruction: str = ""
-    """Sentence after each question."""
-
-
-class BundledTask(_TaskTable):
-    """Word problems that come with the package."""
-
-    kind: Literal["svamp", "gsm8k"]
-    """Selects this table and the data set."""
-    instruction: str = "Answer with just the number."
-    """Sentence after each problem."""
-
-
-class GivenTask(_TaskTable):
-    """Items that a Python caller handed over: a record of them, from which none can be made."""
-
-    kind: Literal["given"]
-    """Selects this table; `GMPOTrainer` writes it."""
-    train_items: int = Field(ge=1)
-    """Training items that were given."""
-    held_out_items: int = Field(default=0, ge=0)
-    """Held-out items that were given; 0 evaluates nothing."""
-    digest: str
-    """Of all items; a run is resumed with the same ones only."""
-
-
-TaskConfig = Annotated[
-    ArithmeticTask | CountdownTask | JsonlTask | DatasetTask | GymTask | BundledTask | GivenTask,
-    Field(discriminator="kind"),
-]
-"""The `[task]` table; its `kind` selects which keys it has."""
-
-
-class RewardConfig(_Table):
+class RewardConfig(Table):
     """How a completion's reward is made."""
 
     weights: dict[str, float] = Field(default={"correct": 1.0})
@@ -287,7 +131,7 @@ class RewardConfig(_Table):
         return ["correct", "format", "length", *self.functions, *self.models]
 
 
-class SamplingConfig(_Table):
+class SamplingConfig(Table):
     """How rollouts are drawn."""
 
     group_size: int = Field(default=8)
@@ -350,7 +194,7 @@ class SamplingConfig(_Table):
         return self.prompts_per_round + (3 * self.prompts_per_round if extra is None else extra)
 
 
-class ObjectiveConfig(_Table):
+class ObjectiveConfig(Table):
     """What is maximised; clip half-widths are in the objective's own unit."""
 
     name: Literal[
@@ -438,7 +282,7 @@ class ObjectiveConfig(_Table):
         return "none" if self.name == "dr_grpo" else "std"
 
 
-class TrainingConfig(_Table):
+class TrainingConfig(Table):
     """Rounds, optimizer and engine."""
 
     rounds: int = Field(default=100, ge=1)
@@ -480,7 +324,7 @@ class TrainingConfig(_Table):
     gradients for less memory and more time, for long completions."""
 
 
-class LoraConfig(_Table):
+class LoraConfig(Table):
     """Low-rank adapters, trained in place of the model's weights."""
 
     rank: int = Field(default=0, ge=0)
@@ -506,7 +350,7 @@ class LoraConfig(_Table):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
-class CheckpointConfig(_Table):
+class CheckpointConfig(Table):
     """When checkpoints are written."""
 
     every_rounds: int = Field(default=25, ge=1)
@@ -515,7 +359,7 @@ class CheckpointConfig(_Table):
     """Newest checkpoints kept; older ones are removed after a newer one is safely on disk."""
 
 
-class EvaluationConfig(_Table):
+class EvaluationConfig(Table):
     """Accuracy on held-out items."""
 
     every_rounds: int = Field(default=10, ge=0)
@@ -532,14 +376,14 @@ class EvaluationConfig(_Table):
     """Longest completion in evaluation; None takes the sampling limit."""
 
 
-class TrackingConfig(_Table):
+class TrackingConfig(Table):
     """What a run writes beside its metrics."""
 
     groups_per_round: int = Field(default=4, ge=0)
     """Groups of each round whose texts, rewards, advantages and ratios go to rollouts.jsonl."""
 
 
-class RunConfig(_Table):
+class RunConfig(Table):
     """A whole recipe."""
 
     description: str = ""

@@ -12,8 +12,9 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from gmpo.config import RunConfig, TaskConfig
+from gmpo.config import RunConfig
 from gmpo.errors import ConfigError
+from gmpo.task_config import TaskConfig
 
 __all__ = [
     "bundled_recipes",

@@ -31,12 +31,14 @@ from gmpo.tracking import fresh_folder, read_lines
 from gmpo.trainer_config import GMPOConfig
 from gmpo.training import Report, train
 
-__all__ = ["GMPOTrainer", "TrainingOutcome"]
+__all__ = ["GMPOTrainer", "Rewards", "Rows", "Strategy", "TrainingOutcome"]
 
 Strategy = Literal["no", "steps", "epoch"]
+"""When something is done between rounds: never, every so many steps, after each epoch."""
 Rows = Iterable[Mapping[str, Any]]
 """A `datasets.Dataset`, a list of dicts, or anything that yields dicts and ends."""
 Rewards = RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
+"""One function, several under their own names, or several by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

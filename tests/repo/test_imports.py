@@ -20,7 +20,15 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 # A package is one entry: modules inside it may import each other.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "ground": ("errors", "records", "config", "recipe", "named_functions", "store"),
+    "ground": (
+        "errors",
+        "records",
+        "task_config",
+        "config",
+        "recipe",
+        "named_functions",
+        "store",
+    ),
     "mathematics": ("geometric", "statistics", "detectors", "objective", "advantages"),
     "stages": (
         "tasks",
@@ -48,6 +56,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "steps",
         "reporting",
         "training",
+        "trainer_config",
+        "callbacks",
         "trainer",
         "study",
         "generation",

@@ -12,9 +12,10 @@ from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
 
 from gmpo.assembly import PromptStream, TrainingParts, build_parts, build_task, resolve_model
-from gmpo.config import ModelConfig, RunConfig, TaskConfig
+from gmpo.config import ModelConfig, RunConfig
 from gmpo.errors import DataError, ModelError
 from gmpo.records import Prompt
+from gmpo.task_config import TaskConfig
 from gmpo.tasks import Task
 
 PROMPTS = [Prompt(id=str(number), text=str(number)) for number in range(10)]

@@ -9,12 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from gmpo.config import (
-    ArithmeticTask,
-    BundledTask,
     CheckpointConfig,
-    CountdownTask,
     EvaluationConfig,
-    JsonlTask,
     LoraConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -24,6 +20,7 @@ from gmpo.config import (
     TrackingConfig,
     TrainingConfig,
 )
+from gmpo.task_config import ArithmeticTask, BundledTask, CountdownTask, JsonlTask
 
 GMPO_FAMILY = ("gmpo", "gmpo_no_clip", "gmpo_sequence_clip", "gmpo_no_norm")
 TABLES = (
