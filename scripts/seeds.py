@@ -1,8 +1,8 @@
 """Train a recipe over several seeds and put the outcomes in one table.
 
 Resumable: a seed whose run is finished is read, not run again, and an unfinished one goes on from
-its newest checkpoint. The table and a JSON file with every figure are what docs/experiments.md
-quotes.
+its newest checkpoint. Seeds that the JSON file has already, and that are not asked for, stay in it,
+so that a study may be made in parts. The table and the file are what docs/experiments.md quotes.
 
     python scripts/seeds.py quickstart --seeds 0 1 2 --json docs/results/quickstart.json
 """
@@ -41,12 +41,26 @@ def main() -> int:
                 print(f"seed {seed} stopped with exit code {code}; run this again to go on")
                 return code
         rows.append(outcome(seed, folder))
+    rows = sorted([*earlier(arguments), *rows], key=lambda row: int(row["seed"]))
     print(markdown(rows))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"recipe": arguments.recipe, "overrides": arguments.overrides, "runs": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def earlier(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of other seeds in the JSON file, if they are of the same recipe and overrides."""
+    if arguments.json is None or not arguments.json.is_file():
+        return []
+    report = json.loads(arguments.json.read_text())
+    asked = {"recipe": arguments.recipe, "overrides": arguments.overrides}
+    if {key: report[key] for key in asked} != asked:
+        raise SystemExit(
+            f"{arguments.json} is of another study: {report['recipe']}; name a new file"
+        )
+    return [row for row in report["runs"] if row["seed"] not in arguments.seeds]
 
 
 def is_finished(folder: Path) -> bool:
