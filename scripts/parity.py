@@ -18,14 +18,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scripts.replay import (
     LIMITS,
     STEPS_PER_ROUND,
     Rounds,
     advantages_of,
+    random_groups,
     relative_difference,
-    replayable_groups,
+    rewarded_groups,
     through_gmpo,
     through_trl,
 )
@@ -36,6 +38,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gmpo.objective import OBJECTIVES, ObjectiveTerms
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.records import Group
+
+BEGINNINGS = (
+    "The capital of France is",
+    "My favourite animal is",
+    "Once upon a time",
+    "A recipe for bread needs",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,7 @@ def tiny() -> Subject:
     return Subject(
         load=tiny_model,
         tokenizer=character_tokenizer(),
-        groups=replayable_groups(
+        groups=random_groups(
             vocabulary=VOCABULARY,
             end_token=1,
             prompt_lengths=[6, 7, 3, 1, 5, 2, 4, 8],
@@ -79,20 +88,39 @@ def tiny() -> Subject:
 
 
 def smollm2() -> Subject:
-    """The default model, one round."""
+    """The default model, one round of completions that it draws itself."""
     tokenizer = load_tokenizer("smollm2-135m")
+
+    def load() -> PreTrainedModel:
+        return load_model("smollm2-135m", device="cpu", dtype="fp32")
+
     return Subject(
-        load=lambda: load_model("smollm2-135m", device="cpu", dtype="fp32"),
+        load=load,
         tokenizer=tokenizer,
-        groups=replayable_groups(
-            vocabulary=len(tokenizer),
-            end_token=int(tokenizer.eos_token_id),
-            prompt_lengths=[12, 30, 5, 20],
-            group_size=4,
-            longest=16,
-        ),
-        learning_rates={"sgd": 1e-3, "adamw": 1e-5},
+        groups=drawn_groups(load(), tokenizer),
+        learning_rates={"sgd": 0.02, "adamw": 2e-5},
     )
+
+
+def drawn_groups(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Group, ...]:
+    """4 completions of at most 12 tokens for each beginning, all different by their openness."""
+    torch.manual_seed(0)
+    prompts, completions = [], []
+    for beginning in BEGINNINGS:
+        prompt = tokenizer(beginning, return_tensors="pt")
+        drawn = model.generate(
+            **prompt, do_sample=True, top_k=0, max_new_tokens=12, num_return_sequences=4
+        )
+        ended = [row[prompt.input_ids.shape[1] :].numpy() for row in drawn]
+        prompts.append(prompt.input_ids[0].numpy())
+        completions.append([without_padding(ids, tokenizer.eos_token_id) for ids in ended])
+    return rewarded_groups(prompts, completions)
+
+
+def without_padding(ids: np.ndarray, end_token: int) -> np.ndarray:
+    """Up to the first end token, which stays."""
+    ends = np.flatnonzero(ids == end_token)
+    return ids[: ends[0] + 1] if len(ends) else ids
 
 
 def compare(name: str, subject: Subject) -> list[dict[str, Any]]:
