@@ -86,7 +86,7 @@ def through_trl(
     """Train `model` in place on the rounds.
 
     Args:
-        model: fp32, on the CPU.
+        model: fp32 or fp64, on the CPU.
         tokenizer: only decodes completions for TRL's log.
         rounds: what is replayed.
         kind: the trainer; TRL's own for the objective unless given.
@@ -159,7 +159,7 @@ def answers_of(
 
 
 def trl_config(rounds: Rounds, folder: str, options: dict[str, Any]) -> GRPOConfig:
-    """fp32 on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
+    """No autocast, on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
     config_class = GRPOConfig if rounds.objective == "grpo" else GMPOConfig
     arguments = {
         "output_dir": folder,
@@ -230,7 +230,7 @@ def through_gmpo(
     """The update of gmpo on the rows that TRL took step by step, and each step's figures.
 
     Args:
-        model: fp32, trained in place.
+        model: as TRL got it, trained in place.
         rounds: what is replayed.
         steps: rows of each optimizer step, STEPS_PER_ROUND of them a round.
         engine: gmpo's `training.engine`.
@@ -282,11 +282,17 @@ def step_batch(
 ) -> StepBatch:
     """One step on the given rows: each group with those of its rollouts that are among them."""
     parts = []
+    # A micro-batch has the precision of its log-probabilities; these are replaced later.
+    dtype = np.float64 if policy.dtype == torch.float64 else np.float32
     for group in groups:
-        kept = tuple(r for r in group.rollouts if (group.prompt.id, r.index) in rows)
+        kept = tuple(
+            replace(r, sampler_logprobs=np.zeros(r.num_tokens, dtype=dtype))
+            for r in group.rollouts
+            if (group.prompt.id, r.index) in rows
+        )
         if kept:
             parts.append(replace(group, rollouts=kept))
-    table = torch.zeros(len(parts), max(len(part.rollouts) for part in parts))
+    table = torch.zeros(len(parts), max(len(part.rollouts) for part in parts), dtype=torch.float64)
     for number, part in enumerate(parts):
         for place, rollout in enumerate(part.rollouts):
             table[number, place] = advantages[part.prompt.id, rollout.index]
