@@ -18,14 +18,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scripts.replay import (
     LIMITS,
     STEPS_PER_ROUND,
     Rounds,
     advantages_of,
+    random_groups,
     relative_difference,
-    replayable_groups,
+    rewarded_groups,
     through_gmpo,
     through_trl,
 )
@@ -37,15 +39,32 @@ from gmpo.objective import OBJECTIVES, ObjectiveTerms
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.records import Group
 
+BEGINNINGS = (
+    "The capital of France is",
+    "My favourite animal is",
+    "Once upon a time",
+    "A recipe for bread needs",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An optimizer with a step size that leaves the clip on both sides."""
+
+    optimizer: str
+    learning_rate: float
+    limit: float
+    dtype: torch.dtype = torch.float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model, groups to replay over it, and step sizes that leave the clip on both sides."""
+    """A model, groups to replay over it, and the settings to compare."""
 
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     groups: tuple[Group, ...]
-    learning_rates: dict[str, float]
+    settings: tuple[Setting, ...]
 
 
 def main() -> int:
@@ -57,7 +76,7 @@ def main() -> int:
     rows = [row for name in arguments.models or subjects for row in compare(name, subjects[name]())]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"made_with": made_with(), "limits": LIMITS, "comparisons": rows}
+        report = {"made_with": made_with(), "comparisons": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(not all(row["agrees"] for row in rows))
 
@@ -67,50 +86,79 @@ def tiny() -> Subject:
     return Subject(
         load=tiny_model,
         tokenizer=character_tokenizer(),
-        groups=replayable_groups(
+        groups=random_groups(
             vocabulary=VOCABULARY,
             end_token=1,
             prompt_lengths=[6, 7, 3, 1, 5, 2, 4, 8],
             group_size=4,
             longest=9,
         ),
-        learning_rates={"sgd": 0.1, "adamw": 0.01},
+        settings=(
+            Setting(optimizer="sgd", learning_rate=0.1, limit=LIMITS["sgd"]),
+            Setting(optimizer="adamw", learning_rate=0.01, limit=LIMITS["adamw"]),
+        ),
     )
 
 
 def smollm2() -> Subject:
-    """The default model, one round."""
+    """The default model, one round of completions that it draws itself."""
     tokenizer = load_tokenizer("smollm2-135m")
+
+    def load() -> PreTrainedModel:
+        return load_model("smollm2-135m", device="cpu", dtype="fp32")
+
     return Subject(
-        load=lambda: load_model("smollm2-135m", device="cpu", dtype="fp32"),
+        load=load,
         tokenizer=tokenizer,
-        groups=replayable_groups(
-            vocabulary=len(tokenizer),
-            end_token=int(tokenizer.eos_token_id),
-            prompt_lengths=[12, 30, 5, 20],
-            group_size=4,
-            longest=16,
+        groups=drawn_groups(load(), tokenizer),
+        settings=(
+            # In fp32 an SGD update of this model (norm 0.04 over 135 million weights) is so small
+            # that a sum rounded differently moves a weight by one more or less of its last place.
+            # The same rounds in fp64 show that this is all, so the strict limit stands there.
+            Setting(optimizer="sgd", learning_rate=2e-3, limit=10 * LIMITS["sgd"]),
+            Setting(optimizer="sgd", learning_rate=2e-3, limit=LIMITS["sgd"], dtype=torch.float64),
+            Setting(optimizer="adamw", learning_rate=2e-5, limit=LIMITS["adamw"]),
         ),
-        learning_rates={"sgd": 1e-3, "adamw": 1e-5},
     )
+
+
+def drawn_groups(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Group, ...]:
+    """4 completions of at most 12 tokens for each beginning, all different by their openness."""
+    torch.manual_seed(0)
+    prompts, completions = [], []
+    for beginning in BEGINNINGS:
+        prompt = tokenizer(beginning, return_tensors="pt")
+        drawn = model.generate(
+            **prompt, do_sample=True, top_k=0, max_new_tokens=12, num_return_sequences=4
+        )
+        ended = [row[prompt.input_ids.shape[1] :].numpy() for row in drawn]
+        prompts.append(prompt.input_ids[0].numpy())
+        completions.append([without_padding(ids, tokenizer.eos_token_id) for ids in ended])
+    return rewarded_groups(prompts, completions)
+
+
+def without_padding(ids: np.ndarray, end_token: int) -> np.ndarray:
+    """Up to the first end token, which stays."""
+    ends = np.flatnonzero(ids == end_token)
+    return ids[: ends[0] + 1] if len(ends) else ids
 
 
 def compare(name: str, subject: Subject) -> list[dict[str, Any]]:
     """One row for each objective and optimizer, and one for a loss of the wrong sign."""
     rows = []
     for objective in ("gmpo", "grpo"):
-        for optimizer in LIMITS:
+        for setting in subject.settings:
             rounds = Rounds(
                 groups=subject.groups,
                 prompts_per_round=4,
                 objective=objective,
-                optimizer=optimizer,
-                learning_rate=subject.learning_rates[optimizer],
+                optimizer=setting.optimizer,
+                learning_rate=setting.learning_rate,
             )
-            row = {"model": name, **compare_rounds(subject, rounds)}
+            row = {"model": name, **compare_rounds(subject, rounds, setting)}
             print(
-                f"{name:13} {objective} {optimizer:5} |d_gmpo - d_trl| / |d_trl| = "
-                f"{row['difference']:.2e} (at most {row['limit']:.0e}); sign flipped "
+                f"{name:13} {objective} {setting.optimizer:5} {row['dtype']:7} "
+                f"|d_gmpo - d_trl| / |d_trl| = {row['difference']:.2e} (at most {row['limit']:.0e}); sign flipped "
                 f"{row['difference_sign_flipped']:.2f}; ratio {row['ratio_min']:.3f} to "
                 f"{row['ratio_max']:.3f}, clipped {row['clipped_fraction']:.1%}",
                 flush=True,
@@ -119,9 +167,12 @@ def compare(name: str, subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_rounds(subject: Subject, rounds: Rounds) -> dict[str, Any]:
-    theirs = through_trl(subject.load(), subject.tokenizer, rounds)
-    update, figures = through_gmpo(subject.load(), rounds, theirs.steps)
+def compare_rounds(subject: Subject, rounds: Rounds, setting: Setting) -> dict[str, Any]:
+    def load() -> PreTrainedModel:
+        return subject.load().to(setting.dtype)
+
+    theirs = through_trl(load(), subject.tokenizer, rounds)
+    update, figures = through_gmpo(load(), rounds, theirs.steps)
     difference = relative_difference(update, theirs.update)
     del update  # a real model's update is half a gigabyte
 
@@ -129,19 +180,19 @@ def compare_rounds(subject: Subject, rounds: Rounds) -> dict[str, Any]:
         terms = OBJECTIVES[rounds.objective](**tensors)
         return replace(terms, loss=-terms.loss)
 
-    wrong, _ = through_gmpo(subject.load(), rounds, theirs.steps, objective=sign_flipped)
+    wrong, _ = through_gmpo(load(), rounds, theirs.steps, objective=sign_flipped)
     difference_wrong = relative_difference(wrong, theirs.update)
     ours = advantages_of(rounds.groups)
-    limit = LIMITS[rounds.optimizer]
     clipped = [each["clip/low_fraction"] + each["clip/high_fraction"] for each in figures]
     return {
         "objective": rounds.objective,
         "optimizer": rounds.optimizer,
+        "dtype": str(setting.dtype).removeprefix("torch."),
         "learning_rate": rounds.learning_rate,
         "steps": rounds.num_rounds * STEPS_PER_ROUND,
         "rows_per_step": rounds.rows_per_step,
         "difference": difference,
-        "limit": limit,
+        "limit": setting.limit,
         "difference_sign_flipped": difference_wrong,
         "largest_advantage_difference": max(
             abs(ours[row] - value) for row, value in theirs.advantages.items()
@@ -149,7 +200,7 @@ def compare_rounds(subject: Subject, rounds: Rounds) -> dict[str, Any]:
         "ratio_min": min(each["ratio/min"] for each in figures),
         "ratio_max": max(each["ratio/max"] for each in figures),
         "clipped_fraction": sum(clipped) / len(clipped),
-        "agrees": difference <= limit < difference_wrong,
+        "agrees": difference <= setting.limit < difference_wrong,
     }
 
 

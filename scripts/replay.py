@@ -86,7 +86,7 @@ def through_trl(
     """Train `model` in place on the rounds.
 
     Args:
-        model: fp32, on the CPU.
+        model: fp32 or fp64, on the CPU.
         tokenizer: only decodes completions for TRL's log.
         rounds: what is replayed.
         kind: the trainer; TRL's own for the objective unless given.
@@ -159,7 +159,7 @@ def answers_of(
 
 
 def trl_config(rounds: Rounds, folder: str, options: dict[str, Any]) -> GRPOConfig:
-    """fp32 on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
+    """No autocast, on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
     config_class = GRPOConfig if rounds.objective == "grpo" else GMPOConfig
     arguments = {
         "output_dir": folder,
@@ -230,7 +230,7 @@ def through_gmpo(
     """The update of gmpo on the rows that TRL took step by step, and each step's figures.
 
     Args:
-        model: fp32, trained in place.
+        model: as TRL got it, trained in place.
         rounds: what is replayed.
         steps: rows of each optimizer step, STEPS_PER_ROUND of them a round.
         engine: gmpo's `training.engine`.
@@ -282,11 +282,17 @@ def step_batch(
 ) -> StepBatch:
     """One step on the given rows: each group with those of its rollouts that are among them."""
     parts = []
+    # A micro-batch has the precision of its log-probabilities; these are replaced later.
+    dtype = np.float64 if policy.dtype == torch.float64 else np.float32
     for group in groups:
-        kept = tuple(r for r in group.rollouts if (group.prompt.id, r.index) in rows)
+        kept = tuple(
+            replace(r, sampler_logprobs=np.zeros(r.num_tokens, dtype=dtype))
+            for r in group.rollouts
+            if (group.prompt.id, r.index) in rows
+        )
         if kept:
             parts.append(replace(group, rollouts=kept))
-    table = torch.zeros(len(parts), max(len(part.rollouts) for part in parts))
+    table = torch.zeros(len(parts), max(len(part.rollouts) for part in parts), dtype=torch.float64)
     for number, part in enumerate(parts):
         for place, rollout in enumerate(part.rollouts):
             table[number, place] = advantages[part.prompt.id, rollout.index]
@@ -332,7 +338,7 @@ def relative_difference(update: Weights, expected: Weights) -> float:
     return gap / size
 
 
-def replayable_groups(
+def random_groups(
     *,
     vocabulary: int,
     end_token: int,
@@ -340,29 +346,47 @@ def replayable_groups(
     group_size: int,
     longest: int,
 ) -> tuple[Group, ...]:
-    """Groups of random completions of 1 to `longest` tokens.
+    """Groups of random completions of 1 to `longest` tokens, of which every second one ends."""
+    generator = np.random.default_rng(0)
+    prompts, completions = [], []
+    for length in prompt_lengths:
+        prompts.append(generator.integers(5, vocabulary, size=length))
+        completions.append(
+            [
+                generator.integers(5, vocabulary, size=generator.integers(1, longest + 1))
+                for _ in range(group_size)
+            ]
+        )
+        for ended in completions[-1][::2]:
+            ended[-1] = end_token
+    return rewarded_groups(prompts, completions)
+
+
+def rewarded_groups(
+    prompts: Sequence[np.ndarray], completions: Sequence[Sequence[np.ndarray]]
+) -> tuple[Group, ...]:
+    """Groups of the given tokens with random rewards.
 
     Rewards are 0 or 1 in most groups, fractions in some, and all equal in every fourth, whose
-    advantages are 0. Every second completion ends with `end_token`, the others as if cut.
+    advantages are 0.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(1)
     groups = []
-    for number, length in enumerate(prompt_lengths):
+    for number, (prompt_ids, drawn) in enumerate(zip(prompts, completions, strict=True)):
         name = f"p{number}"
-        rewards = generator.integers(0, 2, size=group_size).astype(float)
+        rewards = generator.permutation(np.arange(len(drawn)) % 2).astype(float)
         if number % 4 == 1:
-            rewards = generator.random(group_size).round(3)
+            rewards = generator.random(len(drawn)).round(3)
         if number % 4 == 3:
             rewards[:] = 1.0
-        rollouts = []
-        for index in range(group_size):
-            drawn = generator.integers(5, vocabulary, size=generator.integers(1, longest + 1))
-            if index % 2 == 0:
-                drawn[-1] = end_token
-            rollouts.append(_rollout(name, index, drawn, float(rewards[index])))
-        prompt_ids = tuple(generator.integers(5, vocabulary, size=length).tolist())
         groups.append(
-            Group(prompt=Prompt(id=name, text=name, token_ids=prompt_ids), rollouts=tuple(rollouts))
+            Group(
+                prompt=Prompt(id=name, text=name, token_ids=tuple(prompt_ids.tolist())),
+                rollouts=tuple(
+                    _rollout(name, index, ids, reward)
+                    for index, (ids, reward) in enumerate(zip(drawn, rewards.tolist(), strict=True))
+                ),
+            )
         )
     return tuple(groups)
 

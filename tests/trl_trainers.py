@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from scripts.replay import Rounds, replayable_groups
+from scripts.replay import Rounds, random_groups
 from tests.models import character_tokenizer, tiny_model
 from tests.rollout_groups import VOCABULARY
 from transformers import PrinterCallback
@@ -27,7 +27,7 @@ def rounds_of(objective: str, optimizer: str) -> Rounds:
 
     Completions have 1 to 9 tokens, every second one is cut, and a group in 4 is dead.
     """
-    groups = replayable_groups(
+    groups = random_groups(
         vocabulary=VOCABULARY,
         end_token=1,
         prompt_lengths=[6, 7, 3, 1, 5, 2, 4, 8],

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from scripts.replay import (
     LIMITS,
     Replayed,
@@ -54,6 +55,17 @@ def test_trls_trainer_and_gmpo_move_the_weights_alike(objective: str, optimizer:
     gap = difference(objective, optimizer, engine=engine)
     print(f"\n{objective} {optimizer} {engine}: |d_gmpo - d_trl| / |d_trl| = {gap:.2e}")
     assert gap <= LIMITS[optimizer]
+
+
+@pairs
+def test_in_fp64_nothing_is_left_but_trls_advantages_and_head_in_fp32(
+    objective: str, optimizer: str
+):
+    rounds = rounds_of(objective, optimizer)
+    wide = {"dtype": torch.float64}
+    theirs = through_trl(tiny_model(**wide), character_tokenizer(), rounds)
+    ours, _ = through_gmpo(tiny_model(**wide), rounds, theirs.steps)
+    assert relative_difference(ours, theirs.update) <= 2e-6
 
 
 @pairs
