@@ -59,7 +59,7 @@ def row_of(file: Path, grader: Grader, num_shown: int) -> str:
     for name, write in FORMS.items():
         verdicts = [grader.grade_item(write(form), columns) for _, form, columns in references]
         right = sum(verdict.is_correct for verdict in verdicts)
-        shares.append(f"{right} ({right / len(references):.1%})")
+        shares.append(f"{right} ({right / len(references):.2%})")
         failed = [
             f"{file.name} {identity} {name}: {told(form, verdict)}"
             for (identity, form, _), verdict in zip(references, verdicts, strict=True)

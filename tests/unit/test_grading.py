@@ -42,6 +42,7 @@ def worker_pid(grader):
         ("10-3", "3"),
         ("it is -3", "-3"),
         ("about \u22124 degrees", "-4"),
+        (r"in all $10,\!080$ or 10{,}081", "10,081"),
         (r"so $x = -\dfrac{3}{7}$", r"-\dfrac{3}{7}"),
         (r"\boxed{12 cut off", "12"),
         ("I do not know", None),

@@ -10,14 +10,23 @@ from gmpo.config import RunConfig
 from gmpo.errors import ConfigError
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe, recipe_keys
 
-KINDS = {"arithmetic": (), "countdown": (), "jsonl": ("task.path=x.jsonl",), "svamp": ()}
+KINDS = {
+    "arithmetic": (),
+    "countdown": (),
+    "jsonl": ("task.path=x.jsonl",),
+    "dataset": ("task.name=owner/x",),
+    "gym": ("task.name=gcd",),
+    "svamp": (),
+}
 
 # A change here is a change of every recipe in the world: make it deliberately.
 KEY_TABLE = """
 model.name model.device model.dtype model.prompt_format model.system
 task.held_out_items task.split_seed task.kind task.operators task.min_operand task.max_operand
 task.num_terms task.train_items task.instruction task.num_numbers task.max_number task.max_target
-task.path task.held_out_path
+task.prompt_column task.answer_column task.id_column task.keep_columns task.answer_marked
+task.where task.held_out_where task.unusable_rows task.path task.held_out_path task.name
+task.config_name task.revision task.split task.held_out_split task.options
 reward.weights reward.format_pattern reward.combine reward.floor reward.truncated
 reward.timeout_seconds reward.length_full_tokens reward.length_zero_tokens reward.functions
 reward.models reward.on_error reward.function_timeout_seconds
@@ -210,7 +219,7 @@ def test_a_recipe_without_a_task_is_refused_with_the_key_to_add(tmp_path: Path):
     message = refusal(recipe(tmp_path, "[training]\nrounds = 3\n"))
     assert message.endswith(
         "missing key 'task.kind'; add it to the recipe or pass --set task.kind=..., one of "
-        "'arithmetic', 'countdown', 'jsonl', 'svamp', 'gsm8k'"
+        "'arithmetic', 'countdown', 'jsonl', 'dataset', 'gym', 'svamp', 'gsm8k'"
     )
 
 
@@ -218,14 +227,14 @@ def test_a_task_without_a_kind_is_refused_with_the_kinds(tmp_path: Path):
     message = refusal(recipe(tmp_path, "[task]\nmax_operand = 3\n"))
     assert message.endswith(
         "missing key 'task.kind'; add it to the recipe or pass --set task.kind=..., one of "
-        "'arithmetic', 'countdown', 'jsonl', 'svamp', 'gsm8k'"
+        "'arithmetic', 'countdown', 'jsonl', 'dataset', 'gym', 'svamp', 'gsm8k'"
     )
 
 
 def test_an_unknown_kind_of_task_is_refused_with_the_kinds(tmp_path: Path):
     message = refusal(recipe(tmp_path), "task.kind=algebra")
     assert "task.kind = 'algebra'" in message
-    assert "'arithmetic', 'countdown', 'jsonl', 'svamp', 'gsm8k'" in message
+    assert "'arithmetic', 'countdown', 'jsonl', 'dataset', 'gym', 'svamp', 'gsm8k'" in message
 
 
 def test_a_jsonl_task_without_a_path_is_refused_with_the_key_to_add(tmp_path: Path):

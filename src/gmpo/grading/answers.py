@@ -55,7 +55,8 @@ def extract_answer(text: str, *, wants_number: bool = True) -> str | None:
     if marked is not None:
         return marked or None
     if wants_number:
-        numbers: list[str] = _NUMBER_IN_TEXT.findall(text.replace("\u2212", "-"))
+        plain = text.replace("\u2212", "-").replace(",\\!", ",").replace("{,}", ",")
+        numbers: list[str] = _NUMBER_IN_TEXT.findall(plain)
         return numbers[-1] if numbers else None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return lines[-1] if lines else None

@@ -18,13 +18,13 @@ from gmpo.tasks.task import Task, task_of_sides
 
 __all__ = ["Paths", "jsonl_task", "prompts_from_jsonl"]
 
-Paths = str | Path | Sequence[str | Path]
+_Paths = str | Path | Sequence[str | Path]
 
 
 def jsonl_task(  # noqa: PLR0913  (plain keywords, so that a recipe table maps onto them)
     *,
-    path: Paths,
-    held_out_path: Paths | None = None,
+    path: _Paths,
+    held_out_path: _Paths | None = None,
     held_out_items: int = 0,
     split_seed: int = 0,
     instruction: str = "",
@@ -90,7 +90,7 @@ def _read(files: Sequence[Path], form: RowForm) -> ReadRows:
     return read_rows(rows, form, source=", ".join(map(str, files)))
 
 
-def _files(path: Paths) -> list[Path]:
+def _files(path: _Paths) -> list[Path]:
     """The files that a path, a folder or several of them name."""
     given = [path] if isinstance(path, str | Path) else list(path)
     files: list[Path] = []
@@ -107,7 +107,7 @@ def _files(path: Paths) -> list[Path]:
     return files
 
 
-def _named(path: Paths) -> str:
+def _named(path: _Paths) -> str:
     return str(path) if isinstance(path, str | Path) else ", ".join(map(str, path))
 
 
