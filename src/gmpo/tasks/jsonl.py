@@ -16,7 +16,7 @@ from gmpo.tasks.rows import ReadRows, Row, RowForm, read_rows
 from gmpo.tasks.splits import sides_of_rows
 from gmpo.tasks.task import Task, task_of_sides
 
-__all__ = ["Paths", "jsonl_task", "prompts_from_jsonl"]
+__all__ = ["jsonl_task", "prompts_from_jsonl"]
 
 _Paths = str | Path | Sequence[str | Path]
 
