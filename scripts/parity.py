@@ -158,9 +158,11 @@ def compare(name: str, subject: Subject) -> list[dict[str, Any]]:
             row = {"model": name, **compare_rounds(subject, rounds, setting)}
             print(
                 f"{name:13} {objective} {setting.optimizer:5} {row['dtype']:7} "
-                f"|d_gmpo - d_trl| / |d_trl| = {row['difference']:.2e} (at most {row['limit']:.0e}); "
-                f"sign flipped {row['difference_sign_flipped']:.2f}; ratio {row['ratio_min']:.3f} to "
-                f"{row['ratio_max']:.3f}, clipped {row['clipped_fraction']:.1%}",
+                f"|d_gmpo - d_trl| / |d_trl| = {row['difference']:.2e} "
+                f"(at most {row['limit']:.0e}); "
+                f"sign flipped {row['difference_sign_flipped']:.2f}; "
+                f"ratio {row['ratio_min']:.3f} to {row['ratio_max']:.3f}, "
+                f"clipped {row['clipped_fraction']:.1%}",
                 flush=True,
             )
             rows.append(row)
