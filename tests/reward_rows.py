@@ -50,7 +50,8 @@ def plain(*texts: str, prompt_id: str = "q", **columns: Any) -> Group:
 def functions(
     *, time_limit_seconds: float | None = None, **named: Any
 ) -> Iterator[RewardFunctions]:
-    made = RewardFunctions(named, time_limit_seconds=time_limit_seconds)
+    limits = {} if time_limit_seconds is None else dict.fromkeys(named, time_limit_seconds)
+    made = RewardFunctions(named, time_limits=limits)
     try:
         yield made
     finally:

@@ -49,7 +49,9 @@ def build_rewards(
         name: given[name] if name in given else _component(name, config, grader)
         for name in reward.weights
     }
-    return RewardFunctions(functions, time_limit_seconds=reward.function_timeout_seconds)
+    seconds = reward.function_timeout_seconds
+    limits = {} if seconds is None else dict.fromkeys(reward.functions, seconds)
+    return RewardFunctions(functions, time_limits=limits)
 
 
 def reward_rule(reward: RewardConfig) -> RewardRule:

@@ -21,6 +21,7 @@ from tests.reward_rows import (
 )
 
 from gmpo.errors import DataError
+from gmpo.rewards import RewardFunctions
 
 
 def boom(**kwargs: Any) -> list[float]:
@@ -180,3 +181,15 @@ def test_without_a_limit_a_function_runs_in_the_callers_thread():
         score([plain("a")], rewards)
     assert seen[0] is threading.current_thread()
     assert seen[1] is not threading.current_thread()
+
+
+def test_a_function_without_a_limit_is_waited_for_beside_one_that_has_one():
+    async def slow(**kwargs: Any) -> list[float]:
+        await asyncio.sleep(0.1)
+        return [1.0]
+
+    rewards = RewardFunctions({"slow": slow, "quick": Judge()}, time_limits={"quick": 5.0})
+    try:
+        assert rewards_of(score([plain("2")], rewards)) == [3.0]
+    finally:
+        rewards.close()

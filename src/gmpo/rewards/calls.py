@@ -37,7 +37,7 @@ class RewardFunctions:
 
     Args:
         functions: at least one.
-        time_limit_seconds: for each call; None waits however long it takes.
+        time_limits: seconds of a call, by name; a function without one is waited for.
 
     Raises:
         ConfigError: there is no function, or one cannot be called by the convention.
@@ -47,14 +47,14 @@ class RewardFunctions:
         self,
         functions: Mapping[str, RewardFunction],
         *,
-        time_limit_seconds: float | None = None,
+        time_limits: Mapping[str, float] | None = None,
     ) -> None:
         if not functions:
             raise ConfigError("there is no reward function; give at least one")
         for name, function in functions.items():
             require_keywords(name, function)
         self.functions = dict(functions)
-        self._time_limit_seconds = time_limit_seconds
+        self._time_limits = dict(time_limits or {})
         self._abandoned: dict[str, threading.Thread] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
@@ -113,7 +113,7 @@ class RewardFunctions:
 
     def _returned(self, call: RewardCall) -> Any:
         """What a function returned, or its fault."""
-        limit = self._time_limit_seconds
+        limit = self._time_limits.get(call.name)
         if limit is None:
             return _unless_ours(_attempt(call.start))
         busy = self._abandoned.get(call.name)
@@ -141,16 +141,19 @@ class RewardFunctions:
 
     def _awaited(self, calls: Sequence[RewardCall]) -> list[Any]:
         """What async functions returned, or their faults; they ran at the same time."""
-        limit = self._time_limit_seconds
-        future = asyncio.run_coroutine_threadsafe(_gathered(calls, limit), self._running_loop())
+        limits = [self._time_limits.get(call.name) for call in calls]
+        gathered = _gathered(calls, limits)
+        future = asyncio.run_coroutine_threadsafe(gathered, self._running_loop())
+        known = [limit for limit in limits if limit is not None]
+        longest = max(known) + _GRACE_SECONDS if len(known) == len(limits) else None
         try:
-            outcomes = future.result(None if limit is None else limit + _GRACE_SECONDS)
+            outcomes = future.result(longest)
         except TimeoutError:
             names = sorted(call.name for call in calls)
             raise DataError(
                 f"one of the async rewards {names} blocks their event loop beyond the limit of "
-                f"{limit} s, and Python cannot end it; await instead of blocking, then continue "
-                "with --resume"
+                f"{max(known)} s, and Python cannot end it; await instead of blocking, then "
+                "continue with --resume"
             ) from None
         return [_unless_ours(outcome) for outcome in outcomes]
 
@@ -180,8 +183,8 @@ async def _cancel_the_others() -> None:
     await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _gathered(calls: Sequence[RewardCall], limit: float | None) -> list[Any]:
-    return await asyncio.gather(*(_within(call, limit) for call in calls))
+async def _gathered(calls: Sequence[RewardCall], limits: Sequence[float | None]) -> list[Any]:
+    return await asyncio.gather(*map(_within, calls, limits))
 
 
 async def _within(call: RewardCall, limit: float | None) -> Any:
