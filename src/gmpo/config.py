@@ -380,7 +380,8 @@ class TrackingConfig(Table):
     """What a run writes beside its metrics."""
 
     groups_per_round: int = Field(default=4, ge=0)
-    """Groups of each round whose texts, rewards, advantages and ratios go to rollouts.jsonl."""
+    """Groups of each round, spread over it up to the last, whose texts, rewards, advantages and
+    ratios go to rollouts.jsonl."""
 
 
 class RunConfig(Table):

@@ -128,7 +128,10 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    put_key(table, path.strip(), value)
+    try:
+        put_key(table, path.strip(), value)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
 
 
 def put_key(table: dict[str, Any], path: str, value: object) -> None:
@@ -141,7 +144,7 @@ def put_key(table: dict[str, Any], path: str, value: object) -> None:
     for name in tables:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{path!r}: {name!r} is a value, not a table")
+            raise ConfigError(f"{name!r} is a value, not a table")
     table[last] = value
 
 
@@ -203,7 +206,9 @@ def _nearest_or_all(place: list[str], kind: str | None) -> str:
 
 
 def _task_kinds() -> list[str]:
-    return [kind for name, model in _tables() if name == "task" for kind in _kinds_of(model)]
+    """Those that a person can choose; items that were given in Python come with no recipe."""
+    kinds = [kind for name, model in _tables() if name == "task" for kind in _kinds_of(model)]
+    return [kind for kind in kinds if kind != "given"]
 
 
 def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:

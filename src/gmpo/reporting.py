@@ -71,11 +71,17 @@ def round_metrics(
 def rollout_records(
     parts: TrainingParts, sampled: SampledRound, update: RoundUpdate, *, round_number: int
 ) -> Iterator[dict[str, Any]]:
-    """The first groups of the round with advantages and ratios, for `gmpo inspect`."""
+    """Some of the round's groups with advantages and ratios, for `gmpo inspect`.
+
+    They are spread over the round up to its last group: in the first step every ratio is 1.
+    """
     groups = sampled.scored.groups
+    num_shown = min(parts.config.tracking.groups_per_round, len(groups))
+    shown = [(number + 1) * len(groups) // num_shown - 1 for number in range(num_shown)]
     advantages = advantages_of(parts, groups)
     row_ratios = _row_ratios(update.steps)
-    for place, group in enumerate(groups[: parts.config.tracking.groups_per_round]):
+    for place in shown:
+        group = groups[place]
         ratios = row_ratios if place in sampled.trained else {}
         yield {
             "round": round_number,

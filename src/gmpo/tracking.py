@@ -108,6 +108,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes off this folder; the lock ends with the process, however it ends.
 
+        Its file stays beside what was written; where nothing was, it goes too.
+
         Raises:
             RunFolderError: another process trains here.
         """
@@ -119,7 +121,12 @@ class RunFolder:
                     f"run folder {self.path} is being trained in by another process; wait for it, "
                     "stop it, or choose another folder with --run"
                 ) from None
-            yield
+            try:
+                yield
+            finally:
+                lock = Path(file.name)
+                if [lock] == list(self.path.iterdir()):
+                    lock.unlink()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the run, whole or not at all.

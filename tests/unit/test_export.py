@@ -43,7 +43,12 @@ def checkpointed(policy: Policy, run: Path, *rounds: int) -> Policy:
             optimizer=PolicyOptimizer(policy).adamw,
             tokenizer=character_tokenizer(),
             state=TrainingState(
-                round=number, step=0, mismatch_is_small=None, recipe_digest="", version=""
+                round=number,
+                step=0,
+                prompts_taken=0,
+                mismatch_is_small=None,
+                recipe_digest="",
+                version="",
             ),
         )
     return policy

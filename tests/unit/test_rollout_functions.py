@@ -271,7 +271,7 @@ def test_a_rollout_with_an_error_may_be_empty_and_keeps_its_error():
         ),
         (
             {"token_ids": [5] * 70, "from_policy": [True] * 70, "logprobs": [-1.0] * 70},
-            "prompt and completion have 74 tokens, more than sampling.max_length = 64; end it "
+            "prompt and completion have 73 tokens, more than sampling.max_length = 64; end it "
             "earlier, with finish_reason 'length'",
         ),
         ({"finish_reason": "done"}, "finish_reason is 'done'; it must be one of ('stop', 'length'"),

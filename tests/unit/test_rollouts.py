@@ -65,7 +65,7 @@ def test_text_format_ignores_the_template():
 def test_a_text_prompt_stays_text_beside_a_template():
     tokenizer = character_tokenizer()
     rendered = renderer(tokenizer, system="Be brief.").render(Prompt(id="t", text="Once"))
-    assert shown(tokenizer, rendered) == "Once\n"
+    assert shown(tokenizer, rendered) == "Once"
 
 
 def test_the_system_turn_comes_before_a_chat_that_has_none():

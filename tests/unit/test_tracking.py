@@ -175,3 +175,12 @@ def test_a_second_user_of_the_folder_is_refused(run: RunFolder):
         )
     with RunFolder(run.path).locked():
         pass
+
+
+def test_a_lock_leaves_nothing_where_nothing_was_written(run: RunFolder):
+    with run.locked():
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+    assert list(run.path.iterdir()) == []
+    with run.locked():
+        run.write_text("recipe.toml", "")
+    assert {path.name for path in run.path.iterdir()} == {"recipe.toml", ".lock"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import math
@@ -127,10 +128,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
             )
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot load model {name!r}: {first_line}; give {_SMOLLM2!r}, the name of a model in "
-            "the local hub cache or reachable hub, or a folder with config.json and weights"
-        ) from None
+        raise ModelError(_no_such_model(name, first_line)) from None
     # Some encoder-decoders load as a decoder alone, with weights that were never trained so.
     if is_encoder_decoder:
         raise ModelError(f"model {name!r} is an encoder-decoder; a decoder-only model is needed")
@@ -158,11 +156,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
+        if not Path(folder).is_dir():
+            raise ModelError(_no_such_model(name, first_line)) from None
         raise ModelError(
             f"cannot load a tokenizer for {name!r}: {first_line}; save one into the model folder "
             "with tokenizer.save_pretrained"
         ) from None
     return tokenizer
+
+
+def _no_such_model(name: str, why: str) -> str:
+    near = difflib.get_close_matches(name, [_SMOLLM2], n=1)
+    hint = f"did you mean {_SMOLLM2!r}? Or give" if near else f"give {_SMOLLM2!r},"
+    return (
+        f"cannot load model {name!r}: {why}; {hint} the name of a model in "
+        "the local hub cache or reachable hub, or a folder with config.json and weights"
+    )
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
