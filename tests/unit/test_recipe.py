@@ -9,6 +9,15 @@ import pytest
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError
 from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe, recipe_keys
+from gmpo.task_config import (
+    ArithmeticTask,
+    BundledTask,
+    CountdownTask,
+    DatasetTask,
+    GivenTask,
+    GymTask,
+    JsonlTask,
+)
 
 KINDS = {
     "arithmetic": (),
@@ -26,7 +35,7 @@ task.held_out_items task.split_seed task.kind task.operators task.min_operand ta
 task.num_terms task.train_items task.instruction task.num_numbers task.max_number task.max_target
 task.prompt_column task.answer_column task.id_column task.keep_columns task.answer_marked
 task.where task.held_out_where task.unusable_rows task.path task.held_out_path task.name
-task.config_name task.revision task.split task.held_out_split task.options
+task.config_name task.revision task.split task.held_out_split task.options task.digest
 reward.weights reward.format_pattern reward.combine reward.floor reward.truncated
 reward.timeout_seconds reward.length_full_tokens reward.length_zero_tokens reward.functions
 reward.models reward.on_error reward.function_timeout_seconds
@@ -47,6 +56,17 @@ evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round lora.rank lora.alpha lora.targets
 """
 KEYS = KEY_TABLE.split()
+
+TABLES = {
+    "arithmetic": ArithmeticTask,
+    "countdown": CountdownTask,
+    "jsonl": JsonlTask,
+    "dataset": DatasetTask,
+    "gym": GymTask,
+    "given": GivenTask,
+}
+HOMES = {**KINDS, "given": ("task.train_items=1", "task.digest=0")}
+del HOMES["svamp"]
 
 
 def recipe(folder: Path, text: str = '[task]\nkind = "arithmetic"\n') -> Path:
@@ -132,21 +152,18 @@ def test_an_override_inside_a_value_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("key", KEYS)
 def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, tmp_path: Path):
     misspelt = key + "x"
-    home = next((kind for kind in ("arithmetic", "countdown", "jsonl") if has(kind, key)), None)
-    overrides = [f"task.kind={home}", *KINDS[home]] if home else []
+    home = next((kind for kind in HOMES if has(kind, key)), None)
+    overrides = [f"task.kind={home}", *HOMES[home]] if home else []
     message = refusal(recipe(tmp_path), *overrides, f"{misspelt}=1")
     assert f"unknown key {misspelt!r}; did you mean {key!r}?" in message
     assert str(tmp_path / "mine.toml") in message
 
 
 def has(kind: str, key: str) -> bool:
-    """Whether a task of this kind has the key."""
-    of_kind = {
-        "arithmetic": "operators min_operand max_operand num_terms train_items instruction",
-        "countdown": "num_numbers max_number max_target",
-        "jsonl": "path held_out_path",
-    }
-    return key.startswith("task.") and key.removeprefix("task.") in of_kind[kind].split()
+    """Whether a task of this kind has a key that not every kind has."""
+    name = key.removeprefix("task.")
+    common = set(BundledTask.model_fields) - {"instruction"}
+    return key != name and name in TABLES[kind].model_fields and name not in common
 
 
 def test_a_key_of_another_kind_of_task_is_not_offered(tmp_path: Path):
