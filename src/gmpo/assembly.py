@@ -40,11 +40,14 @@ from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
     "PromptStream",
+    "RunInputs",
     "TrainingParts",
+    "assemble",
     "build_evaluator",
     "build_parts",
     "build_sampler",
     "build_task",
+    "read_inputs",
     "resolve_model",
 ]
 
@@ -59,6 +62,7 @@ class PromptStream:
         self._prompts = prompts
         self._per_round = prompts_per_round
         self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
 
     def take(self, round_number: int) -> list[Prompt]:
         """The prompts of a round, counted from 0."""
@@ -67,8 +71,33 @@ class PromptStream:
 
     def _at(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return self._prompts[int(order[place])]
+        if epoch not in self._orders:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            self._orders = {epoch: order}  # a round looks at one epoch, seldom at two
+        return self._prompts[int(self._orders[epoch][place])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run reads before its model is loaded; `config` has device and precision resolved.
+
+    Attributes:
+        config: the recipe.
+        tokenizer: of its model.
+        renderer: turns prompts into token ids.
+        train_items: training prompts.
+        prompts: the same, rendered, in the order in which rounds take them.
+        held_out: items of the evaluations, not rendered.
+        examples: worked examples of the few-shot evaluation.
+    """
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    train_items: int
+    prompts: PromptStream
+    held_out: tuple[Prompt, ...]
+    examples: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +146,41 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
     Raises:
         gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
     """
+    return assemble(read_inputs(config, warn=warn), warn=warn)
+
+
+def read_inputs(config: RunConfig, *, warn: Callable[[str], None] = lambda _: None) -> RunInputs:
+    """What a recipe's prompts are, for its model's tokenizer; the model itself is not loaded.
+
+    Raises:
+        gmpo.errors.GmpoError: the task, the tokenizer or a prompt is not usable.
+    """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
     tokenizer = load_tokenizer(config.model.name)
     renderer = _renderer(config, tokenizer)
-    train_prompts = [renderer.render(prompt) for prompt in task.train]
+    return RunInputs(
+        config=config,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        train_items=len(task.train),
+        prompts=PromptStream(
+            [renderer.render(prompt) for prompt in task.train],
+            prompts_per_round=config.sampling.prompts_per_round,
+            seed=config.training.seed,
+        ),
+        held_out=_held_out(config, task),
+        examples=task.train[: config.evaluation.few_shot],
+    )
+
+
+def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts:
+    """Load the model and connect it with what was read.
+
+    Raises:
+        ModelError: the model cannot be loaded or used.
+    """
+    config, tokenizer = inputs.config, inputs.tokenizer
     policy = _policy(config, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
@@ -133,13 +192,9 @@ def build_parts(config: RunConfig, *, warn: Callable[[str], None]) -> TrainingPa
         tokenizer=tokenizer,
         sampler=sampler,
         optimizer=_optimizer(config, policy),
-        prompts=PromptStream(
-            train_prompts,
-            prompts_per_round=config.sampling.prompts_per_round,
-            seed=config.training.seed,
-        ),
-        held_out=_held_out(config, task),
-        evaluator=_evaluator(config, task, sampler, renderer, grader, sampling),
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        evaluator=_evaluator(config, inputs.examples, sampler, inputs.renderer, grader, sampling),
         grader=grader,
         rewards=_rewards(config, grader),
         sampling=sampling,
@@ -164,7 +219,8 @@ def build_evaluator(
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds) as grader:
-        evaluator = _evaluator(config, task, sampler, renderer, grader, sampling)
+        examples = task.train[: config.evaluation.few_shot]
+        evaluator = _evaluator(config, examples, sampler, renderer, grader, sampling)
         yield evaluator, _held_out(config, task)
 
 
@@ -254,7 +310,7 @@ def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> Sampling
 
 def _evaluator(
     config: RunConfig,
-    task: Task,
+    examples: tuple[Prompt, ...],
     sampler: LocalSampler,
     renderer: PromptRenderer,
     grader: Grader,
@@ -266,7 +322,7 @@ def _evaluator(
         renderer=renderer,
         grader=grader,
         settings=sampling if limit is None else replace(sampling, max_tokens=limit),
-        examples=task.train[: config.evaluation.few_shot],
+        examples=examples,
     )
 
 
