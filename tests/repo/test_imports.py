@@ -36,6 +36,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "schedules",
         "guard",
         "tracking",
+        "trackers",
+        "memory",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -44,11 +46,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "assembly",
         "steps",
         "reporting",
+        "forecast",
+        "pace",
+        "outlook",
         "training",
         "trainer",
         "study",
         "generation",
-        "forecast",
         "inspection",
         "terminal",
         "cli",
@@ -92,6 +96,9 @@ TORCH_FREE = (
     "gmpo.rewards",
     "gmpo.plots",
     "gmpo.inspection",
+    "gmpo.memory",
+    "gmpo.tracking",
+    "gmpo.trackers",
 )
 
 
