@@ -37,7 +37,9 @@ def main() -> int:
         return 1
     started = time.monotonic()
     make_venv(arguments.venv)
-    num_bytes = sum(pip_install(arguments.venv, step) for step in install_steps(extras=arguments.extras))
+    num_bytes = sum(
+        pip_install(arguments.venv, step) for step in install_steps(extras=arguments.extras)
+    )
     summary = (
         f"set-up downloaded {num_bytes:,} bytes (the sum of "
         f"the rounded sizes that pip announces) and took {time.monotonic() - started:.0f} s"

@@ -321,6 +321,8 @@ class TrainingConfig(_Table):
     gradient_cosine_every: int = Field(default=0, ge=0)
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
     a round's last step, which costs two more forward and backward passes; 0 never measures."""
+    refuse_beyond_memory: bool = True
+    """Whether a run whose forecast exceeds the memory that is free is refused before it starts."""
 
 
 class CheckpointConfig(_Table):
@@ -354,6 +356,19 @@ class TrackingConfig(_Table):
 
     groups_per_round: int = Field(default=4, ge=0)
     """Groups of each round whose texts, rewards, advantages and ratios go to rollouts.jsonl."""
+    to: tuple[Literal["trackio", "mlflow", "tensorboard", "wandb"], ...] = ()
+    """Tools that get every row of metrics.jsonl besides; each needs the extra of its name (trackio:
+    `track`). They write to this machine unless their own environment variables say otherwise."""
+    project: str = Field(default="gmpo", min_length=1)
+    """What trackers file the run under."""
+    name: str | None = None
+    """Name that trackers show; None takes the run folder's."""
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> TrackingConfig:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"to = {list(self.to)} names a tracker twice; name each once")
+        return self
 
 
 class RunConfig(_Table):
@@ -370,6 +385,12 @@ class RunConfig(_Table):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def deciding(self) -> RunConfig:
+        """This recipe with everything at its default that cannot change the weights of a run."""
+        training = self.training.model_copy(update={"refuse_beyond_memory": True})
+        changes = {"description": "", "training": training, "tracking": TrackingConfig()}
+        return self.model_copy(update=changes)
 
     def max_prompt_tokens(self) -> int:
         """Tokens that max_length leaves for a prompt beside the longest completion asked for."""

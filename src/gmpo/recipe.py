@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from gmpo.config import RunConfig, TaskConfig
 from gmpo.errors import ConfigError
 
-__all__ = ["bundled_recipes", "dump_recipe", "load_recipe", "recipe_keys"]
+__all__ = ["bundled_recipes", "dump_recipe", "load_recipe", "recipe_keys", "recipe_values"]
 
 
 def bundled_recipes() -> dict[str, str]:
@@ -47,6 +47,21 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_recipe(config: RunConfig) -> str:
     """The resolved recipe as TOML; keys that are None are left out, which means the same."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_values(config: RunConfig) -> dict[str, Any]:
+    """The resolved recipe as one flat table, by `table.key`; keys that are None are left out."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, table: dict[str, Any]) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    add("", config.model_dump(mode="json", exclude_none=True))
+    return flat
 
 
 def recipe_keys() -> list[str]:
