@@ -27,7 +27,8 @@ ALLOWED_ERROR = 0.2
 
 SMALL_EVALUATION = (
     "training.rounds=2",
-    "evaluation.items=8",
+    "evaluation.items=2",
+    "evaluation.max_new_tokens=1",
     "evaluation.every_rounds=0",
     "evaluation.sampled=false",
 )
