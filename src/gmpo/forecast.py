@@ -57,8 +57,7 @@ class Forecast:
         cache_gib: the sampler's keys and values, which stay between rounds.
         update_gib: what the largest micro-batch takes for a moment.
         sampling_gib: what sampling takes for a moment.
-        checkpoint_gib: copies of weights or moments for a moment, as they are written.
-        peak_gib: what stays, and the largest of the three that do not.
+        peak_gib: what stays, and the larger of the two that do not; a checkpoint copies nothing.
     """
 
     num_parameters: int
@@ -73,7 +72,6 @@ class Forecast:
     cache_gib: float
     update_gib: float
     sampling_gib: float
-    checkpoint_gib: float
     peak_gib: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -209,9 +207,7 @@ def _memory(
     drawing = sampling_bytes(shape, rows=rows, prompt_tokens=longest)
     # A cache that grows is there twice for a moment.
     sampling_peak = drawing + cache
-    # Both moments are turned into bytes before they are written.
-    checkpoint = 8 * shape.num_parameters
-    peak = process + weights + cache + max(update, sampling_peak, checkpoint)
+    peak = process + weights + cache + max(update, sampling_peak)
     return {
         "num_parameters": shape.num_parameters,
         "process_gib": process / GIB,
@@ -219,7 +215,6 @@ def _memory(
         "cache_gib": cache / GIB,
         "update_gib": update / GIB,
         "sampling_gib": sampling_peak / GIB,
-        "checkpoint_gib": checkpoint / GIB,
         "peak_gib": peak / GIB,
     }
 

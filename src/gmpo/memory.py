@@ -125,10 +125,10 @@ def weight_bytes(shape: ModelShape, *, has_reference: bool, keeps_second_gradien
         has_reference: a frozen copy of the starting model serves a KL term.
         keeps_second_gradient: two gradients are compared.
     """
-    per_weight = 4 * _FLOAT
-    per_weight += shape.width if shape.width < _FLOAT else 0
-    # The frozen copy keeps its own fp32 weights beside narrower ones, as every policy does.
-    per_weight += (_FLOAT + shape.width % _FLOAT) if has_reference else 0
+    compute_copy = shape.width if shape.width < _FLOAT else 0
+    per_weight = 4 * _FLOAT + compute_copy
+    # The reference holds fp32 weights beside narrower ones too, as every policy does.
+    per_weight += _FLOAT + compute_copy if has_reference else 0
     per_weight += _FLOAT if keeps_second_gradient else 0
     return shape.num_parameters * per_weight
 

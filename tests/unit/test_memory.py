@@ -159,16 +159,21 @@ def test_weights_gradients_and_moments_are_what_the_optimizer_holds():
         assert counted == weight_bytes(shape, has_reference=False, keeps_second_gradient=False)
 
 
-def test_a_reference_and_a_second_gradient_are_further_copies():
-    shape = shape_of(llama())
+@pytest.mark.parametrize(
+    ("dtype", "alone", "reference"), [(torch.float32, 16, 4), (torch.bfloat16, 18, 6)]
+)
+def test_a_reference_and_a_second_gradient_are_further_copies(
+    dtype: torch.dtype, alone: int, reference: int
+):
+    shape = shape_of(llama(dtype=dtype))
 
     def per_weight(**extra: bool) -> float:
         arguments = {"has_reference": False, "keeps_second_gradient": False} | extra
         return weight_bytes(shape, **arguments) / shape.num_parameters
 
-    assert per_weight() == 16
-    assert per_weight(has_reference=True) == 20
-    assert per_weight(keeps_second_gradient=True) == 20
+    assert per_weight() == alone
+    assert per_weight(has_reference=True) == alone + reference
+    assert per_weight(keeps_second_gradient=True) == alone + 4
 
 
 def test_the_cache_is_as_large_as_the_samplers():
