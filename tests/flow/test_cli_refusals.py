@@ -116,11 +116,11 @@ def test_a_model_without_an_end_token_is_refused(model: str, recipe: str, tmp_pa
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([], "rows.jsonl holds no row; it needs at least one JSON object a line"),
+        ([], "rows.jsonl holds no row; it needs at least one"),
         (
             [{"problem": "1 + 1?", "answer": "2"}, {"problem": "2 + 2?"}],
             "rows.jsonl:2: answer is missing; it must be a text or a number; complete the row, or "
-            "drop it from the file before training",
+            "leave such rows out, counted, with unusable_rows = 'drop'",
         ),
         ([{"problem": "1 + 1?", "answer": ""}], "rows.jsonl:1: answer is ''"),
         ([{"question": "1 + 1?", "answer": "2"}], "rows.jsonl:1: neither 'prompt' nor 'problem'"),
