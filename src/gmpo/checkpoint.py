@@ -109,7 +109,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFolderError(
             f"checkpoint {final} could not be written: {error}; free space and continue with "
-            "--resume from the last checkpoint, which is untouched"
+            "--resume: what was saved before is untouched"
         ) from None
     return final
 

@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(
         message = refusal("train", recipe, "--run", disk / "r", *arguments)
         assert "round-000003 could not be written: " in message
         assert "No space left on device" in message
-        assert "continue with --resume from the last checkpoint, which is untouched" in message
+        assert "continue with --resume: what was saved before is untouched" in message
         resize(disk, kilobytes=8_000)
         result = gmpo("train", "--run", disk / "r", "--resume")
         assert result.exit_code == 0, result.stderr
