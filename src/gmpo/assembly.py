@@ -64,11 +64,14 @@ from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 __all__ = [
     "Given",
     "PromptStream",
+    "RunInputs",
     "TrainingParts",
+    "assemble",
     "build_evaluator",
     "build_parts",
     "build_sampler",
     "build_task",
+    "read_inputs",
     "resolve_model",
 ]
 
@@ -82,6 +85,7 @@ class PromptStream:
     def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
         self._prompts = prompts
         self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -92,8 +96,10 @@ class PromptStream:
 
     def _at(self, position: int) -> Prompt:
         epoch, place = divmod(position, len(self._prompts))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return self._prompts[int(order[place])]
+        if epoch not in self._orders:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            self._orders = {epoch: order}  # a round looks at one epoch, seldom at two
+        return self._prompts[int(self._orders[epoch][place])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +120,37 @@ class Given:
     task: Task | None = None
     rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
     rollout: RolloutFunction | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run reads before its model is loaded.
+
+    Attributes:
+        config: the recipe, device and precision resolved.
+        given: objects that stand in for those that the recipe names.
+        task: whose items are asked.
+        tokenizer: of the model.
+        renderer: turns prompts into token ids.
+        prompts: the training prompts, rendered, in the order in which rounds take them.
+    """
+
+    config: RunConfig
+    given: Given
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    prompts: PromptStream
+
+    @property
+    def held_out(self) -> tuple[Prompt, ...]:
+        """Items of the evaluations, in an order of no meaning: the first n are a fair sample."""
+        return _held_out(self.config, self.task)
+
+    @property
+    def examples(self) -> tuple[Prompt, ...]:
+        """Worked examples of the few-shot evaluation."""
+        return self.task.train[: self.config.evaluation.few_shot]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +215,49 @@ def build_parts(
     Raises:
         gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
     """
+    return assemble(read_inputs(config, warn=warn, given=given), warn=warn)
+
+
+def read_inputs(
+    config: RunConfig,
+    *,
+    warn: Callable[[str], None] = lambda _: None,
+    given: Given | None = None,
+) -> RunInputs:
+    """What a recipe's prompts are, for its model's tokenizer; the model itself is not loaded.
+
+    Raises:
+        gmpo.errors.GmpoError: the task, the tokenizer or a prompt is not usable.
+    """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     given = given or Given()
     task = given.task or build_task(config.task)
     for note in task.notes():
         warn(note)
+    tokenizer = given.tokenizer or load_tokenizer(config.model.name)
+    renderer = _renderer(config, tokenizer)
+    train_prompts = [renderer.render(prompt) for prompt in task.train]
+    return RunInputs(
+        config=config,
+        given=given,
+        task=task,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        prompts=PromptStream(train_prompts, seed=config.training.seed),
+    )
+
+
+def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts:
+    """Load the model and connect it with what was read.
+
+    Raises:
+        gmpo.errors.GmpoError: the model or a function that the recipe names is not usable.
+    """
+    config, given, task, tokenizer = inputs.config, inputs.given, inputs.task, inputs.tokenizer
     grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
     rollout = _rollout_function(config, given.rollout)
-    tokenizer = given.tokenizer or load_tokenizer(config.model.name)
-    renderer = _renderer(config, tokenizer)
-    train_prompts = [renderer.render(prompt) for prompt in task.train]
     policy = _policy(config, given.model, warn=warn)
     reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
@@ -203,9 +271,9 @@ def build_parts(
         sampler=sampler,
         sample=sample,
         optimizer=_optimizer(config, policy),
-        prompts=PromptStream(train_prompts, seed=config.training.seed),
-        held_out=_held_out(config, task),
-        evaluator=_evaluator(config, task, sample, renderer, grader, sampling),
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        evaluator=_evaluator(config, task, sample, inputs.renderer, grader, sampling),
         grader=grader,
         rewards=rewards,
         sampling=sampling,

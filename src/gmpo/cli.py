@@ -84,7 +84,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print recipe and estimate; train nothing.")
+        bool, typer.Option("--dry-run", help="Print recipe and forecast; train nothing.")
     ] = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -337,7 +337,7 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
     needs = forecast(config)
     if as_json:
         recipe = config.model_dump(mode="json")
-        print(json.dumps({"recipe": recipe, "estimate": needs.as_dict()}))
+        print(json.dumps({"recipe": recipe, "forecast": needs.as_dict()}))
         return
     print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
     print(f"# {config.objective.clip_description()}")

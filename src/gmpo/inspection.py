@@ -86,6 +86,8 @@ class RunSummary:
         peak_memory_gib: largest memory in GiB.
         timeouts_total: answers whose grading ran out of time, in training.
         failed_rollouts_total: rollouts that failed and were not used.
+        tracker_errors_total: calls of trackers that failed.
+        tracker_dropped_total: rows that trackers were not given.
         non_finite_total: logged figures that were NaN or infinite and are in no figure above.
     """
 
@@ -117,6 +119,8 @@ class RunSummary:
     peak_memory_gib: float | None
     timeouts_total: int | None
     failed_rollouts_total: int | None
+    tracker_errors_total: int | None
+    tracker_dropped_total: int | None
     non_finite_total: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,8 +147,6 @@ def summarize_run(path: str | Path) -> RunSummary:
         )
     config = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
     rewards = [line.get("rollout/reward") for line in rounds]
-    timeouts = _total(rounds, "grading/timeouts_total")
-    failed = _total(rounds, "rollout/errors_total")
     return RunSummary(
         folder=str(folder),
         **_recipe_figures(config),
@@ -168,8 +170,10 @@ def summarize_run(path: str | Path) -> RunSummary:
         reward_seconds=_total(rounds, "time/reward_seconds"),
         update_seconds=_total(rounds, "time/update_seconds"),
         peak_memory_gib=max(_values(rounds, "memory/peak_gib"), default=None),
-        timeouts_total=None if timeouts is None else int(timeouts),
-        failed_rollouts_total=None if failed is None else int(failed),
+        timeouts_total=_count(rounds, "grading/timeouts_total"),
+        failed_rollouts_total=_count(rounds, "rollout/errors_total"),
+        tracker_errors_total=_count(rounds, "tracking/errors_total"),
+        tracker_dropped_total=_count(rounds, "tracking/dropped_total"),
         non_finite_total=_count_nulls(lines),
     )
 
@@ -329,6 +333,11 @@ def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) if values else None
 
 
+def _count(lines: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    total = _total(lines, name)
+    return None if total is None else int(total)
+
+
 def _share(lines: Sequence[Mapping[str, Any]], name: str, *, of: str) -> float | None:
     part, whole = _total(lines, name), _total(lines, of)
     return None if part is None or not whole else part / whole
@@ -384,7 +393,17 @@ def _cost_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("peak memory", _figure(summary.peak_memory_gib, "{:.2f} GiB")),
         ("answers whose grading timed out", _figure(summary.timeouts_total, "{}")),
         ("rollouts that failed", _figure(summary.failed_rollouts_total, "{}")),
+        *_tracker_rows(summary),
         ("figures not finite, left out", str(summary.non_finite_total)),
+    ]
+
+
+def _tracker_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    if summary.tracker_errors_total is None:
+        return []
+    return [
+        ("calls of trackers that failed", str(summary.tracker_errors_total)),
+        ("rows trackers were not given", str(summary.tracker_dropped_total)),
     ]
 
 
