@@ -63,7 +63,7 @@ class GmpoSide:
             held_out=(),
             instruction="",
         )
-        self._parts = build_parts(
+        self.parts = build_parts(
             recipe(workload, dtype), warn=self.notes.append, given=Given(task=task)
         )
         self._version = 0
@@ -126,7 +126,7 @@ class GmpoSide:
 
     def about(self) -> dict[str, Any]:
         """What has to be alike on both sides, and what was resolved here."""
-        parts = self._parts
+        parts = self.parts
         return {
             "end_tokens": sorted(end_token_ids(parts.policy.model, parts.tokenizer)),
             "dtype": parts.config.model.dtype,
@@ -135,11 +135,11 @@ class GmpoSide:
         }
 
     def close(self) -> None:
-        self._parts.close()
+        self.parts.close()
 
     def _restarted(self, live_groups: int | None) -> TrainingParts:
         """The parts with the first weights, a fresh optimizer and the wanted rewards."""
-        parts = self._parts
+        parts = self.parts
         parts.policy.load_weights(load_weights(self._scratch.start).items())
         clear_moments(parts.optimizer.adamw)
         parts.optimizer.zero_gradients()
@@ -187,7 +187,7 @@ class GmpoSide:
     def _groups(self, number: int, rows: SampledRows) -> list[Group]:
         """TRL's rows as groups of the round's prompts, which must be the tokens that TRL saw."""
         count, size = self._workload.prompts_per_round, self._workload.group_size
-        prompts = self._parts.prompts.take(number * count, count)
+        prompts = self.parts.prompts.take(number * count, count)
         groups = []
         for place, prompt in enumerate(prompts):
             places = range(place * size, (place + 1) * size)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,13 +70,13 @@ class Worker:
     def close(self) -> None:
         """End the process: its input ends."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        if self._process.poll() is None:
+        with suppress(BrokenPipeError):  # it has ended, and what it was sent is of no use
             self._process.stdin.close()
-            try:
-                self._process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
         self._log.close()
 

@@ -18,7 +18,7 @@ SGD_LEARNING_RATE = 2e-3
 """Of the rounds that compare gradients: one of AdamW's steps, from moments of zero, has nearly the
 same size for every weight, also where the gradient is nothing but rounding."""
 
-WORKED_EXAMPLES = 9
+WORKED_EXAMPLES = 7
 """Solved GSM8K problems before a long prompt's own: at least 512 tokens together."""
 
 
