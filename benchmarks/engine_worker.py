@@ -28,13 +28,12 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a folder with weights and config.json")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), required=True)
     parser.add_argument("--max-rows", type=int, required=True, help="sequences decoded together")
+    parser.add_argument("--block-size", type=int, help="positions in a block of vLLM's cache")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     started = time.perf_counter()
-    complete, facts = ENGINES[arguments.engine](
-        arguments.model, arguments.dtype, arguments.max_rows
-    )
+    complete, facts = ENGINES[arguments.engine](arguments)
     facts["start_seconds"] = time.perf_counter() - started
     reply(answers, facts)
     for line in sys.stdin:
@@ -50,8 +49,8 @@ def reply(answers: Any, message: dict[str, Any]) -> None:
     answers.flush()
 
 
-def gmpo_engine(model: str, dtype: str, max_rows: int) -> tuple[Callable[[Job], list[int]], Any]:
-    """gmpo's sampler over the model, as training uses it: log-probabilities come with the tokens."""
+def gmpo_engine(settings: argparse.Namespace) -> tuple[Callable[[Job], list[int]], Any]:
+    """gmpo's sampler as training uses it: log-probabilities come with the tokens."""
     import torch
     import transformers
 
@@ -59,9 +58,9 @@ def gmpo_engine(model: str, dtype: str, max_rows: int) -> tuple[Callable[[Job], 
     from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
     from gmpo.sampler.requests import SampleRequest, complete
 
-    policy = load_policy(model, device="cpu", dtype=dtype)
-    tokenizer = load_tokenizer(model)
-    sampler = build_sampler(policy, tokenizer, max_rows=max_rows)
+    policy = load_policy(settings.model, device="cpu", dtype=settings.dtype)
+    tokenizer = load_tokenizer(settings.model)
+    sampler = build_sampler(policy, tokenizer, max_rows=settings.max_rows)
     end_ids = end_token_ids(policy.model, tokenizer)
 
     def run(job: Job) -> list[int]:
@@ -83,18 +82,19 @@ def gmpo_engine(model: str, dtype: str, max_rows: int) -> tuple[Callable[[Job], 
     return run, {"versions": versions, "threads": torch.get_num_threads()}
 
 
-def vllm_engine(model: str, dtype: str, max_rows: int) -> tuple[Callable[[Job], list[int]], Any]:
+def vllm_engine(settings: argparse.Namespace) -> tuple[Callable[[Job], list[int]], Any]:
     """vLLM with its prefix cache, its compiler and no log-probabilities: the faster setting."""
     import torch
     import transformers
     import vllm
 
     engine = vllm.LLM(
-        model=model,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        model=settings.model,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
         max_model_len=LONGEST,
-        max_num_seqs=max_rows,
+        max_num_seqs=settings.max_rows,
         enable_prefix_caching=True,
+        block_size=settings.block_size,
         disable_log_stats=True,
         seed=0,
     )

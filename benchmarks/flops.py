@@ -1,14 +1,14 @@
-"""Counted floating-point operations of a Llama-family model's rollouts and updates, gmpo's and TRL's.
+"""Counted operations of a Llama-family model's rollouts and updates, gmpo's and TRL's.
 
-A multiplication and an addition are two operations. Matrix products are counted, attention's
-included, nothing else: not softmax, norms, activations or drawing. `FlopCounterMode` counts the same
-in what really runs; tests hold the two equal.
+A multiplication and an addition are two floating-point operations. Matrix products are counted,
+attention's included, nothing else: not softmax, norms, activations or drawing. `FlopCounterMode`
+counts the same in what really runs; tests hold the two equal.
 
 A sequence attends to whole rectangles of keys, as the kernels are asked to; what a causal mask
 leaves of them is counted in `needed_*` alone, which are lower bounds on any implementation's work.
 
-Dimensions: **N** layers, **M** hidden, **I** feed-forward, **H** query heads, **K** key heads, **D**
-head size, **V** vocabulary.
+Dimensions: **N** layers, **M** hidden, **I** feed-forward, **H** query heads, **K** key heads,
+**D** head size, **V** vocabulary.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def model_of(config: Any) -> Model:
 
 
 def body(model: Model, tokens: int) -> int:
-    """Projections and feed-forward of `tokens` through all layers: 2 N (2 M H D + 2 M K D + 3 M I)."""
+    """Projections and feed-forward through all layers: 2 N (2 M H D + 2 M K D + 3 M I) a token."""
     return 2 * model.layers * model.layer_weights * tokens
 
 
@@ -138,9 +138,7 @@ class Layout:
 
     def passes(self) -> list[Pass]:
         """What runs through the layers; a completion's last token predicts nothing that counts."""
-        rest = Pass(
-            rows=self.prompts, width=self.prompt_width - self.shared, past=self.shared
-        )
+        rest = Pass(rows=self.prompts, width=self.prompt_width - self.shared, past=self.shared)
         later = Pass(rows=self.rows, width=self.completion_width - 1, past=self.prompt_width)
         return [
             *([Pass(rows=1, width=self.shared)] if self.shared else []),

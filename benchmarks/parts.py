@@ -8,7 +8,7 @@ but an operator no rule names is counted as "norms and elementwise".
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch.profiler import ProfilerActivity, profile
@@ -75,7 +75,7 @@ def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
         return "head" if is_wide else "projections"
     if "scaled_dot_product" in name or name in _CACHE:
         return "attention"
-    if "adam" in name or name.startswith("_foreach") or name.startswith("Optimizer"):
+    if "adam" in name or name.startswith(("_foreach", "Optimizer")):
         return "optimizer"
     if name in _DRAWING:
         return "drawing" if draws else "softmax over the vocabulary"
@@ -104,17 +104,13 @@ def shares(
     }
 
 
-def parts_table(title: str, parts: dict[str, dict[str, float]]) -> str:
-    """As a Markdown table in milliseconds."""
-    lines = [f"| {title} | ms | share |", "|---|---|---|"]
+def parts_table(
+    title: str, parts: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
+) -> str:
+    """As a Markdown table in milliseconds, with the bound of the parts that have one."""
+    lines = [f"| {title} | ms | share | bound, ms |", "|---|---|---|---|"]
     for name, of_part in sorted(parts.items(), key=lambda item: -item[1]["seconds"]):
-        lines.append(f"| {name} | {1e3 * of_part['seconds']:.1f} | {of_part['share']:.0%} |")
+        bound = f"{1e3 * bounds[name]:.1f}" if name in bounds else ""
+        seconds, share = 1e3 * of_part["seconds"], of_part["share"]
+        lines.append(f"| {name} | {seconds:.1f} | {share:.0%} | {bound} |")
     return "\n".join(lines)
-
-
-def median_profile(runs: Sequence[list[Operator]]) -> list[Operator]:
-    """Of several profiles the one whose total is in the middle."""
-    ordered = sorted(runs, key=lambda run: sum(operator.seconds for operator in run))
-    return ordered[len(ordered) // 2]
-
-

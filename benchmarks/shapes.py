@@ -1,4 +1,4 @@
-"""Rounds of the three workloads: real prompts as tokens, completions by length, the steps on them."""
+"""Rounds of the three workloads: real prompts, completions by length, and the steps on them."""
 
 from __future__ import annotations
 

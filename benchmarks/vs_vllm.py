@@ -49,9 +49,7 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario(
-        name="rollouts", num_prompts=8, completions=8, max_tokens=32, ignores_end=True
-    ),
+    Scenario(name="rollouts", num_prompts=8, completions=8, max_tokens=32, ignores_end=True),
     Scenario(
         name="rollouts, natural ends",
         num_prompts=8,
@@ -59,9 +57,7 @@ SCENARIOS = (
         max_tokens=32,
         ignores_end=False,
     ),
-    Scenario(
-        name="8-way decoding", num_prompts=8, completions=1, max_tokens=128, ignores_end=True
-    ),
+    Scenario(name="8-way decoding", num_prompts=8, completions=1, max_tokens=128, ignores_end=True),
 )
 
 
@@ -172,6 +168,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of gmpo's draws")
     parser.add_argument("--threads", type=int, help="on both sides; all cores unless given")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=32,
+        help="positions of a block of vLLM's cache; only full blocks are shared",
+    )
     parser.add_argument("--venv", type=Path, default=REPOSITORY / ".venv-vllm")
     parser.add_argument(
         "--no-build", dest="build", action="store_false", help="fail where vLLM is not installed"
@@ -194,16 +196,20 @@ def start(name: str, options: argparse.Namespace, model: str, log: Path) -> Work
     python = python_of(options.venv) if name == "vllm" else Path(sys.executable)
     command = [str(python), str(file), name, "--model", model, "--dtype", options.dtype]
     command += ["--max-rows", str(MAX_ROWS)]
+    if name == "vllm":
+        command += ["--block-size", str(options.block_size)]
     print(f"starting {name}", flush=True)
-    return Worker(name, command, environment_of(name, options.threads), log)
+    return Worker(name, command, environment_of(name, options), log)
 
 
-def environment_of(name: str, threads: int) -> dict[str, str]:
+def environment_of(name: str, options: argparse.Namespace) -> dict[str, str]:
     """What each engine is told through its environment: threads, and vLLM's cache and cores."""
     if name == "gmpo":
-        return {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY / "src")}
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+        return {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(REPOSITORY / "src")}
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
     return {
+        # Intel's OpenMP, which vLLM asks for by a warning and whose package it installs.
+        "LD_PRELOAD": str(options.venv.resolve() / "lib" / "libiomp5.so"),
         # Left to itself vLLM may keep a core free for its front end.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -263,8 +269,7 @@ def check_lengths(name: str, lengths: Sequence[int], scenario: Scenario) -> None
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Seconds and tokens/s of each engine, and gmpo's tokens/s over vLLM's, pair by pair."""
     rates = {
-        name: [sum(row[name]["lengths"]) / row[name]["seconds"] for row in rows]
-        for name in ENGINES
+        name: [sum(row[name]["lengths"]) / row[name]["seconds"] for row in rows] for name in ENGINES
     }
     ratios = paired_ratios(rates["gmpo"], rates["vllm"])
     return {

@@ -1,4 +1,4 @@
-"""Counted operations equal those that torch counts while the real code runs, for gmpo and for TRL."""
+"""Counted operations equal those that torch counts while gmpo's and TRL's own code runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from benchmarks.flops import (
     trl_scores,
 )
 from benchmarks.shapes import layout_of
-from gmpo.policy.score import Policy
-from gmpo.sampler.decoders import LlamaDecoder
-from gmpo.sampler.local import LocalSampler
-from gmpo.sampler.requests import SampleRequest, complete
-from gmpo.update import LossSettings, accumulate_gradients, bind_objective
 from tests.models import tiny_model
 from tests.rollout_groups import one_step, random_groups
 from tests.trl_trainers import tolerated, trainer_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from trl.experimental.gmpo import GMPOTrainer
+
+from gmpo.policy.score import Policy
+from gmpo.sampler.decoders import LlamaDecoder
+from gmpo.sampler.local import LocalSampler
+from gmpo.sampler.requests import SampleRequest, complete
+from gmpo.update import LossSettings, accumulate_gradients, bind_objective
 
 ALIKE = [[7, 8, 9, 10, 11, 12], [7, 8, 9, 10, 11, 20, 21, 22]]
 """Prompts whose first five tokens are the same."""
@@ -75,9 +76,7 @@ def test_gmpos_gradient_is_counted_exactly(prompts: list[list[int]], longest: in
 @pytest.mark.parametrize("prompts", PREFILL_PROMPTS.values(), ids=PREFILL_PROMPTS)
 def test_gmpos_scores_are_counted_exactly(prompts: list[list[int]]):
     policy = Policy(tiny_model())
-    (batch,) = one_step(
-        random_groups(prompts, [[2, 9], [3, 1]]), [[1.0, -1.0]] * 2
-    ).micro_batches
+    (batch,) = one_step(random_groups(prompts, [[2, 9], [3, 1]]), [[1.0, -1.0]] * 2).micro_batches
     with torch.no_grad():
         found = counted(lambda: policy.score(batch))
     assert found == gmpo_scores(model_of(policy.model.config), layout_of(batch))
@@ -87,9 +86,7 @@ def test_gmpos_scores_are_counted_exactly(prompts: list[list[int]]):
 def test_gmpos_rollouts_are_counted_exactly(prompts: list[list[int]]):
     policy = Policy(tiny_model())
     assert policy.body is not None
-    sampler = LocalSampler(
-        LlamaDecoder(policy.body, max_rows=8), context_length=64, max_rows=8
-    )
+    sampler = LocalSampler(LlamaDecoder(policy.body, max_rows=8), context_length=64, max_rows=8)
     limits = [3, 7]
     requests = [
         SampleRequest(id=str(number), token_ids=prompt, num_completions=2, max_tokens=limit)
@@ -173,9 +170,7 @@ def test_the_least_gradient_by_hand():
 
 def test_no_implementation_counts_less_than_the_least():
     model = model_of(tiny_model().config)
-    layout = Layout(
-        prompts=2, prompt_width=8, shared=5, rows=4, completion_width=9, counted=4 * 9
-    )
+    layout = Layout(prompts=2, prompt_width=8, shared=5, rows=4, completion_width=9, counted=4 * 9)
     least = needed_gradient(model, groups=[(8, [9, 9]), (8, [9, 9])], shared=5)
     assert least < gmpo_gradient(model, layout) < trl_gradient(model, rows=4, width=17)
     # The causal half of the attention and one of the head's four products are not needed.
