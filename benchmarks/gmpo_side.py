@@ -13,6 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from scripts.replay import ADVANTAGE_EPS, cosine_similarity, relative_difference
+from torch import nn
+
 from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights
 from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
 from benchmarks.workloads import (
@@ -23,9 +26,6 @@ from benchmarks.workloads import (
     patterned_rewards,
     training_prompts,
 )
-from scripts.replay import ADVANTAGE_EPS, cosine_similarity, relative_difference
-from torch import nn
-
 from gmpo import __version__
 from gmpo.assembly import Given, TrainingParts, build_parts
 from gmpo.checkpoint import TrainingState

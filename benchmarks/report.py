@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ratios import RATIOS
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.ratios import RATIOS
 
 COLUMNS = {
     "round_ratio": "round",

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from scripts.replay import TRL_ON_CPU
+from transformers import PrinterCallback, TrainerCallback
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+from trl.trainer import grpo_trainer
+
 from benchmarks.exchange import (
     SampledRows,
     Scratch,
@@ -27,12 +33,6 @@ from benchmarks.workloads import (
     patterned_rewards,
     prompts_of,
 )
-from datasets import Dataset
-from scripts.replay import TRL_ON_CPU
-from transformers import PrinterCallback, TrainerCallback
-from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-from trl.trainer import grpo_trainer
-
 from gmpo.grading import Grader
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.rewards import correct_reward
