@@ -283,7 +283,8 @@ def decode_report(
     steps = 8
     start_decoding(measured)
     operators = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
-    complete(measured.sampler, [])
+    while not measured.sampler.is_idle:
+        measured.sampler.step()
     typical = spread(seconds).median * steps
     parts = shares(operators, seconds=typical, vocabulary=shape.vocabulary, draws=True)
     layers = shape.layers * shape.layer_weights
