@@ -109,8 +109,8 @@ class Worker:
             code = self._process.returncode
             end = "\n".join(self.log.read_text().splitlines()[-15:])
             raise SystemExit(
-                f"the {self.name} process ended with code {code} before it answered; the end of its "
-                f"log:\n{end}"
+                f"the {self.name} process ended with code {code} before it answered; its log "
+                f"ends:\n{end}"
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
