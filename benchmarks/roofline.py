@@ -31,7 +31,7 @@ from benchmarks import flops
 from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
-from benchmarks.roofline_report import tables
+from benchmarks.roofline_report import counted_table, timing_tables
 from benchmarks.shapes import (
     STEPS_PER_ROUND,
     WORKLOADS,
@@ -94,10 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": options.model,
         "dtype": options.dtype,
         "threads": options.threads,
-        **({} if options.only_count else timings(measured, options)),
-        "counted": counted(measured, workloads, options.model),
     }
-    print(tables(report))
+    if not options.only_count:
+        report |= timings(measured, options)
+        print(timing_tables(report), end="\n\n", flush=True)
+    report["counted"] = counted(measured, workloads, options.model)
+    print(counted_table(report["counted"]))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -283,7 +285,8 @@ def decode_report(
     steps = 8
     start_decoding(measured)
     operators = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
-    complete(measured.sampler, [])
+    while not measured.sampler.is_idle:
+        measured.sampler.step()
     typical = spread(seconds).median * steps
     parts = shares(operators, seconds=typical, vocabulary=shape.vocabulary, draws=True)
     layers = shape.layers * shape.layer_weights

@@ -9,18 +9,15 @@ from benchmarks.parts import parts_table
 from benchmarks.spread import Spread
 
 
-def tables(report: Mapping[str, Any]) -> str:
-    """Peaks, decoding and updates against their bounds, their parts, and counted operations."""
-    made_with = report["made_with"]
+def timing_tables(report: Mapping[str, Any]) -> str:
+    """Peaks, decoding and updates against their bounds, and their parts."""
     title = (
-        f"{report['model']}, {report['dtype']}, {made_with['processor']}, "
+        f"{report['model']}, {report['dtype']}, {report['made_with']['processor']}, "
         f"{report['threads']} threads"
     )
-    blocks = [title]
-    if "peaks" in report:
-        blocks += [peaks_table(report["peaks"]), bounds_table(report), *part_tables(report)]
-    blocks.append(counted_table(report["counted"]))
-    return "\n\n".join(blocks)
+    return "\n\n".join(
+        [title, peaks_table(report["peaks"]), bounds_table(report), *part_tables(report)]
+    )
 
 
 def peaks_table(peaks: Mapping[str, Any]) -> str:

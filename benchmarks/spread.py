@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ class Spread:
         return {"median": self.median, "min": self.min, "max": self.max}
 
     def text(self, digits: int = 3) -> str:
-        """As "median (min to max)", each with that many significant digits."""
-        shown = (f"{value:#.{digits}g}".rstrip(".") for value in (self.median, self.min, self.max))
+        """As "median (min to max)", each with at least that many significant digits."""
+        shown = (significant(value, digits) for value in (self.median, self.min, self.max))
         return "{} ({} to {})".format(*shown)
+
+
+def significant(value: float, digits: int) -> str:
+    """Without an exponent, so that a large number keeps all digits before the point."""
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}"
 
 
 def spread(values: Sequence[float]) -> Spread:

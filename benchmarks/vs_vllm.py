@@ -105,11 +105,12 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            self.close()
+            code = self._process.returncode
             end = "\n".join(self.log.read_text().splitlines()[-15:])
             raise SystemExit(
-                f"the {self.name} process ended with code {code} before it answered; the end of "
-                f"its log ({self.log}):\n{end}"
+                f"the {self.name} process ended with code {code} before it answered; its log "
+                f"ends:\n{end}"
             )
         answer: dict[str, Any] = json.loads(line)
         return answer
