@@ -2,9 +2,10 @@
 
 A micro-batch's prompts begin alike (system turn, worked examples), and a group's completions follow
 the same prompt. `extend` runs rows of tokens after such a past, with gradient through it, so that
-neither part is repeated; training and the sampler's prefill both stand on it.
+neither part is repeated: the sampler's prefill. `packed.py` does the same for training.
 
-Dimensions: **P** prompts, **B** sequences, **T** tokens, **S** positions of the past, **M** hidden size.
+Dimensions: **P** prompts, **B** sequences, **T** tokens, **S** positions of the past, **M** hidden
+size.
 """
 
 from __future__ import annotations
