@@ -10,7 +10,7 @@ from gmpo.policy import head
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs
 
 F64 = torch.float64
-ROWS_PER_CHUNK = head._ROWS_PER_CHUNK
+ROWS_PER_CHUNK = head._ROWS_PER_TILE
 
 
 def case(rows: int, *, hidden_size: int = 6, vocabulary: int = 11) -> tuple[Tensor, Tensor, Tensor]:

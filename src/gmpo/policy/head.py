@@ -13,8 +13,10 @@ from torch import Tensor
 
 __all__ = ["chunked_token_logprobs", "token_logprobs", "widened"]
 
-_ROWS_PER_CHUNK = 256
-"""Positions whose logits exist at once: 256 x 49,152 in fp32 are 50 MB."""
+_ROWS_PER_TILE = 256
+_TOKENS_PER_TILE = 4096
+"""Logits exist in tiles of so many positions and vocabulary entries: 4 MB in fp32, so that what is
+done to them element by element happens in the processor's cache."""
 
 
 def token_logprobs(
@@ -38,10 +40,10 @@ def chunked_token_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
-    """`token_logprobs(hidden @ weight.T, ...)` with logits of one chunk of positions at a time.
+    """`token_logprobs(hidden @ weight.T, ...)` with logits of one tile at a time.
 
-    The gradient with respect to `hidden` is formed in the forward pass, where the probabilities
-    exist anyway; the one with respect to `weight` recomputes a chunk's logits in the backward pass.
+    The forward pass keeps the log of each position's normaliser; the backward pass forms a tile's
+    logits again and takes both gradients from them.
 
     Args:
         hidden: final hidden states; carries gradient.
@@ -66,72 +68,99 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        logprobs, entropies, slopes, entropy_slopes = [], [], [], []
-        for rows, ids in _chunks(hidden, token_ids):
-            log_p = (widened(rows @ weight.T) / temperature).log_softmax(dim=-1)
-            logprobs.append(log_p.gather(-1, ids[:, None])[:, 0])
-            p = log_p.exp()
-            if with_entropy:
-                entropy = -(p * log_p).sum(dim=-1)
-                entropies.append(entropy)
-                if wants_hidden:
-                    slope = -p * (log_p + entropy[:, None])
-                    entropy_slopes.append(slope.to(weight.dtype) @ weight / temperature)
-            if wants_hidden:
-                # d log p_y / d logits = onehot(y) - p
-                slopes.append((weight[ids] - p.to(weight.dtype) @ weight) / temperature)
-        ctx.save_for_backward(
-            hidden if wants_weight else None,
-            weight if wants_weight else None,
-            token_ids,
-            torch.cat(slopes) if slopes else None,
-            torch.cat(entropy_slopes) if entropy_slopes else None,
-        )
+        tiles = zip(hidden.split(_ROWS_PER_TILE), token_ids.split(_ROWS_PER_TILE), strict=True)
+        sums = [_sums(rows, weight, ids, temperature, with_entropy) for rows, ids in tiles]
+        chosen, log_total, mean = (torch.cat(column) for column in zip(*sums, strict=True))
+        entropy = log_total - mean
+        ctx.save_for_backward(hidden, weight, token_ids, log_total, entropy)
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
-        joined = torch.cat(logprobs)
-        return joined, torch.cat(entropies) if entropies else torch.zeros_like(joined)
+        return chosen - log_total, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, token_ids, slopes, entropy_slopes = ctx.saved_tensors
-        by_logprob, by_entropy = gradients
-        hidden_gradient = weight_gradient = None
-        if slopes is not None:
-            hidden_gradient = by_logprob[:, None].to(slopes.dtype) * slopes
-            if ctx.with_entropy:
-                scale = by_entropy[:, None].to(slopes.dtype)
-                hidden_gradient = hidden_gradient + scale * entropy_slopes
-        if weight is not None:
-            weight_gradient = torch.zeros_like(weight)
-            start = 0
-            for rows, ids in _chunks(hidden, token_ids):
-                stop = start + len(ids)
-                logits_gradient = _logits_gradient(
-                    (widened(rows @ weight.T) / ctx.temperature).log_softmax(dim=-1),
-                    ids,
-                    by_logprob[start:stop],
-                    by_entropy[start:stop] if ctx.with_entropy else None,
+        hidden, weight, token_ids, log_total, entropy = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        by_logprob, by_entropy = gradients[0], gradients[1] if ctx.with_entropy else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden_gradient = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
+        weight_gradient = torch.empty_like(weight) if wants_weight else None
+        for start in range(0, len(weight), _TOKENS_PER_TILE):
+            entries = weight[start : start + _TOKENS_PER_TILE]
+            of_entries = torch.zeros_like(entries, dtype=wide) if wants_weight else None
+            for first in range(0, len(hidden), _ROWS_PER_TILE):
+                rows = slice(first, first + _ROWS_PER_TILE)
+                slope = _logits_gradient(
+                    _tile(hidden[rows], entries, ctx.temperature),
+                    token_ids[rows] - start,
+                    log_total[rows],
+                    by_logprob[rows],
+                    None if by_entropy is None else (entropy[rows], by_entropy[rows]),
                 )
-                weight_gradient.addmm_((logits_gradient / ctx.temperature).to(rows.dtype).T, rows)
-                start = stop
+                slope = (slope / ctx.temperature).to(hidden.dtype)
+                if hidden_gradient is not None:
+                    hidden_gradient[rows] += slope @ entries
+                if of_entries is not None:
+                    of_entries += slope.T @ hidden[rows]
+            if weight_gradient is not None and of_entries is not None:
+                weight_gradient[start : start + _TOKENS_PER_TILE] = of_entries
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.to(hidden.dtype)
         return hidden_gradient, weight_gradient, None, None, None
 
 
+def _tile(rows: Tensor, entries: Tensor, temperature: float) -> Tensor:
+    logits = widened(rows @ entries.T)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _sums(
+    rows: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, with_mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's logit of its token, log of its sum of exponents, and mean logit (0 unless asked)."""
+    log_sums, means = [], []
+    chosen = torch.zeros(len(rows), dtype=widened(rows[:0]).dtype, device=rows.device)
+    for number, entries in enumerate(weight.split(_TOKENS_PER_TILE)):
+        logits = _tile(rows, entries, temperature)
+        log_sum = logits.logsumexp(dim=-1)
+        log_sums.append(log_sum)
+        row, column = _places(token_ids - number * _TOKENS_PER_TILE, logits)
+        chosen[row] = logits[row, column]
+        if with_mean:
+            means.append(((logits - log_sum[:, None]).exp_() * logits).sum(dim=-1))
+    joined = torch.stack(log_sums)
+    log_total = joined.logsumexp(dim=0)
+    if not with_mean:
+        return chosen, log_total, torch.zeros_like(log_total)
+    return chosen, log_total, ((joined - log_total).exp() * torch.stack(means)).sum(dim=0)
+
+
+def _places(columns: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of the scored tokens that lie in a tile."""
+    row = torch.nonzero((columns >= 0) & (columns < logits.shape[1]))[:, 0]
+    return row, columns[row]
+
+
 def _logits_gradient(
-    log_p: Tensor, token_ids: Tensor, by_logprob: Tensor, by_entropy: Tensor | None
+    logits: Tensor,
+    columns: Tensor,
+    log_total: Tensor,
+    by_logprob: Tensor,
+    by_entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    p = log_p.exp()
-    gradient = -p * by_logprob[:, None]
-    gradient[torch.arange(len(token_ids), device=token_ids.device), token_ids] += by_logprob
-    if by_entropy is not None:
-        entropy = -(p * log_p).sum(dim=-1, keepdim=True)
-        gradient -= by_entropy[:, None] * p * (log_p + entropy)
+    """The gradient of a tile's logits, which are used up; `columns` are the scored tokens'.
+
+    d log p_y / d logits = onehot(y) - p;  d entropy / d logits = -p (log p + entropy).
+    """
+    log_p = logits.sub_(log_total[:, None])
+    row, column = _places(columns, logits)
+    if by_entropy is None:
+        gradient = log_p.exp_().mul_(-by_logprob[:, None])
+    else:
+        entropy, slope = by_entropy
+        weights = by_logprob[:, None] + slope[:, None] * (log_p + entropy[:, None])
+        gradient = log_p.exp_().mul_(-weights)
+    gradient[row, column] += by_logprob[row]
     return gradient
-
-
-def _chunks(hidden: Tensor, token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(hidden.split(_ROWS_PER_CHUNK), token_ids.split(_ROWS_PER_CHUNK), strict=True))
 
 
 def widened(logits: Tensor) -> Tensor:
