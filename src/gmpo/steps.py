@@ -121,17 +121,25 @@ def run_steps(
     the round's steps start again with recomputed ones. That is seen on the first step at no extra
     pass, and before any weight has moved.
     """
-    mismatch: Mismatch | None = None
+    of_later: Mismatch | None = None
     if not trusts_sampler:
-        steps, mismatch = with_old_logprobs(parts.policy, steps, temperature=parts.loss.temperature)
+        # The first step's own scores are the old policy's: it needs no pass of its own.
+        later, of_later = with_old_logprobs(
+            parts.policy, steps[1:], temperature=parts.loss.temperature
+        )
+        steps = [steps[0], *later]
+    mismatch: Mismatch | None = None
     results = []
     for number, step in enumerate(steps):
         is_last = number == len(steps) - 1
-        extra = _gradient_cosine(parts, step) if measures_cosine and is_last else {}
-        measures = accumulate_gradients(parts.policy, step, parts.loss)
-        if number == 0 and trusts_sampler:
-            mismatch = measures.mismatch
-            if mismatch is not None and not mismatch.is_small:
+        is_old_policy = number == 0 and not trusts_sampler
+        extra = {}
+        if measures_cosine and is_last:
+            extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
+        measures = accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=is_old_policy)
+        if number == 0:
+            mismatch = Mismatch.over([measures.mismatch, of_later])
+            if trusts_sampler and mismatch is not None and not mismatch.is_small:
                 parts.optimizer.zero_gradients()
                 return run_steps(
                     parts,
@@ -184,10 +192,14 @@ def _apply_step(parts: TrainingParts, measures: StepMeasures, step_number: int) 
     return metrics
 
 
-def _gradient_cosine(parts: TrainingParts, step: StepBatch) -> dict[str, float]:
+def _gradient_cosine(
+    parts: TrainingParts, step: StepBatch, *, is_old_policy: bool
+) -> dict[str, float]:
     """How far the objective's gradient points away from GRPO's."""
     if not step.micro_batches:
         return {}
     plain = replace(parts.loss, kl_coefficient=0.0, entropy_coefficient=0.0)
-    cosine = gradient_cosine(parts.policy, step, settings=plain, other=parts.grpo_loss)
+    cosine = gradient_cosine(
+        parts.policy, step, settings=plain, other=parts.grpo_loss, is_old_policy=is_old_policy
+    )
     return {"update/gradient_cosine_grpo": cosine}

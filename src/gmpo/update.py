@@ -55,6 +55,19 @@ class Mismatch:
     MEAN_BOUND = 0.005
     MAX_BOUND = 0.1
 
+    @classmethod
+    def over(cls, parts: Iterable[Mismatch | None]) -> Mismatch | None:
+        """Of all tokens of the parts together; None without any."""
+        known = [part for part in parts if part is not None]
+        if not known:
+            return None
+        num_tokens = sum(part.num_tokens for part in known)
+        return cls(
+            mean=sum(part.mean * part.num_tokens for part in known) / num_tokens,
+            max=max(part.max for part in known),
+            num_tokens=num_tokens,
+        )
+
     @property
     def is_small(self) -> bool:
         """Whether sampler log-probabilities may stand for the old policy's."""
@@ -90,11 +103,20 @@ def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> _O
     return partial(OBJECTIVES[name], **clips, **extra)
 
 
-def accumulate_gradients(policy: Policy, step: StepBatch, settings: LossSettings) -> StepMeasures:
+def accumulate_gradients(
+    policy: Policy, step: StepBatch, settings: LossSettings, *, is_old_policy: bool = False
+) -> StepMeasures:
     """Add the gradient of the step's mean loss to the policy's weights.
 
     The mean is the sum of per-sequence losses over `step.num_rollouts`, so it does not depend on
     how the step is cut into micro-batches or padded.
+
+    Args:
+        policy: whose weights get the gradient.
+        step: rows with their old log-probabilities.
+        settings: the loss.
+        is_old_policy: the policy has not moved since it became the old one, so that its own scores
+            are the old log-probabilities and those of the step are not used.
 
     Raises:
         NonFiniteError: a log-probability or loss that counts is NaN or infinite; rows are named.
@@ -106,7 +128,7 @@ def accumulate_gradients(policy: Policy, step: StepBatch, settings: LossSettings
         _require_finite_logprobs(scores.logprobs, batch)
         terms = settings.objective(
             policy_logprobs=scores.logprobs,
-            old_logprobs=batch.old_logprobs,
+            old_logprobs=scores.logprobs.detach() if is_old_policy else batch.old_logprobs,
             advantages=batch.advantages,
             mask=batch.mask,
         )
@@ -144,15 +166,20 @@ class PolicyOptimizer:
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
-        """Forget accumulated gradients; they become zeros, so that a dead step still steps."""
-        _zero(self._weights)
+        """Forget accumulated gradients."""
+        _forget_gradients(self._weights)
 
     def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
         """Clip the gradient, step, publish the weights; returns the norm before clipping.
 
+        A weight without a gradient has a gradient of zero: a step whose groups are all dead still
+        steps, by AdamW's moments and decay.
+
         Raises:
             NonFiniteError: the gradient is NaN or infinite; the weights have not moved.
         """
+        for weight in self._weights:
+            weight.grad = _gradient(weight)
         norm = float(nn.utils.clip_grad_norm_(self._weights, clip_norm))
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -200,22 +227,27 @@ def with_reference_logprobs(
 
 
 def gradient_cosine(
-    policy: Policy, step: StepBatch, *, settings: LossSettings, other: LossSettings
+    policy: Policy,
+    step: StepBatch,
+    *,
+    settings: LossSettings,
+    other: LossSettings,
+    is_old_policy: bool = False,
 ) -> float:
-    """Cosine between the gradients of two losses on the same step; leaves zero gradients.
+    """Cosine between the gradients of two losses on the same step; leaves no gradients.
 
     Costs two backward passes and, for the moment, one more copy of the gradients.
     """
     weights = [w for w in policy.masters.values() if w.requires_grad]
     assert all(w.grad is None or not w.grad.any() for w in weights), "gradients must be zero"
-    accumulate_gradients(policy, step, settings)
+    accumulate_gradients(policy, step, settings, is_old_policy=is_old_policy)
     first = [_gradient(weight).clone() for weight in weights]
-    _zero(weights)
-    accumulate_gradients(policy, step, other)
+    _forget_gradients(weights)
+    accumulate_gradients(policy, step, other, is_old_policy=is_old_policy)
     pairs = [(a, _gradient(weight)) for a, weight in zip(first, weights, strict=True)]
     product = sum(float((a * b).sum()) for a, b in pairs)
     squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
-    _zero(weights)
+    _forget_gradients(weights)
     return product / math.sqrt(squares[0] * squares[1]) if all(squares) else math.nan
 
 
@@ -322,10 +354,7 @@ def _gradient(weight: nn.Parameter) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
-def _zero(weights: Iterable[nn.Parameter]) -> None:
-    """Gradients become zeros and stay allocated, so that a step without live rows still steps."""
+def _forget_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """None in place of zeros: the next backward pass hands its gradients over, and adds nothing."""
     for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        else:
-            weight.grad.zero_()
+        weight.grad = None

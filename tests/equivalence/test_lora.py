@@ -248,6 +248,7 @@ def test_masters_gradients_and_moments_exist_for_the_factors_alone():
     optimizer = PolicyOptimizer(policy)
     accumulate_gradients(policy, step_of(), settings())
     optimizer.apply_step(learning_rate=1e-2, clip_norm=1.0)
+    accumulate_gradients(policy, step_of(), settings())
     factors = {id(policy.masters[name]) for name in policy.trained_weights()}
     assert {id(weight) for weight in optimizer.adamw.state} == factors
     for name, master in policy.masters.items():

@@ -22,6 +22,7 @@ from gmpo.policy.score import Policy
 from gmpo.records import Group
 from gmpo.update import (
     LossSettings,
+    Mismatch,
     PolicyOptimizer,
     accumulate_gradients,
     bind_objective,
@@ -237,6 +238,29 @@ def test_with_own_old_logprobs_the_first_ratio_is_bitwise_one(
         assert bool((terms.sequence_ratio == 1).all())
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+def test_the_old_policys_own_step_needs_no_old_logprobs(dtype: torch.dtype):
+    policy, settings = policy_of(dtype=dtype), settings_of()
+    step = off_policy(policy, one_step(groups(), ADVANTAGES, max_tokens=45))
+    (own,), _ = with_old_logprobs(policy, [step], temperature=1.0)
+    expected = gradients_of(policy, own, settings)
+    measures = accumulate_gradients(policy, step, settings, is_old_policy=True)
+    actual = taken_gradients(policy)
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+    assert all(bool((terms.sequence_ratio == 1).all()) for terms in measures.terms)
+
+
+def test_mismatches_of_parts_are_those_of_all_their_tokens():
+    one = Mismatch(mean=0.1, max=0.2, num_tokens=1)
+    other = Mismatch(mean=0.4, max=0.5, num_tokens=3)
+    # (0.1 + 3 * 0.4) / 4 = 0.325
+    both = Mismatch.over([one, None, other])
+    assert both is not None
+    assert both.mean == pytest.approx(0.325, rel=1e-15)
+    assert (both.max, both.num_tokens) == (0.5, 4)
+    assert Mismatch.over([None]) is None
+
+
 def test_the_mismatch_is_the_mean_and_largest_gap_over_counted_tokens():
     policy = shared_policy()
     step = one_step(groups(), ADVANTAGES, max_tokens=45)
@@ -383,7 +407,7 @@ def test_the_optimizer_is_torchs_adamw_with_clipping_on_the_same_gradients():
         assert reported == pytest.approx(norm, rel=1e-12)
         for (name, master), weight in zip(policy.masters.items(), plain.parameters(), strict=True):
             torch.testing.assert_close(master, weight, rtol=0, atol=1e-14, msg=name)
-            assert master.grad is not None and not master.grad.any()
+            assert master.grad is None
 
 
 def test_a_step_without_live_rows_still_steps_by_its_momentum():
@@ -409,7 +433,8 @@ def test_a_non_finite_gradient_stops_before_the_weights_move():
     policy = policy_of()
     optimizer = PolicyOptimizer(policy)
     before = {name: weight.clone() for name, weight in policy.named_weights()}
-    next(iter(policy.masters.values())).grad.fill_(math.inf)
+    weight = next(iter(policy.masters.values()))
+    weight.grad = torch.full_like(weight, math.inf)
     with pytest.raises(NonFiniteError, match=r"gradient norm is (inf|nan); the weights were not"):
         optimizer.apply_step(learning_rate=1.0, clip_norm=1.0)
     for name, weight in policy.named_weights():
@@ -481,7 +506,7 @@ def test_off_policy_the_cosine_is_that_of_the_two_gradients_and_none_is_left():
     assert expected < 0.999
     optimizer.zero_gradients()
     assert gradient_cosine(policy, step, settings=gmpo, other=grpo) == pytest.approx(expected)
-    assert not any(weight.grad.any() for weight in policy.masters.values())
+    assert all(weight.grad is None for weight in policy.masters.values())
     # and the order of the two does not matter
     assert gradient_cosine(policy, step, settings=grpo, other=gmpo) == pytest.approx(expected)
 

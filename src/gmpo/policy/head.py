@@ -83,10 +83,9 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         by_logprob, by_entropy = gradients[0], gradients[1] if ctx.with_entropy else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
-        weight_gradient = torch.empty_like(weight) if wants_weight else None
+        weight_gradient = torch.zeros_like(weight) if wants_weight else None
         for start in range(0, len(weight), _TOKENS_PER_TILE):
             entries = weight[start : start + _TOKENS_PER_TILE]
-            of_entries = torch.zeros_like(entries, dtype=wide) if wants_weight else None
             for first in range(0, len(hidden), _ROWS_PER_TILE):
                 rows = slice(first, first + _ROWS_PER_TILE)
                 slope = _logits_gradient(
@@ -99,10 +98,9 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                 slope = (slope / ctx.temperature).to(hidden.dtype)
                 if hidden_gradient is not None:
                     hidden_gradient[rows] += slope @ entries
-                if of_entries is not None:
-                    of_entries += slope.T @ hidden[rows]
-            if weight_gradient is not None and of_entries is not None:
-                weight_gradient[start : start + _TOKENS_PER_TILE] = of_entries
+                if weight_gradient is not None:
+                    of_entries = weight_gradient[start : start + _TOKENS_PER_TILE]
+                    of_entries.addmm_(slope.T, hidden[rows], beta=1 if first else 0)
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
         return hidden_gradient, weight_gradient, None, None, None
@@ -116,15 +114,15 @@ def _tile(rows: Tensor, entries: Tensor, temperature: float) -> Tensor:
 def _sums(
     rows: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, with_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's logit of its token, log of its sum of exponents, and mean logit (0 unless asked)."""
+    """Each row's logit of its token, log of its sum of exponents, mean logit (0 unless asked)."""
     log_sums, means = [], []
     chosen = torch.zeros(len(rows), dtype=widened(rows[:0]).dtype, device=rows.device)
     for number, entries in enumerate(weight.split(_TOKENS_PER_TILE)):
         logits = _tile(rows, entries, temperature)
         log_sum = logits.logsumexp(dim=-1)
         log_sums.append(log_sum)
-        row, column = _places(token_ids - number * _TOKENS_PER_TILE, logits)
-        chosen[row] = logits[row, column]
+        is_here, column = _columns(token_ids - number * _TOKENS_PER_TILE, logits)
+        chosen = torch.where(is_here, logits.gather(1, column)[:, 0], chosen)
         if with_mean:
             means.append(((logits - log_sum[:, None]).exp_() * logits).sum(dim=-1))
     joined = torch.stack(log_sums)
@@ -134,33 +132,33 @@ def _sums(
     return chosen, log_total, ((joined - log_total).exp() * torch.stack(means)).sum(dim=0)
 
 
-def _places(columns: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the scored tokens that lie in a tile."""
-    row = torch.nonzero((columns >= 0) & (columns < logits.shape[1]))[:, 0]
-    return row, columns[row]
+def _columns(token_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each scored token lies in a tile, and its column there (some column if not)."""
+    width = logits.shape[1]
+    is_here = (token_ids >= 0) & (token_ids < width)
+    return is_here, token_ids.clamp(0, width - 1)[:, None]
 
 
 def _logits_gradient(
     logits: Tensor,
-    columns: Tensor,
+    token_ids: Tensor,
     log_total: Tensor,
     by_logprob: Tensor,
     by_entropy: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """The gradient of a tile's logits, which are used up; `columns` are the scored tokens'.
+    """The gradient of a tile's logits, which are used up; token 0 is the tile's first.
 
     d log p_y / d logits = onehot(y) - p;  d entropy / d logits = -p (log p + entropy).
     """
     log_p = logits.sub_(log_total[:, None])
-    row, column = _places(columns, logits)
+    is_here, column = _columns(token_ids, logits)
     if by_entropy is None:
         gradient = log_p.exp_().mul_(-by_logprob[:, None])
     else:
         entropy, slope = by_entropy
         weights = by_logprob[:, None] + slope[:, None] * (log_p + entropy[:, None])
         gradient = log_p.exp_().mul_(-weights)
-    gradient[row, column] += by_logprob[row]
-    return gradient
+    return gradient.scatter_add_(1, column, torch.where(is_here, by_logprob, 0.0)[:, None])
 
 
 def widened(logits: Tensor) -> Tensor:
