@@ -238,12 +238,14 @@ def _master_of(parameter: nn.Parameter, hooks: list[RemovableHandle]) -> nn.Para
     if parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad:
         return parameter
     master = nn.Parameter(parameter.detach().float())
+    # Kept between steps: getting so much memory anew each time costs as much as filling it.
+    room = torch.empty_like(master)
 
     def widen_gradient(narrow: Tensor) -> None:
         # Micro-batches add up in fp32: bf16 would lose a small one beside a large sum.
         assert narrow.grad is not None
         if master.grad is None:
-            master.grad = narrow.grad.float()
+            master.grad = room.copy_(narrow.grad)
         else:
             master.grad += narrow.grad
         narrow.grad = None
