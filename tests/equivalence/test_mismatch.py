@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
@@ -13,6 +14,7 @@ from tests.tiny_runs import tiny_recipe
 from gmpo.assembly import TrainingParts, build_parts
 from gmpo.batch import StepBatch
 from gmpo.steps import build_steps, run_steps
+from gmpo.update import Mismatch, accumulate_gradients, with_old_logprobs
 
 
 def shifted(steps: list[StepBatch], nats: float) -> list[StepBatch]:
@@ -72,3 +74,35 @@ def test_a_sampler_beyond_the_bounds_restarts_the_round_as_if_never_trusted(tmp_
         run_steps(parts, steps, first_step=0, measures_cosine=False, trusts_sampler=False)
         never_trusted = weights(parts)
     assert torch.equal(redone, never_trusted)
+
+
+def test_mismatches_of_parts_are_those_of_all_their_tokens():
+    one = Mismatch(mean=0.1, max=0.2, num_tokens=1)
+    other = Mismatch(mean=0.4, max=0.5, num_tokens=3)
+    both = Mismatch.over([one, None, other])
+    # (0.1 + 3 * 0.4) / 4 = 0.325
+    assert both is not None
+    assert both.mean == pytest.approx(0.325, rel=1e-15)
+    assert (both.max, both.num_tokens) == (0.5, 4)
+    assert Mismatch.over([None]) is None
+
+
+def test_the_first_steps_own_scores_are_the_old_log_probabilities(tmp_path: Path):
+    parts, steps = parts_and_steps(tmp_path / "model")
+    masters = parts.policy.masters
+
+    def gradients() -> list[torch.Tensor]:
+        taken = [weight.grad for weight in masters.values() if weight.grad is not None]
+        parts.optimizer.zero_gradients()
+        return taken
+
+    with closing(parts):
+        # A wrong denominator on the step must not be used.
+        step = shifted(steps, 0.3)[0]
+        (rescored,), _ = with_old_logprobs(parts.policy, [step], temperature=1.0)
+        accumulate_gradients(parts.policy, rescored, parts.loss)
+        expected = gradients()
+        measures = accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=True)
+        actual = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    assert all(bool((terms.sequence_ratio == 1).all()) for terms in measures.terms)

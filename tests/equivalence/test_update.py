@@ -22,7 +22,6 @@ from gmpo.policy.score import Policy
 from gmpo.records import Group
 from gmpo.update import (
     LossSettings,
-    Mismatch,
     PolicyOptimizer,
     accumulate_gradients,
     bind_objective,
@@ -236,29 +235,6 @@ def test_with_own_old_logprobs_the_first_ratio_is_bitwise_one(
     for terms in measures.terms:
         assert not terms.log_ratio.any()
         assert bool((terms.sequence_ratio == 1).all())
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
-def test_the_old_policys_own_step_needs_no_old_logprobs(dtype: torch.dtype):
-    policy, settings = policy_of(dtype=dtype), settings_of()
-    step = off_policy(policy, one_step(groups(), ADVANTAGES, max_tokens=45))
-    (own,), _ = with_old_logprobs(policy, [step], temperature=1.0)
-    expected = gradients_of(policy, own, settings)
-    measures = accumulate_gradients(policy, step, settings, is_old_policy=True)
-    actual = taken_gradients(policy)
-    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
-    assert all(bool((terms.sequence_ratio == 1).all()) for terms in measures.terms)
-
-
-def test_mismatches_of_parts_are_those_of_all_their_tokens():
-    one = Mismatch(mean=0.1, max=0.2, num_tokens=1)
-    other = Mismatch(mean=0.4, max=0.5, num_tokens=3)
-    # (0.1 + 3 * 0.4) / 4 = 0.325
-    both = Mismatch.over([one, None, other])
-    assert both is not None
-    assert both.mean == pytest.approx(0.325, rel=1e-15)
-    assert (both.max, both.num_tokens) == (0.5, 4)
-    assert Mismatch.over([None]) is None
 
 
 def test_the_mismatch_is_the_mean_and_largest_gap_over_counted_tokens():
