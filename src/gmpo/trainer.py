@@ -88,7 +88,8 @@ class GMPOTrainer:
         reward: a function by TRL's convention, a list of them or a mapping by name, each of weight
             1 unless `recipe={"reward.weights": ...}` says otherwise. None verifies "answer".
         rollout: a function that makes the rollouts; None lets the policy complete the prompts.
-        callbacks: of the `transformers` kind; None prints a line a log, () nothing.
+        callbacks: of the `transformers` kind; None prints the forecast and a line a log, ()
+            nothing.
         warn: told in one sentence what is not as expected.
 
     Raises:
@@ -129,6 +130,7 @@ class GMPOTrainer:
             **_reward_keys(rewards, self.config.recipe),
             **({} if rollout is None else {"sampling.rollout": _reference(rollout)}),
         }
+        self._prints = callbacks is None
         self._callbacks = (PrintProgress(),) if callbacks is None else tuple(callbacks)
         self._warn = warn
         self._own_loop: TrainingParts | None = None
@@ -315,6 +317,8 @@ class GMPOTrainer:
         def hear(report: Report) -> None:
             if report.stage == "before":
                 before.extend(report.evaluations)
+            if report.stage == "forecast" and self._prints:
+                print(report.sentence)
             events.report(report)
 
         try:

@@ -44,7 +44,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "saved_rounds",
         "schedules",
         "guard",
+        "memory",
+        "host_memory",
         "tracking",
+        "trackers",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -53,7 +56,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "reward_table",
         "task_table",
         "inputs",
+        "forecast",
         "assembly",
+        "pace",
+        "outlook",
         "rounds",
         "steps",
         "reporting",
@@ -63,9 +69,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer",
         "study",
         "generation",
-        "forecast",
         "export",
         "inspection",
+        "run_tables",
         "terminal",
         "cli",
     ),
@@ -129,6 +135,7 @@ TORCH_FREE = (
     "gmpo.rewards",
     "gmpo.plots",
     "gmpo.inspection",
+    "gmpo.run_tables",
 )
 
 
