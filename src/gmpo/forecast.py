@@ -180,13 +180,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def model_shape(
-    model: PreTrainedModel, *, width: int, engine: str, recomputes_layers: bool
+    model: PreTrainedModel, *, width: int, device: str, engine: str, recomputes_layers: bool
 ) -> ModelShape:
     """Sizes of a model, which may be without weights, and of its adapters.
 
     Args:
         model: as it will be trained.
         width: bytes of a number in forward and backward passes.
+        device: where they run: "cpu" or another.
         engine: "fast" or "plain".
         recomputes_layers: as gradient checkpointing has it.
     """
@@ -194,6 +195,7 @@ def model_shape(
     sizes = text.to_dict()
     hidden, vocabulary = text.hidden_size, text.vocab_size
     heads = next((sizes[name] for name in _HEADS if sizes.get(name)), 1)
+    is_fast = engine == "fast" and why_unsupported(model) is None
     adapters = adapters_of(model)
     adapter_parameters = sum(a.lora_A.numel() + a.lora_B.numel() for a in adapters.values())
     return ModelShape(
@@ -210,7 +212,8 @@ def model_shape(
         adapter_rank=max((adapter.rank for adapter in adapters.values()), default=0),
         adapted=frozenset(name.rpartition(".")[2] for name in adapters),
         width=width,
-        is_fast=engine == "fast" and why_unsupported(model) is None,
+        attention_width=4 if is_fast and device == "cpu" else width,
+        is_fast=is_fast,
         recomputes_layers=recomputes_layers,
     )
 
@@ -223,6 +226,7 @@ def _shape_of_run(inputs: RunInputs) -> ModelShape:
     return model_shape(
         model,
         width=2 if config.model.dtype == "bf16" else 4,
+        device=config.model.device,
         engine=config.training.engine,
         recomputes_layers=config.training.gradient_checkpointing,
     )

@@ -25,20 +25,22 @@ _COMPONENT = "rollout/reward/"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFigures:
-    """Accuracy of one way of asking the held-out items.
+    """One way of asking the held-out items.
 
     Attributes:
         name: "greedy", "greedy_3_shot" or "sampled".
-        accuracy: share of items answered correctly.
-        interval_95: its 95 % interval.
+        accuracy: share of items answered correctly; None if the reward was measured.
+        reward: mean reward of the items; None if accuracy was measured, or no item had one.
+        interval_95: its 95 % interval; None for fewer than two rewards.
         items: items asked.
         truncated: answers cut by the token limit; they are graded as they stand.
         timeouts: answers whose grading ran out of time; they count as wrong.
     """
 
     name: str
-    accuracy: float
-    interval_95: tuple[float, float]
+    accuracy: float | None
+    reward: float | None
+    interval_95: tuple[float, float] | None
     items: int
     truncated: int
     timeouts: int
@@ -238,8 +240,9 @@ def _evaluations(folder: Path, stage: str) -> tuple[EvaluationFigures, ...]:
     return tuple(
         EvaluationFigures(
             name=result["name"],
-            accuracy=result["accuracy"],
-            interval_95=tuple(result["interval_95"]),
+            accuracy=result.get("accuracy"),
+            reward=result.get("reward"),
+            interval_95=None if None in result["interval_95"] else tuple(result["interval_95"]),
             items=result["items"],
             truncated=result["truncated"],
             timeouts=result["timeouts"],

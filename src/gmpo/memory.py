@@ -49,6 +49,7 @@ class ModelShape:
         adapter_rank: of the adapters.
         adapted: last parts of the names of the layers that have one.
         width: bytes of a number in forward and backward passes: 4 in fp32, 2 in bf16.
+        attention_width: the same within attention, which the fast engine runs in fp32 on a CPU.
         is_fast: prompts are run once for their completions, and logits exist in chunks.
         recomputes_layers: layers keep their inputs and run again in the backward pass.
     """
@@ -66,13 +67,23 @@ class ModelShape:
     adapter_rank: int = 0
     adapted: frozenset[str] = frozenset()
     width: int
+    attention_width: int
     is_fast: bool
     recomputes_layers: bool = False
 
     @property
     def key_value_bytes(self) -> int:
         """Of one position's keys and values in one layer."""
-        return 2 * self.key_value_heads * self.head_size * self.width
+        return self._key_value_numbers * self.width
+
+    @property
+    def attended_bytes(self) -> int:
+        """The same as attention reads them."""
+        return self._key_value_numbers * self.attention_width
+
+    @property
+    def _key_value_numbers(self) -> int:
+        return 2 * self.key_value_heads * self.head_size
 
     @property
     def trains_all(self) -> bool:
@@ -92,6 +103,21 @@ class MicroBatchSize:
     rows: int
     prompt_tokens: int
     completion_tokens: int
+
+    @property
+    def num_later(self) -> int:
+        """Tokens of a completion that are run: its last one predicts nothing."""
+        return self.completion_tokens - 1
+
+    @property
+    def num_run(self) -> int:
+        """Tokens that are run, each prompt once."""
+        return self.prompts * self.prompt_tokens + self.rows * self.num_later
+
+    @property
+    def num_seen(self) -> int:
+        """Positions that a row attends to, its own included."""
+        return self.prompt_tokens + self.num_later
 
 
 def largest_micro_batch(
@@ -166,30 +192,27 @@ def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
 def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """What is kept of a micro-batch between its forward and its backward pass.
 
-    A row keeps keys and values of all that it attends to. Layers that run again keep nothing else
-    but their inputs; what others keep of a token is `_token_bytes`, and of a row its mask as
-    numbers.
+    Layers that run again keep nothing but their inputs; of others see `_layer_bytes`. All of them
+    share the masks.
     """
     if not shape.is_fast:
         tokens = size.rows * (size.prompt_tokens + size.completion_tokens)
         if shape.recomputes_layers:
             return shape.layers * tokens * shape.hidden * shape.width
         return shape.layers * tokens * _plain_token_bytes(shape)
-    later = size.completion_tokens - 1  # the last token predicts nothing
-    if not shape.recomputes_layers:
-        return shape.layers * _layer_bytes(shape, size)
-    tokens = size.prompts * size.prompt_tokens + size.rows * later
-    before = size.rows * size.prompt_tokens * (later > 0)
-    return shape.layers * (tokens * shape.hidden * shape.width + before * shape.key_value_bytes)
+    if shape.recomputes_layers:
+        layer = size.num_run * shape.hidden * shape.width
+    else:
+        layer = _layer_bytes(shape, size)
+    return shape.layers * layer + _mask_bytes(shape, size)
 
 
 def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """The most that exists for a moment beside all that is kept: around the head, or in a layer.
 
-    Fast: the larger of the prompts' keys and values repeated for their rows (end of the forward
-    pass) and of the head's. Its gradient stays until the embedding's is there, so where layers run
-    again it is beside what one of them keeps, with the gradients that pass through its feed-forward
-    part. Plain: logits at every position with their gradient, and six tables at the counted ones.
+    Fast: the head's gradient stays until the embedding's is there, so where layers run again it is
+    beside what one of them keeps, with the gradients that pass through its feed-forward part.
+    Plain: logits at every position with their gradient, and six tables at the counted ones.
     """
     scored = size.rows * size.completion_tokens
     if not shape.is_fast:
@@ -199,12 +222,10 @@ def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
         return max(head, again) if shape.recomputes_layers else head
     gradient = shape.vocabulary * shape.hidden * shape.width if shape.trains_all else 0
     head = _head_bytes(shape, scored, gradient=gradient)
-    if shape.recomputes_layers:
-        tokens = max(size.rows * (size.completion_tokens - 1), size.prompts * size.prompt_tokens)
-        again = _layer_bytes(shape, size) + tokens * _gradient_bytes(shape)
-        return max(head, gradient + again)
-    repeated = size.rows * size.prompt_tokens * shape.key_value_bytes * shape.layers
-    return max(repeated, head)
+    if not shape.recomputes_layers:
+        return head
+    again = _layer_bytes(shape, size) + size.num_run * _gradient_bytes(shape)
+    return max(head, gradient + again)
 
 
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
@@ -221,14 +242,21 @@ def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
 
 
 def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
-    """What one layer of the fast engine keeps for its backward pass."""
-    later = size.completion_tokens - 1
-    tokens = size.prompts * size.prompt_tokens + size.rows * later
-    seen = size.prompt_tokens + later
-    shared = shape.heads // shape.key_value_heads
-    mask = shared * (size.rows * later * seen + size.prompt_tokens**2)
-    attended = size.rows * seen * (later > 0) + size.prompts * size.prompt_tokens
-    return tokens * _token_bytes(shape) + attended * shape.key_value_bytes + mask * shape.width
+    """What one layer of the fast engine keeps for its backward pass.
+
+    Of a token `_token_bytes`, and of a row keys and values of all that it attends to. Prompts
+    attend to those of the table of all tokens, unless attention has a precision of its own.
+    """
+    attended = size.rows * size.num_seen * (size.num_later > 0) + (
+        size.num_run if shape.attention_width == shape.width else size.prompts * size.prompt_tokens
+    )
+    return size.num_run * _token_bytes(shape) + attended * shape.attended_bytes
+
+
+def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """Of prompts and of completions, as numbers, for all query heads of a key head."""
+    seen = size.rows * size.num_later * size.num_seen + size.prompts * size.prompt_tokens**2
+    return shape.heads // shape.key_value_heads * seen * shape.attention_width
 
 
 def _token_bytes(shape: ModelShape) -> int:
@@ -236,19 +264,17 @@ def _token_bytes(shape: ModelShape) -> int:
 
     Both norms their inputs, in fp32 because they are taken in it, and a statistic each; their
     outputs before the weight is applied, if that is trained, and after it, if a layer behind them
-    is; queries, attention's output and a statistic a head; the output in the heads' order if the
-    output projection is trained and heads share keys (else it is the same memory); of the
-    feed-forward part the gate before and after its activation, the other half, and their product if
-    the last projection is trained; adapters' narrow outputs.
+    is; queries, attention's output and a statistic a head; the output in the order of tokens if the
+    output projection is trained; of the feed-forward part the gate before and after its activation,
+    the other half, and their product if the last projection is trained; adapters' narrow outputs.
     """
     attention = shape.heads * shape.head_size
-    is_packed = shape.heads > shape.key_value_heads
     normed = 2 * shape.trains_all
     normed += shape.trains_any("q_proj", "k_proj", "v_proj")
     normed += shape.trains_any("gate_proj", "up_proj")
     numbers = (
         normed * shape.hidden
-        + (2 + (is_packed and shape.trains_any("o_proj"))) * attention
+        + shape.trains_any("o_proj") * attention
         + (3 + shape.trains_any("down_proj")) * shape.feed_forward
         + shape.adapter_rank * len(shape.adapted)
     )
@@ -257,7 +283,7 @@ def _token_bytes(shape: ModelShape) -> int:
         normed_heads = shape.heads + shape.key_value_heads
         wide += normed_heads * (shape.head_size + 1)
         numbers += normed_heads * shape.head_size * shape.trains_all
-    return numbers * shape.width + wide * _FLOAT
+    return numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
 
 
 def _plain_token_bytes(shape: ModelShape) -> int:

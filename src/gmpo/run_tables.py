@@ -124,8 +124,10 @@ def _figures_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
 
 def _evaluation_table(summary: RunSummary) -> Table:
     """One row for each way of asking, before and after side by side."""
+    shown = (*summary.before, *summary.after)
+    measure = "reward" if any(f.accuracy is None for f in shown) else "accuracy"
     table = Table(
-        title="held-out accuracy (95 % interval)",
+        title=f"held-out {measure} (95 % interval)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -140,7 +142,7 @@ def _evaluation_table(summary: RunSummary) -> Table:
         pair = (before.get(name), after.get(name))
         table.add_row(
             Text(visible(name.replace("_", " "))),
-            *(_accuracy(figures) for figures in pair),
+            *(_outcome(figures) for figures in pair),
             _before_and_after([None if f is None else f.items for f in pair]),
             _before_and_after([None if f is None else f.truncated for f in pair]),
             _before_and_after([None if f is None else f.timeouts for f in pair]),
@@ -194,11 +196,14 @@ def _span(bounds: tuple[float, float] | None, absent: str) -> str:
     return absent if bounds is None else f"{bounds[0]:.5g} to {bounds[1]:.5g}"
 
 
-def _accuracy(figures: EvaluationFigures | None) -> str:
+def _outcome(figures: EvaluationFigures | None) -> str:
     if figures is None:
         return "-"
+    value = _figure(figures.reward if figures.accuracy is None else figures.accuracy, "{:.3f}")
+    if figures.interval_95 is None:
+        return value
     low, high = figures.interval_95
-    return f"{figures.accuracy:.3f} ({low:.3f}-{high:.3f})"
+    return f"{value} ({low:.3f}{'-' if low >= 0 else ' to '}{high:.3f})"
 
 
 def _before_and_after(counts: Sequence[int | None]) -> str:

@@ -44,11 +44,13 @@ def test_the_forecast_is_the_one_by_hand(model: str):
     # the cache again while it grows, 2,048 prompt tokens, four tables of logits
     assert needs.sampling_gib == needs.cache_gib + (2048 * 2 * 16 * 2 * 4 + 4 * 64 * 101 * 4) / GIB
     # A step's 2 groups: 2 x 17 + 16 x 2 tokens of 9 x 32 + 4 x 48 + 4 + 2 numbers a layer; keys and
-    # values of what rows see, 16 x 19 + 2 x 17 positions; masks of 2 heads, 16 x 2 x 19 + 17 x 17
-    layer = 66 * 486 + 338 * 32 + 2 * (608 + 289)
+    # values of what rows see, 16 x 19, and of all tokens
+    layer = 66 * 486 + (304 + 66) * 32
+    # for both heads of a key head: 16 rows of 2 tokens that see 19, 2 prompts of 17 that see 17
+    masks = 2 * (16 * 2 * 19 + 2 * 17 * 17)
     # four tables of 48 logits and the head's gradient
     head = 4 * 48 * 101 + 101 * 32
-    assert needs.update_gib == (2 * layer + head) * 4 / GIB
+    assert needs.update_gib == (2 * layer + masks + head) * 4 / GIB
     stays = needs.process_gib + needs.weights_gib + needs.cache_gib
     assert needs.peak_gib == pytest.approx(stays + needs.sampling_gib)
     assert needs.process_gib > 0.1
