@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.commands import refusal
+from tests.models import character_tokenizer
 from tests.tiny_runs import same_weights, tiny_recipe
+from transformers import AutoModelForCausalLM
 
-from gmpo import outlook
+from gmpo import GMPOConfig, GMPOTrainer, outlook
 from gmpo.errors import ConfigError
 from gmpo.training import Report, train
+
+
+def starts_with_a_letter_or_digit(completions: list[str], **_: Any) -> list[float]:
+    return [float(text[:1].isalnum()) for text in completions]
 
 
 def forecasts(reports: list[Report]) -> list[Report]:
@@ -87,3 +94,33 @@ def test_the_command_refuses_in_one_line(model: str, recipe: str, tmp_path: Path
         *("--set", "sampling.max_rows=1000000000"),
     )
     assert re.search(r"sampling\.max_rows = \d+ would fit, or set training\.refuse_beyond_", said)
+
+
+def test_a_model_in_memory_has_a_forecast_which_is_printed_unless_callbacks_are_given(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def trained(name: str, **changes: Any) -> GMPOTrainer:
+        trainer = GMPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model),
+            tokenizer=character_tokenizer(),
+            config=GMPOConfig(batch_size=16, max_length=64, output_dir=str(tmp_path / name)),
+            train_dataset=[{"prompt": f"What is {a} + {b}?"} for a in range(4) for b in range(4)],
+            reward=starts_with_a_letter_or_digit,
+            warn=lambda _: None,
+            **changes,
+        )
+        trainer.train()
+        return trainer
+
+    quiet = trained("quiet", callbacks=())
+    assert "forecast" not in capsys.readouterr().out
+    content = json.loads((tmp_path / "quiet" / "forecast.json").read_text())
+    weights = sum(weight.nbytes for weight in quiet.model.parameters())
+    assert content["memory"]["loaded_gib"] == weights / 2**30
+    assert content["time"]["not_counted"] == ["reward functions"]
+    assert content["measured"]["round"] == 1
+    trained("printed")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("forecast: up to ")
+    assert printed[0].endswith("if every completion runs to its limit, without reward functions")
+    assert any(line.startswith("measured: ") for line in printed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import runpy
 import sys
@@ -340,24 +339,6 @@ def test_callbacks_of_transformers_hear_what_happens_in_its_order(llama: str, tm
     assert {"reward", "grad_norm", "learning_rate", "ratio/max", "epoch"} <= logged[0].keys()
     assert logged[0]["reward"] == logged[0]["rollout/reward"]
     assert [logs["epoch"] for logs in logged] == [1.0, 2.0]
-
-
-def test_a_model_in_memory_has_a_forecast_which_is_printed_unless_callbacks_are_given(
-    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    quiet = trainer(llama, tmp_path / "quiet")
-    quiet.train()
-    assert "forecast" not in capsys.readouterr().out
-    content = json.loads((tmp_path / "quiet" / "forecast.json").read_text())
-    weights = sum(weight.nbytes for weight in quiet.model.parameters())
-    assert content["memory"]["loaded_gib"] == weights / 2**30
-    assert content["time"]["not_counted"] == ["reward functions"]
-    assert content["measured"]["round"] == 1
-    trainer(llama, tmp_path / "printed", callbacks=None).train()
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("forecast: up to ")
-    assert printed[0].endswith("if every completion runs to its limit, without reward functions")
-    assert any(line.startswith("measured: ") for line in printed)
 
 
 def test_a_callback_can_end_the_run_which_is_saved_and_goes_on(llama: str, tmp_path: Path):
