@@ -1,6 +1,7 @@
 """Does the forecast of memory hold? Runs recipes of different shapes and compares.
 
-Each recipe trains the default model for two rounds in a process of its own, one after the other:
+Each recipe trains the default model for one round of two or more steps, one after the other in
+processes of their own:
 
     python scripts/forecast_check.py --json docs/results/forecast.json
 
@@ -28,7 +29,7 @@ from gmpo.tracking import provenance, read_lines
 ALLOWED_ERROR = 0.2
 
 SMALL_EVALUATION = (
-    "training.rounds=2",
+    "training.rounds=1",
     "evaluation.items=2",
     "evaluation.max_new_tokens=1",
     "evaluation.every_rounds=0",
