@@ -27,9 +27,10 @@ from benchmarks.workloads import (
     training_prompts,
 )
 from gmpo import __version__
-from gmpo.assembly import Given, TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, build_parts
 from gmpo.checkpoint import TrainingState
 from gmpo.config import RunConfig
+from gmpo.inputs import Given
 from gmpo.policy.load import end_token_ids
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Prompt, Rollout

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gmpo.assembly import PromptStream
+from gmpo.inputs import PromptStream
 from gmpo.records import Prompt
 from gmpo.tasks import arithmetic_task, bundled_task, few_shot_prompt
 from gmpo.tasks.task import Task

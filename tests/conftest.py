@@ -44,3 +44,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no maths data at {folder}; set GMPO_MATH_DATA to a folder of JSONL files")
     return folder
+
+
+@pytest.fixture(scope="session")
+def offline_trackers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trackers write below the tests' own folder; Trackio reads its variable once."""
+    home = tmp_path_factory.mktemp("trackers")
+    os.environ["TRACKIO_DIR"] = str(home / "trackio")
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_API_KEY"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(offline_trackers: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database to copy; making its tables takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
+    return path

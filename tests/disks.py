@@ -27,7 +27,8 @@ def small_disk(folder: Path, *, kilobytes: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: what wrote there may still hold a file open.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def resize(folder: Path, *, kilobytes: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.config import RunConfig
+from gmpo.trackers import feed
 from gmpo.training import train
 
 _TOUCHING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -64,6 +65,7 @@ def _train(config: RunConfig, folder: Path, death: Death, touched: Any, seconds:
         timer = threading.Timer(death.seconds, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
+    feed._CLOSING_SECONDS = 300.0  # a busy machine imports trackers slowly
     resume = (folder / "recipe.toml").exists()
     started = time.monotonic()
     train(config, folder=folder, resume=resume, warn=lambda _: None)

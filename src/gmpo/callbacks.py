@@ -110,12 +110,12 @@ class CallbackEvents:
         self._call(lambda each: each.on_train_begin)
 
     def report(self, report: Report) -> None:
-        """What the loop reports, as events."""
+        """What the loop reports, as events; transformers knows none for a forecast."""
         if report.stage == "round":
             self._steps(report)
         elif report.stage == "checkpoint":
             self._call(lambda each: each.on_save)
-        else:
+        elif report.stage != "forecast":
             self._evaluated(report.evaluations)
 
     def end(self) -> None:

@@ -84,7 +84,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print recipe and estimate; train nothing.")
+        bool, typer.Option("--dry-run", help="Print recipe and forecast; train nothing.")
     ] = False,
     as_json: _JsonOption = False,
 ) -> None:
@@ -159,7 +159,7 @@ def sample(
 ) -> None:
     """Complete one prompt."""
     from gmpo.generation import GenerationSettings, generate
-    from gmpo.inspection import visible
+    from gmpo.run_tables import visible
 
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = GenerationSettings(
@@ -221,8 +221,9 @@ def inspect(
     as_json: _JsonOption = False,
 ) -> None:
     """Summarise a run in the terminal and draw its plots; or show one group's completions."""
-    from gmpo.inspection import load_groups, render_group, render_summary, summarize_run
+    from gmpo.inspection import load_groups, summarize_run
     from gmpo.plots import plot_run
+    from gmpo.run_tables import render_group, render_summary
 
     console = Console()
     if group is not None:
@@ -308,7 +309,7 @@ def _train_with_display(
 def _show_outcome(
     console: Console, result: TrainingResult, summary: RunSummary, *, seconds: float
 ) -> None:
-    from gmpo.inspection import render_summary
+    from gmpo.run_tables import render_summary
 
     console.print(render_summary(summary))
     console.print(f"{seconds / 60:.1f} minutes in all")
@@ -338,7 +339,7 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
     needs = forecast(config)
     if as_json:
         recipe = config.model_dump(mode="json")
-        print(json.dumps({"recipe": recipe, "estimate": needs.as_dict()}))
+        print(json.dumps({"recipe": recipe, "forecast": needs.as_dict()}))
         return
     print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
     print(f"# {config.objective.clip_description()}")

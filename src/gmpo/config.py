@@ -322,6 +322,8 @@ class TrainingConfig(Table):
     gradient_checkpointing: bool = False
     """Whether layers run again in the backward pass instead of keeping what they computed: the same
     gradients for less memory and more time, for long completions."""
+    refuse_beyond_memory: bool = True
+    """Whether a run whose forecast exceeds the memory that is free is refused before it starts."""
 
 
 class LoraConfig(Table):
@@ -385,6 +387,19 @@ class TrackingConfig(Table):
     groups_per_round: int = Field(default=4, ge=0)
     """Groups of each round, spread over it up to the last, whose texts, rewards, advantages and
     ratios go to rollouts.jsonl."""
+    to: tuple[Literal["trackio", "mlflow", "tensorboard", "wandb"], ...] = ()
+    """Tools that get every row of metrics.jsonl besides; each needs the extra of its name (trackio:
+    `track`). They write to this machine unless their own environment variables say otherwise."""
+    project: str = Field(default="gmpo", min_length=1)
+    """What trackers file the run under."""
+    name: str | None = None
+    """Name that trackers show; None takes the run folder's."""
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> TrackingConfig:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"to = {list(self.to)} names a tracker twice; name each once")
+        return self
 
 
 class RunConfig(Table):
@@ -402,6 +417,12 @@ class RunConfig(Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     lora: LoraConfig = LoraConfig()
+
+    def deciding(self) -> RunConfig:
+        """This recipe with everything at its default that cannot change the weights of a run."""
+        training = self.training.model_copy(update={"refuse_beyond_memory": True})
+        changes = {"description": "", "training": training, "tracking": TrackingConfig()}
+        return self.model_copy(update=changes)
 
     def max_prompt_tokens(self) -> int:
         """Tokens that max_length leaves for a prompt beside the longest completion asked for."""

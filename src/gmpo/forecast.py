@@ -1,150 +1,417 @@
-"""What a recipe will need, before anything of it runs."""
+"""What memory a run will need, by arithmetic, before anything of it is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gmpo.assembly import build_task, resolve_model
 from gmpo.config import RunConfig
-from gmpo.errors import ModelError
-from gmpo.policy.load import load_tokenizer, model_folder
-from gmpo.rollouts import PromptRenderer
+from gmpo.errors import ConfigError, ModelError
+from gmpo.host_memory import available_bytes, resident_bytes
+from gmpo.inputs import RunInputs, read_inputs
+from gmpo.memory import (
+    GIB,
+    ModelShape,
+    activation_bytes,
+    cache_bytes,
+    largest_micro_batch,
+    passing_bytes,
+    sampling_bytes,
+    weight_bytes,
+)
+from gmpo.policy.llama import why_unsupported
+from gmpo.policy.load import model_folder
+from gmpo.policy.lora import adapters_of, add_adapters
+from gmpo.records import Prompt
+from gmpo.tasks import few_shot_prompt
 
-__all__ = ["Forecast", "forecast"]
+__all__ = [
+    "Forecast",
+    "forecast",
+    "forecast_inputs",
+    "free_bytes",
+    "model_shape",
+    "require_memory",
+]
 
-_GIB = 2**30
-_LIBRARIES_GIB = 0.6
-"""Resident memory of Python, torch and transformers before any weight is loaded."""
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+"""What families call the number of attention heads; a model without any counts as one head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Estimated needs of a run; memory is an estimate, token counts are upper bounds.
+    """Needs of a run if every completion ran to its limit and every group were live.
+
+    With `sampling.dynamic = "refill"` every round takes as many prompts as it may. With a rollout
+    function, which decides itself how long a completion becomes, its limit is what
+    `sampling.max_length` leaves. What the user's own functions hold is not known and not counted.
 
     Attributes:
-        num_parameters: weights of the model.
+        num_parameters: weights of the model, without adapters.
+        trained_parameters: the adapters' weights, or without adapters the model's.
         train_items: training prompts.
         held_out_items: items of the evaluations before and after.
-        longest_prompt_tokens: of the training prompts.
+        longest_prompt_tokens: of the prompts that the run's rounds will take.
         completion_tokens_per_round: if every completion ran to its limit.
         prompt_tokens_per_round: prompts run once a group.
         optimizer_steps: of the whole run.
-        weights_gib: weights, gradients and AdamW's moments; a compute copy if bf16, the reference
-            if there is a KL term, a second gradient if its cosine to GRPO's is measured.
-        activations_gib: of one micro-batch's forward and backward pass.
-        sampler_gib: keys and values of the rows decoded at once, and their logits.
-        total_gib: all of these with the libraries.
+        process_gib: what the process holds besides the model; 0 on an accelerator.
+        loaded_gib: of the weights, what is held already: a model that was handed over in Python.
+        weights_gib: weights; of the trained ones gradients, AdamW's moments and a compute copy if
+            bf16; the reference if there is a KL term, a second gradient if its cosine to GRPO's is
+            measured.
+        cache_gib: the sampler's keys and values, which stay between rounds.
+        update_gib: what the largest micro-batch takes for a moment.
+        sampling_gib: what sampling takes for a moment.
+        peak_gib: what stays, and the larger of the two that do not; a checkpoint copies nothing.
     """
 
     num_parameters: int
+    trained_parameters: int
     train_items: int
     held_out_items: int
     longest_prompt_tokens: int
     completion_tokens_per_round: int
     prompt_tokens_per_round: int
     optimizer_steps: int
+    process_gib: float
+    loaded_gib: float
     weights_gib: float
-    activations_gib: float
-    sampler_gib: float
-    total_gib: float
+    cache_gib: float
+    update_gib: float
+    sampling_gib: float
+    peak_gib: float
+
+    @property
+    def wanted_gib(self) -> float:
+        """Of the peak, what the process does not hold yet."""
+        return self.peak_gib - self.process_gib - self.loaded_gib
 
     def as_dict(self) -> dict[str, Any]:
         """Figures for JSON."""
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Lengths:
+    """Prompt lengths in tokens.
+
+    Attributes:
+        steps: the longest prompt of each optimizer step of the run, each length once; of refilled
+            rounds, whose groups are not known before, that of all prompts that they may take.
+        shortest: the shortest prompt that a round may take.
+        evaluated: the longest prompt of any evaluation, with its examples.
+    """
+
+    steps: frozenset[int]
+    shortest: int
+    evaluated: int
+
+    @property
+    def trained(self) -> int:
+        """The longest prompt of the run's rounds."""
+        return max(self.steps)
+
+
 def forecast(config: RunConfig) -> Forecast:
-    """Estimate a run's memory and tokens from its recipe, the model's shape and the prompts.
+    """A run's memory and tokens from its recipe, the model's shape and the prompts.
 
     Raises:
         gmpo.errors.GmpoError: the model, task or a prompt is not usable as the recipe wants it.
     """
-    config = config.model_copy(update={"model": resolve_model(config.model)})
-    task = build_task(config.task)
+    return forecast_inputs(read_inputs(config))
+
+
+def forecast_inputs(inputs: RunInputs) -> Forecast:
+    """`forecast` of what has been read already."""
+    config = inputs.config
     sampling, training = config.sampling, config.training
-    renderer = PromptRenderer(
-        load_tokenizer(config.model.name),
-        prompt_format=config.model.prompt_format,
-        system=config.model.system,
-        max_prompt_tokens=config.max_prompt_tokens(),
-    )
-    lengths = [len(renderer.render(prompt).token_ids or ()) for prompt in task.train]
-    longest = max(lengths)
-    shape, num_parameters = _shape(config.model.name)
-    width = 2 if config.model.dtype == "bf16" else 4
-    # fp32 weights, gradients and two moments; bf16 adds a compute copy and its gradients.
-    per_weight = 16 + (4 if width == 2 else 0)
-    per_weight += width if config.objective.kl_coefficient else 0
-    per_weight += 4 if training.gradient_cosine_every else 0
-    weights = num_parameters * per_weight / _GIB
-    rows = sampling.max_rows
-    cache_tokens = rows * (longest + sampling.max_new_tokens)
-    sampler = (
-        cache_tokens * 2 * shape.key_value_size * shape.layers * width
-        + 3 * rows * shape.vocabulary * 4
-    ) / _GIB
-    micro_batch = min(
-        training.max_tokens_per_micro_batch,
-        sampling.prompts_per_round
-        // training.steps_per_round
-        * (longest + sampling.group_size * sampling.max_new_tokens),
-    )
-    # Kept for the backward pass of a layer: about ten hidden-sized and five feed-forward tensors.
-    kept = (10 * shape.hidden + 5 * shape.feed_forward) * shape.layers * width
-    activations = (micro_batch * kept + 3 * 256 * shape.vocabulary * 4) / _GIB
-    evaluation = config.evaluation.items
-    held_out = len(task.held_out) if evaluation is None else min(evaluation, len(task.held_out))
+    lengths, shape = _lengths(inputs), _shape_of_run(inputs)
+    process, loaded = _held_bytes(inputs)
+    longest_completion = _longest_completion(config, lengths.shortest)
     return Forecast(
-        num_parameters=num_parameters,
-        train_items=len(task.train),
-        held_out_items=held_out,
-        longest_prompt_tokens=longest,
+        num_parameters=shape.num_parameters,
+        trained_parameters=shape.adapter_parameters or shape.num_parameters,
+        train_items=len(inputs.prompts),
+        held_out_items=len(inputs.held_out),
+        longest_prompt_tokens=lengths.trained,
         completion_tokens_per_round=sampling.most_prompts()
         * sampling.group_size
-        * sampling.max_new_tokens,
-        prompt_tokens_per_round=sampling.most_prompts() * longest,
+        * longest_completion,
+        prompt_tokens_per_round=sampling.most_prompts() * lengths.trained,
         optimizer_steps=training.rounds * training.steps_per_round,
-        weights_gib=weights,
-        activations_gib=activations,
-        sampler_gib=sampler,
-        total_gib=weights + activations + sampler + _LIBRARIES_GIB,
+        **_memory(config, shape, lengths, process=process, loaded=loaded),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
-    layers: int
-    hidden: int
-    feed_forward: int
-    key_value_size: int
-    vocabulary: int
+def require_memory(inputs: RunInputs, needs: Forecast, *, free: int | None) -> None:
+    """Refuse a run that cannot fit, and say what to lower to which value.
+
+    Args:
+        inputs: of the run.
+        needs: its forecast.
+        free: bytes that this process may still take; None where that is not known.
+
+    Raises:
+        ConfigError: it needs more than there is, and the recipe does not say to go on anyway.
+    """
+    wanted = needs.wanted_gib
+    if not inputs.config.training.refuse_beyond_memory or free is None or wanted * GIB <= free:
+        return
+    raise ConfigError(
+        f"the run needs about {wanted:.2f} GiB of memory and {free / GIB:.2f} GiB are free "
+        f"(weights, gradients and moments {needs.weights_gib:.2f}, sampler's cache "
+        f"{needs.cache_gib:.2f}, micro-batch {needs.update_gib:.2f}); {_remedy(inputs, free)}, or "
+        "set training.refuse_beyond_memory = false to try anyway"
+    )
 
 
-def _shape(name: str) -> tuple[_Shape, int]:
-    """Sizes of a model without its weights."""
+def free_bytes(device: torch.device) -> int | None:
+    """What this process may still take where the model will lie; None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()
+
+
+def model_shape(
+    model: PreTrainedModel, *, width: int, device: str, engine: str, recomputes_layers: bool
+) -> ModelShape:
+    """Sizes of a model, which may be without weights, and of its adapters.
+
+    Args:
+        model: as it will be trained.
+        width: bytes of a number in forward and backward passes.
+        device: where they run: "cpu" or another.
+        engine: "fast" or "plain".
+        recomputes_layers: as gradient checkpointing has it.
+    """
+    text = model.config.get_text_config()
+    sizes = text.to_dict()
+    hidden, vocabulary = text.hidden_size, text.vocab_size
+    heads = next((sizes[name] for name in _HEADS if sizes.get(name)), 1)
+    is_fast = engine == "fast" and why_unsupported(model) is None
+    adapters = adapters_of(model)
+    adapter_parameters = sum(a.lora_A.numel() + a.lora_B.numel() for a in adapters.values())
+    return ModelShape(
+        num_parameters=sum(p.numel() for p in model.parameters()) - adapter_parameters,
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        feed_forward=sizes.get("intermediate_size") or 4 * hidden,
+        heads=heads,
+        key_value_heads=sizes.get("num_key_value_heads") or heads,
+        head_size=sizes.get("head_dim") or hidden // heads,
+        vocabulary=vocabulary,
+        has_head_norms=text.model_type == "qwen3",
+        adapter_parameters=adapter_parameters,
+        adapter_rank=max((adapter.rank for adapter in adapters.values()), default=0),
+        adapted=frozenset(name.rpartition(".")[2] for name in adapters),
+        width=width,
+        attention_width=4 if is_fast and device == "cpu" else width,
+        is_fast=is_fast,
+        recomputes_layers=recomputes_layers,
+    )
+
+
+def _shape_of_run(inputs: RunInputs) -> ModelShape:
+    """Of the model that will be trained, its adapters included: the given one, or the named one."""
+    config, model = inputs.config, inputs.given.model
+    if model is None or (config.lora.rank and not adapters_of(model)):
+        model = _without_weights(config, model)
+    return model_shape(
+        model,
+        width=2 if config.model.dtype == "bf16" else 4,
+        device=config.model.device,
+        engine=config.training.engine,
+        recomputes_layers=config.training.gradient_checkpointing,
+    )
+
+
+def _without_weights(config: RunConfig, given: PreTrainedModel | None) -> PreTrainedModel:
+    """A model like the given or the named one, adapted, that takes no memory."""
+    sizes = None if given is not None else _named_sizes(config.model.name)
+    with torch.device("meta"):
+        if given is not None:
+            model = type(given)(given.config)
+        else:
+            model = AutoModelForCausalLM.from_config(sizes)
+    lora = config.lora
+    if lora.rank:
+        add_adapters(model, rank=lora.rank, alpha=lora.scale_numerator(), targets=lora.targets)
+    return model
+
+
+def _named_sizes(name: str) -> PreTrainedConfig:
+    """The configuration of a named model.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     try:
-        config = AutoConfig.from_pretrained(model_folder(name))
+        sizes: PreTrainedConfig = AutoConfig.from_pretrained(model_folder(name))
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
             f"cannot read the configuration of model {name!r}: {first_line}; give a hub name or a "
             "folder with config.json"
         ) from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    sizes = config.to_dict()
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_size = sizes.get("head_dim") or hidden // heads
-    key_value_heads = sizes.get("num_key_value_heads") or heads
-    shape = _Shape(
-        layers=config.num_hidden_layers,
-        hidden=hidden,
-        feed_forward=sizes.get("intermediate_size") or 4 * hidden,
-        key_value_size=key_value_heads * head_size,
-        vocabulary=config.vocab_size,
+    return sizes
+
+
+def _memory(
+    config: RunConfig, shape: ModelShape, lengths: _Lengths, *, process: int, loaded: int
+) -> dict[str, Any]:
+    """The memory figures of a `Forecast`."""
+    sampling, evaluation = config.sampling, config.evaluation
+    weights = weight_bytes(
+        shape,
+        has_reference=config.objective.kl_coefficient > 0,
+        keeps_second_gradient=0 < config.training.gradient_cosine_every <= config.training.rounds,
     )
-    return shape, sum(parameter.numel() for parameter in model.parameters())
+    longest = max(lengths.trained, lengths.evaluated)
+    positions = max(
+        lengths.trained + sampling.max_new_tokens,
+        lengths.evaluated + (evaluation.max_new_tokens or sampling.max_new_tokens),
+    )
+    if sampling.rollout is not None:
+        # What tools put in is run as a prompt is, together with all that came before it.
+        longest = positions = sampling.max_length
+    rows = sampling.max_rows
+    cache = cache_bytes(shape, rows=rows, positions=positions)
+    update = max(_update_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
+    # A cache that grows is there twice for a moment.
+    sampling_peak = sampling_bytes(shape, rows=rows, prompt_tokens=longest) + cache
+    peak = process + weights + cache + max(update, sampling_peak)
+    return {
+        "process_gib": process / GIB,
+        "loaded_gib": min(loaded, weights) / GIB,
+        "weights_gib": weights / GIB,
+        "cache_gib": cache / GIB,
+        "update_gib": update / GIB,
+        "sampling_gib": sampling_peak / GIB,
+        "peak_gib": peak / GIB,
+    }
+
+
+def _update_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> int:
+    """Of the largest micro-batch of a step with prompts of that length."""
+    sampling, training = config.sampling, config.training
+    size = largest_micro_batch(
+        max_tokens=training.max_tokens_per_micro_batch,
+        group_size=sampling.group_size,
+        groups=sampling.prompts_per_round // training.steps_per_round,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=_longest_completion(config, prompt_tokens),
+        shares_prompts=shape.is_fast,
+    )
+    return activation_bytes(shape, size) + passing_bytes(shape, size)
+
+
+def _longest_completion(config: RunConfig, prompt_tokens: int) -> int:
+    """Tokens; only `max_length` bounds what a rollout function returns."""
+    sampling = config.sampling
+    if sampling.rollout is None:
+        return sampling.max_new_tokens
+    return sampling.max_length - prompt_tokens
+
+
+def _lengths(inputs: RunInputs) -> _Lengths:
+    config, renderer, examples = inputs.config, inputs.renderer, inputs.examples
+    asked = list(inputs.held_out)
+    if examples:
+        asked += [few_shot_prompt(prompt, examples) for prompt in inputs.held_out]
+    rounds, steps_per_round = config.training.rounds, config.training.steps_per_round
+    if config.sampling.dynamic == "refill":
+        # Where a round begins depends on how many prompts those before it took.
+        may_come = min(len(inputs.prompts), rounds * config.sampling.most_prompts())
+        taken = [_length(prompt) for prompt in inputs.prompts.take(0, may_come)]
+        steps = frozenset([max(taken)])
+    else:
+        per_round = config.sampling.prompts_per_round
+        taken = [_length(prompt) for prompt in inputs.prompts.take(0, rounds * per_round)]
+        per_step = per_round // steps_per_round
+        steps = frozenset(
+            max(taken[first : first + per_step]) for first in range(0, len(taken), per_step)
+        )
+    return _Lengths(
+        steps=steps,
+        shortest=min(taken),
+        evaluated=max((_length(renderer.render(prompt)) for prompt in asked), default=0),
+    )
+
+
+def _length(prompt: Prompt) -> int:
+    assert prompt.token_ids is not None, "prompts are rendered before they are counted"
+    return len(prompt.token_ids)
+
+
+def _held_bytes(inputs: RunInputs) -> tuple[int, int]:
+    """What the process holds besides the model, and what it holds of the model already."""
+    model = inputs.given.model
+    tensors: list[Tensor] = [] if model is None else list(model.parameters())
+    tensors += [tensor.grad for tensor in tensors if tensor.grad is not None]
+    loaded = sum(tensor.nbytes for tensor in tensors)
+    if inputs.config.model.device == "cuda":
+        return 0, loaded
+    # Weights that a file maps are resident only once they were read.
+    return max(0, resident_bytes() - loaded), loaded
+
+
+def _remedy(inputs: RunInputs, free: int) -> str:
+    """The largest values of the keys that cost nothing but time with which the run would fit."""
+    shape, lengths = _shape_of_run(inputs), _lengths(inputs)
+    _, loaded = _held_bytes(inputs)
+
+    def needed(config: RunConfig) -> float:
+        figures = _memory(config, shape, lengths, process=0, loaded=loaded)
+        return float(figures["peak_gib"] - figures["loaded_gib"]) * GIB
+
+    def with_values(tokens: int, rows: int) -> RunConfig:
+        config = inputs.config
+        training = config.training.model_copy(update={"max_tokens_per_micro_batch": tokens})
+        sampling = config.sampling.model_copy(update={"max_rows": rows})
+        return config.model_copy(update={"training": training, "sampling": sampling})
+
+    most_tokens = inputs.config.training.max_tokens_per_micro_batch
+    most_rows = inputs.config.sampling.max_rows
+    tokens = _largest(most_tokens, lambda n: needed(with_values(n, most_rows)) <= free)
+    if tokens:
+        return f"training.max_tokens_per_micro_batch = {tokens} would fit"
+    rows = _largest(most_rows, lambda n: needed(with_values(most_tokens, n)) <= free)
+    if rows:
+        return f"sampling.max_rows = {rows} would fit"
+    rows = _largest(most_rows, lambda n: needed(with_values(1, n)) <= free)
+    if rows:
+        tokens = _largest(most_tokens, lambda n: needed(with_values(n, rows)) <= free)
+        return (
+            f"training.max_tokens_per_micro_batch = {tokens} with sampling.max_rows = {rows} "
+            "would fit"
+        )
+    least = needed(with_values(1, 1)) / GIB
+    training = inputs.config.training
+    others = [
+        *(() if inputs.config.lora.rank else ("lora.rank = 16",)),
+        *(() if training.gradient_checkpointing else ("training.gradient_checkpointing = true",)),
+    ]
+    lighter = f"{' and '.join(others)} {'take' if others[1:] else 'takes'} less, else "
+    return (
+        f"with one row at a time it would still need {least:.2f} GiB; {lighter if others else ''}"
+        "take a smaller model or a machine with more memory"
+    )
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, by halving; 0 if none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

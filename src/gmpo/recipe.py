@@ -24,6 +24,7 @@ __all__ = [
     "put_key",
     "recipe_keys",
     "recipe_of_table",
+    "recipe_values",
 ]
 
 
@@ -69,6 +70,21 @@ def recipe_of_table(table: Mapping[str, Any], *, source: str) -> RunConfig:
 def dump_recipe(config: RunConfig) -> str:
     """The resolved recipe as TOML; keys that are None are left out, which means the same."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_values(config: RunConfig) -> dict[str, Any]:
+    """The resolved recipe as one flat table, by `table.key`; keys that are None are left out."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, table: dict[str, Any]) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    add("", config.model_dump(mode="json", exclude_none=True))
+    return flat
 
 
 def recipe_keys() -> list[str]:

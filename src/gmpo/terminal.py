@@ -68,6 +68,8 @@ class TrainingDisplay:
         """Show what the loop says."""
         if report.stage == "round":
             self._show_round(report)
+        elif report.stage == "forecast":
+            self._console.print(report.sentence, soft_wrap=True)
         elif report.stage == "checkpoint":
             pass  # a line a checkpoint would say nothing that a user waits for
         elif report.stage == "evaluation":
@@ -138,7 +140,7 @@ def evaluation_table(evaluations: Sequence[Evaluation], *, title: str) -> Table:
 
 def forecast_table(forecast: Forecast) -> Table:
     """What a run will need, for `--dry-run`."""
-    table = Table(title="estimate", title_justify="left", show_header=False)
+    table = Table(title="forecast", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
     for name, value in forecast.as_dict().items():

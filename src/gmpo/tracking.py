@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ METRICS: Mapping[str, str] = {
     "time/reward_seconds": "seconds of grading in the round",
     "time/update_seconds": "seconds of optimizer steps, old log-probs and gradient cosine included",
     "time/tokens_per_second": "completion tokens of the round over its rollout seconds",
+    "tracking/errors_total": "calls of trackers that failed since the round before",
+    "tracking/dropped_total": "rows that trackers were not given since the round before",
     "memory/peak_gib": "largest resident (CPU) or allocated (accelerator) memory so far",
     "update/loss": "mean loss of the step's rollouts",
     "update/gradient_norm": "gradient norm before clipping",
@@ -84,6 +86,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._followers: list[Callable[[Mapping[str, Any]], None]] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -139,6 +142,10 @@ class RunFolder:
         self._write(partial.name, text, mode="w")
         partial.replace(self.path / name)
 
+    def follow(self, receive: Callable[[Mapping[str, Any]], None]) -> None:
+        """Let `receive` have every later row of `metrics.jsonl`, once it is written."""
+        self._followers.append(receive)
+
     def log_metrics(self, kind: str, values: Mapping[str, float], **position: int) -> None:
         """Append one line to `metrics.jsonl`.
 
@@ -158,6 +165,8 @@ class RunFolder:
         assert not unknown, f"metrics {unknown} are not documented in METRICS"
         line = {"kind": kind, **position, **{name: _finite(v) for name, v in values.items()}}
         self._write("metrics.jsonl", json.dumps(line) + "\n", mode="a")
+        for receive in self._followers:
+            receive(line)
 
     def log_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line to a file of the run.

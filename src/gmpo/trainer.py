@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from gmpo.assembly import Given, TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, build_parts
 from gmpo.callbacks import CallbackEvents, PrintProgress
 from gmpo.checkpoint import latest_checkpoint
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError, RunStopped
 from gmpo.evaluation import Evaluation
+from gmpo.inputs import Given
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.records import Group
 from gmpo.rewards import RewardFunction
@@ -93,7 +94,8 @@ class GMPOTrainer:
         reward: a function by TRL's convention, a list of them or a mapping by name, each of weight
             1 unless `recipe={"reward.weights": ...}` says otherwise. None verifies "answer".
         rollout: a function that makes the rollouts; None lets the policy complete the prompts.
-        callbacks: of the `transformers` kind; None prints a line a log, () nothing.
+        callbacks: of the `transformers` kind; None prints the forecast and a line a log, ()
+            nothing.
         warn: told in one sentence what is not as expected.
 
     Raises:
@@ -141,6 +143,7 @@ class GMPOTrainer:
             **reward_keys,
             **({} if rollout is None else {"sampling.rollout": _reference(rollout)}),
         }
+        self._prints = callbacks is None
         self._callbacks = (PrintProgress(),) if callbacks is None else tuple(callbacks)
         self._warn = warn
         self._own_loop: TrainingParts | None = None
@@ -327,6 +330,8 @@ class GMPOTrainer:
         def hear(report: Report) -> None:
             if report.stage == "before":
                 before.extend(report.evaluations)
+            if report.stage == "forecast" and self._prints:
+                print(report.sentence)
             events.report(report)
 
         try:

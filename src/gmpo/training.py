@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gmpo import __version__
-from gmpo.assembly import Given, TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, assemble
 from gmpo.checkpoint import (
     TrainingState,
     checkpoint_round,
@@ -26,11 +27,14 @@ from gmpo.checkpoint import (
 from gmpo.config import RunConfig
 from gmpo.errors import CheckpointError, RunFolderError, RunStopped
 from gmpo.evaluation import Evaluation
-from gmpo.recipe import dump_recipe
+from gmpo.inputs import Given, RunInputs, read_inputs
+from gmpo.outlook import Outlook
+from gmpo.recipe import dump_recipe, load_recipe, recipe_values
 from gmpo.reporting import rollout_records, round_metrics
 from gmpo.rounds import prompts_of_round, sample_round
 from gmpo.saved_rounds import SampledRound, forget_rounds, load_round, save_round
 from gmpo.steps import RoundUpdate, update_policy
+from gmpo.trackers import TrackedRun, Trackers, require_packages
 from gmpo.tracking import RunFolder, provenance, read_lines
 
 __all__ = ["Report", "TrainingResult", "train"]
@@ -41,12 +45,13 @@ class Report:
     """What the loop tells its caller as it happens.
 
     Attributes:
-        stage: "before", "round", "evaluation", "checkpoint" or "after".
+        stage: "forecast", "before", "round", "evaluation", "checkpoint" or "after".
         round: rounds done.
         metrics: the round's figures, steps averaged (stage "round").
         steps: the figures of each of its optimizer steps (stage "round").
         epoch: passes over the prompts done (stage "round").
         evaluations: results of the stage.
+        sentence: for people (stage "forecast").
     """
 
     stage: str
@@ -55,6 +60,7 @@ class Report:
     steps: tuple[dict[str, float], ...] = ()
     epoch: float = 0.0
     evaluations: tuple[Evaluation, ...] = ()
+    sentence: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +102,37 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
     run = RunFolder(folder)
-    with (
-        run.locked(),
-        closing(_parts(run, config, resume=resume, warn=warn, given=given)) as parts,
-    ):
-        state, before = _start(run, parts, resume=resume, report=report, warn=warn)
-        _stop_if(should_stop, run, parts, state)
-        while state.round < config.training.rounds:
-            state = _run_round(run, parts, state, report)
-            _evaluate_during(run, parts, state, report)
-            _checkpoint_if_due(run, parts, state, report)
+    require_packages(config.tracking.to)
+    with run.locked():
+        inputs = _inputs(run, config, resume=resume, warn=warn, given=given)
+        outlook = Outlook(run, inputs)
+        with closing(assemble(inputs, warn=warn)) as parts:
+            state = _start(run, parts, resume=resume, warn=warn)
+            _tell(report, outlook.announce(parts, state), round_number=state.round)
+            before = _evaluated_before(run, parts, state, report)
             _stop_if(should_stop, run, parts, state)
-        # A finished run that is resumed has its answer already.
-        after = _recorded_evaluations(run, "after") or _evaluate_fully(
-            run, parts, state, stage="after", report=report
-        )
+            with closing(_trackers(run, parts.config, warn)) as trackers:
+                while state.round < config.training.rounds:
+                    state, done = _run_round(run, parts, trackers, state)
+                    report(done)
+                    compared = outlook.compare(done.metrics, round_number=done.round)
+                    _tell(report, compared, round_number=done.round)
+                    _evaluate_during(run, parts, state, report)
+                    _checkpoint_if_due(run, parts, state, report)
+                    _stop_if(should_stop, run, parts, state)
+            # A finished run that is resumed has its answer already.
+            after = _recorded_evaluations(run, "after") or _evaluate_fully(
+                run, parts, state, stage="after", report=report
+            )
     checkpoint = latest_checkpoint(run.checkpoints)
     assert checkpoint is not None, "the last round writes a checkpoint"
     return TrainingResult(folder=run.path, checkpoint=checkpoint, before=before, after=after)
 
 
 def _run_round(
-    run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
-) -> TrainingState:
-    """Sample once, reward, update several times, publish the weights."""
+    run: RunFolder, parts: TrainingParts, trackers: Trackers, state: TrainingState
+) -> tuple[TrainingState, Report]:
+    """Sample once, reward, update several times, publish the weights; what there is to tell."""
     sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
     every = parts.config.training.gradient_cosine_every
@@ -136,21 +149,19 @@ def _run_round(
     metrics = round_metrics(parts, sampled, update) | {
         "time/update_seconds": time.perf_counter() - started
     }
+    metrics |= trackers.new_counts()
     for number, step in enumerate(update.steps, start=state.step - len(update.steps) + 1):
         run.log_metrics("step", step.metrics, round=state.round, step=number)
     run.log_metrics("round", metrics, round=state.round, step=state.step)
     for record in rollout_records(parts, sampled, update, round_number=state.round):
         run.log_record("rollouts.jsonl", record)
-    report(
-        Report(
-            stage="round",
-            round=state.round,
-            metrics=metrics,
-            steps=tuple(step.metrics for step in update.steps),
-            epoch=state.prompts_taken / len(parts.prompts),
-        )
+    return state, Report(
+        stage="round",
+        round=state.round,
+        metrics=metrics,
+        steps=tuple(step.metrics for step in update.steps),
+        epoch=state.prompts_taken / len(parts.prompts),
     )
-    return state
 
 
 def _rollouts(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:
@@ -174,15 +185,15 @@ def _after(state: TrainingState, sampled: SampledRound, update: RoundUpdate) -> 
     )
 
 
-def _parts(
+def _inputs(
     run: RunFolder,
     config: RunConfig,
     *,
     resume: bool,
     warn: Callable[[str], None],
     given: Given | None,
-) -> TrainingParts:
-    """The recipe's parts, once the folder is known to fit what was asked."""
+) -> RunInputs:
+    """What the recipe reads, once the folder is known to fit what was asked."""
     traces = ("metrics.jsonl", "rounds", "checkpoints")
     if not resume and any((run.path / name).exists() for name in traces):
         raise RunFolderError(
@@ -193,7 +204,33 @@ def _parts(
         raise CheckpointError(
             f"run folder {run.path} holds no run to resume; start it without --resume"
         )
-    return build_parts(config, warn=warn, given=given)
+    return read_inputs(config, warn=warn, given=given)
+
+
+def _tell(report: Callable[[Report], None], sentence: str | None, *, round_number: int) -> None:
+    if sentence is not None:
+        report(Report(stage="forecast", round=round_number, sentence=sentence))
+
+
+def _trackers(run: RunFolder, config: RunConfig, warn: Callable[[str], None]) -> Trackers:
+    """The recipe's trackers, which from now on get every row of `metrics.jsonl`."""
+    identity = run.path / "tracking.json"
+    if config.tracking.to and not identity.exists():
+        run.write_text(identity.name, json.dumps({"id": uuid.uuid4().hex}))
+    trackers = Trackers(
+        config.tracking.to,
+        TrackedRun(
+            id=json.loads(identity.read_text())["id"] if config.tracking.to else "",
+            name=config.tracking.name or run.path.resolve().name,
+            project=config.tracking.project,
+            folder=run.path,
+            parameters=recipe_values(config),
+        ),
+        earlier=read_lines(run.path, "metrics.jsonl"),
+        warn=warn,
+    )
+    run.follow(trackers.send)
+    return trackers
 
 
 def _start(
@@ -201,12 +238,11 @@ def _start(
     parts: TrainingParts,
     *,
     resume: bool,
-    report: Callable[[Report], None],
     warn: Callable[[str], None],
-) -> tuple[TrainingState, tuple[Evaluation, ...]]:
-    """Where the run stands: restored from a checkpoint, or evaluated before its first round."""
-    recipe = dump_recipe(parts.config)
-    if resume and (run.path / "recipe.toml").read_text(encoding="utf-8") != recipe:
+) -> TrainingState:
+    """Where the run stands: restored from a checkpoint, or before its first round."""
+    recipe = dump_recipe(parts.config.deciding())
+    if resume and dump_recipe(load_recipe(run.path / "recipe.toml").deciding()) != recipe:
         raise CheckpointError(
             f"run folder {run.path} was made with another recipe; resume with its own recipe.toml, "
             "or choose another run folder"
@@ -221,15 +257,15 @@ def _start(
         recipe_digest=digest,
         warn=warn,
     )
+    run.write_text("recipe.toml", dump_recipe(parts.config))
     if state is not None:
         parts.publish_weights(state.step)
         run.forget_after(state.round)
-        return state, _recorded_evaluations(run, "before")
+        return state
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
-    run.write_text("recipe.toml", recipe)
     run.write_text("run.json", json.dumps(_made_with(), indent=1))
-    state = TrainingState(
+    return TrainingState(
         round=0,
         step=0,
         prompts_taken=0,
@@ -237,7 +273,6 @@ def _start(
         recipe_digest=digest,
         version=__version__,
     )
-    return state, _evaluate_fully(run, parts, state, stage="before", report=report)
 
 
 def _made_with() -> dict[str, str | int | None]:
@@ -262,6 +297,16 @@ def _warn_if_made_elsewhere(run: RunFolder, warn: Callable[[str], None]) -> None
             f"this is not what made {run.path}: {'; '.join(changed)}; the run goes on, but not "
             "bit for bit as it would have there"
         )
+
+
+def _evaluated_before(
+    run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
+) -> tuple[Evaluation, ...]:
+    """The untrained model's evaluations, which only a run that has not begun can make."""
+    recorded = _recorded_evaluations(run, "before")
+    if recorded or state.round:
+        return recorded
+    return _evaluate_fully(run, parts, state, stage="before", report=report)
 
 
 def _recorded_evaluations(run: RunFolder, stage: str) -> tuple[Evaluation, ...]:

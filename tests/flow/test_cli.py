@@ -36,8 +36,10 @@ def test_a_piped_run_prints_readable_lines_and_ends_with_the_accuracy(
         f"gmpo (clip: token ratio 0.6703 to 1.492) trains {model} for 2 rounds; run folder "
         f"{finished}"
     )
-    assert lines[1].startswith("before: greedy accuracy 0.")
-    assert lines[1].endswith("on 5 held-out items, 5 cut by the limit")
+    assert re.match(r"forecast: up to \d\.\d\d GiB of memory.* a round and .* in all, ", lines[1])
+    assert lines[2].startswith("before: greedy accuracy 0.")
+    assert lines[2].endswith("on 5 held-out items, 5 cut by the limit")
+    assert re.match(r"measured: \d\.\d\d GiB of memory in round 1 \(forecast up to ", lines[4])
     rounds = [line for line in lines if line.startswith("round ")]
     assert [line.split("  ")[0] for line in rounds] == ["round 1/2", "round 2/2"]
     assert re.search(r"reward \d\.\d\d  ratio \d\.\d\d\.\.\d\.\d\d  \d+ tok/s", rounds[0])
@@ -110,7 +112,7 @@ def test_a_path_with_brackets_is_printed_as_it_is(model: str, recipe: str, tmp_p
     assert f"checkpoint: {folder}/checkpoints/round-000001\n" in result.stdout
 
 
-def test_a_dry_run_prints_recipe_and_estimate_and_trains_nothing(
+def test_a_dry_run_prints_recipe_and_forecast_and_trains_nothing(
     model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -120,22 +122,22 @@ def test_a_dry_run_prints_recipe_and_estimate_and_trains_nothing(
         *("--set", f"description={description}"),
     )
     assert result.exit_code == 0
-    printed, _, estimate = result.stdout.partition("# clip: token ratio 0.6703 to 1.492\n")
+    printed, _, forecast = result.stdout.partition("# clip: token ratio 0.6703 to 1.492\n")
     (tmp_path / "again.toml").write_text(printed)
     again = load_recipe(tmp_path / "again.toml")
     assert again == load_recipe(recipe, [f"model.name={model}", f"description={description}"])
     # 8 prompts x 8 completions x 3 tokens; 2 rounds x 4 steps
-    assert re.search(r"completion tokens per round\W+192 ", estimate)
-    assert re.search(r"optimizer steps\W+8 ", estimate)
-    assert re.search(r"total\W+\d\.\d\d GiB", estimate)
+    assert re.search(r"completion tokens per round\W+192 ", forecast)
+    assert re.search(r"optimizer steps\W+8 ", forecast)
+    assert re.search(r"peak\W+\d\.\d\d GiB", forecast)
     assert [path.name for path in tmp_path.iterdir()] == ["again.toml"]
 
 
-def test_a_dry_run_as_json_has_recipe_and_estimate(model: str, recipe: str):
+def test_a_dry_run_as_json_has_recipe_and_forecast(model: str, recipe: str):
     result = gmpo("train", recipe, "--dry-run", "--json", "--set", f"model.name={model}")
     shown = json.loads(result.stdout)
     assert shown["recipe"]["training"]["rounds"] == 2
-    assert shown["estimate"]["completion_tokens_per_round"] == 192
+    assert shown["forecast"]["completion_tokens_per_round"] == 192
 
 
 @pytest.mark.real_model
@@ -375,8 +377,8 @@ def test_inspecting_as_json_has_the_same_figures(finished: Path):
 def test_every_figure_of_the_summary_is_one_that_a_run_logs(finished: Path):
     shown = json.loads(gmpo("inspect", finished, "--json").stdout)
     missing = {name for name, value in shown.items() if value is None}
-    # The tiny recipe measures no gradient cosine.
-    assert missing == {"cosine_to_grpo"}
+    # The tiny recipe measures no gradient cosine and has no trackers.
+    assert missing == {"cosine_to_grpo", "tracker_errors_total", "tracker_dropped_total"}
 
 
 def test_inspecting_a_group_shows_its_texts(finished: Path):

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from gmpo import GMPOConfig, GMPOTrainer
-from gmpo.assembly import build_task
 from gmpo.errors import ConfigError, DataError, ModelError
-from gmpo.inspection import render_summary, summarize_run
+from gmpo.inspection import summarize_run
 from gmpo.plots import plot_run
 from gmpo.recipe import load_recipe
+from gmpo.run_tables import render_summary
+from gmpo.task_table import build_task
 from gmpo.training import train
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainer" / "quickstart.py"

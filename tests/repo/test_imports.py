@@ -44,14 +44,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "saved_rounds",
         "schedules",
         "guard",
+        "memory",
+        "host_memory",
         "tracking",
+        "trackers",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
         "plots",
         "evaluation",
         "reward_table",
+        "task_table",
+        "inputs",
+        "forecast",
         "assembly",
+        "pace",
+        "outlook",
         "rounds",
         "steps",
         "reporting",
@@ -61,9 +69,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer",
         "study",
         "generation",
-        "forecast",
         "export",
         "inspection",
+        "run_tables",
         "terminal",
         "cli",
     ),
@@ -127,6 +135,7 @@ TORCH_FREE = (
     "gmpo.rewards",
     "gmpo.plots",
     "gmpo.inspection",
+    "gmpo.run_tables",
 )
 
 

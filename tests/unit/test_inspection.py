@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from gmpo.errors import ConfigError, DataError, RunFolderError
-from gmpo.inspection import load_groups, render_group, render_summary, summarize_run
+from gmpo.inspection import load_groups, summarize_run
 from gmpo.recipe import dump_recipe, load_recipe
+from gmpo.run_tables import render_group, render_summary
 from gmpo.tracking import RunFolder
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from gmpo.errors import ModelError
 from gmpo.policy.head import widened
 
-__all__ = ["LlamaBody", "attend"]
+__all__ = ["LlamaBody", "attend", "why_unsupported"]
 
 _FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -39,7 +39,7 @@ class LlamaBody:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        reason = _why_unsupported(model)
+        reason = why_unsupported(model)
         if reason is not None:
             raise ModelError(f"the fast path does not cover this model: {reason}")
         self.model = model
@@ -133,7 +133,8 @@ def attend(
     return attended.reshape(batch, num_heads, length, head_dim)
 
 
-def _why_unsupported(model: PreTrainedModel) -> str | None:
+def why_unsupported(model: PreTrainedModel) -> str | None:
+    """Why `LlamaBody` does not cover a model, by its configuration alone; None if it does."""
     config = model.config
     if config.model_type not in _FAMILY:
         return f"model type {config.model_type!r} is not one of {', '.join(_FAMILY)}"

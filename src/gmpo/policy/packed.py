@@ -153,7 +153,18 @@ def _run_layer(
     rotary: tuple[Tensor, Tensor],
     generations: Sequence[_Generation],
 ) -> Float[Tensor, "1 N M"]:
-    queries, keys, values = body.project(layer, hidden, rotary)
+    # Nested, so that what only attention needs is let go before the feed-forward part.
+    attended = _attend_all(generations, *body.project(layer, hidden, rotary))
+    return body.finish(layer, hidden, attended)
+
+
+def _attend_all(
+    generations: Sequence[_Generation],
+    queries: Float[Tensor, "1 H N D"],
+    keys: Float[Tensor, "1 K N D"],
+    values: Float[Tensor, "1 K N D"],
+) -> Float[Tensor, "1 H N D"]:
+    """What each token of all generations attends to."""
     attended = []
     past: tuple[Tensor, Tensor] | None = None
     for generation in generations:
@@ -161,7 +172,7 @@ def _run_layer(
         own = [states[0, :, generation.first : stop] for states in (queries, keys, values)]
         result, past = _attend(generation, own[0], (own[1], own[2]), past)
         attended.append(result)
-    return body.finish(layer, hidden, torch.cat(attended, dim=1)[None])
+    return torch.cat(attended, dim=1)[None]
 
 
 def _attend(

@@ -1,0 +1,70 @@
+"""Bytes that this process holds, and bytes that it may still take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["available_bytes", "resident_bytes"]
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; where the system does not tell, its largest so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that this process may still take; None where the system does not say (no Linux).
+
+    The smaller of what Linux calls available and what is left of every control group above this
+    process; file pages that a group would give back count as left.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    information = root / "proc" / "meminfo"
+    if not information.exists():
+        return None
+    fields = dict(line.split(":") for line in information.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([available, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """Bytes left in each group that has a limit, for both versions of control groups."""
+    left = []
+    for line in (root / "proc" / "self" / "cgroup").read_text().splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":
+            base, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        path = Path(place.lstrip("/"))
+        # In a container the path may name a group of the host that is not to be seen in here.
+        left += [
+            found
+            for group in (path, *path.parents)
+            if (found := _left_in_group(root / base / group, *names)) is not None
+        ]
+    return left
+
+
+def _left_in_group(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    if not (folder / limit).exists():
+        return None
+    allowed = (folder / limit).read_text().strip()
+    if allowed == "max":
+        return None
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    used = int((folder / usage).read_text()) - int(statistics.get(reclaimable, 0))
+    return max(0, int(allowed) - used)

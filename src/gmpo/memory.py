@@ -1,0 +1,299 @@
+"""Bytes that training a causal language model takes, by arithmetic.
+
+Dimensions: **M** hidden size, **F** feed-forward size, **H** query heads, **K** key heads,
+**D** head size, **V** vocabulary, **S** prompt tokens, **T** completion tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "GIB",
+    "MicroBatchSize",
+    "ModelShape",
+    "activation_bytes",
+    "cache_bytes",
+    "largest_micro_batch",
+    "passing_bytes",
+    "sampling_bytes",
+    "weight_bytes",
+]
+
+GIB = 2**30
+
+_FLOAT = 4
+_HEAD_ROWS = 256
+"""Positions whose logits the fast head holds at once."""
+_CACHE_STEP = 64
+"""Positions by which the sampler's cache grows."""
+_PREFILL_TOKENS = 2048
+"""Prompt tokens that the sampler runs at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a model, what of it is trained, and how it is run.
+
+    Attributes:
+        num_parameters: weights of the model itself, tied ones once.
+        layers: transformer layers.
+        hidden: M.
+        feed_forward: F.
+        heads: H.
+        key_value_heads: K.
+        head_size: D.
+        vocabulary: V.
+        has_head_norms: queries and keys are normed head by head, as in Qwen3.
+        adapter_parameters: weights of the adapters, which alone are trained then; 0 without.
+        adapter_rank: of the adapters.
+        adapted: last parts of the names of the layers that have one.
+        width: bytes of a number in forward and backward passes: 4 in fp32, 2 in bf16.
+        attention_width: the same within attention, which the fast engine runs in fp32 on a CPU.
+        is_fast: prompts are run once for their completions, and logits exist in chunks.
+        recomputes_layers: layers keep their inputs and run again in the backward pass.
+    """
+
+    num_parameters: int
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    has_head_norms: bool = False
+    adapter_parameters: int = 0
+    adapter_rank: int = 0
+    adapted: frozenset[str] = frozenset()
+    width: int
+    attention_width: int
+    is_fast: bool
+    recomputes_layers: bool = False
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Of one position's keys and values in one layer."""
+        return self._key_value_numbers * self.width
+
+    @property
+    def attended_bytes(self) -> int:
+        """The same as attention reads them."""
+        return self._key_value_numbers * self.attention_width
+
+    @property
+    def _key_value_numbers(self) -> int:
+        return 2 * self.key_value_heads * self.head_size
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the model's own weights are trained, and not adapters beside them."""
+        return not self.adapter_parameters
+
+    def trains_any(self, *layers: str) -> bool:
+        """Whether a gradient of one of these layers needs the layer's inputs."""
+        return self.trains_all or not self.adapted.isdisjoint(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchSize:
+    """Rows of T completion tokens after prompts of S tokens; lengths are the longest ones."""
+
+    prompts: int
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def num_later(self) -> int:
+        """Tokens of a completion that are run: its last one predicts nothing."""
+        return self.completion_tokens - 1
+
+    @property
+    def num_run(self) -> int:
+        """Tokens that are run, each prompt once."""
+        return self.prompts * self.prompt_tokens + self.rows * self.num_later
+
+    @property
+    def num_seen(self) -> int:
+        """Positions that a row attends to, its own included."""
+        return self.prompt_tokens + self.num_later
+
+
+def largest_micro_batch(
+    *,
+    max_tokens: int,
+    group_size: int,
+    groups: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    shares_prompts: bool,
+) -> MicroBatchSize:
+    """What a step of whole groups is cut into at most, if every completion runs to its limit.
+
+    Args:
+        max_tokens: budget of a micro-batch, padding included; one row may exceed it.
+        group_size: rows that share a prompt.
+        groups: of the step.
+        prompt_tokens: of the longest prompt.
+        completion_tokens: of the longest completion.
+        shares_prompts: whether a prompt counts once for all its rows.
+    """
+
+    def prompts_of(rows: int) -> int:
+        return -(-rows // group_size) if shares_prompts else rows
+
+    rows = 1
+    while rows < groups * group_size:
+        more = prompts_of(rows + 1) * prompt_tokens + (rows + 1) * completion_tokens
+        if more > max_tokens:
+            break
+        rows += 1
+    return MicroBatchSize(
+        prompts=-(-rows // group_size),
+        rows=rows,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )
+
+
+def weight_bytes(shape: ModelShape, *, has_reference: bool, keeps_second_gradient: bool) -> int:
+    """Weights, of the trained ones gradients and AdamW's two moments, and what some recipes add.
+
+    Args:
+        shape: of the model; trained weights are fp32, and below fp32 have a compute copy besides.
+            Under adapters the model's own weights are frozen, in the compute precision.
+        has_reference: a frozen copy of the starting model serves a KL term; adapters need none,
+            because what is under them is the starting model.
+        keeps_second_gradient: two gradients are compared.
+    """
+    per_trained = 4 * _FLOAT + (shape.width if shape.width < _FLOAT else 0)
+    per_trained += _FLOAT if keeps_second_gradient else 0
+    if shape.trains_all:
+        return shape.num_parameters * (per_trained + shape.width * has_reference)
+    return shape.num_parameters * shape.width + shape.adapter_parameters * per_trained
+
+
+def cache_bytes(shape: ModelShape, *, rows: int, positions: int) -> int:
+    """Keys and values of all rows that the sampler decodes at once, kept between rounds."""
+    capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
+    return rows * capacity * shape.key_value_bytes * shape.layers
+
+
+def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
+    """What sampling takes for a moment beside the cache: prefilled prompts, and logits.
+
+    Drawing holds four tables of logits in fp32: as they came, joined, shifted, exponentiated.
+    """
+    prefill = max(_PREFILL_TOKENS, prompt_tokens) * shape.key_value_bytes * shape.layers
+    return prefill + 4 * rows * shape.vocabulary * _FLOAT
+
+
+def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """What is kept of a micro-batch between its forward and its backward pass.
+
+    Layers that run again keep nothing but their inputs; of others see `_layer_bytes`. All of them
+    share the masks.
+    """
+    if not shape.is_fast:
+        tokens = size.rows * (size.prompt_tokens + size.completion_tokens)
+        if shape.recomputes_layers:
+            return shape.layers * tokens * shape.hidden * shape.width
+        return shape.layers * tokens * _plain_token_bytes(shape)
+    if shape.recomputes_layers:
+        layer = size.num_run * shape.hidden * shape.width
+    else:
+        layer = _layer_bytes(shape, size)
+    return shape.layers * layer + _mask_bytes(shape, size)
+
+
+def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """The most that exists for a moment beside all that is kept: around the head, or in a layer.
+
+    Fast: the head's gradient stays until the embedding's is there, so where layers run again it is
+    beside what one of them keeps, with the gradients that pass through its feed-forward part.
+    Plain: logits at every position with their gradient, and six tables at the counted ones.
+    """
+    scored = size.rows * size.completion_tokens
+    if not shape.is_fast:
+        tokens = size.rows * (size.prompt_tokens + size.completion_tokens)
+        head = shape.vocabulary * (2 * tokens * shape.width + 6 * scored * _FLOAT)
+        again = tokens * (_plain_token_bytes(shape) + _gradient_bytes(shape))
+        return max(head, again) if shape.recomputes_layers else head
+    gradient = shape.vocabulary * shape.hidden * shape.width if shape.trains_all else 0
+    head = _head_bytes(shape, scored, gradient=gradient)
+    if not shape.recomputes_layers:
+        return head
+    again = _layer_bytes(shape, size) + size.num_run * _gradient_bytes(shape)
+    return max(head, gradient + again)
+
+
+def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
+    """Of logits, chunk by chunk: a chunk's two tables are still there while the next makes two.
+
+    The backward pass, which only the head's gradient needs, has up to four tables of one chunk at
+    once, or one and four of the next.
+    """
+    first = min(_HEAD_ROWS, scored)
+    second = min(_HEAD_ROWS, scored - first)
+    forward, backward = 2 * (first + second), max(4 * first, first + 4 * second)
+    table = shape.vocabulary * _FLOAT
+    return max(forward * table, backward * table + gradient if gradient else 0)
+
+
+def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """What one layer of the fast engine keeps for its backward pass.
+
+    Of a token `_token_bytes`, and of a row keys and values of all that it attends to. Prompts
+    attend to those of the table of all tokens, unless attention has a precision of its own.
+    """
+    attended = size.rows * size.num_seen * (size.num_later > 0) + (
+        size.num_run if shape.attention_width == shape.width else size.prompts * size.prompt_tokens
+    )
+    return size.num_run * _token_bytes(shape) + attended * shape.attended_bytes
+
+
+def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """Of prompts and of completions, as numbers, for all query heads of a key head."""
+    seen = size.rows * size.num_later * size.num_seen + size.prompts * size.prompt_tokens**2
+    return shape.heads // shape.key_value_heads * seen * shape.attention_width
+
+
+def _token_bytes(shape: ModelShape) -> int:
+    """What a layer keeps of a token, besides its keys and values.
+
+    Both norms their inputs, in fp32 because they are taken in it, and a statistic each; their
+    outputs before the weight is applied, if that is trained, and after it, if a layer behind them
+    is; queries, attention's output and a statistic a head; the output in the order of tokens if the
+    output projection is trained; of the feed-forward part the gate before and after its activation,
+    the other half, and their product if the last projection is trained; adapters' narrow outputs.
+    """
+    attention = shape.heads * shape.head_size
+    normed = 2 * shape.trains_all
+    normed += shape.trains_any("q_proj", "k_proj", "v_proj")
+    normed += shape.trains_any("gate_proj", "up_proj")
+    numbers = (
+        normed * shape.hidden
+        + shape.trains_any("o_proj") * attention
+        + (3 + shape.trains_any("down_proj")) * shape.feed_forward
+        + shape.adapter_rank * len(shape.adapted)
+    )
+    wide = 2 * shape.hidden + shape.heads + 2
+    if shape.has_head_norms:
+        normed_heads = shape.heads + shape.key_value_heads
+        wide += normed_heads * (shape.head_size + 1)
+        numbers += normed_heads * shape.head_size * shape.trains_all
+    return numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+
+
+def _plain_token_bytes(shape: ModelShape) -> int:
+    """Heads that share keys hold copies of keys and values; masks are the module's own."""
+    return _token_bytes(shape) + 2 * shape.heads * shape.head_size * shape.width
+
+
+def _gradient_bytes(shape: ModelShape) -> int:
+    """Gradients that exist at once of a token, as they pass through a layer's feed-forward part.
+
+    Those of its norm are fp32, as the norm is.
+    """
+    return 3 * shape.feed_forward * shape.width + 2 * shape.hidden * _FLOAT
