@@ -23,8 +23,8 @@ __all__ = [
 GIB = 2**30
 
 _FLOAT = 4
-_HEAD_ROWS = 256
-"""Positions whose logits the fast head holds at once."""
+_TILE_ROWS, _TILE_TOKENS = 256, 4096
+"""Positions and vocabulary entries whose logits the fast head holds at once."""
 _CACHE_STEP = 64
 """Positions by which the sampler's cache grows."""
 _PREFILL_TOKENS = 2048
@@ -229,16 +229,14 @@ def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
 
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
-    """Of logits, chunk by chunk: a chunk's two tables are still there while the next makes two.
+    """Of logits, tile by tile: two fp32 tables of a tile at once, and one in the compute precision.
 
-    The backward pass, which only the head's gradient needs, has up to four tables of one chunk at
-    once, or one and four of the next.
+    The backward pass has the head's gradient besides, and that of the hidden states in fp32 and in
+    the compute precision.
     """
-    first = min(_HEAD_ROWS, scored)
-    second = min(_HEAD_ROWS, scored - first)
-    forward, backward = 2 * (first + second), max(4 * first, first + 4 * second)
-    table = shape.vocabulary * _FLOAT
-    return max(forward * table, backward * table + gradient if gradient else 0)
+    narrow = shape.width if shape.width < _FLOAT else 0
+    tile = min(_TILE_ROWS, scored) * min(_TILE_TOKENS, shape.vocabulary) * (2 * _FLOAT + narrow)
+    return tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
 
 
 def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:

@@ -48,8 +48,8 @@ def test_the_forecast_is_the_one_by_hand(model: str):
     layer = 66 * 486 + (304 + 66) * 32
     # for both heads of a key head: 16 rows of 2 tokens that see 19, 2 prompts of 17 that see 17
     masks = 2 * (16 * 2 * 19 + 2 * 17 * 17)
-    # four tables of 48 logits and the head's gradient
-    head = 4 * 48 * 101 + 101 * 32
+    # two tables of 48 logits, the gradients of 48 hidden states and of the head
+    head = 2 * 48 * 101 + 48 * 32 + 101 * 32
     assert needs.update_gib == (2 * layer + masks + head) * 4 / GIB
     stays = needs.process_gib + needs.weights_gib + needs.cache_gib
     assert needs.peak_gib == pytest.approx(stays + needs.sampling_gib)

@@ -167,6 +167,10 @@ def test_besides_its_layers_a_forward_pass_keeps_little():
     assert counted == pytest.approx(activation_bytes(shape_of(model), size), rel=0.03)
 
 
+LONG = MicroBatchSize(prompts=1, rows=4, prompt_tokens=30, completion_tokens=120)
+WIDE = MicroBatchSize(prompts=4, rows=32, prompt_tokens=20, completion_tokens=9)
+
+
 @pytest.mark.parametrize("adapted", [(), None], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_gradients_and_moments_are_what_the_optimizer_holds(
@@ -175,6 +179,7 @@ def test_weights_gradients_and_moments_are_what_the_optimizer_holds(
     policy = Policy(llama(dtype=dtype, adapted=adapted), warn=lambda _: None)
     optimizer = PolicyOptimizer(policy)
     optimizer.apply_step(learning_rate=0.0, clip_norm=1.0)
+    policy.score(micro_batch(WIDE)).logprobs.sum().backward()
     held = {tensor.data_ptr(): tensor for tensor in policy.model.parameters()}
     for master in policy.masters.values():
         moments = [m for m in optimizer.adamw.state[master].values() if m.dim()]
@@ -236,18 +241,15 @@ def test_the_cache_is_as_large_as_the_samplers():
     assert held == cache_bytes(shape_of(model), rows=5, positions=71)
 
 
-def test_the_head_holds_chunks_or_all_logits():
+def test_the_head_holds_tiles_or_all_logits():
     shape = shape_of(llama())
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
-    # 512 positions in chunks of 256, five of them in fp32, and a gradient of 101 x 32
-    assert passing_bytes(shape, size) == (5 * 256 * 101 + 101 * 32) * 4
+    # two tables of 256 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
+    # head's of 101 x 32, in fp32
+    assert passing_bytes(shape, size) == (2 * 256 * 101 + 512 * 32 + 101 * 32) * 4
     plain = shape_of(llama(), engine="plain")
     # 64 rows of 12 tokens with logits and their gradient, six tables at 512 positions
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4
-
-
-LONG = MicroBatchSize(prompts=1, rows=4, prompt_tokens=30, completion_tokens=120)
-WIDE = MicroBatchSize(prompts=4, rows=32, prompt_tokens=20, completion_tokens=9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -264,7 +266,9 @@ def test_the_peak_of_an_update_is_foretold(
 ):
     model = llama(layers=8, vocabulary=vocabulary, adapted=adapted, dtype=dtype)
     policy = Policy(model, gradient_checkpointing=recomputes_layers, warn=lambda _: None)
-    PolicyOptimizer(policy)  # its gradients are there before
+    for weight in policy.masters.values():  # gradients are counted with the weights
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
     batch = micro_batch(size)
     with LiveMemory() as memory:
         policy.score(batch).logprobs.sum().backward()
