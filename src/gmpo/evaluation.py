@@ -96,6 +96,18 @@ class Evaluator:
     settings: SamplingSettings
     examples: tuple[Prompt, ...] = ()
 
+    def require_fit(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse held-out prompts that are too long, before anything is asked.
+
+        Raises:
+            DataError: a prompt is empty or too long, by itself or after the worked examples.
+        """
+        self.renderer.render_all(prompts, remedy="take the prompt out of the held-out side")
+        if self.examples:
+            remedy = f"lower evaluation.few_shot: these prompts begin with {len(self.examples)}"
+            shown = [few_shot_prompt(prompt, self.examples) for prompt in prompts]
+            self.renderer.render_all(shown, remedy=f"{remedy} worked examples")
+
     def every_way(
         self, prompts: Sequence[Prompt], *, sampled_key: tuple[int | str, ...] | None
     ) -> Iterator[Evaluation]:

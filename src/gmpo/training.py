@@ -193,6 +193,8 @@ def _parts(
         raise CheckpointError(
             f"run folder {run.path} holds no run to resume; start it without --resume"
         )
+    for note in config.notes():
+        warn(note)
     return build_parts(config, warn=warn, given=given)
 
 

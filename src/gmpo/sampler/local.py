@@ -141,10 +141,16 @@ class LocalSampler:
         return events
 
     def _problem_with(self, request: SampleRequest) -> str | None:
-        length = len(request.token_ids)
+        length, known = len(request.token_ids), self._decoder.vocabulary_size
+        unknown = [token for token in request.token_ids if not 0 <= token < known]
         checks = (
             (request.id in self._ids_in_flight(), "its id is already in flight; use another"),
             (length == 0, "its prompt is empty; give at least one token"),
+            (
+                bool(unknown),
+                f"prompt token ids {unknown[:3]} are none of the model's, 0 to {known - 1}; "
+                "tokenize with the model's own tokenizer",
+            ),
             (
                 length + request.max_tokens > self._context_length,
                 f"{length} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
@@ -163,7 +169,10 @@ class LocalSampler:
             (not request.temperature >= 0, f"temperature {request.temperature} must be 0 or more"),
             (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
             (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
-            (request.top_logprobs < 0, f"top_logprobs {request.top_logprobs} must be 0 or more"),
+            (
+                not 0 <= request.top_logprobs <= known,
+                f"top_logprobs {request.top_logprobs} must be 0 to {known}, the vocabulary",
+            ),
             ("" in request.stop_strings, "a stop string is empty; every text contains it"),
             (bool(request.media), "media are given, and this sampler takes text only"),
             (
