@@ -3,117 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from gmpo.config import ModelConfig, RunConfig
-from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.config import RunConfig
+from gmpo.errors import ConfigError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.grading import Grader
-from gmpo.named_functions import load_function
-from gmpo.policy.load import (
-    choose_device,
-    choose_dtype,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
+from gmpo.inputs import (
+    Given,
+    PromptStream,
+    RunInputs,
+    held_out_items,
+    prompt_renderer,
+    read_inputs,
+    resolve_model,
 )
+from gmpo.named_functions import load_function
+from gmpo.policy.load import end_token_ids, load_model, load_tokenizer
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.score import BasePolicy, Policy, Scorer
 from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
-from gmpo.rewards import RewardFunction, RewardFunctions, ScoredGroups, score_groups
+from gmpo.rewards import RewardFunctions, ScoredGroups, score_groups
 from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
-from gmpo.rollouts import (
-    GroupSampler,
-    PromptRenderer,
-    SamplingSettings,
-    decode_text,
-    sample_groups,
-)
+from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings, decode_text, sample_groups
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
-from gmpo.task_config import (
-    ArithmeticTask,
-    BundledTask,
-    CountdownTask,
-    DatasetTask,
-    GivenTask,
-    GymTask,
-    JsonlTask,
-    TaskConfig,
-)
-from gmpo.tasks import (
-    RowForm,
-    Task,
-    arithmetic_task,
-    bundled_task,
-    countdown_task,
-    dataset_task,
-    gym_task,
-    jsonl_task,
-)
+from gmpo.task_table import build_task
+from gmpo.tasks import Task
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
-__all__ = [
-    "Given",
-    "PromptStream",
-    "TrainingParts",
-    "build_evaluator",
-    "build_parts",
-    "build_sampler",
-    "build_task",
-    "resolve_model",
-]
-
-
-class PromptStream:
-    """Training prompts in a fixed endless order: a fresh permutation each epoch, keyed by the seed.
-
-    The order depends on nothing but its arguments, so a resumed run goes on where it stood.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
-        self._prompts = prompts
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def take(self, first: int, count: int) -> list[Prompt]:
-        """`count` prompts from position `first` on, counted from 0 and never ending."""
-        return [self._at(position) for position in range(first, first + count)]
-
-    def _at(self, position: int) -> Prompt:
-        epoch, place = divmod(position, len(self._prompts))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return self._prompts[int(order[place])]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Given:
-    """Objects that a Python caller hands over instead of having them loaded or imported.
-
-    Attributes:
-        model: trained in place of the one that the recipe names, and really in place.
-        tokenizer: of that model.
-        task: whose items are asked in place of those of `[task]`, which has `kind = "given"`.
-        rewards: by a name of the recipe's `[reward.functions]`, whose reference is then a record
-            of where the function came from and is not imported.
-        rollout: in place of the recipe's `sampling.rollout`, which names it likewise.
-    """
-
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    task: Task | None = None
-    rewards: Mapping[str, RewardFunction] = field(default_factory=dict)
-    rollout: RolloutFunction | None = None
+__all__ = ["TrainingParts", "assemble", "build_evaluator", "build_parts", "build_sampler"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +103,20 @@ def build_parts(
     Raises:
         gmpo.errors.GmpoError: a model, task or prompt is not usable as the recipe wants it.
     """
-    config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
-    given = given or Given()
-    task = given.task or build_task(config.task)
-    for note in task.notes():
-        warn(note)
+    return assemble(read_inputs(config, warn=warn, given=given), warn=warn)
+
+
+def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts:
+    """Load the model and connect it with what was read.
+
+    Raises:
+        gmpo.errors.GmpoError: the model or a function that the recipe names is not usable.
+    """
+    config, given, task, tokenizer = inputs.config, inputs.given, inputs.task, inputs.tokenizer
     grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
     rollout = _rollout_function(config, given.rollout)
-    tokenizer = given.tokenizer or load_tokenizer(config.model.name)
-    renderer = _renderer(config, tokenizer)
-    train_prompts = [renderer.render(prompt) for prompt in task.train]
     policy = _policy(config, given.model, warn=warn)
     reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
@@ -203,9 +130,9 @@ def build_parts(
         sampler=sampler,
         sample=sample,
         optimizer=_optimizer(config, policy),
-        prompts=PromptStream(train_prompts, seed=config.training.seed),
-        held_out=_held_out(config, task),
-        evaluator=_evaluator(config, task, sample, renderer, grader, sampling),
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        evaluator=_evaluator(config, task, sample, inputs.renderer, grader, sampling),
         grader=grader,
         rewards=rewards,
         sampling=sampling,
@@ -228,81 +155,14 @@ def build_evaluator(
     for note in task.notes():
         warn(note)
     tokenizer = load_tokenizer(config.model.name)
-    renderer = _renderer(config, tokenizer)
+    renderer = prompt_renderer(config, tokenizer)
     policy = _frozen_policy(config, None, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
-        yield evaluator, _held_out(config, task)
-
-
-def build_task(config: TaskConfig) -> Task:
-    """The task of a recipe's `[task]` table.
-
-    Raises:
-        DataError: it is empty or its rows are not usable.
-    """
-    if isinstance(config, GivenTask):
-        raise DataError(
-            f"this recipe's {config.train_items} training items were handed over in Python and are "
-            "not in it; run the script that made it, with resume=True to go on with its run"
-        )
-    arguments = config.model_dump(exclude={"kind"})
-    if isinstance(config, ArithmeticTask):
-        task = arithmetic_task(**arguments)
-    elif isinstance(config, CountdownTask):
-        task = countdown_task(**arguments)
-    elif isinstance(config, GymTask):
-        task = gym_task(**arguments)
-    elif isinstance(config, JsonlTask):
-        task = jsonl_task(
-            path=config.path,
-            held_out_path=config.held_out_path,
-            **_row_arguments(config, has_held_out_side=config.held_out_path is not None),
-        )
-    elif isinstance(config, DatasetTask):
-        task = dataset_task(
-            name=config.name,
-            config_name=config.config_name,
-            revision=config.revision,
-            split=config.split,
-            held_out_split=config.held_out_split,
-            **_row_arguments(config, has_held_out_side=config.held_out_split is not None),
-        )
-    else:
-        assert isinstance(config, BundledTask)
-        task = bundled_task(name=config.kind, **arguments)
-    if not task.train or not task.held_out:
-        raise DataError(
-            f"task {task.name!r} has {len(task.train)} training and {len(task.held_out)} held-out "
-            "items; both sides need at least one"
-        )
-    return task
-
-
-def _row_arguments(config: JsonlTask | DatasetTask, *, has_held_out_side: bool) -> dict[str, Any]:
-    """What tasks made of rows have in common."""
-    held_out_items = config.held_out_items
-    if held_out_items is None:
-        held_out_items = 0 if has_held_out_side else 500
-    form = RowForm(
-        prompt_column=config.prompt_column,
-        answer_column=config.answer_column,
-        id_column=config.id_column,
-        keep_columns=config.keep_columns,
-        answer_is_marked=config.answer_marked,
-        where=config.where,
-        unusable=config.unusable_rows,
-    )
-    return {
-        "held_out_items": held_out_items,
-        "split_seed": config.split_seed,
-        "instruction": config.instruction,
-        "form": form,
-        "held_out_where": config.held_out_where,
-    }
+        yield evaluator, held_out_items(config, task)
 
 
 def build_sampler(
@@ -351,30 +211,6 @@ def _group_sampler(
         max_length=config.sampling.max_length,
         vocabulary_size=policy.model.config.vocab_size,
     )
-
-
-def resolve_model(
-    config: ModelConfig, *, warn: Callable[[str], None] = lambda _: None
-) -> ModelConfig:
-    """The model table with "auto" replaced by what this machine takes, which `warn` is told."""
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device=device, warn=warn)
-    return config.model_copy(update={"device": device.type, "dtype": dtype})
-
-
-def _renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(
-        tokenizer,
-        prompt_format=config.model.prompt_format,
-        system=config.model.system,
-        max_prompt_tokens=config.max_prompt_tokens(),
-    )
-
-
-def _held_out(config: RunConfig, task: Task) -> tuple[Prompt, ...]:
-    """The held-out items used, in an order of no meaning, so that the first n are a fair sample."""
-    order = np.random.default_rng(config.task.split_seed).permutation(len(task.held_out))
-    return tuple(task.held_out[int(place)] for place in order[: config.evaluation.items])
 
 
 def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingSettings:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gmpo.assembly import build_task, resolve_model
 from gmpo.config import RunConfig
 from gmpo.errors import ModelError
+from gmpo.inputs import resolve_model
 from gmpo.policy.load import load_tokenizer, model_folder
 from gmpo.rollouts import PromptRenderer
+from gmpo.task_table import build_task
 
 __all__ = ["Forecast", "forecast"]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gmpo.assembly import build_sampler, resolve_model
+from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
+from gmpo.inputs import resolve_model
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
 from gmpo.records import FinishReason, Message, Prompt
 from gmpo.rollouts import PromptRenderer, decode_text

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from gmpo.assembly import Given, TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, build_parts
 from gmpo.callbacks import CallbackEvents, PrintProgress
 from gmpo.checkpoint import latest_checkpoint
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError, RunStopped
 from gmpo.evaluation import Evaluation
+from gmpo.inputs import Given
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.records import Group
 from gmpo.rewards import RewardFunction

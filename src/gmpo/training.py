@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gmpo import __version__
-from gmpo.assembly import Given, TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, build_parts
 from gmpo.checkpoint import (
     TrainingState,
     checkpoint_round,
@@ -26,6 +26,7 @@ from gmpo.checkpoint import (
 from gmpo.config import RunConfig
 from gmpo.errors import CheckpointError, RunFolderError, RunStopped
 from gmpo.evaluation import Evaluation
+from gmpo.inputs import Given
 from gmpo.recipe import dump_recipe
 from gmpo.reporting import rollout_records, round_metrics
 from gmpo.rounds import prompts_of_round, sample_round

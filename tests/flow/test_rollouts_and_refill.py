@@ -15,9 +15,10 @@ from tests.killed_runs import Death, digest, run_in_process
 from tests.models import save_tiny
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
-from gmpo.assembly import Given, build_parts
+from gmpo.assembly import build_parts
 from gmpo.checkpoint import latest_checkpoint
 from gmpo.errors import ConfigError, DataError
+from gmpo.inputs import Given
 from gmpo.recipe import load_recipe
 from gmpo.rounds import live_groups
 from gmpo.steps import build_steps

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from gmpo import GMPOConfig, GMPOTrainer
-from gmpo.assembly import build_task
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.recipe import load_recipe
+from gmpo.task_table import build_task
 from gmpo.training import train
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainer" / "quickstart.py"

@@ -51,6 +51,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "plots",
         "evaluation",
         "reward_table",
+        "task_table",
+        "inputs",
         "assembly",
         "rounds",
         "steps",

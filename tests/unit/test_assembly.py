@@ -11,11 +11,13 @@ from pydantic import TypeAdapter
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.assembly import PromptStream, TrainingParts, build_parts, build_task, resolve_model
+from gmpo.assembly import TrainingParts, build_parts
 from gmpo.config import ModelConfig, RunConfig
 from gmpo.errors import DataError, ModelError
+from gmpo.inputs import PromptStream, resolve_model
 from gmpo.records import Prompt
 from gmpo.task_config import TaskConfig
+from gmpo.task_table import build_task
 from gmpo.tasks import Task
 
 PROMPTS = [Prompt(id=str(number), text=str(number)) for number in range(10)]
