@@ -12,7 +12,7 @@ from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.statistics import wilson_interval
 from gmpo.tasks import few_shot_prompt
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = ["Evaluation", "Evaluator", "require_fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,23 @@ class Evaluation:
         )
 
 
+def require_fit(
+    prompts: Sequence[Prompt], *, examples: Sequence[Prompt], renderer: PromptRenderer
+) -> None:
+    """Refuse held-out prompts that are too long, before a model is loaded or asked.
+
+    Raises:
+        DataError: one is empty or too long, by itself or after the worked examples.
+    """
+    renderer.render_all(prompts, remedy="take the prompt out of the held-out items")
+    if examples:
+        count = len(examples)
+        shown = [few_shot_prompt(prompt, examples) for prompt in prompts]
+        renderer.render_all(
+            shown, remedy=f"lower evaluation.few_shot: these begin with {count} worked examples"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """Asks held-out prompts of one task and grades the answers.
@@ -95,18 +112,6 @@ class Evaluator:
     grader: Grader
     settings: SamplingSettings
     examples: tuple[Prompt, ...] = ()
-
-    def require_fit(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse held-out prompts that are too long, before anything is asked.
-
-        Raises:
-            DataError: a prompt is empty or too long, by itself or after the worked examples.
-        """
-        self.renderer.render_all(prompts, remedy="take the prompt out of the held-out side")
-        if self.examples:
-            remedy = f"lower evaluation.few_shot: these prompts begin with {len(self.examples)}"
-            shown = [few_shot_prompt(prompt, self.examples) for prompt in prompts]
-            self.renderer.render_all(shown, remedy=f"{remedy} worked examples")
 
     def every_way(
         self, prompts: Sequence[Prompt], *, sampled_key: tuple[int | str, ...] | None
