@@ -79,8 +79,8 @@ class Policy:
     ) -> None:
         if model.dtype not in _LARGEST_LOGIT_DIFFERENCE:
             raise ModelError(
-                f"the model is in {model.dtype}; load it in torch.float32 or torch.bfloat16: fp16's "
-                "small gradients would be lost without loss scaling, which there is none of here"
+                f"the model is in {model.dtype}; load it in torch.float32 or torch.bfloat16: small "
+                "gradients are lost in fp16 without loss scaling, which does not exist here"
             )
         self.model = model.eval()  # dropout would make scored and sampled policy differ
         self.body = _checked_body(model, warn) if engine == "fast" else None

@@ -68,8 +68,8 @@ class Decoder(Protocol):
 
 def _num_embeddings(model: PreTrainedModel) -> int:
     """Token ids that a model knows."""
-    embedding: Tensor = model.get_input_embeddings().weight
-    return len(embedding)
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
 
 
 class TransformersDecoder:
