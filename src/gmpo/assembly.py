@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -85,6 +85,13 @@ class TrainingParts:
         )
         rule = reward_rule(self.config.reward)
         return score_groups(groups, self.rewards, rule=rule, trainer_state=state)
+
+    def evaluator_at(self, *, step: int, prompts_taken: int) -> Evaluator:
+        """What asks held-out items, by `evaluation.measure`; the arguments are those of `score`."""
+        if self.config.evaluation.measure == "accuracy":
+            return self.evaluator
+        reward = partial(self.score, step=step, prompts_taken=prompts_taken)
+        return replace(self.evaluator, reward=reward)
 
     def publish_weights(self, version: int) -> None:
         """Hand the policy's weights to the sampler, which runs the policy's own module."""
@@ -174,7 +181,13 @@ def build_evaluator(
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
-        yield evaluator, held_out
+        with ExitStack() as opened:
+            if config.evaluation.measure == "reward":
+                rewards = opened.enter_context(closing(build_rewards(config, grader, given={})))
+                rule, state = reward_rule(config.reward), TrainerState()
+                reward = partial(score_groups, rewards=rewards, rule=rule, trainer_state=state)
+                evaluator = replace(evaluator, reward=reward)
+            yield evaluator, held_out
 
 
 def build_sampler(

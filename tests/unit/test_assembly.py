@@ -254,7 +254,7 @@ def test_held_out_and_few_shot_prompts_are_checked_before_a_model_is_loaded(
         str(caught.value),
     )
     with (
-        pytest.raises(DataError, match="or lower evaluation.few_shot"),
+        pytest.raises(DataError, match=r"or lower evaluation.few_shot"),
         build_evaluator(few, warn=print),
     ):
         raise AssertionError("the evaluator was built")

@@ -322,7 +322,7 @@ def test_settings_are_finite(value: float):
         RunConfig(task={"kind": "countdown"}, training={"learning_rate": value})
     with pytest.raises(ValidationError, match="finite number"):
         RunConfig(task={"kind": "countdown"}, reward={"weights": {"correct": value}})
-    with pytest.raises(ConfigError, match="learning_rate = (inf|nan): .*finite number"):
+    with pytest.raises(ConfigError, match=r"learning_rate = (inf|nan): .*finite number"):
         GMPOConfig(learning_rate=value)
 
 
