@@ -29,7 +29,7 @@ def bundled_task(
 
     * "svamp": 1,000 problems, of which `held_out_items` (300) are held out. SVAMP varies one
       story: other numbers, names, another question at its end. Problems that share four fifths of
-      their words, numbers aside, are on one side, also where others link them; this makes 110
+      their words, numbers aside, are on one side, also where others link them; this makes 111
       groups of 1 to 32.
     * "gsm8k": its own training file (7,473) and its own test file (1,319) as the held-out side,
       of which `held_out_items` can take a part.
