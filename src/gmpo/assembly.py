@@ -12,19 +12,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, ModelError
-from gmpo.evaluation import Evaluator
+from gmpo.evaluation import Evaluator, require_fit
 from gmpo.grading import Grader
 from gmpo.inputs import (
     Given,
     PromptStream,
     RunInputs,
     held_out_items,
+    notes_of_evaluation,
     prompt_renderer,
     read_inputs,
     resolve_model,
 )
 from gmpo.named_functions import load_function
-from gmpo.policy.load import end_token_ids, load_model, load_tokenizer
+from gmpo.policy.load import (
+    context_length,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    require_context,
+)
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.score import BasePolicy, Policy, Scorer
 from gmpo.records import Group, Prompt
@@ -124,11 +131,13 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
     rollout = _rollout_function(config, given.rollout)
-    policy = _policy(config, given.model, warn=warn)
+    model = given.model or _named_model(config)
+    require_context(model, max_length=config.sampling.max_length)
+    sampling = _sampling_settings(config, end_token_ids(model, tokenizer))
+    policy = _policy(config, model, warn=warn)
     reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, rollout)
-    sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     return TrainingParts(
         config=config,
         policy=policy,
@@ -159,11 +168,14 @@ def build_evaluator(
     """What asks a recipe's held-out items of its model, and these items; no optimizer is made."""
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     task = build_task(config.task)
-    for note in task.notes():
+    for note in (*task.notes(), *notes_of_evaluation(config, task)):
         warn(note)
     tokenizer = load_tokenizer(config.model.name)
     renderer = prompt_renderer(config, tokenizer)
+    held_out = held_out_items(config, task)
+    require_fit(held_out, examples=task.train[: config.evaluation.few_shot], renderer=renderer)
     policy = _frozen_policy(config, None, warn=warn)
+    require_context(policy.model, max_length=config.sampling.max_length)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
@@ -175,7 +187,7 @@ def build_evaluator(
                 rule, state = reward_rule(config.reward), TrainerState()
                 reward = partial(score_groups, rewards=rewards, rule=rule, trainer_state=state)
                 evaluator = replace(evaluator, reward=reward)
-            yield evaluator, held_out_items(config, task)
+            yield evaluator, held_out
 
 
 def build_sampler(
@@ -189,7 +201,7 @@ def build_sampler(
     )
     return LocalSampler(
         decoder,
-        context_length=policy.model.config.max_position_embeddings,
+        context_length=context_length(policy.model),
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
     )
@@ -261,11 +273,8 @@ def _evaluator(
     )
 
 
-def _policy(
-    config: RunConfig, given: PreTrainedModel | None, *, warn: Callable[[str], None]
-) -> Policy:
+def _policy(config: RunConfig, model: PreTrainedModel, *, warn: Callable[[str], None]) -> Policy:
     """The policy that is trained, with its adapters if the recipe has any."""
-    model = given or _named_model(config)
     lora, training = config.lora, config.training
     if lora.rank and not adapters_of(model):
         add_adapters(

@@ -191,13 +191,15 @@ def load_newest_checkpoint(
         ModelError: it belongs to another model.
     """
     damaged: list[Path] = []
-    for path in checkpoints_newest_first(folder):
+    # One without a state.json too: a checkpoint gets its name when it is whole.
+    found = _folders(folder)[::-1]
+    for path in found:
         try:
             state = load_checkpoint(
                 path, policy=policy, optimizer=optimizer, recipe_digest=recipe_digest
             )
         except DamagedCheckpointError as error:
-            if path == checkpoints_newest_first(folder)[-1]:
+            if path == found[-1]:
                 raise
             warn(f"{error}; the one before it is used")
             damaged.append(path)
@@ -210,8 +212,7 @@ def load_newest_checkpoint(
 
 def checkpoints_newest_first(folder: Path) -> list[Path]:
     """Checkpoints under `folder` that were written to their end."""
-    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "state.json").is_file())
-    return found[::-1]
+    return [path for path in _folders(folder)[::-1] if (path / "state.json").is_file()]
 
 
 def checkpoint_model(path: Path) -> Path:
@@ -231,12 +232,22 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints; returns what was removed."""
-    found = sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir())
-    removed = found[:-keep]
+    """Remove all that is older than the newest `keep` whole checkpoints; returns what was removed.
+
+    What a process that was killed had begun to write goes too.
+    """
+    kept = checkpoints_newest_first(folder)[:keep]
+    removed = [path for path in _folders(folder) if kept and path.name < kept[-1].name]
+    removed += sorted(folder.glob(f".{_PREFIX}*.partial"))
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+def _folders(folder: Path) -> list[Path]:
+    """What has a checkpoint's name, oldest first."""
+    named = (path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    return sorted(path for path in named if path.name.removeprefix(_PREFIX).isdecimal())
 
 
 def _save_model(policy: Policy, file: Path) -> None:

@@ -336,6 +336,8 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
     from gmpo.forecast import forecast
     from gmpo.terminal import forecast_table
 
+    for note in config.notes():
+        _warn(note)
     needs = forecast(config)
     if as_json:
         recipe = config.model_dump(mode="json")

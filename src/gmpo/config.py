@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -428,6 +429,17 @@ class RunConfig(Table):
         """Tokens that max_length leaves for a prompt beside the longest completion asked for."""
         longest = max(self.sampling.max_new_tokens, self.evaluation.max_new_tokens or 0)
         return self.sampling.max_length - longest
+
+    def notes(self) -> Iterator[str]:
+        """What is allowed and hardly meant, a sentence each."""
+        training = self.training
+        steps = training.rounds * training.steps_per_round
+        if training.warmup_steps > steps:
+            yield (
+                f"training.warmup_steps is {training.warmup_steps} and the run has {steps} "
+                f"optimizer steps: the step size ends at {steps / training.warmup_steps:.0%} of "
+                "training.learning_rate; lower warmup_steps if that is not meant"
+            )
 
     @model_validator(mode="after")
     def _whole_groups_per_step(self) -> RunConfig:

@@ -15,7 +15,7 @@ from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.statistics import wilson_interval
 from gmpo.tasks import few_shot_prompt
 
-__all__ = ["Evaluation", "Evaluator", "Measure"]
+__all__ = ["Evaluation", "Evaluator", "Measure", "require_fit"]
 
 Measure = Literal["accuracy", "reward"]
 """What is measured on held-out items: answers verified, or the reward that training would give."""
@@ -115,6 +115,23 @@ class Evaluation:
             outcomes=tuple(record["outcomes"].values()),
             num_truncated=record["truncated"],
             num_timeouts=record["timeouts"],
+        )
+
+
+def require_fit(
+    prompts: Sequence[Prompt], *, examples: Sequence[Prompt], renderer: PromptRenderer
+) -> None:
+    """Refuse held-out prompts that are too long, before a model is loaded or asked.
+
+    Raises:
+        DataError: one is empty or too long, by itself or after the worked examples.
+    """
+    renderer.render_all(prompts, remedy="take the prompt out of the held-out items")
+    if examples:
+        count = len(examples)
+        shown = [few_shot_prompt(prompt, examples) for prompt in prompts]
+        renderer.render_all(
+            shown, remedy=f"lower evaluation.few_shot: these begin with {count} worked examples"
         )
 
 

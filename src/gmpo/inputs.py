@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.config import ModelConfig, RunConfig
+from gmpo.evaluation import require_fit
 from gmpo.policy.load import choose_device, choose_dtype, load_tokenizer
 from gmpo.records import Prompt
 from gmpo.rewards import RewardFunction
@@ -22,6 +23,7 @@ __all__ = [
     "PromptStream",
     "RunInputs",
     "held_out_items",
+    "notes_of_evaluation",
     "prompt_renderer",
     "read_inputs",
     "resolve_model",
@@ -119,12 +121,12 @@ def read_inputs(
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     given = given or Given()
     task = given.task or build_task(config.task)
-    for note in task.notes():
+    for note in (*task.notes(), *notes_of_evaluation(config, task)):
         warn(note)
     tokenizer = given.tokenizer or load_tokenizer(config.model.name)
     renderer = prompt_renderer(config, tokenizer)
-    train_prompts = [renderer.render(prompt) for prompt in task.train]
-    return RunInputs(
+    train_prompts = renderer.render_all(task.train)
+    inputs = RunInputs(
         config=config,
         given=given,
         task=task,
@@ -132,6 +134,18 @@ def read_inputs(
         renderer=renderer,
         prompts=PromptStream(train_prompts, seed=config.training.seed),
     )
+    require_fit(inputs.held_out, examples=inputs.examples, renderer=renderer)
+    return inputs
+
+
+def notes_of_evaluation(config: RunConfig, task: Task) -> Iterator[str]:
+    """What the recipe asks of its evaluation beyond what the task has."""
+    asked, there = config.evaluation.items, len(task.held_out)
+    if asked is not None and asked > there:
+        yield f"evaluation.items is {asked}, and task {task.name!r} holds out {there}: all are used"
+    examples, rows = config.evaluation.few_shot, len(task.train)
+    if examples > rows:
+        yield f"evaluation.few_shot is {examples}, and task {task.name!r} has {rows} rows to show"
 
 
 def resolve_model(

@@ -41,6 +41,9 @@ def bundled_recipes() -> dict[str, str]:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe of a bundled name or a path, with `table.key=value` overrides applied.
 
+    A bare name is the bundled recipe where there is one, whatever lies in the current folder; a
+    text that ends in .toml or has a path separator is always a path.
+
     Raises:
         ConfigError: no such recipe, not TOML, an unknown key (the nearest name is offered), or a
             value that is not allowed.
@@ -105,20 +108,20 @@ def _tables() -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _recipe_text(source: str | Path) -> str:
+    bundled = bundled_recipes()
+    name = str(source)
+    if name in bundled:  # a bare name; a file of that name is meant by ./NAME or NAME.toml
+        return bundled[name]
     path = Path(source)
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"recipe {path} is not UTF-8 text: {error}; save it as UTF-8"
             ) from None
         except OSError as error:
             raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
-    bundled = bundled_recipes()
-    name = str(source)
-    if name in bundled:
-        return bundled[name]
     near = difflib.get_close_matches(name, bundled, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(

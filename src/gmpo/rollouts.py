@@ -82,6 +82,37 @@ class PromptRenderer:
         Raises:
             DataError: it is empty or longer than allowed; its id and length are named.
         """
+        return self.render_all([prompt])[0]
+
+    def render_all(
+        self, prompts: Sequence[Prompt], *, remedy: str = "remove the prompt"
+    ) -> list[Prompt]:
+        """The prompts with their token ids, in order.
+
+        Args:
+            prompts: as a task has them.
+            remedy: what helps against too long ones besides a larger limit, for the message.
+
+        Raises:
+            DataError: one is empty or longer than allowed; the longest is named with its length,
+                and how many there are.
+        """
+        rendered = [self._render(prompt) for prompt in prompts]
+        limit = self._max_prompt_tokens
+        lengths = [len(prompt.token_ids or ()) for prompt in rendered]
+        too_long = sum(length > limit for length in lengths)
+        if too_long:
+            longest = max(lengths)
+            name = prompts[lengths.index(longest)].id
+            raise DataError(
+                f"prompt {name!r} has {longest} tokens, more than the {limit} that "
+                f"sampling.max_length leaves beside the completion ({too_long} of {len(prompts)} "
+                f"prompts are too long, this is the longest); raise sampling.max_length by "
+                f"{longest - limit} or {remedy}"
+            )
+        return rendered
+
+    def _render(self, prompt: Prompt) -> Prompt:
         turns = self._turns(prompt)
         if not any(turn.content.strip() for turn in turns):
             raise DataError(f"prompt {prompt.id!r} is empty; give it some text")
@@ -95,12 +126,6 @@ class PromptRenderer:
             joined = "".join(f"{turn.content}\n" for turn in turns)
             text = joined if prompt.text is None else prompt.text  # a text stays as it is
             token_ids = cast(list[int], self.tokenizer(text)["input_ids"])
-        if len(token_ids) > self._max_prompt_tokens:
-            raise DataError(
-                f"prompt {prompt.id!r} has {len(token_ids)} tokens, more than the "
-                f"{self._max_prompt_tokens} that sampling.max_length leaves beside the completion; "
-                "raise sampling.max_length or remove the prompt"
-            )
         return prompt.with_tokens(tuple(token_ids))
 
     def _turns(self, prompt: Prompt) -> tuple[Message, ...]:

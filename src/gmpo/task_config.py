@@ -20,10 +20,14 @@ __all__ = [
 
 
 class Table(BaseModel):
-    """A table of a recipe: frozen, and unknown keys are refused."""
+    """A table of a recipe: frozen; unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 

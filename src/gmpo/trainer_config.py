@@ -25,7 +25,9 @@ class GMPOConfig(BaseModel):
         ConfigError: an unknown name (the nearest is offered) or a value that is not allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak step size of AdamW: `training.learning_rate`."""

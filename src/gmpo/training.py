@@ -204,6 +204,8 @@ def _inputs(
         raise CheckpointError(
             f"run folder {run.path} holds no run to resume; start it without --resume"
         )
+    for note in config.notes():
+        warn(note)
     return read_inputs(config, warn=warn, given=given)
 
 
@@ -259,9 +261,11 @@ def _start(
     )
     run.write_text("recipe.toml", dump_recipe(parts.config))
     if state is not None:
+        _tidy(run, keep=parts.config.checkpoint.keep)
         parts.publish_weights(state.step)
         run.forget_after(state.round)
         return state
+    _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
     run.write_text("run.json", json.dumps(_made_with(), indent=1))
@@ -273,6 +277,16 @@ def _start(
         recipe_digest=digest,
         version=__version__,
     )
+
+
+def _refuse_lost_checkpoints(run: RunFolder, every_rounds: int) -> None:
+    """Starting over would drop the lines of a run whose checkpoints somebody took away."""
+    rounds = [line["round"] for line in read_lines(run.path, "metrics.jsonl")]
+    if rounds and max(rounds) > every_rounds:
+        raise CheckpointError(
+            f"run folder {run.path} has trained {max(rounds)} rounds, and {run.checkpoints} holds "
+            "no checkpoint to go on from; bring one back, or choose another run folder"
+        )
 
 
 def _made_with() -> dict[str, str | int | None]:
@@ -387,6 +401,11 @@ def _save(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
         tokenizer=parts.tokenizer,
         state=state,
     )
-    remove_old_checkpoints(run.checkpoints, keep=parts.config.checkpoint.keep)
+    _tidy(run, keep=parts.config.checkpoint.keep)
+
+
+def _tidy(run: RunFolder, *, keep: int) -> None:
+    """Remove what newer checkpoints make needless, also where a killed run did not come to it."""
+    remove_old_checkpoints(run.checkpoints, keep=keep)
     oldest = checkpoints_newest_first(run.checkpoints)[-1]
     forget_rounds(run.rounds, up_to=checkpoint_round(oldest))

@@ -128,7 +128,8 @@ def test_a_model_without_an_end_token_is_refused(model: str, recipe: str, tmp_pa
             [{"problem": "a" * 70, "answer": "2", "id": "long"}] * 1
             + [{"problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(9)],
             "prompt 'long' has 73 tokens, more than the 61 that sampling.max_length leaves beside "
-            "the completion; raise sampling.max_length or remove the prompt",
+            "the completion (1 of 9 prompts are too long, this is the longest); raise "
+            "sampling.max_length by 12 or remove the prompt",
         ),
         (
             [{"problem": "1 + 1?", "answer": "2"}],

@@ -79,6 +79,7 @@ def assert_ends_like(whole: Whole, folder: Path, deaths: list[Death]) -> None:
     assert digest(ends[0]) == digest(ends[1])
     assert log(folder) == log(whole.folder)
     assert not list((folder / "rounds").iterdir())
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [ends[1].name]
 
 
 def at_random_moments(whole: Whole, folder: Path, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -139,4 +140,21 @@ def test_damaged_saved_rollouts_are_named_and_kept(model: str, recipe: str, tmp_
     assert f"saved rollouts {path} are damaged" in result.stderr
     assert path.read_bytes() == b"half"
     path.unlink()
+    assert gmpo("train", "--run", folder, "--resume").exit_code == 0
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(
+    model: str, recipe: str, tmp_path: Path
+):
+    config = load_recipe(recipe, [f"model.name={model}", "checkpoint.every_rounds=1"])
+    folder = tmp_path / "run"
+    train(config, folder=folder, warn=print)
+    shutil.move(folder / "checkpoints", tmp_path / "elsewhere")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert refusal("train", "--run", folder, "--resume") == (
+        f"run folder {folder} has trained 2 rounds, and {folder / 'checkpoints'} holds no "
+        "checkpoint to go on from; bring one back, or choose another run folder"
+    )
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    shutil.move(tmp_path / "elsewhere", folder / "checkpoints")
     assert gmpo("train", "--run", folder, "--resume").exit_code == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from pydantic import TypeAdapter
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.assembly import TrainingParts, build_parts
+from gmpo.assembly import TrainingParts, build_evaluator, build_parts
 from gmpo.config import ModelConfig, RunConfig
 from gmpo.errors import DataError, ModelError
 from gmpo.inputs import PromptStream, resolve_model
@@ -156,7 +158,7 @@ def test_the_parts_are_what_the_recipe_says(model: str):
 
 
 def test_evaluation_may_have_a_longer_limit_than_training(model: str):
-    parts = parts_of(tiny_recipe(model, evaluation={"max_new_tokens": 20}))
+    parts = parts_of(tiny_recipe(model, evaluation={"max_new_tokens": 20, "few_shot": 0}))
     parts.close()
     assert parts.evaluator.settings.max_tokens == 20
     assert parts.sampling.max_tokens == 3
@@ -171,7 +173,7 @@ def test_a_reference_is_loaded_for_a_kl_term_only_and_never_learns(model: str):
 
 
 def test_the_first_held_out_items_are_a_fair_sample(model: str):
-    few = parts_of(tiny_recipe(model, evaluation={"items": 2}))
+    few = parts_of(tiny_recipe(model, evaluation={"items": 2, "few_shot": 0}))
     every = parts_of(tiny_recipe(model))
     for parts in (few, every):
         parts.close()
@@ -215,6 +217,74 @@ def test_a_prompt_too_long_for_the_recipe_is_named_with_its_length(model: str):
     # "What is 4 + 4?" is 14 characters, and the chat adds three tokens.
     with pytest.raises(DataError, match=r"has 17 tokens, more than the 16 that sampling\."):
         parts_of(tiny_recipe(model, sampling__max_length=19))
+
+
+def test_held_out_and_few_shot_prompts_are_checked_before_a_model_is_loaded(
+    model: str, tmp_path: Path
+):
+    rows = [{"problem": f"{n} + {'1' * n}?", "answer": str(n)} for n in range(1, 5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = [{"problem": "7" * n, "answer": "7"} for n in (20, 61, 30, 59)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    task = {
+        "kind": "jsonl",
+        "path": str(tmp_path / "train.jsonl"),
+        "held_out_path": str(tmp_path / "held_out.jsonl"),
+        "instruction": "",
+    }
+    tokenizer = tmp_path / "no weights"
+    shutil.copytree(model, tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
+    # 61 tokens are left beside 3 of the completion; the chat adds 3 to 61 and to 59 characters.
+    with pytest.raises(DataError) as caught:
+        parts_of(tiny_recipe(str(tokenizer), task=task))
+    assert str(caught.value) == (
+        "prompt 'held_out-2' has 64 tokens, more than the 61 that sampling.max_length leaves "
+        "beside the completion (2 of 4 prompts are too long, this is the longest); raise "
+        "sampling.max_length by 3 or take the prompt out of the held-out items"
+    )
+    few = tiny_recipe(
+        str(tokenizer), task=task, sampling__max_length=70, evaluation={"few_shot": 2}
+    )
+    with pytest.raises(DataError) as caught:
+        parts_of(few)
+    assert re.search(
+        r"prompt 'held_out-2' has \d+ tokens, more than the 67 .* \(2 of 4 prompts are too long, "
+        r"this is the longest\); raise sampling.max_length by \d+ or lower evaluation.few_shot: "
+        r"these begin with 2 worked examples",
+        str(caught.value),
+    )
+    with (
+        pytest.raises(DataError, match=r"or lower evaluation.few_shot"),
+        build_evaluator(few, warn=print),
+    ):
+        raise AssertionError("the evaluator was built")
+
+
+def test_a_max_length_beyond_the_models_context_is_refused(model: str):
+    for build in (parts_of, lambda config: build_evaluator(config, warn=print).__enter__()):
+        with pytest.raises(ModelError) as caught:
+            build(tiny_recipe(model, sampling__max_length=257))
+        assert str(caught.value) == (
+            f"sampling.max_length is 257, and model {model!r} takes 256 tokens, prompt and "
+            "completion together; lower sampling.max_length to 256 or take another model"
+        )
+
+
+def test_more_evaluation_items_and_examples_than_there_are_are_noted(model: str):
+    said: list[str] = []
+    config = tiny_recipe(model, evaluation={"items": 6, "few_shot": 0})
+    build_parts(config, warn=said.append).close()
+    assert said == ["evaluation.items is 6, and task 'arithmetic' holds out 5: all are used"]
+    # 4 + 4 and its like: 15 sums, of which 14 are held out
+    task = {"kind": "arithmetic", "max_operand": 4, "held_out_items": 14, "instruction": ""}
+    few = tiny_recipe(
+        model, task=task, evaluation={"items": 5, "few_shot": 3}, sampling__max_length=256
+    )
+    with build_evaluator(few, warn=said.append):
+        pass
+    assert re.fullmatch(
+        r"evaluation.few_shot is 3, and task 'arithmetic' has [12] rows to show", said[-1]
+    )
 
 
 def test_what_is_asked_for_is_taken_without_a_word():

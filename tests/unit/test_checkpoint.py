@@ -256,6 +256,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(learner: Learn
     assert latest_checkpoint(tmp_path) == tmp_path / "round-000002"
 
 
+def test_a_checkpoint_without_its_state_is_damaged_and_not_overlooked(
+    learner: Learner, tmp_path: Path
+):
+    learner.save(tmp_path, round_number=2)
+    stripped = learner.save(tmp_path, round_number=3)
+    (stripped / "state.json").unlink()
+    said = list[str]()
+    assert Learner(seed=1).load_newest(tmp_path, said) == state(2)
+    assert len(said) == 1 and f"checkpoint {stripped} has no readable state.json" in said[0]
+    assert (tmp_path / "damaged-round-000003").is_dir()
+    # Alone, it is no reason to begin anew.
+    (tmp_path / "round-000002" / "state.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="round-000002 has no readable"):
+        learner.load_newest(tmp_path, [])
+
+
 def test_where_all_are_damaged_nothing_is_moved(learner: Learner, tmp_path: Path):
     for number in (1, 2):
         path = learner.save(tmp_path, round_number=number)
@@ -295,6 +311,20 @@ def test_only_the_newest_are_kept(learner: Learner, tmp_path: Path):
     assert remove_old_checkpoints(tmp_path, keep=2) == [tmp_path / "round-000001"]
     assert remove_old_checkpoints(tmp_path, keep=2) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000002", "round-000003"]
+
+
+def test_whole_checkpoints_are_kept_whatever_lies_beside_them(learner: Learner, tmp_path: Path):
+    """One that lost its state must not push the last good one out."""
+    for number in (1, 2, 3):
+        learner.save(tmp_path, round_number=number)
+    (tmp_path / "round-000003" / "state.json").unlink()
+    (tmp_path / "round-of-mine").mkdir()
+    half = tmp_path / ".round-000004.partial"
+    half.mkdir()
+    assert remove_old_checkpoints(tmp_path, keep=1) == [tmp_path / "round-000001", half]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("round-000002", "round-000003", "round-of-mine")
+    ]
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.4, 0.7, 0.95])

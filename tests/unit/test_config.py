@@ -20,7 +20,9 @@ from gmpo.config import (
     TrackingConfig,
     TrainingConfig,
 )
+from gmpo.errors import ConfigError
 from gmpo.task_config import ArithmeticTask, BundledTask, CountdownTask, JsonlTask
+from gmpo.trainer_config import GMPOConfig
 
 GMPO_FAMILY = ("gmpo", "gmpo_no_clip", "gmpo_sequence_clip", "gmpo_no_norm")
 TABLES = (
@@ -312,3 +314,25 @@ def test_without_a_rank_there_are_no_adapters_and_none_of_their_keys():
 def test_alpha_is_twice_the_rank_by_default():
     assert LoraConfig(rank=8).scale_numerator() == 16.0
     assert LoraConfig(rank=8, alpha=1.5).scale_numerator() == 1.5
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_settings_are_finite(value: float):
+    with pytest.raises(ValidationError, match="finite number"):
+        RunConfig(task={"kind": "countdown"}, training={"learning_rate": value})
+    with pytest.raises(ValidationError, match="finite number"):
+        RunConfig(task={"kind": "countdown"}, reward={"weights": {"correct": value}})
+    with pytest.raises(ConfigError, match=r"learning_rate = (inf|nan): .*finite number"):
+        GMPOConfig(learning_rate=value)
+
+
+def test_a_warm_up_longer_than_the_run_is_noted():
+    def notes(warmup: int) -> list[str]:
+        training = {"rounds": 2, "steps_per_round": 4, "warmup_steps": warmup}
+        return list(RunConfig(task={"kind": "countdown"}, training=training).notes())
+
+    assert notes(8) == []
+    assert notes(32) == [
+        "training.warmup_steps is 32 and the run has 8 optimizer steps: the step size ends at 25% "
+        "of training.learning_rate; lower warmup_steps if that is not meant"
+    ]

@@ -233,3 +233,8 @@ def test_smollm2s_greedy_answer_is_stable(smollm2):
     (completion,) = complete(sampler, [request])["greedy"]
     assert tokenizer.decode(completion.token_ids) == "The capital of France is Paris.<|im_end|>"
     assert completion.finish_reason == "stop"
+
+
+def test_a_model_in_fp16_is_refused():
+    with pytest.raises(ModelError, match=r"the model is in torch\.float16; load it in torch\.fl"):
+        Policy(tiny_model(dtype=torch.float16))

@@ -295,8 +295,25 @@ def test_a_cancelled_request_that_waits_never_starts():
     sampler.submit(request("b"))
     sampler.step()
     sampler.cancel("b")
-    (last,) = sampler.step()
+    nothing, last = sampler.step()
     assert isinstance(last, Completion) and last.request_id == "a"
+    assert isinstance(nothing, Completion)
+    assert (nothing.request_id, nothing.index, nothing.finish_reason) == ("b", 0, "cancelled")
+    for values in (nothing.token_ids, nothing.logprobs, nothing.sampled_logprobs):
+        assert values.shape == (0,)
+    assert sampler.is_idle
+
+
+def test_every_completion_of_a_cancelled_request_comes_back_once():
+    sampler = sampler_of(max_rows=2)
+    sampler.submit(request("r", num_completions=5, first_index=3))
+    sampler.step()
+    sampler.cancel("r")
+    ended = [event for event in sampler.step() if isinstance(event, Completion)]
+    assert [(event.index, len(event.token_ids)) for event in ended] == [
+        *((3, 1), (4, 1), (5, 0), (6, 0), (7, 0))
+    ]
+    assert {event.finish_reason for event in ended} == {"cancelled"}
     assert sampler.is_idle
 
 
@@ -387,7 +404,12 @@ def test_weights_of_another_model_are_refused_with_a_name(engine: str):
         ({"top_p": 0.0}, r"top_p 0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.2}, r"top_p 1.2 must lie in \(0, 1\]"),
         ({"top_k": -1}, r"top_k -1 must be 0 \(off\) or more"),
-        ({"top_logprobs": -2}, r"top_logprobs -2 must be 0 or more"),
+        ({"top_logprobs": -2}, r"top_logprobs -2 must be 0 to 101, the vocabulary"),
+        ({"top_logprobs": 102}, r"top_logprobs 102 must be 0 to 101, the vocabulary"),
+        (
+            {"prompt": [5, 101, -1]},
+            r"prompt token ids \[101, -1\] are none of the model's, 0 to 100; tokenize with",
+        ),
         ({"media": ("picture",)}, r"media are given, and this sampler takes text only"),
         ({"stop_strings": ("x",)}, r"stop strings need a sampler with a tokenizer's decode"),
         ({"stop_strings": ("x", "")}, r"a stop string is empty"),

@@ -294,9 +294,23 @@ def test_a_folder_is_no_recipe(tmp_path: Path):
     assert refusal(tmp_path).startswith(f"there is no recipe {str(tmp_path)!r}")
 
 
-def test_a_file_beside_the_caller_goes_before_a_bundled_name(
+def test_a_bare_name_is_the_bundled_recipe_whatever_lies_beside_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").write_text('description = "mine"\n[task]\nkind = "countdown"\n')
-    assert load_recipe("quickstart").description == "mine"
+    bundled = load_recipe("quickstart")
+    for name in ("quickstart", "quickstart.toml", "mine"):
+        (tmp_path / name).write_text(f'description = "{name}"\n[task]\nkind = "countdown"\n')
+    assert load_recipe("quickstart") == bundled
+    assert load_recipe("./quickstart").description == "quickstart"
+    assert load_recipe("quickstart.toml").description == "quickstart.toml"
+    assert load_recipe("mine").description == "mine"
+    (tmp_path / "quickstart").unlink()
+    (tmp_path / "quickstart").mkdir()
+    assert load_recipe("quickstart") == bundled
+
+
+def test_a_recipe_saved_by_a_windows_editor_is_read(tmp_path: Path):
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b'\xef\xbb\xbfdescription = "a"\r\n[task]\r\nkind = "countdown"\r\n')
+    assert load_recipe(path).description == "a"

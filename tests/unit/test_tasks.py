@@ -12,6 +12,7 @@ from gmpo.errors import DataError
 from gmpo.grading import grade_countdown
 from gmpo.records import Message, Prompt
 from gmpo.tasks import arithmetic_task, bundled_task, countdown_task, few_shot_prompt
+from gmpo.tasks.near_duplicates import near_duplicate_groups, overlaps
 
 
 def question(prompt):
@@ -192,6 +193,27 @@ def test_svamp_keeps_problems_of_one_story_on_one_side():
     ]
     assert len(emails) >= 7
     assert len(set(emails)) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_held_out_problem_of_svamp_is_nearly_one_that_is_trained_on(seed: int):
+    task = bundled_task(name="svamp", split_seed=seed, instruction="")
+    assert (len(task.train), len(task.held_out)) == (700, 300)
+    trained, held_out = ([question(p) for p in side] for side in (task.train, task.held_out))
+    assert overlaps(held_out, trained).max() < 0.8
+
+
+def test_texts_that_share_four_fifths_of_their_words_are_in_one_group():
+    texts = [
+        "Ann had 3 red apples and ate 2",  # ann had # red apples and ate: 7 words
+        "Bob sold 1,200 kites",
+        "ANN had 45 red apples and sold 7.5",  # 6 of 7
+        "Ann saw green pears and sold red apples",  # 5 of 7 of the last one, 4 of 7 of the first
+        "apples red and",  # all of its 3 words, which links the one above too
+    ]
+    assert near_duplicate_groups(texts) == [0, 1, 0, 0, 0]
+    assert near_duplicate_groups(texts[:4]) == [0, 1, 0, 3]
+    assert near_duplicate_groups(["", ""]) == [0, 1]
 
 
 def test_gsm8k_has_its_published_sides_and_can_hold_out_a_part():

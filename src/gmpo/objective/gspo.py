@@ -72,6 +72,10 @@ def gspo_terms(
         raise ValueError(
             f"clip_low must lie between 0 and 1 in ratio space, got {clip_low}; 3e-4 is usual"
         )
+    if not clip_high > 0:
+        raise ValueError(
+            f"clip_high must be above 0 in ratio space, got {clip_high}; 4e-4 is usual"
+        )
     log_ratio, used = masked_log_ratio(
         policy_logprobs=policy_logprobs,
         old_logprobs=old_logprobs,

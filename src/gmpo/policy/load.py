@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "KnownModel",
     "choose_device",
     "choose_dtype",
+    "context_length",
     "end_token_ids",
     "known_models",
     "load_model",
@@ -43,6 +45,7 @@ __all__ = [
     "load_tokenizer",
     "model_folder",
     "model_version",
+    "require_context",
 ]
 
 _SMOLLM2 = "smollm2-135m"
@@ -183,6 +186,28 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         elif value is not None:
             ids.update(value)
     return tuple(sorted(ids))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens of a prompt and its completion that a model takes."""
+    # Models without learned or rotary positions (Bloom, Mamba) name no limit.
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return sys.maxsize if limit is None else limit
+
+
+def require_context(model: PreTrainedModel, *, max_length: int) -> None:
+    """Refuse a run whose longest row the model does not take.
+
+    Raises:
+        ModelError: `max_length` is beyond the model's context.
+    """
+    limit = context_length(model)
+    if max_length > limit:
+        raise ModelError(
+            f"sampling.max_length is {max_length}, and model {model.name_or_path!r} takes {limit} "
+            "tokens, prompt and completion together; lower sampling.max_length to "
+            f"{limit} or take another model"
+        )
 
 
 def choose_device(device: str) -> torch.device:

@@ -65,6 +65,9 @@ class Policy:
         gradient_checkpointing: run each layer again in the backward pass instead of keeping what
             it computed; the same gradients for less memory and more time.
         warn: called with one sentence if the fast path does not cover the model.
+
+    Raises:
+        ModelError: the model is in a precision that is not trained in.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Policy:
         gradient_checkpointing: bool = False,
         warn: Callable[[str], None] = print,
     ) -> None:
+        if model.dtype not in _LARGEST_LOGIT_DIFFERENCE:
+            raise ModelError(
+                f"the model is in {model.dtype}; load it in torch.float32 or torch.bfloat16: small "
+                "gradients are lost in fp16 without loss scaling, which does not exist here"
+            )
         self.model = model.eval()  # dropout would make scored and sampled policy differ
         self.body = _checked_body(model, warn) if engine == "fast" else None
         if gradient_checkpointing and self.body is not None:

@@ -46,6 +46,10 @@ class Decoder(Protocol):
     def device(self) -> torch.device:
         """Where token ids are expected and logits come from."""
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids lie below it."""
+
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
         """Run prompts; `logits` hold the last position only, or all of them."""
 
@@ -62,6 +66,12 @@ class Decoder(Protocol):
         """Use these weights for rows that start from now on; no row may be running."""
 
 
+def _num_embeddings(model: PreTrainedModel) -> int:
+    """Token ids that a model knows."""
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
+
+
 class TransformersDecoder:
     """Any causal model of `transformers`, by its own forward and its own cache."""
 
@@ -74,6 +84,11 @@ class TransformersDecoder:
         """Where the model runs."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return _num_embeddings(self.model)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
@@ -142,6 +157,11 @@ class LlamaDecoder:
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._lengths.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return _num_embeddings(self.body.model)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:

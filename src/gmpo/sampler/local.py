@@ -104,7 +104,10 @@ class LocalSampler:
             self._cancelled.add(request_id)
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Sample from these weights from now on; the sampler must be idle.
+        """Sample from these weights from now on; no completion may be running.
+
+        Requests that wait, wholly or with completions still to be drawn, are drawn from the new
+        weights, their prompts run anew; each completion has the version it was drawn from.
 
         Raises:
             ConfigError: completions are still running.
@@ -138,10 +141,16 @@ class LocalSampler:
         return events
 
     def _problem_with(self, request: SampleRequest) -> str | None:
-        length = len(request.token_ids)
+        length, known = len(request.token_ids), self._decoder.vocabulary_size
+        unknown = [token for token in request.token_ids if not 0 <= token < known]
         checks = (
             (request.id in self._ids_in_flight(), "its id is already in flight; use another"),
             (length == 0, "its prompt is empty; give at least one token"),
+            (
+                bool(unknown),
+                f"prompt token ids {unknown[:3]} are none of the model's, 0 to {known - 1}; "
+                "tokenize with the model's own tokenizer",
+            ),
             (
                 length + request.max_tokens > self._context_length,
                 f"{length} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
@@ -160,7 +169,10 @@ class LocalSampler:
             (not request.temperature >= 0, f"temperature {request.temperature} must be 0 or more"),
             (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
             (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
-            (request.top_logprobs < 0, f"top_logprobs {request.top_logprobs} must be 0 or more"),
+            (
+                not 0 <= request.top_logprobs <= known,
+                f"top_logprobs {request.top_logprobs} must be 0 to {known}, the vocabulary",
+            ),
             ("" in request.stop_strings, "a stop string is empty; every text contains it"),
             (bool(request.media), "media are given, and this sampler takes text only"),
             (
@@ -174,15 +186,20 @@ class LocalSampler:
         return {p.request.id for p in self._queue} | {row.request.id for row in self._rows}
 
     def _drop_cancelled(self) -> list[Completion]:
-        """End cancelled requests' rows, and drop what of them never started."""
+        """End cancelled requests' rows; what of them never started comes back empty."""
         if not self._cancelled:
             return []
         cancelled, self._cancelled = self._cancelled, set()
+        waiting = [pending for pending in self._queue if pending.request.id in cancelled]
         self._queue = deque(p for p in self._queue if p.request.id not in cancelled)
         ended = [place for place, row in enumerate(self._rows) if row.request.id in cancelled]
         completions = [self._finish(self._rows[place], "cancelled") for place in ended]
         self._drop(ended)
-        return completions
+        return completions + [
+            self._never_started(pending.request, pending.request.first_index + index)
+            for pending in waiting
+            for index in range(pending.started, pending.request.num_completions)
+        ]
 
     def _admit(self) -> list[Tensor]:
         """Start waiting completions on free rows, in the order the requests came; their logits."""
@@ -297,6 +314,19 @@ class LocalSampler:
             last_version=self._version,
             top_logprobs=tuple(row.top_logprobs),
             prompt_logprobs=row.prompt_logprobs,
+        )
+
+    def _never_started(self, request: SampleRequest, index: int) -> Completion:
+        nothing = np.zeros(0, dtype=np.float64 if self._is_double else np.float32)
+        return Completion(
+            request_id=request.id,
+            index=index,
+            token_ids=np.zeros(0, dtype=np.int64),
+            logprobs=nothing,
+            sampled_logprobs=nothing,
+            finish_reason="cancelled",
+            first_version=self._version,
+            last_version=self._version,
         )
 
     def _drop(self, places: list[int]) -> None:
