@@ -336,11 +336,13 @@ def moved(model: PreTrainedModel, before: Weights) -> Weights:
 
 def relative_difference(update: Weights, expected: Weights) -> float:
     """|update - expected| / |expected| over all weights, in Euclidean norm."""
-    gap = math.sqrt(
-        sum(float((update[n] - e).double().square().sum()) for n, e in expected.items())
-    )
-    size = math.sqrt(sum(float(e.double().square().sum()) for e in expected.values()))
-    return gap / size
+    gap = {name: update[name] - moved_by for name, moved_by in expected.items()}
+    return norm(gap) / norm(expected)
+
+
+def norm(update: Weights) -> float:
+    """Euclidean, over all weights."""
+    return math.sqrt(sum(float(each.double().square().sum()) for each in update.values()))
 
 
 def cosine_similarity(update: Weights, expected: Weights) -> float:
