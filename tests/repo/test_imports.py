@@ -98,6 +98,7 @@ ALLOWED: dict[tuple[str, str], str] = {
         "policy.head",
     ): "logits are widened alike before they become probabilities",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
+    ("sampler.prepared", "policy.llama"): "it lays out that body's linear layers for decoding",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
 }

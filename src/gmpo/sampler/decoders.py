@@ -17,17 +17,21 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
+from gmpo.sampler.prepared import PreparedBody, PreparedLayer, prepare_body
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
 _CACHE_STEP = 64
 """The cache grows by this many positions at a time."""
+_FEWEST_ROWS = 16
+"""Rows running at once from which reordered weights earn the time it takes to reorder them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,8 @@ class LlamaDecoder:
 
     Row r's tokens lie at cache positions 0 .. length[r] - 1, so rows of different lengths decode
     together without padding on the left; finished rows make room by compaction.
+
+    Weights may change whenever no row runs, so what was prepared of them lasts only until then.
     """
 
     def __init__(self, body: LlamaBody, *, max_rows: int) -> None:
@@ -137,6 +143,7 @@ class LlamaDecoder:
         self._lengths = torch.zeros(0, dtype=torch.long, device=body.model.device)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._prepared: PreparedBody | None = None
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +185,8 @@ class LlamaDecoder:
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Write one position into every row's cache and attend to what the row holds."""
         rows = len(token_ids)
+        if self._prepared is None and rows >= _FEWEST_ROWS:
+            self._prepared = prepare_body(self.body)
         longest = int(self._lengths.max()) + 1
         self._reserve(longest, like=self._keys[0])
         hidden = self.body.embed(token_ids[:, None])
@@ -185,18 +194,52 @@ class LlamaDecoder:
         positions = torch.arange(longest, device=token_ids.device)
         mask = (positions[None] <= self._lengths[:, None])[:, None, None]
         row_index = torch.arange(rows, device=token_ids.device)
-        for layer, keys_cache, values_cache in zip(
-            self.body.layers, self._keys, self._values, strict=True
-        ):
-            queries, keys, values = self.body.project(layer, hidden, rotary)
+        for number, layer in enumerate(self.body.layers):
+            keys_cache, values_cache = self._keys[number], self._values[number]
+            prepared = None if self._prepared is None else self._prepared.layers[number]
+            queries, keys, values = self._project(layer, prepared, hidden, rotary)
             keys_cache[row_index, :, self._lengths] = keys[:, :, 0]
             values_cache[row_index, :, self._lengths] = values[:, :, 0]
             attended = attend(
                 queries, keys_cache[:rows, :, :longest], values_cache[:rows, :, :longest], mask=mask
             )
-            hidden = self.body.finish(layer, hidden, attended)
+            hidden = self._finish(layer, prepared, hidden, attended)
         self._lengths = self._lengths + 1
-        return self.body.logits(hidden[:, 0])
+        if self._prepared is None:
+            return self.body.logits(hidden[:, 0])
+        (logits,) = self._prepared.head(self.body.final_norm(hidden[:, 0]))
+        return widened(logits)
+
+    def _project(
+        self,
+        layer: Any,
+        prepared: PreparedLayer | None,
+        hidden: Float[Tensor, "R 1 M"],
+        rotary: tuple[Tensor, Tensor],
+    ) -> tuple[Float[Tensor, "R H 1 D"], Float[Tensor, "R K 1 D"], Float[Tensor, "R K 1 D"]]:
+        """Queries, keys and values of the rows' newest tokens."""
+        if prepared is None:
+            return self.body.project(layer, hidden, rotary)
+        parts = prepared.query_key_value(self.body.attention_norm(layer, hidden[:, 0]))
+        queries, keys, values = (part.contiguous()[:, None] for part in parts)
+        return self.body.heads(layer, queries, keys, values, rotary=rotary)
+
+    def _finish(
+        self,
+        layer: Any,
+        prepared: PreparedLayer | None,
+        hidden: Float[Tensor, "R 1 M"],
+        attended: Float[Tensor, "R H 1 D"],
+    ) -> Float[Tensor, "R 1 M"]:
+        """The layer's output for the rows' newest tokens."""
+        if prepared is None:
+            return self.body.finish(layer, hidden, attended)
+        flat = hidden[:, 0]
+        (output,) = prepared.output(attended.reshape(len(flat), -1))
+        flat = flat + output
+        gate, up = prepared.gate_up(self.body.feed_forward_norm(layer, flat))
+        (output,) = prepared.down(functional.silu(gate).mul_(up))
+        return (flat + output)[:, None]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
@@ -212,6 +255,8 @@ class LlamaDecoder:
         for hole, mover in zip(holes, movers, strict=True):
             new_order[hole] = mover
         self._lengths = self._lengths[new_order]
+        if not new_order:
+            self._prepared = None
         return new_order
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -59,7 +59,8 @@ def draw_tokens(
     if not bool(((top_p == 1) & (top_k == 0)).all()):
         modified = truncate_logits(modified, top_p=top_p, top_k=top_k)
     token_ids, log_total = _inverse_cdf(modified, uniforms)
-    token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
+    if bool(greedy.any()):
+        token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
     sampled = _pick(modified, token_ids) - log_total
     plain = sampled if is_plain else _pick(logits, token_ids) - logits.logsumexp(dim=-1)
     return Draw(
@@ -101,7 +102,7 @@ def _inverse_cdf(
             "completions, so that no token can be drawn. Its weights are damaged or have diverged: "
             "use other weights, or resume from the last checkpoint with a lower learning rate"
         )
-    weights = (logits - largest).exp()
+    weights = (logits - largest).exp_()
     if vocabulary % _BLOCK:
         weights = functional.pad(weights, (0, _BLOCK - vocabulary % _BLOCK))
     blocks = weights.view(rows, -1, _BLOCK)

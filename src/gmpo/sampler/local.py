@@ -129,7 +129,7 @@ class LocalSampler:
         logits = running + self._admit()
         if not self._rows:
             return events
-        self._draw_and_record(torch.cat(logits), events)
+        self._draw_and_record(logits[0] if len(logits) == 1 else torch.cat(logits), events)
         finished = {
             place: reason for place, row in enumerate(self._rows) if (reason := self._ends(row))
         }
