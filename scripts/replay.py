@@ -43,6 +43,19 @@ LIMITS = {"sgd": 1e-4, "adamw": 1e-2}
 """Largest |d_gmpo - d_trl| / |d_trl|. AdamW divides near-zero gradients by themselves, which makes
 whole steps of their rounding errors."""
 
+TRL_ON_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "lr_scheduler_type": "constant",
+    "steps_per_generation": STEPS_PER_ROUND,
+    "gradient_accumulation_steps": 1,
+}
+"""Of TRL's config: on the CPU, nothing written, STEPS_PER_ROUND steps a round."""
+
 Weights = dict[str, Tensor]
 
 
@@ -162,24 +175,16 @@ def trl_config(rounds: Rounds, folder: str, options: dict[str, Any]) -> GRPOConf
     """No autocast, on the CPU, STEPS_PER_ROUND steps a round; `options` come last."""
     config_class = GRPOConfig if rounds.objective == "grpo" else GMPOConfig
     arguments = {
+        **TRL_ON_CPU,
         "output_dir": folder,
-        "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "logging_steps": 1,
-        "dataloader_pin_memory": False,
         "optim": {"sgd": "sgd", "adamw": "adamw_torch"}[rounds.optimizer],
         "learning_rate": rounds.learning_rate,
-        "lr_scheduler_type": "constant",
         # Unclipped SGD sees a gradient of the wrong size, which AdamW does not.
         "max_grad_norm": {"sgd": 0.0, "adamw": 1.0}[rounds.optimizer],
         "num_generations": len(rounds.groups[0].rollouts),
         "per_device_train_batch_size": rounds.rows_per_step,
-        "steps_per_generation": STEPS_PER_ROUND,
-        "gradient_accumulation_steps": 1,
         "max_steps": rounds.num_rounds * STEPS_PER_ROUND,
         **({"loss_type": "grpo"} if rounds.objective == "grpo" else {}),
         **options,
@@ -336,6 +341,17 @@ def relative_difference(update: Weights, expected: Weights) -> float:
     )
     size = math.sqrt(sum(float(e.double().square().sum()) for e in expected.values()))
     return gap / size
+
+
+def cosine_similarity(update: Weights, expected: Weights) -> float:
+    """Cosine between two updates over all weights; 0 where only one of them is zero."""
+    product = ours = theirs = 0.0
+    for name, each in expected.items():
+        a, b = update[name].double(), each.double()
+        product += float((a * b).sum())
+        ours += float(a.square().sum())
+        theirs += float(b.square().sum())
+    return product / math.sqrt(ours * theirs) if ours and theirs else 0.0
 
 
 def random_groups(

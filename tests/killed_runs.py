@@ -71,6 +71,8 @@ def _train(config: RunConfig, folder: Path, death: Death, touched: Any, seconds:
 
 
 def digest(checkpoint: Path) -> str:
-    """Of weights and optimizer moments."""
-    names = ("model/model.safetensors", "optimizer.safetensors")
-    return hashlib.blake2b(b"".join((checkpoint / n).read_bytes() for n in names)).hexdigest()
+    """Of weights, of the model or of its adapters, and optimizer moments."""
+    weights = list(checkpoint.glob("*/*.safetensors"))
+    assert len(weights) == 1, weights
+    files = (weights[0], checkpoint / "optimizer.safetensors")
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -154,6 +154,13 @@ class TrainingParts:
         rule = reward_rule(self.config.reward)
         return score_groups(groups, self.rewards, rule=rule, trainer_state=state)
 
+    def evaluator_at(self, *, step: int, prompts_taken: int) -> Evaluator:
+        """What asks held-out items, by `evaluation.measure`; the arguments are those of `score`."""
+        if self.config.evaluation.measure == "accuracy":
+            return self.evaluator
+        reward = partial(self.score, step=step, prompts_taken=prompts_taken)
+        return replace(self.evaluator, reward=reward)
+
     def publish_weights(self, version: int) -> None:
         """Hand the policy's weights to the sampler, which runs the policy's own module."""
         self.sampler.load_weights(version, self.policy.own_weights())
@@ -235,7 +242,13 @@ def build_evaluator(
     sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
-        yield evaluator, _held_out(config, task)
+        with ExitStack() as opened:
+            if config.evaluation.measure == "reward":
+                rewards = opened.enter_context(closing(build_rewards(config, grader, given={})))
+                rule, state = reward_rule(config.reward), TrainerState()
+                reward = partial(score_groups, rewards=rewards, rule=rule, trainer_state=state)
+                evaluator = replace(evaluator, reward=reward)
+            yield evaluator, _held_out(config, task)
 
 
 def build_task(config: TaskConfig) -> Task:

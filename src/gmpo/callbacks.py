@@ -136,7 +136,7 @@ class CallbackEvents:
             self._call(lambda each: each.on_epoch_end)
 
     def _evaluated(self, evaluations: Sequence[Evaluation]) -> None:
-        metrics = {f"eval_{each.name}_accuracy": each.accuracy for each in evaluations}
+        metrics = {f"eval_{each.name}_{each.measure}": each.mean for each in evaluations}
         self._log(metrics)
         self._call(lambda each: each.on_evaluate, metrics=metrics)
 

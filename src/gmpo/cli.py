@@ -126,7 +126,7 @@ def evaluate(
     overrides: _SetOption = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Measure greedy, few-shot and sampled accuracy on a recipe's held-out items."""
+    """Measure greedy, few-shot and sampled accuracy (or reward) on a recipe's held-out items."""
     from gmpo.terminal import evaluation_table
 
     config = _evaluation_config(model, recipe, items, overrides or [])
@@ -319,8 +319,9 @@ def _show_outcome(
     ):
         console.print(Text(line), soft_wrap=True)
     if result.before:
-        best = max(evaluation.accuracy for evaluation in result.before)
-        print(f"held-out accuracy: before {best:.3f}, after {result.after[0].accuracy:.3f}")
+        best = max(evaluation.mean for evaluation in result.before)
+        measure = result.after[0].measure
+        print(f"held-out {measure}: before {best:.3f}, after {result.after[0].mean:.3f}")
 
 
 def _summary_and_plots(folder: Path) -> tuple[RunSummary, list[Path]]:
@@ -353,7 +354,7 @@ def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
         with console.status(f"asking {len(prompts)} held-out items") as status:
             for result in evaluator.every_way(prompts, sampled_key=key):
                 results.append(result)
-                status.update(f"{result.name} {result.accuracy:.3f}, going on")
+                status.update(f"{result.name} {result.mean:.3f}, going on")
     return results
 
 

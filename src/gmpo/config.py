@@ -360,8 +360,11 @@ class CheckpointConfig(Table):
 
 
 class EvaluationConfig(Table):
-    """Accuracy on held-out items."""
+    """Accuracy or mean reward on held-out items."""
 
+    measure: Literal["accuracy", "reward"] = "accuracy"
+    """accuracy verifies each item's answer; reward takes the mean of what the recipe's reward
+    functions and weights give, as in training."""
     every_rounds: int = Field(default=10, ge=0)
     """Rounds between two greedy evaluations during training; 0 evaluates before and after only."""
     items_during: int = Field(default=100, ge=1)
@@ -371,7 +374,7 @@ class EvaluationConfig(Table):
     few_shot: int = Field(default=3, ge=0)
     """Worked examples of the few-shot evaluation before and after; 0 leaves it out."""
     sampled: bool = True
-    """Whether to measure sampled accuracy (temperature 1) before and after, beside greedy."""
+    """Whether to measure sampled completions (temperature 1) before and after, beside greedy."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest completion in evaluation; None takes the sampling limit."""
 

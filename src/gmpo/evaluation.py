@@ -1,31 +1,39 @@
-"""Accuracy of a sampler's model on held-out prompts, with every item's outcome kept."""
+"""Accuracy or mean reward of a sampler's model on held-out prompts, every item's outcome kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from gmpo.grading import Grader
-from gmpo.records import Prompt
+from gmpo.records import Group, Prompt
+from gmpo.rewards import ScoredGroups
 from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.statistics import wilson_interval
 from gmpo.tasks import few_shot_prompt
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = ["Evaluation", "Evaluator", "Measure"]
+
+Measure = Literal["accuracy", "reward"]
+"""What is measured on held-out items: answers verified, or the reward that training would give."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Outcome of one pass over held-out items, one completion each.
 
-    `outcomes` are in the items' order. A truncated answer is graded as it stands; one whose grading
-    timed out counts as wrong. Both are counted here besides.
+    `outcomes` are in the items' order: 1 or 0 for an answer, or the reward, None where there is
+    none. A truncated answer is graded as it stands; one whose grading timed out counts as wrong.
+    Both are counted here besides.
     """
 
     name: str
+    measure: Measure
     item_ids: tuple[str, ...]
-    outcomes: tuple[bool, ...]
+    outcomes: tuple[float | None, ...]
     num_truncated: int
     num_timeouts: int
 
@@ -35,35 +43,66 @@ class Evaluation:
         return len(self.outcomes)
 
     @property
-    def accuracy(self) -> float:
-        """Share of items answered correctly."""
-        return sum(self.outcomes) / len(self.outcomes)
+    def num_unrewarded(self) -> int:
+        """Items without a reward: a function failed on them, or none said anything about them."""
+        return self.outcomes.count(None)
+
+    @property
+    def mean(self) -> float:
+        """Of the outcomes that there are; NaN without any."""
+        found = self._found
+        return statistics.fmean(found) if found else math.nan
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of items answered correctly; None where the reward was measured."""
+        return self.mean if self.measure == "accuracy" else None
+
+    @property
+    def reward(self) -> float | None:
+        """Mean reward of the items that have one; None where accuracy was measured."""
+        return self.mean if self.measure == "reward" else None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
-        return wilson_interval(sum(self.outcomes), len(self.outcomes))
+        """95 % interval of the mean: Wilson's for accuracy, mean +- 1.96 standard errors else.
+
+        NaN for fewer than two rewards.
+        """
+        found = self._found
+        if self.measure == "accuracy":
+            return wilson_interval(round(sum(found)), len(found))
+        if len(found) < 2:
+            return math.nan, math.nan
+        half = 1.96 * statistics.stdev(found) / math.sqrt(len(found))
+        return self.mean - half, self.mean + half
+
+    @property
+    def _found(self) -> list[float]:
+        return [outcome for outcome in self.outcomes if outcome is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures for JSON."""
-        low, high = self.interval
-        return {
+        """Figures for JSON, None for NaN."""
+        figures = {
             "name": self.name,
-            "accuracy": self.accuracy,
-            "interval_95": [low, high],
+            self.measure: _finite(self.mean),
+            "interval_95": [_finite(end) for end in self.interval],
             "items": self.num_items,
             "truncated": self.num_truncated,
             "timeouts": self.num_timeouts,
         }
+        return (
+            figures if self.measure == "accuracy" else figures | {"unrewarded": self.num_unrewarded}
+        )
 
     def as_record(self) -> dict[str, Any]:
         """All of it, for a file: `from_record` brings it back."""
+        outcomes: Sequence[float | None] = self.outcomes
+        if self.measure == "accuracy":
+            outcomes = [int(outcome) for outcome in self._found]
         return {
             **self.as_dict(),
-            "outcomes": {
-                item: int(outcome)
-                for item, outcome in zip(self.item_ids, self.outcomes, strict=True)
-            },
+            "outcomes": dict(zip(self.item_ids, outcomes, strict=True)),
         }
 
     @classmethod
@@ -71,8 +110,9 @@ class Evaluation:
         """An evaluation as it was written by `as_record`."""
         return cls(
             name=record["name"],
+            measure="reward" if "reward" in record else "accuracy",
             item_ids=tuple(record["outcomes"]),
-            outcomes=tuple(bool(outcome) for outcome in record["outcomes"].values()),
+            outcomes=tuple(record["outcomes"].values()),
             num_truncated=record["truncated"],
             num_timeouts=record["timeouts"],
         )
@@ -80,13 +120,15 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """Asks held-out prompts of one task and grades the answers.
+    """Asks held-out prompts of one task and grades the answers, or gives them their reward.
 
     Attributes:
         sample: as in training, from a sampler that holds the weights to be measured.
         renderer: the same as in training, so that prompts look alike.
         grader: shared with the reward, so that answers are judged alike.
         settings: completions' limit and end tokens; temperature and count are set per call.
+        reward: None measures accuracy; else what gives groups their reward, by the recipe's
+            functions and weights as in training.
         examples: solved training prompts for few-shot evaluation; none, no few-shot pass.
     """
 
@@ -94,7 +136,13 @@ class Evaluator:
     renderer: PromptRenderer
     grader: Grader
     settings: SamplingSettings
+    reward: Callable[[Sequence[Group]], ScoredGroups] | None = None
     examples: tuple[Prompt, ...] = ()
+
+    @property
+    def measure(self) -> Measure:
+        """What it measures."""
+        return "accuracy" if self.reward is None else "reward"
 
     def every_way(
         self, prompts: Sequence[Prompt], *, sampled_key: tuple[int | str, ...] | None
@@ -132,15 +180,34 @@ class Evaluator:
             settings=replace(self.settings, num_completions=1, temperature=temperature),
             key=("evaluation", *key),
         )
-        rollouts = [group.rollouts[0] for group in groups]
-        verdicts = [
-            self.grader.grade_item(rollout.text, group.prompt.columns)
-            for rollout, group in zip(rollouts, groups, strict=True)
-        ]
+        outcomes, num_timeouts = (
+            self._answers(groups) if self.reward is None else self._rewards(groups, self.reward)
+        )
         return Evaluation(
             name=name,
+            measure=self.measure,
             item_ids=tuple(prompt.id for prompt in prompts),
-            outcomes=tuple(verdict.is_correct for verdict in verdicts),
-            num_truncated=sum(rollout.is_truncated for rollout in rollouts),
-            num_timeouts=sum(verdict.status == "timeout" for verdict in verdicts),
+            outcomes=outcomes,
+            num_truncated=sum(group.rollouts[0].is_truncated for group in groups),
+            num_timeouts=num_timeouts,
         )
+
+    def _answers(self, groups: Sequence[Group]) -> tuple[tuple[float, ...], int]:
+        """1 for each right answer, 0 for each other, and how many gradings did not end."""
+        verdicts = [
+            self.grader.grade_item(group.rollouts[0].text, group.prompt.columns) for group in groups
+        ]
+        num_timeouts = sum(verdict.status == "timeout" for verdict in verdicts)
+        return tuple(float(verdict.is_correct) for verdict in verdicts), num_timeouts
+
+    def _rewards(
+        self, groups: Sequence[Group], reward: Callable[[Sequence[Group]], ScoredGroups]
+    ) -> tuple[tuple[float | None, ...], int]:
+        """Each completion's reward, and how many gradings did not end."""
+        scored = reward(groups)
+        return tuple(group.rollouts[0].reward for group in scored.groups), scored.num_timeouts
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None, which JSON has, for NaN, which it has not."""
+    return value if math.isfinite(value) else None

@@ -34,20 +34,22 @@ _COMPONENT = "rollout/reward/"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFigures:
-    """Accuracy of one way of asking the held-out items.
+    """One way of asking the held-out items.
 
     Attributes:
         name: "greedy", "greedy_3_shot" or "sampled".
-        accuracy: share of items answered correctly.
-        interval_95: its 95 % interval.
+        accuracy: share of items answered correctly; None if the reward was measured.
+        reward: mean reward of the items; None if accuracy was measured, or no item had one.
+        interval_95: its 95 % interval; None for fewer than two rewards.
         items: items asked.
         truncated: answers cut by the token limit; they are graded as they stand.
         timeouts: answers whose grading ran out of time; they count as wrong.
     """
 
     name: str
-    accuracy: float
-    interval_95: tuple[float, float]
+    accuracy: float | None
+    reward: float | None
+    interval_95: tuple[float, float] | None
     items: int
     truncated: int
     timeouts: int
@@ -284,8 +286,9 @@ def _evaluations(folder: Path, stage: str) -> tuple[EvaluationFigures, ...]:
     return tuple(
         EvaluationFigures(
             name=result["name"],
-            accuracy=result["accuracy"],
-            interval_95=tuple(result["interval_95"]),
+            accuracy=result.get("accuracy"),
+            reward=result.get("reward"),
+            interval_95=None if None in result["interval_95"] else tuple(result["interval_95"]),
             items=result["items"],
             truncated=result["truncated"],
             timeouts=result["timeouts"],
@@ -399,8 +402,10 @@ def _figures_table(rows: Sequence[tuple[str, str]], *, title: str) -> Table:
 
 def _evaluation_table(summary: RunSummary) -> Table:
     """One row for each way of asking, before and after side by side."""
+    shown = (*summary.before, *summary.after)
+    measure = "reward" if any(f.accuracy is None for f in shown) else "accuracy"
     table = Table(
-        title="held-out accuracy (95 % interval)",
+        title=f"held-out {measure} (95 % interval)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
@@ -415,7 +420,7 @@ def _evaluation_table(summary: RunSummary) -> Table:
         pair = (before.get(name), after.get(name))
         table.add_row(
             Text(visible(name.replace("_", " "))),
-            *(_accuracy(figures) for figures in pair),
+            *(_outcome(figures) for figures in pair),
             _before_and_after([None if f is None else f.items for f in pair]),
             _before_and_after([None if f is None else f.truncated for f in pair]),
             _before_and_after([None if f is None else f.timeouts for f in pair]),
@@ -469,11 +474,14 @@ def _span(bounds: tuple[float, float] | None, absent: str) -> str:
     return absent if bounds is None else f"{bounds[0]:.5g} to {bounds[1]:.5g}"
 
 
-def _accuracy(figures: EvaluationFigures | None) -> str:
+def _outcome(figures: EvaluationFigures | None) -> str:
     if figures is None:
         return "-"
+    value = _figure(figures.reward if figures.accuracy is None else figures.accuracy, "{:.3f}")
+    if figures.interval_95 is None:
+        return value
     low, high = figures.interval_95
-    return f"{figures.accuracy:.3f} ({low:.3f}-{high:.3f})"
+    return f"{value} ({low:.3f}{'-' if low >= 0 else ' to '}{high:.3f})"
 
 
 def _before_and_after(counts: Sequence[int | None]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run: reward, held-out accuracy, importance ratio, entropy, clip share, groups."""
+"""Pictures of a run: reward, held-out items, importance ratio, entropy, clip share, groups."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _RunData:
         config: the resolved recipe; None if the run has none.
         steps: figures of each optimizer step.
         rounds: figures of each round.
-        evaluations: accuracy during training.
+        evaluations: of held-out items during training.
         before: results before the first round, of each way of asking.
         after: results after the last round.
     """
@@ -48,6 +48,11 @@ class _RunData:
     evaluations: list[dict[str, Any]]
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
+
+    @property
+    def measure(self) -> str:
+        """What was measured on held-out items."""
+        return "accuracy" if self.config is None else self.config.evaluation.measure
 
 
 def plot_run(run: str | Path, target: str | Path) -> list[Path]:
@@ -148,18 +153,19 @@ def _reward_panel(ax: Axes, data: _RunData) -> None:
     _legend(ax)
 
 
-def _accuracy_panel(ax: Axes, data: _RunData) -> None:
+def _held_out_panel(ax: Axes, data: _RunData) -> None:
+    is_share = data.measure == "accuracy"
     _dress(
         ax,
-        title="Held-out accuracy before, during and after training",
+        title=f"Held-out {data.measure} before, during and after training",
         x="round",
-        y="share answered correctly, 95 % interval",
+        y=f"{'share answered correctly' if is_share else 'mean reward'}, 95 % interval",
     )
-    rounds, accuracies = _series(data.evaluations, "round", "evaluation/accuracy")
-    results = [result["accuracy"] for result in [*data.before, *data.after]]
-    if not _has_figures(ax, np.array([*accuracies, *results])):
+    rounds, means = _series(data.evaluations, "round", f"evaluation/{data.measure}")
+    results = _floats([result[data.measure] for result in [*data.before, *data.after]])
+    if not _has_figures(ax, np.concatenate([means, results])):
         return
-    _draw_during(ax, rounds, accuracies, _items_during(data))
+    _draw_during(ax, rounds, means, _items_during(data), is_share=is_share)
     last = data.rounds[-1]["round"]
     names = list(dict.fromkeys(result["name"] for result in [*data.before, *data.after]))
     for place, name in enumerate(names):
@@ -172,38 +178,46 @@ def _accuracy_panel(ax: Axes, data: _RunData) -> None:
             for result in stage
             if result["name"] == name
         ]
-        _draw_results(ax, shown, color=color, marker=marker)
-    ax.set_ylim(-0.03, 1.03)
+        _draw_results(ax, shown, measure=data.measure, color=color, marker=marker)
+    if is_share:
+        ax.set_ylim(-0.03, 1.03)
     _legend(ax)
 
 
-def _draw_during(ax: Axes, rounds: np.ndarray, accuracies: np.ndarray, items: int | None) -> None:
-    if not len(accuracies):
+def _draw_during(
+    ax: Axes, rounds: np.ndarray, means: np.ndarray, items: int | None, *, is_share: bool
+) -> None:
+    if not len(means):
         return
     stated = "" if items is None else f" (n = {items})"
     label = f"greedy, during{stated}"
-    ax.plot(rounds, accuracies, "o-", color=_BLUE, markersize=4, label=label)
-    if items is None:
+    ax.plot(rounds, means, "o-", color=_BLUE, markersize=4, label=label)
+    if items is None or not is_share:  # a mean reward alone says nothing about its spread
         return
-    counts = [None if math.isnan(a) else round(a * items) for a in accuracies]
+    counts = [None if math.isnan(share) else round(share * items) for share in means]
     spans = [(math.nan, math.nan) if c is None else wilson_interval(c, items) for c in counts]
     low, high = zip(*spans, strict=True)
     ax.fill_between(rounds, low, high, color=_BLUE, alpha=0.15, linewidth=0)
 
 
 def _draw_results(
-    ax: Axes, shown: Sequence[tuple[float, dict[str, Any]]], *, color: str, marker: str
+    ax: Axes,
+    shown: Sequence[tuple[float, dict[str, Any]]],
+    *,
+    measure: str,
+    color: str,
+    marker: str,
 ) -> None:
     """One way of asking, before and after, with its intervals."""
-    accuracies = np.array([result["accuracy"] for _, result in shown])
-    low, high = np.array([result["interval_95"] for _, result in shown]).T
+    means = _floats([result[measure] for _, result in shown])
+    low, high = np.array([_floats(result["interval_95"]) for _, result in shown]).T
     items = sorted({result["items"] for _, result in shown})
     name = shown[0][1]["name"].replace("_", " ")
     ax.errorbar(
         [at for at, _ in shown],
-        accuracies,
+        means,
         # At 0 and 1 rounding can put an end a hair inside.
-        yerr=np.maximum([accuracies - low, high - accuracies], 0),
+        yerr=np.maximum([means - low, high - means], 0),
         fmt=marker,
         color=color,
         capsize=4,
@@ -335,7 +349,7 @@ def _groups_panel(ax: Axes, data: _RunData) -> None:
 
 _PANELS: dict[str, Callable[[Axes, _RunData], None]] = {
     "reward": _reward_panel,
-    "accuracy": _accuracy_panel,
+    "held_out": _held_out_panel,
     "ratio": _ratio_panel,
     "entropy": _entropy_panel,
     "clip": _clip_panel,
@@ -345,9 +359,13 @@ _PANELS: dict[str, Callable[[Axes, _RunData], None]] = {
 
 def _series(lines: Sequence[dict[str, Any]], at: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Places and figures; NaN where a figure is null or was not logged."""
-    values = [line.get(name) for line in lines]
-    figures = [math.nan if value is None else value for value in values]
-    return np.array([line[at] for line in lines], dtype=float), np.array(figures, dtype=float)
+    figures = _floats([line.get(name) for line in lines])
+    return np.array([line[at] for line in lines], dtype=float), figures
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    """The values, NaN for None."""
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
 
 
 def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -71,7 +71,7 @@ class TrainingDisplay:
         elif report.stage == "checkpoint":
             pass  # a line a checkpoint would say nothing that a user waits for
         elif report.stage == "evaluation":
-            self._held_out = f"held-out {report.evaluations[0].accuracy:.2f}"
+            self._held_out = f"held-out {report.evaluations[0].mean:.2f}"
         else:
             for evaluation in report.evaluations:
                 sentence = f"{report.stage:>6}: {_sentence(evaluation)}"
@@ -117,18 +117,19 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
 
 
 def evaluation_table(evaluations: Sequence[Evaluation], *, title: str) -> Table:
-    """Accuracies with 95 % Wilson intervals, and what was cut or timed out."""
+    """Accuracies or mean rewards with 95 % intervals, and what was cut or timed out."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("evaluation")
-    for heading in ("items", "accuracy", "95 %", "cut", "timeouts"):
+    measure = evaluations[0].measure if evaluations else "accuracy"
+    for heading in ("items", measure, "95 %", "cut", "timeouts"):
         table.add_column(heading, justify="right")
     for evaluation in evaluations:
         low, high = evaluation.interval
         table.add_row(
             evaluation.name.replace("_", " "),
             str(evaluation.num_items),
-            f"{evaluation.accuracy:.3f}",
-            f"{low:.3f}-{high:.3f}",
+            f"{evaluation.mean:.3f}",
+            _span(low, high),
             str(evaluation.num_truncated),
             str(evaluation.num_timeouts),
         )
@@ -150,7 +151,13 @@ def _sentence(evaluation: Evaluation) -> str:
     low, high = evaluation.interval
     counts = f", {evaluation.num_truncated} cut by the limit" if evaluation.num_truncated else ""
     counts += f", {evaluation.num_timeouts} timed out" if evaluation.num_timeouts else ""
+    counts += f", {evaluation.num_unrewarded} without a reward" if evaluation.num_unrewarded else ""
     return (
-        f"{evaluation.name.replace('_', ' ')} accuracy {evaluation.accuracy:.3f} "
-        f"({low:.3f}-{high:.3f}) on {evaluation.num_items} held-out items{counts}"
+        f"{evaluation.name.replace('_', ' ')} {evaluation.measure} {evaluation.mean:.3f} "
+        f"({_span(low, high)}) on {evaluation.num_items} held-out items{counts}"
     )
+
+
+def _span(low: float, high: float) -> str:
+    """An interval; a reward may be negative, where a dash between would be read as a sign."""
+    return f"{low:.3f}-{high:.3f}" if low >= 0 else f"{low:.3f} to {high:.3f}"

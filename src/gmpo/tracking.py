@@ -58,6 +58,7 @@ METRICS: Mapping[str, str] = {
     "kl_old/k1": "k1 estimate of KL(old || policy)",
     "kl_ref/k3": "k3 estimate of KL(policy || reference)",
     "evaluation/accuracy": "share of held-out items answered correctly, greedy, during training",
+    "evaluation/reward": "mean reward of held-out items, greedy, during training",
 }
 """Every metric a run may log; `METRIC_FAMILIES` besides."""
 

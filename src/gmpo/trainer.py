@@ -40,6 +40,8 @@ Rows = Iterable[Mapping[str, Any]]
 Rewards = RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
 """One function, several under their own names, or several by name."""
 
+_MEASURE = "evaluation.measure"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOutcome:
@@ -49,7 +51,8 @@ class TrainingOutcome:
         folder: of the run.
         checkpoint: the last one; its `model/` loads with `transformers`.
         metrics: the run's last figures by name.
-        before: evaluations of the untrained model; empty without `eval_dataset`.
+        before: evaluations of the untrained model; empty without `eval_dataset`. Each has
+            `accuracy`, or `reward` where reward functions were given, and the items' outcomes.
         after: evaluations of the trained one; empty too if a callback ended the run early.
     """
 
@@ -65,8 +68,10 @@ class TrainingOutcome:
             f"reward of the last round {self.metrics['rollout/reward']:.3f}",
         ]
         if self.before and self.after:
-            accuracy = f"{self.before[0].accuracy:.3f}, after {self.after[0].accuracy:.3f}"
-            words.append(f"held-out greedy accuracy before {accuracy}")
+            first, last = self.before[0], self.after[0]
+            words.append(
+                f"held-out greedy {first.measure} before {first.mean:.3f}, after {last.mean:.3f}"
+            )
         return "; ".join(words)
 
 
@@ -82,8 +87,9 @@ class GMPOTrainer:
             its end.
         tokenizer: None takes the one of the model's name.
         config: settings; None takes the defaults.
-        eval_dataset: rows of the same form, with "answer": greedy accuracy on them is measured.
-            None measures none.
+        eval_dataset: rows of the same form, whose greedy completions are measured: their mean
+            reward by the functions of `reward`, or, without these, accuracy by "answer". None
+            measures nothing.
         reward: a function by TRL's convention, a list of them or a mapping by name, each of weight
             1 unless `recipe={"reward.weights": ...}` says otherwise. None verifies "answer".
         rollout: a function that makes the rollouts; None lets the policy complete the prompts.
@@ -115,7 +121,14 @@ class GMPOTrainer:
             raise ConfigError("the model has no name to find its tokenizer by; give tokenizer=...")
         self.tokenizer = tokenizer or load_tokenizer(name)
         rewards = _by_name(reward)
-        task = _task(train_dataset, eval_dataset, needs_answer=not rewards)
+        reward_keys = _reward_keys(rewards, self.config.recipe)
+        measure = {**reward_keys, **self.config.recipe}.get(_MEASURE, "accuracy")
+        task = _task(
+            train_dataset,
+            eval_dataset,
+            needs_answer=not rewards,
+            needs_eval_answer=not rewards or measure == "accuracy",
+        )
         self._num_prompts = len(task.train)
         self._given = Given(
             model=self.model, tokenizer=self.tokenizer, task=task, rewards=rewards, rollout=rollout
@@ -125,7 +138,7 @@ class GMPOTrainer:
             "model.device": self.model.device.type,
             "model.dtype": _precision(self.model),
             "task": _task_table(task),
-            **_reward_keys(rewards, self.config.recipe),
+            **reward_keys,
             **({} if rollout is None else {"sampling.rollout": _reference(rollout)}),
         }
         self._callbacks = (PrintProgress(),) if callbacks is None else tuple(callbacks)
@@ -368,6 +381,8 @@ def _reward_keys(
     }
     if "reward.weights" not in recipe:
         keys["reward.weights"] = dict.fromkeys(rewards, 1.0)
+    if _MEASURE not in recipe:
+        keys[_MEASURE] = "reward"
     return keys
 
 
@@ -381,7 +396,9 @@ def _precision(model: PreTrainedModel) -> str:
     return precisions[model.dtype]
 
 
-def _task(train_rows: Rows, eval_rows: Rows | None, *, needs_answer: bool) -> Task:
+def _task(
+    train_rows: Rows, eval_rows: Rows | None, *, needs_answer: bool, needs_eval_answer: bool
+) -> Task:
     """The rows as a task; problems that are held out are left out of training, counted."""
     train_side = _prompts(train_rows, "train_dataset", needs_answer=needs_answer)
     if eval_rows is None:
@@ -389,7 +406,7 @@ def _task(train_rows: Rows, eval_rows: Rows | None, *, needs_answer: bool) -> Ta
     else:
         sides = sides_of_rows(
             train_side,
-            _prompts(eval_rows, "eval_dataset", needs_answer=True),
+            _prompts(eval_rows, "eval_dataset", needs_answer=needs_eval_answer),
             held_out_items=0,
             split_seed=0,
             names=("train_dataset", "eval_dataset"),

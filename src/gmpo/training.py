@@ -109,7 +109,7 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
             _stop_if(should_stop, run, parts, state)
         # A finished run that is resumed has its answer already.
         after = _recorded_evaluations(run, "after") or _evaluate_fully(
-            run, parts, stage="after", round_number=state.round, report=report
+            run, parts, state, stage="after", report=report
         )
     checkpoint = latest_checkpoint(run.checkpoints)
     assert checkpoint is not None, "the last round writes a checkpoint"
@@ -237,7 +237,7 @@ def _start(
         recipe_digest=digest,
         version=__version__,
     )
-    return state, _evaluate_fully(run, parts, stage="before", round_number=0, report=report)
+    return state, _evaluate_fully(run, parts, state, stage="before", report=report)
 
 
 def _made_with() -> dict[str, str | int | None]:
@@ -277,8 +277,9 @@ def _evaluate_during(
     evaluation = parts.config.evaluation
     if not parts.held_out or not evaluation.every_rounds or state.round % evaluation.every_rounds:
         return
-    result = parts.evaluator.greedy(parts.held_out[: evaluation.items_during])
-    metrics = {"evaluation/accuracy": result.accuracy}
+    evaluator = parts.evaluator_at(step=state.step, prompts_taken=state.prompts_taken)
+    result = evaluator.greedy(parts.held_out[: evaluation.items_during])
+    metrics = {f"evaluation/{result.measure}": result.mean}
     run.log_metrics("evaluation", metrics, round=state.round, step=state.step)
     report(Report(stage="evaluation", round=state.round, metrics=metrics, evaluations=(result,)))
 
@@ -286,23 +287,24 @@ def _evaluate_during(
 def _evaluate_fully(
     run: RunFolder,
     parts: TrainingParts,
+    state: TrainingState,
     *,
     stage: str,
-    round_number: int,
     report: Callable[[Report], None],
 ) -> tuple[Evaluation, ...]:
-    """Greedy, greedy few-shot and sampled accuracy on all held-out items, if there are any."""
+    """All held-out items asked greedily, few-shot and sampled, if there are any."""
     if not parts.held_out:
         return ()
     config = parts.config
     key = (config.training.seed, stage) if config.evaluation.sampled else None
     results: list[Evaluation] = []
-    for result in parts.evaluator.every_way(parts.held_out, sampled_key=key):
+    evaluator = parts.evaluator_at(step=state.step, prompts_taken=state.prompts_taken)
+    for result in evaluator.every_way(parts.held_out, sampled_key=key):
         results.append(result)
-        report(Report(stage=stage, round=round_number, evaluations=(result,)))
+        report(Report(stage=stage, round=state.round, evaluations=(result,)))
     run.log_record(
         "evaluations.jsonl",
-        {"stage": stage, "round": round_number, "results": [r.as_record() for r in results]},
+        {"stage": stage, "round": state.round, "results": [r.as_record() for r in results]},
     )
     return tuple(results)
 

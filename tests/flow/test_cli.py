@@ -217,6 +217,22 @@ def test_evaluating_gives_the_accuracy_that_training_gave(finished: Path):
     assert {name: after[name] for name in now} == now
 
 
+def test_held_out_items_can_be_measured_by_the_reward(model: str, recipe: str, tmp_path: Path):
+    measured = ["--set", "evaluation.measure=reward", "--set", f"model.name={model}"]
+    trained = gmpo("train", recipe, "--run", tmp_path / "run", *measured)
+    assert trained.exit_code == 0, trained.stderr
+    assert re.search(r"before: greedy reward \d\.\d{3} \(.*\) on 5 held-out items", trained.stdout)
+    assert re.search(r"held-out reward: before \d\.\d{3}, after \d\.\d{3}\n$", trained.stdout)
+    shown = json.loads(gmpo("evaluate", tmp_path / "run", "--json").stdout)
+    last = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[-1]
+    (after,) = json.loads(last)["results"]
+    (now,) = shown["results"]
+    assert {name: after[name] for name in now} == now
+    # The recipe's reward is the format's, 1 or 0: COMMON_START is met or not.
+    assert after["reward"] == sum(after["outcomes"].values()) / 5
+    assert set(after["outcomes"].values()) <= {0.0, 1.0}
+
+
 def test_evaluating_a_model_needs_a_recipe(model: str):
     assert refusal("evaluate", model) == (
         f"{model!r} is no run folder, so --recipe must say whose task is asked; bundled: "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from tests.killed_runs import Death, digest, run_in_process
 from tests.models import save_tiny
 from tests.tiny_runs import metric_lines, tiny_recipe
@@ -30,12 +31,24 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return undisturbed(tmp_path_factory)
+
+
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, **changes: Any) -> Whole:
     config = tiny_recipe(
         save_tiny(tmp_path_factory.mktemp("model")),
-        training={"rounds": 5, "steps_per_round": 4, "learning_rate": 1e-3, "schedule": "cosine"},
-        sampling__max_new_tokens=12,
-        checkpoint={"every_rounds": 2, "keep": 1},
-        evaluation={"every_rounds": 2, "few_shot": 1, "sampled": True, "items_during": 3},
+        **{
+            "training": {
+                "rounds": 5,
+                "steps_per_round": 4,
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+            },
+            "sampling__max_new_tokens": 12,
+            "checkpoint": {"every_rounds": 2, "keep": 1},
+            "evaluation": {"every_rounds": 2, "few_shot": 1, "sampled": True, "items_during": 3},
+            **changes,
+        },
     )
     folder = tmp_path_factory.mktemp("runs") / "whole"
     ended = run_in_process(config, folder)
@@ -80,6 +93,24 @@ def at_random_moments(whole: Whole, folder: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_at_random_moments(seed: int, whole: Whole, tmp_path: Path):
     at_random_moments(whole, tmp_path / "run", seed)
+
+
+def test_adapters_and_recomputed_layers_survive_kills_too(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+):
+    training = {"rounds": 3, "learning_rate": 1e-2, "gradient_checkpointing": True}
+    adapted = undisturbed(tmp_path_factory, training=training, lora={"rank": 2})
+    checkpoint = latest_checkpoint(adapted.folder / "checkpoints")
+    assert (checkpoint / "adapter" / "adapter_model.safetensors").is_file()
+    folder = tmp_path / "run"
+    assert_ends_like(
+        adapted,
+        folder,
+        [Death(touches=adapted.touches * 2 // 3), Death(touches=adapted.touches // 5)],
+    )
+    factors = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+    # B starts at 0: training has moved what is compared.
+    assert all(factor.any() for name, factor in factors.items() if "lora_B" in name)
 
 
 @pytest.mark.verify

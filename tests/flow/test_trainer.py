@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import runpy
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 from tests.models import character_tokenizer, save_tiny, tiny_model
 from tests.tiny_runs import COMMON_START, metric_lines, same_weights, tiny_recipe
 from transformers import (
@@ -23,6 +26,8 @@ from transformers import (
 from gmpo import GMPOConfig, GMPOTrainer
 from gmpo.assembly import build_task
 from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.inspection import render_summary, summarize_run
+from gmpo.plots import plot_run
 from gmpo.recipe import load_recipe
 from gmpo.training import train
 
@@ -74,7 +79,9 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_callers_model_is_trained_in_place(llama: str, tmp_path: Path):
-    ours = trainer(llama, tmp_path / "run", eval_dataset=ROWS[:2], train_dataset=ROWS[2:])
+    ours = trainer(
+        llama, tmp_path / "run", eval_dataset=ROWS[:2], train_dataset=ROWS[2:], reward=None
+    )
     before = weights_of(ours.model)
     outcome = ours.train(num_epochs=2)
     after = weights_of(ours.model)
@@ -171,6 +178,95 @@ def test_groups_without_rewards_are_refused(llama: str, tmp_path: Path):
     ours.close()
 
 
+def test_held_out_rows_without_answers_are_measured_by_the_reward_functions(
+    llama: str, tmp_path: Path
+):
+    asked: dict[tuple[int, float], list[str]] = {}
+    held_out = [{"problem": f"Name {n}", "hint": "held out"} for n in range(5)]
+
+    def size(
+        completion_ids: list[list[int]], hint: list[str], trainer_state: Any, **_: Any
+    ) -> list[float | None]:
+        if set(hint) == {"held out"}:
+            moment = (trainer_state.global_step, trainer_state.epoch)
+            asked.setdefault(moment, []).extend(hint)
+        return [float(len(ids)) for ids in completion_ids]
+
+    def first_row_only(prompts: list[Any], **_: Any) -> list[float | None]:
+        return [1.0 if "Name 0" in str(prompt) else None for prompt in prompts]
+
+    ours = trainer(
+        llama,
+        tmp_path / "run",
+        train_dataset=[{**row, "hint": "train"} for row in ROWS],
+        eval_dataset=held_out,
+        reward=[size, first_row_only],
+        config=settings(
+            tmp_path / "run",
+            recipe={
+                "reward.weights": {"size": 0.5, "first_row_only": 2.0},
+                "evaluation.sampled": False,
+            },
+        ),
+    )
+    outcome = ours.train(evaluation_strategy="epoch")
+    # Five rows before, after the only epoch (2 rounds, 8 steps), and after training.
+    assert {moment: len(rows) for moment, rows in asked.items()} == {(0, 0.0): 5, (8, 1.0): 10}
+    (during,) = metric_lines(outcome.folder, "evaluation")
+    (after,) = outcome.after
+    assert during["evaluation/reward"] == after.mean == after.reward
+    assert after.accuracy is None
+    # 0.5 x length + 2 x 1 in the first row; where one says nothing its weight goes to the other.
+    rewards = dict(zip(after.item_ids, after.outcomes, strict=True))
+    sizes = [(rewards.pop("eval_dataset-0") - 2) / 0.5, *(r / 2.5 for r in rewards.values())]
+    assert len(sizes) == 5 and set(sizes) <= {1, 2, 3, 4}
+    assert after.mean == pytest.approx(sum(after.outcomes) / 5)
+    before = f"held-out greedy reward before {outcome.before[0].mean:.3f}"
+    assert str(outcome).endswith(f"{before}, after {after.mean:.3f}")
+    assert "held-out reward (95 % interval)" in shown(outcome.folder)
+    resumed = trainer(
+        llama,
+        tmp_path / "run",
+        train_dataset=[{**row, "hint": "train"} for row in ROWS],
+        eval_dataset=held_out,
+        reward=[size, first_row_only],
+        config=ours.config,
+    ).train(evaluation_strategy="epoch", resume=True)
+    assert (resumed.before, resumed.after) == (outcome.before, outcome.after)
+
+
+def shown(folder: Path) -> str:
+    """What `gmpo inspect` says, and that its pictures can be drawn."""
+    assert (folder / "plots-of-test" / "held_out.png") in plot_run(folder, folder / "plots-of-test")
+    console = Console(width=100, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(render_summary(summarize_run(folder)))
+    return printed.get()
+
+
+def test_held_out_rows_that_a_reward_says_nothing_about_are_counted(llama: str, tmp_path: Path):
+    def silent(prompts: list[Any], **_: Any) -> list[float | None]:
+        return [None if "held out" in str(prompt) else 1.0 for prompt in prompts]
+
+    outcome = trainer(
+        llama, tmp_path / "run", eval_dataset=[{"problem": "held out"}], reward=silent
+    ).train()
+    (greedy, _) = outcome.before
+    assert (greedy.outcomes, greedy.num_unrewarded) == ((None,), 1)
+    assert math.isnan(greedy.mean)
+    assert greedy.as_dict()["reward"] is None
+    assert "held-out reward" in shown(outcome.folder)
+
+
+def test_with_answers_and_a_reward_accuracy_can_be_asked_for(llama: str, tmp_path: Path):
+    config = settings(tmp_path / "run", recipe={"evaluation.measure": "accuracy"})
+    outcome = trainer(
+        llama, tmp_path / "run", eval_dataset=ROWS[:2], train_dataset=ROWS[2:], config=config
+    ).train()
+    assert outcome.after[0].reward is None
+    assert outcome.after[0].outcomes in [(a, b) for a in (0, 1) for b in (0, 1)]
+
+
 class Listener(TrainerCallback):
     """Notes every event, and asks for the end at a step."""
 
@@ -215,12 +311,12 @@ def test_callbacks_of_transformers_hear_what_happens_in_its_order(llama: str, tm
         llama,
         tmp_path / "run",
         train_dataset=ROWS,
-        eval_dataset=[{"problem": "What is 9 + 9?", "answer": 18}],
+        eval_dataset=[{"problem": "What is 9 + 9?"}],
         config=settings(tmp_path / "run", recipe={"evaluation.sampled": False}),
         callbacks=(listener,),
     )
     ours.train(num_epochs=2, evaluation_strategy="steps", eval_steps=7, logging_steps=8)
-    asked = "evaluate ['eval_greedy_accuracy']"
+    asked = "evaluate ['eval_greedy_reward']"
     assert listener.events == [
         "begin",
         asked,
@@ -315,9 +411,22 @@ def test_a_trl_users_functions_and_columns_run_unchanged(llama: str, tmp_path: P
             r"id '1' was used by train_dataset\[0\]",
         ),
         (
-            {"eval_dataset": [{"problem": "a"}]},
+            {"train_dataset": ROWS, "eval_dataset": [{"problem": "a"}], "reward": None},
             DataError,
             r"eval_dataset\[0\]: answer is missing",
+        ),
+        (
+            {
+                "eval_dataset": [{"problem": "a"}],
+                "config": GMPOConfig(recipe={"evaluation.measure": "accuracy"}),
+            },
+            DataError,
+            r"eval_dataset\[0\]: answer is missing",
+        ),
+        (
+            {"config": GMPOConfig(recipe={"evaluation.measure": "rewards"})},
+            ConfigError,
+            r"evaluation.measure.*'accuracy' or 'reward'",
         ),
         (
             {"reward": [common_start, common_start]},

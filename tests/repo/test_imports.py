@@ -92,7 +92,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("checkpoint", "policy.score"): "a checkpoint holds the policy's named weights",
     ("checkpoint", "policy.adapter_files"): "a LoRA checkpoint holds the adapters as PEFT's files",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
-    ("policy.prefix", "batch"): "the shared prefix is laid out in the micro-batch",
+    ("policy.packed", "batch"): "the shared prefix is laid out in the micro-batch",
     (
         "sampler.decoders",
         "policy.head",

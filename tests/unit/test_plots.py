@@ -16,7 +16,7 @@ from gmpo.plots import _PANELS, _items_during, _read, _single, _trailing_mean, p
 from gmpo.recipe import dump_recipe, load_recipe
 from gmpo.tracking import RunFolder
 
-NAMES = ["reward", "accuracy", "ratio", "entropy", "clip", "groups", "overview"]
+NAMES = ["reward", "held_out", "ratio", "entropy", "clip", "groups", "overview"]
 
 
 def write_rounds(run: RunFolder, num_rounds: int) -> None:
@@ -110,7 +110,7 @@ def test_a_trailing_mean_leaves_unknown_values_out():
 def test_the_accuracy_panel_states_how_many_items_were_asked(run: RunFolder):
     # 100 items in the recipe, but the task has only 60.
     expected = ["greedy, during (n = 60)", "greedy (n = 60)", "sampled (n = 60)"]
-    assert legend(panel("accuracy", run)) == expected
+    assert legend(panel("held_out", run)) == expected
 
 
 def test_the_items_asked_during_training_are_the_fewest_of_the_limits(tmp_path: Path):
@@ -183,7 +183,7 @@ def test_one_round_and_figures_that_are_not_finite_are_drawn(tmp_path: Path):
     drawn = plot_run(run.path, tmp_path / "elsewhere" / "plots")
     assert [path.name for path in drawn if path.is_file()] == [f"{name}.png" for name in NAMES]
     empty = [name for name in _PANELS if texts(panel(name, run))]
-    assert empty == ["accuracy"]
+    assert empty == ["held_out"]
 
 
 def test_a_ratio_that_was_always_one_is_drawn(tmp_path: Path):

@@ -51,8 +51,8 @@ training.adam_eps training.weight_decay training.gradient_clip_norm
 training.max_tokens_per_micro_batch training.engine training.seed training.gradient_cosine_every
 training.gradient_checkpointing
 checkpoint.every_rounds checkpoint.keep
-evaluation.every_rounds evaluation.items_during evaluation.items evaluation.few_shot
-evaluation.sampled evaluation.max_new_tokens
+evaluation.measure evaluation.every_rounds evaluation.items_during evaluation.items
+evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round lora.rank lora.alpha lora.targets
 """
 KEYS = KEY_TABLE.split()

@@ -2,10 +2,10 @@
 
 A micro-batch's prompts begin alike (system turn, worked examples), and a group's completions follow
 the same prompt. `extend` runs rows of tokens after such a past, with gradient through it, so that
-neither part is repeated; training and the sampler's prefill both stand on it.
+neither part is repeated: the sampler's prefill. `packed.py` does the same for training.
 
 Dimensions: **P** prompts, **B** sequences, **T** tokens, **S** positions of the past, **M** hidden
-size, **N** scored positions.
+size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gmpo.batch import MicroBatch
 from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.recompute import recomputed
 
@@ -30,7 +29,6 @@ __all__ = [
     "largest_logit_difference",
     "padded",
     "run_prompts",
-    "scored_hidden_states",
 ]
 
 _SHORTEST_COMMON = 4
@@ -149,25 +147,6 @@ def common_length(prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]) ->
     differs = (prompt_ids[:, :shortest] != prompt_ids[:1, :shortest]).any(dim=0)
     shared = int(differs.int().argmax()) if bool(differs.any()) else shortest
     return shared if shared >= _SHORTEST_COMMON else 0
-
-
-def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
-    """Final hidden states at the positions that predict each masked completion token.
-
-    The prompt's last position predicts the first completion token, completion token t predicts
-    t + 1, so the last one is never run. The order is that of `completion_ids[mask]`. Gradients of a
-    prompt's keys and values from all its completions add up in one backward pass.
-    """
-    prompt_hidden, prompts = run_prompts(body, batch.prompt_ids, batch.prompt_lengths)
-    not_run_here = batch.prompt_ids.shape[1] - prompt_hidden.shape[1]
-    last = batch.prompt_lengths - 1 - not_run_here
-    first_predictor = prompt_hidden[torch.arange(len(last), device=last.device), last]
-    hidden = first_predictor[batch.prompt_of_row][:, None]
-    if batch.completion_ids.shape[1] > 1:
-        past = prompts.rows(batch.prompt_of_row)
-        later, _ = extend(body, batch.completion_ids[:, :-1], batch.completion_lengths - 1, past)
-        hidden = torch.cat((hidden, later), dim=1)
-    return body.final_norm(hidden[batch.mask])
 
 
 @torch.no_grad()

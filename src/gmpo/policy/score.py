@@ -22,7 +22,8 @@ from gmpo.errors import ModelError
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs, widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, adapters_off, merged_weight
-from gmpo.policy.prefix import largest_logit_difference, scored_hidden_states
+from gmpo.policy.packed import scored_hidden_states
+from gmpo.policy.prefix import largest_logit_difference
 from gmpo.policy.recompute import recompute_layers
 from gmpo.policy.weights import copy_weights
 

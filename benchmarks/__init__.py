@@ -1,0 +1,1 @@
+"""Comparisons and measurements of speed and memory, each runnable by itself."""

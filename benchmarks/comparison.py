@@ -1,0 +1,213 @@
+"""TRL and gmpo in turns on one workload: TRL's best setting by a trial, then pairs of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+from benchmarks.exchange import Scratch
+from benchmarks.ratios import bounds_of, complaint, require_same_update, summary
+from benchmarks.results import Results
+from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.workloads import STEPS_PER_ROUND, Workload
+
+PRECISIONS = ("fp32", "bf16_autocast", "bf16_weights")
+ROLLOUTS = ("generate", "static_cache", "continuous_batching")
+VARIANTS = ("as_sampled", "no_dead")
+ALLOWED_PRECISIONS = {
+    "auto": PRECISIONS,
+    "fp32": ("fp32",),
+    "bf16": ("bf16_autocast", "bf16_weights"),
+}
+"""TRL's precisions that gmpo's `dtype` is compared with."""
+
+
+class Side(Protocol):
+    """A worker, or what stands in its place within one process."""
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """The command's answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a comparison is made with.
+
+    Attributes:
+        workload: what is timed.
+        dtype: gmpo's.
+        threads: of each side.
+        scratch: files that the sides exchange; starting weights lie there.
+        say: told what happens, a line each.
+    """
+
+    workload: Workload
+    dtype: str
+    threads: int
+    scratch: Scratch
+    say: Callable[[str], None]
+
+    def trl(self, setup: str) -> AbstractContextManager[Side]:
+        """A TRL worker run as the named setup says."""
+        precision, _, rollouts = setup.partition("/")
+        settings = {"setup": {"precision": precision, "rollouts": rollouts}}
+        return self._worker("benchmarks.trl_side", settings)
+
+    def gmpo(self) -> AbstractContextManager[Side]:
+        return self._worker("benchmarks.gmpo_side", {"dtype": self.dtype})
+
+    @contextmanager
+    def _worker(self, module: str, settings: Mapping[str, Any]) -> Iterator[Side]:
+        common = {
+            "workload": asdict(self.workload),
+            "threads": self.threads,
+            "scratch": str(self.scratch.folder),
+        }
+        with Worker(module, common | settings) as worker:
+            yield worker
+
+
+def setups_of(dtype: str) -> list[str]:
+    """The names of TRL's settings that gmpo's dtype is compared with."""
+    return ["/".join(pair) for pair in product(ALLOWED_PRECISIONS[dtype], ROLLOUTS)]
+
+
+def choose_setup(bench: Bench, results: Results) -> str:
+    """TRL's fastest setting that trains as gmpo does, from one round of each on fewer prompts.
+
+    Raises:
+        WorkerFailed: no setting of TRL works.
+    """
+    trial: dict[str, Any] = results.content.setdefault("trial", {})
+    few = replace(bench.workload, prompts_per_round=STEPS_PER_ROUND)
+    smaller = replace(bench, workload=few)
+    missing = [setup for setup in setups_of(bench.dtype) if setup not in trial]
+    if missing:
+        bench.say(
+            f"trial of TRL without vLLM: a round of {few.prompts_per_round} prompts x "
+            f"{few.group_size}, gradient checkpointing off"
+        )
+        with smaller.gmpo() as gmpo:
+            for setup in missing:
+                trial[setup] = tried(smaller, setup, gmpo)
+                results.save()
+                bench.say(trial_line(setup, trial[setup]))
+    usable = {name: each for name, each in trial.items() if each["excluded"] is None}
+    if not usable:
+        raise WorkerFailed(f"no setting of TRL is usable: {trial}")
+    best = min(usable, key=lambda name: usable[name]["round_seconds"])
+    results.content["trl_setup"] = best
+    results.save()
+    return best
+
+
+def tried(bench: Bench, setup: str, gmpo: Side) -> dict[str, Any]:
+    """Figures of one round, and why the setting is excluded, or None."""
+    with bench.trl(setup) as trl:
+        try:
+            figures = trl.ask("round", number=0, live_groups=bench.workload.prompts_per_round)
+        except WorkerFailed as failure:
+            return {"excluded": f"it failed: {str(failure).strip().splitlines()[-1]}"}
+    replayed = gmpo.ask("replay", number=0)
+    bounds = bounds_of(both_fp32=is_fp32(setup) and gmpo.ask("about")["dtype"] == "fp32")
+    compared = {name: replayed[name] for name in ("difference", "cosine")}
+    return {**figures, **compared, "excluded": complaint(compared, "adamw", bounds)}
+
+
+def is_fp32(setup: str) -> bool:
+    return setup.partition("/")[0] == "fp32"
+
+
+def trial_line(setup: str, figures: Mapping[str, Any]) -> str:
+    line = f"  {setup:34}"
+    if "round_seconds" in figures:
+        line += (
+            f" {figures['round_seconds']:7.1f} s (rollout {figures['rollout_seconds']:.1f}, "
+            f"update {figures['update_seconds']:.1f}), cosine {figures['cosine']:.4f}"
+        )
+    if figures["excluded"] is not None:
+        line += f"  excluded: {figures['excluded']}"
+    return line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Both sides at work, and whether both compute in fp32."""
+
+    trl: Side
+    gmpo: Side
+    both_fp32: bool
+
+
+def warm_up(bench: Bench, sides: Sides, results: Results) -> None:
+    """One untimed round each, with SGD: whether the gradients agree on the same completions.
+
+    Raises:
+        ValueError: the sides end completions at different tokens.
+        UpdatesDiffer: they do not agree.
+    """
+    theirs, ours = sides.trl.ask("about")["end_tokens"], sides.gmpo.ask("about")["end_tokens"]
+    if theirs != ours:
+        raise ValueError(
+            f"TRL ends completions at tokens {theirs} and gmpo at {ours}; set eos_token_id in the "
+            "model's generation config to all of them"
+        )
+    all_groups = bench.workload.prompts_per_round
+    sides.trl.ask("round", number=0, live_groups=all_groups, optimizer="sgd")
+    compared = sides.gmpo.ask("replay", number=0, optimizer="sgd")
+    sides.gmpo.ask("round", number=0, live_groups=all_groups)
+    results.content["sgd_check"] = {name: compared[name] for name in ("difference", "cosine")}
+    results.save()
+    bench.say(
+        f"warm-up: |d_gmpo - d_trl| / |d_trl| with SGD {compared['difference']:.2e}, "
+        f"cosine {compared['cosine']:.5f}"
+    )
+    require_same_update(compared, "sgd", bounds_of(both_fp32=sides.both_fp32))
+
+
+def run_pairs(bench: Bench, sides: Sides, results: Results, *, variant: str, wanted: int) -> None:
+    """Rounds in turns until the file holds as many pairs as wanted; each is saved at once.
+
+    Raises:
+        UpdatesDiffer: gmpo's update of a replayed round is not TRL's.
+    """
+    variants = results.content.setdefault("variants", {})
+    entry: dict[str, Any] = variants.setdefault(variant, {"pairs": []})
+    pairs: list[dict[str, Any]] = entry["pairs"]
+    live_groups = bench.workload.prompts_per_round if variant == "no_dead" else None
+    bounds = bounds_of(both_fp32=sides.both_fp32)
+    while len(pairs) < wanted:
+        number = len(pairs) + 1  # round 0 was the warm-up
+        pair = run_pair(sides, number=number, live_groups=live_groups)
+        require_same_update(pair["replay"], "adamw", bounds)
+        pairs.append(pair)
+        variants[variant] = entry = {**summary(pairs), "pairs": pairs}
+        results.save()
+        bench.say(pair_line(variant, number, pair))
+
+
+def run_pair(sides: Sides, *, number: int, live_groups: int | None) -> dict[str, Any]:
+    """A round of each side on the same prompts, and gmpo's update of TRL's round."""
+    asked = {"number": number, "live_groups": live_groups}
+    pair: dict[str, Any] = {}
+    # In turns, so that no side always runs on the warmer machine.
+    for side in ("trl", "gmpo") if number % 2 else ("gmpo", "trl"):
+        worker = sides.trl if side == "trl" else sides.gmpo
+        pair[side] = worker.ask("round", **asked)
+    pair["replay"] = sides.gmpo.ask("replay", number=number)
+    return pair
+
+
+def pair_line(variant: str, number: int, pair: Mapping[str, Mapping[str, Any]]) -> str:
+    trl, gmpo, replay = pair["trl"], pair["gmpo"], pair["replay"]
+    return (
+        f"{variant} pair {number}: round {trl['round_seconds']:.1f} / "
+        f"{gmpo['round_seconds']:.1f} s, rollout {trl['rollout_seconds']:.1f} / "
+        f"{gmpo['rollout_seconds']:.1f} s, update of TRL's rows {trl['update_seconds']:.1f} / "
+        f"{replay['update_seconds']:.1f} s, live {trl['live_share']:.2f} / "
+        f"{gmpo['live_share']:.2f}, peak {trl['peak_gib']:.2f} / {gmpo['peak_gib']:.2f} GiB, "
+        f"cosine {replay['cosine']:.4f}"
+    )

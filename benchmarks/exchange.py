@@ -1,0 +1,89 @@
+"""What the sides hand to each other in files: starting weights, completions, updates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gmpo.policy.load import load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Files of one benchmark in a folder that is removed afterwards."""
+
+    folder: Path
+
+    @property
+    def start(self) -> Path:
+        """fp32 weights that every round starts from."""
+        return self.folder / "start.safetensors"
+
+    @property
+    def completions(self) -> Path:
+        """The last round of TRL."""
+        return self.folder / "completions.json"
+
+    @property
+    def update(self) -> Path:
+        """How TRL's last round moved the weights."""
+        return self.folder / "update.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRows:
+    """A round's rows in the order of its prompts, group by group."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rewards: list[float]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> SampledRows:
+        return cls(**json.loads(path.read_text()))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.completion_ids)
+
+    def live_share(self, group_size: int) -> float:
+        """Share of the groups whose rewards differ."""
+        groups = [
+            self.rewards[first : first + group_size]
+            for first in range(0, len(self.rewards), group_size)
+        ]
+        return sum(len(set(group)) > 1 for group in groups) / len(groups)
+
+
+def write_start(model: str, path: Path) -> None:
+    """The model's weights in fp32, for both sides to start from."""
+    weights = load_model(model, device="cpu", dtype="fp32").named_parameters()
+    save_weights({name: weight.detach() for name, weight in weights}, path)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def clear_moments(optimizer: torch.optim.Optimizer) -> None:
+    """A fresh optimizer in the memory of the old one.
+
+    A run allocates the moments once; a new optimizer a round would pay for that every time.
+    """
+    for state in optimizer.state.values():
+        for value in state.values():
+            assert isinstance(value, Tensor), "AdamW's state is tensors"
+            value.zero_()

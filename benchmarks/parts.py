@@ -1,0 +1,116 @@
+"""Where the time of a decoding step or an update goes, by the part of the work.
+
+torch's profiler gives each operator's own time with the sizes of its inputs, and a part is told by
+operator and size: that needs nothing inside the measured code, so it stays right when that changes,
+but an operator no rule names is counted as "norms and elementwise".
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch.profiler import ProfilerActivity, profile
+
+PARTS = (
+    "projections",
+    "attention",
+    "head",
+    "drawing",
+    "softmax over the vocabulary",
+    "optimizer",
+    "norms and elementwise",
+)
+OVERHEAD = "python and dispatch"
+
+_PRODUCTS = ("mm", "addmm", "addmm_", "linear", "mkldnn_linear", "_mkldnn_linear", "mkl_linear")
+_DRAWING = (
+    "cumsum",
+    "searchsorted",
+    "nextafter",
+    "argmax",
+    "logsumexp",
+    "sort",
+    "multinomial",
+    "topk",
+)
+_CACHE = ("index_put_", "_index_put_impl_", "baddbmm", "bmm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """An operator's own seconds in all calls with inputs of the same sizes."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    seconds: float
+
+
+def profiled(run: Callable[[], object]) -> list[Operator]:
+    """Own seconds of each operator that `run` calls, on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        run()
+    return [
+        Operator(
+            name=event.key.removeprefix("aten::"),
+            shapes=tuple(tuple(shape) for shape in event.input_shapes if shape),
+            seconds=event.self_cpu_time_total / 1e6,
+        )
+        for event in recorded.key_averages(group_by_input_shape=True)
+    ]
+
+
+def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
+    """The part that an operator belongs to.
+
+    Args:
+        operator: with the sizes of its inputs.
+        vocabulary: a size that only the head and what follows it have.
+        draws: whether tokens are drawn, so that passes over the vocabulary are drawing.
+    """
+    name = operator.name
+    is_wide = any(vocabulary in shape for shape in operator.shapes)
+    if name in _PRODUCTS:
+        return "head" if is_wide else "projections"
+    if "scaled_dot_product" in name or name in _CACHE:
+        return "attention"
+    if "adam" in name or name.startswith(("_foreach", "Optimizer")):
+        return "optimizer"
+    if name in _DRAWING:
+        return "drawing" if draws else "softmax over the vocabulary"
+    # A row of the embedding is read or its gradient written; its table has the vocabulary's size.
+    if is_wide and not name.startswith("embedding") and name not in ("index_select", "zero_"):
+        return "drawing" if draws else "softmax over the vocabulary"
+    return "norms and elementwise"
+
+
+def shares(
+    operators: Iterable[Operator], *, seconds: float, vocabulary: int, draws: bool
+) -> dict[str, dict[str, float]]:
+    """Each part's seconds and share of `seconds`, which were taken without the profiler.
+
+    What the operators do not account for is Python and dispatch; the profiler lengthens every
+    operator by about a microsecond, so it is a little less than the truth.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    for operator in operators:
+        totals[part_of(operator, vocabulary=vocabulary, draws=draws)] += operator.seconds
+    totals[OVERHEAD] = seconds - sum(totals.values())
+    return {
+        part: {"seconds": totals[part], "share": totals[part] / seconds}
+        for part in (*PARTS, OVERHEAD)
+        if part in totals
+    }
+
+
+def parts_table(
+    title: str, parts: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
+) -> str:
+    """As a Markdown table in milliseconds, with the bound of the parts that have one."""
+    lines = [f"| {title} | ms | share | bound, ms |", "|---|---|---|---|"]
+    for name, of_part in sorted(parts.items(), key=lambda item: -item[1]["seconds"]):
+        bound = f"{1e3 * bounds[name]:.1f}" if name in bounds else ""
+        seconds, share = 1e3 * of_part["seconds"], of_part["share"]
+        lines.append(f"| {name} | {seconds:.1f} | {share:.0%} | {bound} |")
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""Arithmetic of a comparison: what pairs of rounds say, and when they may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+Pair = Mapping[str, Mapping[str, Any]]
+"""Figures of one round of "trl", one of "gmpo", and gmpo's "replay" of TRL's."""
+
+RATIOS = ("round_ratio", "rollout_ratio", "update_ratio")
+
+
+class UpdatesDiffer(RuntimeError):
+    """The two sides did not do the same work, so their times say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How far updates may be apart: |d_gmpo - d_trl| / |d_trl| at most, or cosine at least."""
+
+    sgd_difference: float | None
+    sgd_cosine: float | None
+    adamw_difference: float | None
+    adamw_cosine: float | None
+
+
+FP32_BOUNDS = Bounds(
+    # A weight of a large model has few places below an SGD step left, see scripts/parity.py.
+    sgd_difference=1e-3,
+    sgd_cosine=None,
+    adamw_difference=1e-2,
+    adamw_cosine=None,
+)
+BF16_BOUNDS = Bounds(
+    sgd_difference=None,
+    sgd_cosine=0.99,
+    adamw_difference=None,
+    # AdamW's first steps give weights with hardly a gradient the same size as others, and their
+    # sign is rounding: fp32 and bf16 of one and the same trainer are as far apart.
+    adamw_cosine=0.95,
+)
+
+
+def bounds_of(*, both_fp32: bool) -> Bounds:
+    return FP32_BOUNDS if both_fp32 else BF16_BOUNDS
+
+
+def complaint(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> str | None:
+    """Why these updates are not the same work, or None.
+
+    Args:
+        compared: "difference" and "cosine" of gmpo's update to TRL's.
+        optimizer: that made them, "sgd" or "adamw".
+        bounds: of the precision.
+    """
+    if optimizer == "sgd":
+        most, least = bounds.sgd_difference, bounds.sgd_cosine
+    else:
+        most, least = bounds.adamw_difference, bounds.adamw_cosine
+    # Negated, so that NaN complains.
+    if most is not None and not compared["difference"] <= most:
+        return (
+            f"{optimizer}: |d_gmpo - d_trl| / |d_trl| is {compared['difference']:.3g}, "
+            f"at most {most:g} is allowed"
+        )
+    if least is not None and not compared["cosine"] >= least:
+        return (
+            f"{optimizer}: the cosine between gmpo's and TRL's update is "
+            f"{compared['cosine']:.4f}, at least {least:g} is needed"
+        )
+    return None
+
+
+def require_same_update(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> None:
+    """Refuse to go on where the sides moved the weights differently.
+
+    Raises:
+        UpdatesDiffer: a bound is missed; figure and bound are in the message.
+    """
+    reason = complaint(compared, optimizer, bounds)
+    if reason is not None:
+        raise UpdatesDiffer(
+            f"gmpo and TRL moved the weights differently on the same completions: {reason}; their "
+            "times are not compared"
+        )
+
+
+def ratios_of(pair: Pair) -> dict[str, float]:
+    """TRL's time over gmpo's: of own rounds, of a sampled token, and of one and the same update."""
+    trl, gmpo = pair["trl"], pair["gmpo"]
+    return {
+        "round_ratio": trl["round_seconds"] / gmpo["round_seconds"],
+        "rollout_ratio": tokens_per_second(gmpo) / tokens_per_second(trl),
+        "update_ratio": trl["update_seconds"] / pair["replay"]["update_seconds"],
+    }
+
+
+def tokens_per_second(figures: Mapping[str, Any]) -> float:
+    return float(figures["tokens"] / figures["rollout_seconds"])
+
+
+def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Medians with min and max over pairs, and what else belongs beside them."""
+    ratios = [ratios_of(pair) for pair in pairs]
+    figures: dict[str, Any] = {"num_pairs": len(pairs)}
+    for name in RATIOS:
+        values = [each[name] for each in ratios]
+        figures |= {
+            f"{name}_median": median(values),
+            f"{name}_min": min(values),
+            f"{name}_max": max(values),
+        }
+    memory = [pair["gmpo"]["peak_gib"] / pair["trl"]["peak_gib"] for pair in pairs]
+    figures |= {
+        "memory_ratio": median(memory),
+        "memory_ratio_min": min(memory),
+        "memory_ratio_max": max(memory),
+        "live_share": {side: mean(p[side]["live_share"] for p in pairs) for side in SIDES},
+    }
+    for side in SIDES:
+        figures[side] = {
+            "round_seconds": median(pair[side]["round_seconds"] for pair in pairs),
+            "rollout_tokens_per_second": median(tokens_per_second(pair[side]) for pair in pairs),
+            "peak_gib": median(pair[side]["peak_gib"] for pair in pairs),
+        }
+    figures["trl"]["update_seconds"] = median(p["trl"]["update_seconds"] for p in pairs)
+    figures["gmpo"]["update_seconds"] = median(p["replay"]["update_seconds"] for p in pairs)
+    figures["largest_difference"] = max(pair["replay"]["difference"] for pair in pairs)
+    figures["smallest_cosine"] = min(pair["replay"]["cosine"] for pair in pairs)
+    return figures
+
+
+SIDES = ("trl", "gmpo")

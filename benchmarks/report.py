@@ -1,0 +1,107 @@
+"""Result files of vs_trl.py as one table and one plot.
+
+python -m benchmarks.report docs/results/vs_trl/*.json --plot docs/results/vs_trl.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ratios import RATIOS
+
+COLUMNS = {
+    "round_ratio": "round",
+    "rollout_ratio": "rollout",
+    "update_ratio": "update",
+    "memory_ratio": "peak memory",
+}
+Content = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="written by benchmarks.vs_trl")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    arguments = parser.parse_args(argv)
+    contents = [json.loads(path.read_text()) for path in arguments.files]
+    print_table(contents)
+    if arguments.plot is not None:
+        draw(contents, arguments.plot)
+    return 0
+
+
+def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content]]:
+    """Name, file and figures of every variant that has pairs."""
+    for content in contents:
+        for variant, figures in content.get("variants", {}).items():
+            if figures["pairs"]:
+                workload = content["setting"]["workload"]["name"]
+                yield f"{workload}, {variant}", content, figures
+
+
+def print_table(contents: Sequence[Content], console: Console | None = None) -> None:
+    """TRL's time over gmpo's: median (min to max)."""
+    table = Table(title="TRL without vLLM / gmpo: median (min to max) over pairs of rounds")
+    names = ("workload", "TRL", "gmpo", *COLUMNS.values(), "live TRL / gmpo", "pairs")
+    for name in names:
+        table.add_column(name)
+    for name, content, figures in entries(contents):
+        live = figures["live_share"]
+        table.add_row(
+            name,
+            content["trl_setup"],
+            content["gmpo_setup"]["dtype"],
+            *(spread(figures, ratio) for ratio in RATIOS),
+            spread(figures, "memory_ratio", median="memory_ratio"),
+            f"{live['trl']:.2f} / {live['gmpo']:.2f}",
+            str(figures["num_pairs"]),
+        )
+    console = console or Console(width=150)
+    console.print(table)
+    console.print("peak memory is gmpo / TRL; updates are of the same completions")
+    for content in contents:
+        if "refused" in content:
+            console.print(f"{content['setting']['workload']['name']} refused: {content['refused']}")
+
+
+def spread(figures: Content, name: str, *, median: str | None = None) -> str:
+    middle = figures[median or f"{name}_median"]
+    return f"{middle:.2f} ({figures[f'{name}_min']:.2f}-{figures[f'{name}_max']:.2f})"
+
+
+def draw(contents: Sequence[Content], path: Path) -> None:
+    """Bars of the ratios with their range, a group a workload and variant."""
+    shown = list(entries(contents))
+    figure = Figure(figsize=(3 + 2 * len(shown), 4), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(RATIOS)
+    for place, ratio in enumerate(RATIOS):
+        middles = [figures[f"{ratio}_median"] for _, _, figures in shown]
+        below = [figures[f"{ratio}_median"] - figures[f"{ratio}_min"] for _, _, figures in shown]
+        above = [figures[f"{ratio}_max"] - figures[f"{ratio}_median"] for _, _, figures in shown]
+        positions = [number + (place - 1) * width for number in range(len(shown))]
+        bars = axis.bar(positions, middles, width, yerr=[below, above], label=COLUMNS[ratio])
+        axis.bar_label(bars, fmt="%.1f", fontsize=8)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    labels = [
+        f"{name}\n{content['trl_setup']}\ngmpo {content['gmpo_setup']['dtype']}"
+        for name, content, _ in shown
+    ]
+    axis.set_xticks(range(len(shown)), labels, fontsize=8)
+    axis.set_ylabel("times as fast as TRL without vLLM")
+    axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""A benchmark's JSON file: written after every sample, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gmpo.tracking import provenance
+
+
+def made_with(*, threads: int) -> dict[str, Any]:
+    """Machine, versions, commit and threads: what must not change within one file."""
+    return {
+        **provenance(),
+        "trl": version("trl"),
+        "accelerate": version("accelerate"),
+        "threads": threads,
+        **processor(Path("/proc/cpuinfo").read_text()),
+    }
+
+
+def processor(cpuinfo: str) -> dict[str, Any]:
+    """The processor's name, and whether it has units for bf16 products."""
+    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    known = set(flags[1].split()) if flags else set()
+    return {
+        "processor": name[1].strip() if name else "unknown",
+        "avx512_bf16": "avx512_bf16" in known,
+        "amx_bf16": "amx_bf16" in known,
+    }
+
+
+class OtherBenchmark(RuntimeError):
+    """The file holds samples that were made under other conditions."""
+
+
+class Results:
+    """Samples on disk.
+
+    Args:
+        path: of the JSON file; what it holds already is gone on with.
+        setting: what was asked and what makes the samples; another one in the file is refused.
+
+    Raises:
+        OtherBenchmark: the file is of another setting, which is named.
+    """
+
+    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+        self._path = path
+        # As it will be read back: tuples are lists there.
+        setting = json.loads(json.dumps(setting))
+        self.content: dict[str, Any] = {"setting": setting}
+        if path.is_file():
+            self.content = json.loads(path.read_text())
+            changed = differences(self.content["setting"], setting)
+            if changed:
+                raise OtherBenchmark(
+                    f"{path} was made with something else: {'; '.join(changed)}; name a new file, "
+                    "or remove it"
+                )
+
+    def save(self) -> None:
+        """Whole or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """What differs, as "name was x, is y", at any depth."""
+    found: list[str] = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{within}{name}.")
+        elif old != new:
+            found.append(f"{within}{name} was {old}, is {new}")
+    return found

@@ -1,0 +1,275 @@
+"""TRL's GMPOTrainer, driven round by round; started by vs_trl.py and others."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from scripts.replay import TRL_ON_CPU
+from transformers import PrinterCallback, TrainerCallback
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+from trl.trainer import grpo_trainer
+
+from benchmarks.exchange import (
+    SampledRows,
+    Scratch,
+    clear_moments,
+    load_weights,
+    save_weights,
+)
+from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
+from benchmarks.workloads import (
+    SGD_LEARNING_RATE,
+    STEPS_PER_ROUND,
+    Workload,
+    patterned_rewards,
+    prompts_of,
+)
+from gmpo.grading import Grader
+from gmpo.policy.load import load_model, load_tokenizer
+from gmpo.rewards import correct_reward
+
+PRECISIONS = {
+    "fp32": (torch.float32, False),
+    "bf16_autocast": (torch.float32, True),
+    "bf16_weights": (torch.bfloat16, True),
+}
+"""Dtype of the weights, and TRL's `bf16`, which runs the training forward under autocast."""
+
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "static_cache": {"cache_implementation": "static"},
+    "continuous_batching": {"use_transformers_continuous_batching": True},
+}
+"""TRL's ways to roll out without vLLM, as options of its config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrlSetup:
+    """How TRL is run: keys of PRECISIONS and ROLLOUTS."""
+
+    precision: str
+    rollouts: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}/{self.rollouts}"
+
+    @property
+    def is_fp32(self) -> bool:
+        return self.precision == "fp32"
+
+
+class TimedTrainer(GMPOTrainer):
+    """TRL's trainer with marks at the borders of its stages, and its rows kept."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self.marks = {"start": time.perf_counter()}
+        self.rows = super()._generate_and_score_completions(inputs)
+        return self.rows
+
+    def _calculate_rewards(self, *arguments: Any) -> Any:
+        self.marks["generated"] = time.perf_counter()
+        rewards = super()._calculate_rewards(*arguments)
+        self.marks["rewarded"] = time.perf_counter()
+        return rewards
+
+
+class StepClock(TrainerCallback):
+    """When the last optimizer step ended."""
+
+    ended = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ended = time.perf_counter()
+
+
+class TrlSide:
+    """A trainer that starts every round from the same weights.
+
+    Args:
+        workload: what is timed.
+        setup: how TRL is run.
+        scratch: where the starting weights lie, and its rounds are left.
+        folder: TRL's own output.
+    """
+
+    def __init__(self, workload: Workload, setup: TrlSetup, scratch: Scratch, folder: str) -> None:
+        self._workload = workload
+        self._scratch = scratch
+        self._dtype, _ = PRECISIONS[setup.precision]
+        self._grader = Grader(time_limit_seconds=2.0, warn=print)
+        self._correct = correct_reward(self._grader)
+        self._prompts = prompts_of(workload, 0)
+        self._live_groups: int | None = None
+        self._rewards: list[float] = []
+        self._clock = StepClock()
+        self._optimizer = "adamw"
+        model = load_model(workload.model, device="cpu", dtype="fp32").to(self._dtype)
+        self._trainer = TimedTrainer(
+            model,
+            self._reward,
+            args=trl_arguments(workload, setup, folder),
+            train_dataset=self._dataset(),
+            processing_class=load_tokenizer(workload.model),
+            callbacks=[self._clock],
+        )
+        self._trainer.remove_callback(PrinterCallback)
+
+    def round(
+        self, *, number: int, live_groups: int | None, optimizer: str = "adamw"
+    ) -> dict[str, Any]:
+        """One round as TRL runs it: seconds of its stages, tokens, peak memory.
+
+        Completions and update are left in the scratch folder.
+
+        Args:
+            number: of the round, which decides the prompts.
+            live_groups: groups that get different rewards; None asks the task.
+            optimizer: "adamw", or "sgd" without gradient clipping, which shows the gradients.
+        """
+        self._restart(number, live_groups)
+        self._choose_optimizer(optimizer)
+        forget_peak_memory()
+        self._trainer.train()
+        peak = peak_memory_gib()
+        rows = self._sampled_rows()
+        rows.write(self._scratch.completions)
+        save_weights(self._update(), self._scratch.update)
+        marks, ended = self._trainer.marks, self._clock.ended
+        return {
+            "rollout_seconds": marks["generated"] - marks["start"],
+            "reward_seconds": marks["rewarded"] - marks["generated"],
+            "update_seconds": ended - marks["rewarded"],
+            "round_seconds": ended - marks["start"],
+            "tokens": rows.num_tokens,
+            "live_share": rows.live_share(self._workload.group_size),
+            "mean_reward": sum(rows.rewards) / len(rows.rewards),
+            "peak_gib": peak,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What has to be alike on both sides."""
+        return {"end_tokens": sorted(self._trainer.eos_token_ids)}
+
+    def _restart(self, number: int, live_groups: int | None) -> None:
+        """The first weights again."""
+        self._prompts = prompts_of(self._workload, number)
+        self._live_groups = live_groups
+        self._trainer.train_dataset = self._dataset()
+        model = self._trainer.model
+        model.to(self._dtype)  # continuous batching leaves a model in bf16
+        with torch.no_grad():
+            start = load_weights(self._scratch.start)
+            for name, weight in model.named_parameters():
+                weight.copy_(start[name])
+        torch.manual_seed(number)
+
+    def _choose_optimizer(self, optimizer: str) -> None:
+        """A fresh one: the trainer makes its own AdamW where it has none."""
+        trainer = self._trainer
+        if optimizer == "sgd":
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=SGD_LEARNING_RATE)
+        elif self._optimizer == "sgd":
+            trainer.optimizer = None
+        elif trainer.optimizer is not None:
+            clear_moments(trainer.optimizer)
+        self._optimizer = optimizer
+        trainer.args.max_grad_norm = 0.0 if optimizer == "sgd" else 1.0
+
+    def _dataset(self) -> Dataset:
+        rows = [
+            {"prompt": [vars(message) for message in prompt.messages or ()], "place": place}
+            for place, prompt in enumerate(self._prompts)
+        ]
+        return Dataset.from_list(rows)
+
+    def _reward(
+        self, *, prompts: list[Any], completions: list[Any], place: list[int], **_: Any
+    ) -> list[float]:
+        if self._live_groups is None:
+            columns = [self._prompts[number].columns for number in place]
+            values = self._correct(
+                prompts=prompts,
+                completions=completions,
+                answer=[of_prompt["answer"] for of_prompt in columns],
+            )
+            self._rewards = [value for value in values if isinstance(value, float)]
+            assert len(self._rewards) == len(values), "every prompt has an answer"
+        else:
+            self._rewards = patterned_rewards(
+                len(completions),
+                group_size=self._workload.group_size,
+                live_groups=self._live_groups,
+            )
+        return self._rewards
+
+    def _sampled_rows(self) -> SampledRows:
+        kept = self._trainer.rows
+        return SampledRows(
+            prompt_ids=_unpadded(kept["prompt_ids"], kept["prompt_mask"]),
+            completion_ids=_unpadded(kept["completion_ids"], kept["completion_mask"]),
+            rewards=self._rewards,
+        )
+
+    def _update(self) -> dict[str, torch.Tensor]:
+        start = load_weights(self._scratch.start)
+        return {
+            name: weight.detach().float() - start[name].to(weight.dtype).float()
+            for name, weight in self._trainer.model.named_parameters()
+        }
+
+
+def trl_arguments(workload: Workload, setup: TrlSetup, folder: str) -> GMPOConfig:
+    """One round of STEPS_PER_ROUND steps without vLLM and without gradient checkpointing."""
+    return GMPOConfig(
+        **TRL_ON_CPU,
+        **ROLLOUTS[setup.rollouts],
+        output_dir=folder,
+        bf16=PRECISIONS[setup.precision][1],
+        learning_rate=workload.learning_rate,
+        max_completion_length=workload.max_new_tokens,
+        num_generations=workload.group_size,
+        per_device_train_batch_size=workload.rows_per_step,
+        max_steps=STEPS_PER_ROUND,
+        shuffle_dataset=False,
+        logging_strategy="no",
+    )
+
+
+def keep_rows_in_order() -> None:
+    """Let TRL's steps take whole groups in the prompts' order, as gmpo's do.
+
+    TRL shuffles a round's rows before it cuts them into steps, which costs it nothing. Without
+    that, gmpo's own steps on TRL's completions are the same steps, and the updates comparable.
+    """
+    grpo_trainer.shuffle_sequence_dict = lambda rows: rows
+
+
+def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+def main(settings: Mapping[str, Any]) -> None:
+    torch.set_num_threads(settings["threads"])
+    keep_rows_in_order()
+    with tempfile.TemporaryDirectory() as folder:
+        side = TrlSide(
+            Workload(**settings["workload"]),
+            TrlSetup(**settings["setup"]),
+            Scratch(folder=Path(settings["scratch"])),
+            folder,
+        )
+        serve({"round": side.round, "about": side.about})
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

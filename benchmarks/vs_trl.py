@@ -1,0 +1,133 @@
+"""gmpo against TRL's GMPOTrainer, in turns on one machine: rollouts, updates, rounds, memory.
+
+TRL runs in its best setting without vLLM, found by a short trial. Times are compared only where
+both sides move the weights alike on the same completions. An interrupted run goes on where it was.
+
+    python -m benchmarks.vs_trl --workload short --json docs/results/vs_trl/short.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.comparison import (
+    ALLOWED_PRECISIONS,
+    VARIANTS,
+    Bench,
+    Sides,
+    choose_setup,
+    is_fp32,
+    run_pairs,
+    setups_of,
+    warm_up,
+)
+from benchmarks.exchange import Scratch, write_start
+from benchmarks.ratios import UpdatesDiffer
+from benchmarks.report import draw, print_table
+from benchmarks.results import OtherBenchmark, Results, made_with
+from benchmarks.worker import WorkerFailed
+from benchmarks.workloads import WORKLOADS, Workload
+
+REFUSED = 3
+"""Exit code where the updates differ."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    workload = workload_of(arguments)
+    setting = {
+        "workload": asdict(workload),
+        "dtype": arguments.dtype,
+        "made_with": made_with(threads=arguments.threads),
+    }
+    try:
+        results = Results(arguments.json, setting)
+        compare(arguments, workload, results)
+    except (OtherBenchmark, WorkerFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except UpdatesDiffer as refusal:
+        # Ratios of unequal work must not lie about as results.
+        results.content.pop("variants", None)
+        results.content["refused"] = str(refusal)
+        results.save()
+        print(f"refused: {refusal}", file=sys.stderr)
+        return REFUSED
+    print_table([results.content])
+    draw([results.content], arguments.json.with_suffix(".png"))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workload", required=True, choices=WORKLOADS)
+    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds of each side and variant")
+    parser.add_argument(
+        "--dtype",
+        choices=ALLOWED_PRECISIONS,
+        default="auto",
+        help="of gmpo; auto, its default, meets TRL's best of all, fp32 and bf16 TRL's best there",
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--trl", choices=setups_of("auto"), help="take this setting of TRL and hold no trial"
+    )
+    parser.add_argument("--model", help="in place of the workload's: a name or a folder")
+    arguments = parser.parse_args(argv)
+    if arguments.pairs < 1:
+        parser.error(f"--pairs is {arguments.pairs}; at least 1 is needed")
+    if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
+        parser.error(
+            f"--trl {arguments.trl} is not compared with --dtype {arguments.dtype}; choose from "
+            f"{setups_of(arguments.dtype)}"
+        )
+    return arguments
+
+
+def workload_of(arguments: argparse.Namespace) -> Workload:
+    workload = WORKLOADS[arguments.workload]
+    return workload if arguments.model is None else replace(workload, model=arguments.model)
+
+
+def compare(arguments: argparse.Namespace, workload: Workload, results: Results) -> None:
+    """Trial, warm-up and pairs, as far as they are not in the file yet."""
+    results.content.pop("refused", None)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Scratch(folder=Path(folder))
+        write_start(workload.model, scratch.start)
+        bench = Bench(
+            workload=workload,
+            dtype=arguments.dtype,
+            threads=arguments.threads,
+            scratch=scratch,
+            say=lambda line: print(line, flush=True),
+        )
+        setup = arguments.trl or choose_setup(bench, results)
+        if results.content.setdefault("trl_setup", setup) != setup:
+            raise OtherBenchmark(
+                f"{arguments.json} has TRL as {results.content['trl_setup']}, not {setup}; name "
+                "a new file"
+            )
+        with bench.trl(setup) as trl, bench.gmpo() as gmpo:
+            about = gmpo.ask("about")
+            results.content["gmpo_setup"] = {name: about[name] for name in ("dtype", "engine")}
+            bench.say(
+                f"{workload.name}: TRL without vLLM as {setup} against gmpo in {about['dtype']} "
+                f"({'; '.join(about['notes']) or 'no notes'})"
+            )
+            both_fp32 = is_fp32(setup) and about["dtype"] == "fp32"
+            sides = Sides(trl=trl, gmpo=gmpo, both_fp32=both_fp32)
+            warm_up(bench, sides, results)
+            for variant in arguments.variants:
+                run_pairs(bench, sides, results, variant=variant, wanted=arguments.pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The benchmark against TRL over a tiny model: equal work is compared, unequal work refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import vs_trl
+from benchmarks.comparison import Bench, Sides, run_pairs, setups_of, warm_up
+from benchmarks.exchange import SampledRows, Scratch, write_start
+from benchmarks.gmpo_side import GmpoSide
+from benchmarks.ratios import RATIOS, UpdatesDiffer
+from benchmarks.results import Results
+from benchmarks.trl_side import TrlSetup, TrlSide, keep_rows_in_order
+from benchmarks.workloads import Workload
+from tests.models import save_tiny
+from tests.trl_trainers import tolerated
+from trl.trainer import grpo_trainer
+
+from gmpo.objective import ObjectiveTerms, gmpo_terms
+
+pytestmark = tolerated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """A side in this process, and how often it was asked for what."""
+
+    side: TrlSide | GmpoSide
+    asked: list[str]
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.asked.append(command)
+        commands = {"round": self.side.round, "about": self.side.about}
+        if isinstance(self.side, GmpoSide):
+            commands["replay"] = self.side.replay
+        return commands[command](**arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    bench: Bench
+    sides: Sides
+    trl: Here
+    gmpo: Here
+    gmpo_side: GmpoSide
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:
+    # TRL's own is put back afterwards.
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)
+    keep_rows_in_order()
+    workload = Workload(
+        name="tiny",
+        prompts="sums",
+        group_size=4,
+        prompts_per_round=4,
+        max_new_tokens=6,
+        model=save_tiny(tmp_path / "model"),
+        learning_rate=1e-3,
+    )
+    scratch = Scratch(folder=tmp_path)
+    write_start(workload.model, scratch.start)
+    setup = TrlSetup(precision="fp32", rollouts="generate")
+    gmpo_side = GmpoSide(workload, "fp32", scratch)
+    trl = Here(side=TrlSide(workload, setup, scratch, str(tmp_path / "trl")), asked=[])
+    gmpo = Here(side=gmpo_side, asked=[])
+    yield Tiny(
+        bench=Bench(workload=workload, dtype="fp32", threads=1, scratch=scratch, say=print),
+        sides=Sides(trl=trl, gmpo=gmpo, both_fp32=True),
+        trl=trl,
+        gmpo=gmpo,
+        gmpo_side=gmpo_side,
+    )
+    gmpo_side.close()
+
+
+def with_wrong_sign(side: GmpoSide) -> None:
+    def sign_flipped(**tensors: Any) -> ObjectiveTerms:
+        terms = gmpo_terms(**tensors)
+        return replace(terms, loss=-terms.loss)
+
+    side.parts = replace(side.parts, loss=replace(side.parts.loss, objective=sign_flipped))
+
+
+def test_gmpo_does_on_trls_completions_what_trl_did(tiny: Tiny, tmp_path: Path):
+    results = Results(tmp_path / "out.json", {})
+    warm_up(tiny.bench, tiny.sides, results)
+    assert results.content["sgd_check"]["difference"] <= 1e-4
+    run_pairs(tiny.bench, tiny.sides, results, variant="no_dead", wanted=2)
+    entry = results.content["variants"]["no_dead"]
+    assert 0 < entry["largest_difference"] <= 1e-2
+    assert entry["live_share"] == {"trl": 1.0, "gmpo": 1.0}
+    for pair in entry["pairs"]:
+        assert pair["replay"]["used_sampler_logprobs"]
+        for side in ("trl", "gmpo"):
+            figures = pair[side]
+            stages = ("rollout_seconds", "reward_seconds", "update_seconds")
+            assert sum(figures[stage] for stage in stages) == pytest.approx(
+                figures["round_seconds"], rel=0.05
+            )
+            assert min(figures[name] for name in ("tokens", "peak_gib", "rollout_seconds")) > 0
+
+
+def test_every_round_starts_from_the_same_weights(tiny: Tiny):
+    asked = {"number": 3, "live_groups": 4}
+    rounds = []
+    for _ in range(2):
+        tiny.trl.ask("round", **asked)
+        rows = SampledRows.read(tiny.bench.scratch.completions)
+        rounds.append((rows, tiny.gmpo.ask("replay", number=3)["difference"]))
+    assert rounds[0] == rounds[1]
+
+
+def test_rounds_that_the_task_rewards_are_dead_alike(tiny: Tiny):
+    # A random model adds no numbers, so nothing may move, on either side.
+    figures = tiny.trl.ask("round", number=1, live_groups=None)
+    replayed = tiny.gmpo.ask("replay", number=1)
+    assert figures["live_share"] == 0.0
+    assert (replayed["difference"], replayed["cosine"]) == (0.0, 1.0)
+
+
+def test_a_wrong_gradient_is_refused_before_anything_is_timed(tiny: Tiny, tmp_path: Path):
+    with_wrong_sign(tiny.gmpo_side)
+    with pytest.raises(UpdatesDiffer, match=r"sgd: .* is [12][.0-9]*, at most 0.001"):
+        warm_up(tiny.bench, tiny.sides, Results(tmp_path / "out.json", {}))
+
+
+def test_a_pair_with_another_update_is_refused_and_leaves_no_ratio(tiny: Tiny, tmp_path: Path):
+    with_wrong_sign(tiny.gmpo_side)
+    results = Results(tmp_path / "out.json", {})
+    with pytest.raises(UpdatesDiffer, match="adamw"):
+        run_pairs(tiny.bench, tiny.sides, results, variant="no_dead", wanted=1)
+    assert results.content["variants"]["no_dead"] == {"pairs": []}
+
+
+def test_an_interrupted_run_goes_on_with_the_pairs_it_has(tiny: Tiny, tmp_path: Path):
+    path = tmp_path / "out.json"
+    run_pairs(tiny.bench, tiny.sides, Results(path, {}), variant="no_dead", wanted=1)
+    first = json.loads(path.read_text())["variants"]["no_dead"]["pairs"]
+    assert (tiny.trl.asked, tiny.gmpo.asked) == (["round"], ["round", "replay"])
+    run_pairs(tiny.bench, tiny.sides, Results(path, {}), variant="no_dead", wanted=2)
+    assert (tiny.trl.asked, tiny.gmpo.asked) == (["round"] * 2, ["round", "replay"] * 2)
+    entry = json.loads(path.read_text())["variants"]["no_dead"]
+    assert entry["pairs"][:1] == first
+    assert entry["num_pairs"] == 2
+
+
+def test_each_precision_of_gmpo_meets_trls_settings_of_it():
+    assert len(setups_of("auto")) == 9
+    assert setups_of("fp32") == ["fp32/generate", "fp32/static_cache", "fp32/continuous_batching"]
+    assert all(setup.startswith("bf16_") for setup in setups_of("bf16"))
+
+
+def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "short.json"
+    model = save_tiny(tmp_path / "model")
+    command = ["--workload", "short", "--model", model, "--json", str(path), "--pairs", "1"]
+    command += ["--dtype", "fp32", "--threads", "1", "--variants", "no_dead"]
+    assert vs_trl.main([*command, "--trl", "fp32/generate"]) == 0
+    assert "TRL without vLLM" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    entry = content["variants"]["no_dead"]
+    assert all(entry[f"{ratio}_median"] > 0 for ratio in RATIOS)
+    assert entry["memory_ratio"] > 0 and len(entry["pairs"]) == 1
+    assert content["setting"]["made_with"]["trl"] == "1.16.0"
+    assert path.with_suffix(".png").is_file()
+    # Another setting of TRL does not go into the same file.
+    assert vs_trl.main([*command, "--trl", "fp32/static_cache"]) == 1
+    assert "name a new file" in capsys.readouterr().err
+
+
+def test_no_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        vs_trl.main(["--workload", "short", "--json", str(tmp_path / "x.json"), "--pairs", "0"])
+    assert "at least 1 is needed" in capsys.readouterr().err

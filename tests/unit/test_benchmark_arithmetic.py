@@ -1,0 +1,210 @@
+"""What a comparison with TRL makes of its samples, and when it refuses to."""
+
+from __future__ import annotations
+
+import json
+import math
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.exchange import SampledRows
+from benchmarks.ratios import (
+    BF16_BOUNDS,
+    FP32_BOUNDS,
+    UpdatesDiffer,
+    bounds_of,
+    complaint,
+    ratios_of,
+    require_same_update,
+    summary,
+)
+from benchmarks.report import draw, print_table
+from benchmarks.results import OtherBenchmark, Results, differences, processor
+from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.workloads import WORKLOADS, patterned_rewards, prompts_of
+from rich.console import Console
+
+
+def pair(*, trl_round: float, gmpo_round: float, replay: float = 2.0) -> dict[str, Any]:
+    """TRL draws 100 tokens in 4 s and updates in 30 s, gmpo draws 120 in 2 s."""
+    return {
+        "trl": {
+            "round_seconds": trl_round,
+            "rollout_seconds": 4.0,
+            "update_seconds": 30.0,
+            "tokens": 100,
+            "peak_gib": 4.0,
+            "live_share": 0.5,
+        },
+        "gmpo": {
+            "round_seconds": gmpo_round,
+            "rollout_seconds": 2.0,
+            "update_seconds": 99.0,
+            "tokens": 120,
+            "peak_gib": 3.0,
+            "live_share": 0.25,
+        },
+        "replay": {"update_seconds": replay, "difference": 1e-3, "cosine": 0.99},
+    }
+
+
+def test_a_round_is_compared_with_a_round_a_token_with_a_token_an_update_with_its_replay():
+    assert ratios_of(pair(trl_round=40.0, gmpo_round=8.0)) == {
+        "round_ratio": 5.0,  # 40 / 8
+        "rollout_ratio": 2.4,  # (120 / 2) / (100 / 4)
+        "update_ratio": 15.0,  # 30 / 2: TRL's rows, not gmpo's own round of 99 s
+    }
+
+
+def test_the_summary_has_medians_and_ranges_over_pairs():
+    pairs = [
+        pair(trl_round=40.0, gmpo_round=8.0, replay=2.0),  # 5, 15
+        pair(trl_round=40.0, gmpo_round=4.0, replay=3.0),  # 10, 10
+        pair(trl_round=60.0, gmpo_round=10.0, replay=6.0),  # 6, 5
+    ]
+    figures = summary(pairs)
+    names = ("round_ratio_median", "round_ratio_min", "round_ratio_max")
+    assert [figures[name] for name in names] == [6.0, 5.0, 10.0]
+    assert [figures[f"update_ratio_{which}"] for which in ("median", "min", "max")] == [10, 5, 15]
+    assert figures["memory_ratio"] == 0.75  # 3 / 4
+    assert figures["live_share"] == {"trl": 0.5, "gmpo": 0.25}
+    assert figures["num_pairs"] == 3
+    # Updates are of the same rows on both sides.
+    assert figures["gmpo"]["update_seconds"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("both_fp32", "optimizer", "compared", "is_refused"),
+    [
+        (True, "sgd", {"difference": 1e-3, "cosine": 1.0}, False),
+        (True, "sgd", {"difference": 2e-3, "cosine": 1.0}, True),
+        (True, "adamw", {"difference": 1e-2, "cosine": 1.0}, False),
+        (True, "adamw", {"difference": 2e-2, "cosine": 1.0}, True),
+        (False, "sgd", {"difference": 0.1, "cosine": 0.99}, False),
+        (False, "sgd", {"difference": 0.1, "cosine": 0.989}, True),
+        (False, "adamw", {"difference": 0.3, "cosine": 0.95}, False),
+        (False, "adamw", {"difference": 0.3, "cosine": 0.94}, True),
+        (False, "adamw", {"difference": 2.0, "cosine": -1.0}, True),
+        (True, "adamw", {"difference": math.nan, "cosine": math.nan}, True),
+        (False, "sgd", {"difference": math.nan, "cosine": math.nan}, True),
+    ],
+)
+def test_bounds_hold_by_precision_and_optimizer(
+    both_fp32: bool, optimizer: str, compared: dict[str, float], is_refused: bool
+):
+    bounds = bounds_of(both_fp32=both_fp32)
+    assert (complaint(compared, optimizer, bounds) is not None) == is_refused
+    if is_refused:
+        with pytest.raises(UpdatesDiffer, match="times are not compared"):
+            require_same_update(compared, optimizer, bounds)
+    else:
+        require_same_update(compared, optimizer, bounds)
+
+
+def test_a_refusal_names_figure_and_bound():
+    wide = {"difference": 0.5, "cosine": 0.7}
+    assert complaint(wide, "adamw", FP32_BOUNDS) == (
+        "adamw: |d_gmpo - d_trl| / |d_trl| is 0.5, at most 0.01 is allowed"
+    )
+    assert complaint(wide, "sgd", BF16_BOUNDS) == (
+        "sgd: the cosine between gmpo's and TRL's update is 0.7000, at least 0.99 is needed"
+    )
+
+
+def test_patterned_rewards_set_how_many_groups_are_alive():
+    # 3 groups of 4, of which 2 live.
+    rewards = patterned_rewards(12, group_size=4, live_groups=2)
+    assert rewards == [1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0]
+    rows = SampledRows(prompt_ids=[], completion_ids=[], rewards=rewards)
+    assert rows.live_share(4) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name", list(WORKLOADS))
+def test_rounds_have_prompts_of_their_own_and_divide_into_steps(name: str):
+    workload = WORKLOADS[name]
+    rounds = [[prompt.id for prompt in prompts_of(workload, number)] for number in range(6)]
+    assert all(len(ids) == workload.prompts_per_round for ids in rounds)
+    assert len({prompt for ids in rounds for prompt in ids}) == 6 * workload.prompts_per_round
+    assert workload.prompts_per_round % 4 == 0
+    assert workload.rows_per_step * 4 == workload.prompts_per_round * workload.group_size
+
+
+def test_long_prompts_share_no_example():
+    seen = [
+        message.content
+        for number in range(6)
+        for prompt in prompts_of(WORKLOADS["long-prompt"], number)
+        for message in prompt.messages or ()
+        if message.role == "user"
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_results_go_on_where_they_were(tmp_path: Path):
+    path = tmp_path / "deep" / "short.json"
+    setting = {"workload": {"name": "short"}, "sizes": (1, 2)}
+    first = Results(path, setting)
+    first.content["variants"] = {"no_dead": {"pairs": [1]}}
+    first.save()
+    assert Results(path, setting).content == json.loads(path.read_text())
+    assert Results(path, setting).content["variants"] == {"no_dead": {"pairs": [1]}}
+
+
+def test_results_of_another_setting_are_refused_by_name(tmp_path: Path):
+    path = tmp_path / "short.json"
+    Results(path, {"made_with": {"commit": "a", "torch": "2"}, "dtype": "auto"}).save()
+    with pytest.raises(OtherBenchmark, match=r"made_with\.commit was a, is b; name a new file"):
+        Results(path, {"made_with": {"commit": "b", "torch": "2"}, "dtype": "auto"})
+
+
+def test_differences_name_what_is_only_on_one_side():
+    assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
+        "a.b was 1, is 3",
+        "c was 2, is None",
+        "d was None, is 4",
+    ]
+
+
+def test_the_processor_is_read_from_the_kernels_list():
+    text = "model name\t: Some CPU @ 2GHz\nflags\t\t: fpu avx512_bf16 amx_tile amx_bf16\n"
+    assert processor(text) == {
+        "processor": "Some CPU @ 2GHz",
+        "avx512_bf16": True,
+        "amx_bf16": True,
+    }
+    assert processor("") == {"processor": "unknown", "avx512_bf16": False, "amx_bf16": False}
+
+
+def content(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "setting": {"workload": {"name": "short"}},
+        "trl_setup": "fp32/generate",
+        "gmpo_setup": {"dtype": "fp32", "engine": "fast"},
+        "variants": {"no_dead": {**summary(pairs), "pairs": pairs}},
+    }
+
+
+def test_table_and_plot_show_every_variant_that_has_pairs(tmp_path: Path):
+    contents = [content([pair(trl_round=40.0, gmpo_round=8.0)])]
+    contents[0]["variants"]["as_sampled"] = {"pairs": []}
+    text = StringIO()
+    print_table(contents, Console(file=text, width=200))
+    assert "short, no_dead" in text.getvalue() and "5.00 (5.00-5.00)" in text.getvalue()
+    assert "as_sampled" not in text.getvalue()
+    draw(contents, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_refused_workload_is_said_so():
+    text = StringIO()
+    refused = {"setting": {"workload": {"name": "words"}}, "refused": "sgd: too far"}
+    print_table([refused], Console(file=text, width=200))
+    assert "words refused: sgd: too far" in text.getvalue()
+
+
+def test_a_worker_that_dies_is_reported_with_the_end_of_its_log():
+    worker = Worker("benchmarks.trl_side", {"threads": 1})
+    with worker, pytest.raises(WorkerFailed, match=r"(?s)exit code 1 at 'about'.*KeyError"):
+        worker.ask("about")
