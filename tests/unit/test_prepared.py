@@ -28,30 +28,29 @@ def linear(inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.L
 @every_precision
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
 @pytest.mark.parametrize("rows", [1, 15, 16, 31, 32, 33, 64, 70])
-def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int):
+@pytest.mark.parametrize("prepared_rows", [16, 64])
+def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int, prepared_rows: int):
     torch.manual_seed(rows)
     sizes = zip((96, 32, 48), biases, strict=True)
     modules = [linear(64, size, bias=bias, dtype=dtype) for size, bias in sizes]
     inputs = torch.randn(rows, 64, dtype=dtype)
     for chosen in (modules, modules[:1]):
-        outputs = projection(*chosen)(inputs)
-        assert len(outputs) == len(chosen)
-        for output, module in zip(outputs, chosen, strict=True):
-            assert output.dtype == dtype
-            tolerance = TOLERANCE[dtype]
-            torch.testing.assert_close(output, module(inputs), rtol=tolerance, atol=tolerance)
+        tolerance = TOLERANCE[dtype]
+        outputs = projection(*chosen, rows=prepared_rows)(inputs)
+        expected = torch.cat([module(inputs) for module in chosen], dim=-1)
+        torch.testing.assert_close(outputs, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_prepared_anew_follow_changed_weights(dtype):
     module = linear(64, 96, bias=False, dtype=dtype)
     inputs = torch.randn(32, 64, dtype=dtype)
-    run, before = projection(module), module(inputs)
-    (same,) = run(inputs)
+    run, before = projection(module, rows=32), module(inputs)
+    same = run(inputs)
     torch.testing.assert_close(same, before, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     with torch.no_grad():
         module.weight.mul_(2)
-    (again,) = projection(module)(inputs)
+    again = projection(module, rows=32)(inputs)
     torch.testing.assert_close(again, 2 * before, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 

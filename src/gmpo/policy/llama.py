@@ -114,6 +114,15 @@ class LlamaBody:
             values.transpose(1, 2),
         )
 
+    def normed_heads(self, layer: Any, heads: Float[Tensor, "N A D"]) -> Float[Tensor, "N A D"]:
+        """All heads of a token (queries, keys, values), with the norms that Qwen3 has on two."""
+        attention = layer.self_attn
+        queries, keys, values = heads.split(
+            [self.num_heads, self.num_key_heads, self.num_key_heads], dim=1
+        )
+        normed = (_rms_norm(queries, attention.q_norm), _rms_norm(keys, attention.k_norm), values)
+        return torch.cat(normed, dim=1)
+
     def finish(
         self,
         layer: Any,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,17 +24,23 @@ from torch.nn import functional
 
 from gmpo.policy.llama import LlamaBody
 
-__all__ = ["PreparedBody", "PreparedLayer", "Projection", "prepare_body", "projection"]
+__all__ = [
+    "PreparedBody",
+    "PreparedLayer",
+    "Projection",
+    "prepare_body",
+    "projection",
+    "unprepared_body",
+]
 
-_MKL_ROWS = 32
-"""MKL reorders for a fixed number of rows; more are run in pieces of this size."""
-_FEWEST_MKL_ROWS = 16
-"""Below it, filling up a piece costs more than the order gains."""
+_MKL_ROWS = 64
+"""MKL reorders for a fixed number of rows, 32 or 64; other numbers are run in such pieces, and less
+than half of one by the modules themselves."""
 _TYPICAL_ROWS = 64
 """A hint for oneDNN's choice of order; any number of rows is correct."""
 
-Projection = Callable[[Float[Tensor, "N I"]], list[Float[Tensor, "N o"]]]
-"""Several linear layers over the same input; their outputs."""
+Projection = Callable[[Float[Tensor, "N I"]], Float[Tensor, "N O"]]
+"""One or several linear layers over the same input; their outputs side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,29 +61,39 @@ class PreparedBody:
     head: Projection
 
 
+def unprepared_body(body: LlamaBody) -> PreparedBody:
+    """The model's modules as they are: it costs nothing and follows the weights."""
+    return _with_each(body, _as_they_are, head=_as_they_are(body.model.lm_head))
+
+
 @torch.no_grad()
-def prepare_body(body: LlamaBody) -> PreparedBody:
-    """Every linear layer of the model, for weights as they are now."""
+def prepare_body(body: LlamaBody, *, rows: int) -> PreparedBody:
+    """Every linear layer of the model, for weights as they are now and about so many rows."""
+    head = body.model.lm_head
+    # In fp32, joining the pieces of so many outputs costs what MKL's order gains.
+    is_single = head.weight.dtype == torch.float32
+    prepare = partial(projection, rows=rows)
+    return _with_each(body, prepare, head=_as_they_are(head) if is_single else prepare(head))
+
+
+def _with_each(
+    body: LlamaBody, prepare: Callable[..., Projection], *, head: Projection
+) -> PreparedBody:
     layers = []
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         layers.append(
             PreparedLayer(
-                query_key_value=projection(attention.q_proj, attention.k_proj, attention.v_proj),
-                output=projection(attention.o_proj),
-                gate_up=projection(mlp.gate_proj, mlp.up_proj),
-                down=projection(mlp.down_proj),
+                query_key_value=prepare(attention.q_proj, attention.k_proj, attention.v_proj),
+                output=prepare(attention.o_proj),
+                gate_up=prepare(mlp.gate_proj, mlp.up_proj),
+                down=prepare(mlp.down_proj),
             )
         )
-    head = body.model.lm_head
-    # In fp32, joining the pieces of so many outputs costs what MKL's order gains.
-    is_single = head.weight.dtype == torch.float32
-    return PreparedBody(
-        layers=tuple(layers), head=_as_they_are([head]) if is_single else projection(head)
-    )
+    return PreparedBody(layers=tuple(layers), head=head)
 
 
-def projection(*modules: nn.Module) -> Projection:
+def projection(*modules: nn.Module, rows: int) -> Projection:
     """The modules as one product with reordered weights where torch can, else one by one.
 
     Adapted layers run one by one: merging their factors into a bf16 weight would round them away.
@@ -88,12 +104,14 @@ def projection(*modules: nn.Module) -> Projection:
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _onednn_reorders():
             return _with_onednn(linears)
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and _mkl_reorders():
-            return _with_mkl(linears)
-    return _as_they_are(modules)
+            return _with_mkl(linears, min(_MKL_ROWS, -(-rows // 32) * 32))
+    return _as_they_are(*modules)
 
 
-def _as_they_are(modules: Sequence[nn.Module]) -> Projection:
-    return lambda inputs: [module(inputs) for module in modules]
+def _as_they_are(*modules: nn.Module) -> Projection:
+    if len(modules) == 1:
+        return modules[0]
+    return lambda inputs: torch.cat([module(inputs) for module in modules], dim=-1)
 
 
 def _onednn_reorders() -> bool:
@@ -111,42 +129,42 @@ def _mkl_reorders() -> bool:
 
 
 def _with_onednn(linears: Sequence[nn.Linear]) -> Projection:
-    weight, bias, sizes = _fused(linears)
+    weight, bias = _fused(linears)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
-    def run(inputs: Tensor) -> list[Tensor]:
-        outputs = torch.ops.mkldnn._linear_pointwise(inputs, ordered, bias, "none", [], "")
-        return _parts(outputs, sizes)
+    def run(inputs: Tensor) -> Tensor:
+        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, ordered, bias, "none", [], "")
+        return outputs
 
     return run
 
 
-def _with_mkl(linears: Sequence[nn.Linear]) -> Projection:
-    weight, bias, sizes = _fused(linears)
-    ordered = torch.ops.mkl._mkl_reorder_linear_weight(weight, _MKL_ROWS)
+def _with_mkl(linears: Sequence[nn.Linear], piece_rows: int) -> Projection:
+    weight, bias = _fused(linears)
+    ordered = torch.ops.mkl._mkl_reorder_linear_weight(weight, piece_rows)
     # Of the weight itself only the shape is read, so that it need not be kept.
     shape = weight.new_zeros(1, 1).expand_as(weight)
-    alone = _as_they_are(linears)
+    alone = _as_they_are(*linears)
 
-    def run(inputs: Tensor) -> list[Tensor]:
+    def run(inputs: Tensor) -> Tensor:
         rows = len(inputs)
-        if rows < _FEWEST_MKL_ROWS:
+        if 2 * rows < piece_rows:
             return alone(inputs)
-        missing = -rows % _MKL_ROWS
+        missing = -rows % piece_rows
         padded = functional.pad(inputs, (0, 0, 0, missing)) if missing else inputs
         # With any other number of rows the operation ignores the reordered weight.
         pieces = [
-            torch.ops.mkl._mkl_linear(piece, ordered, shape, bias, _MKL_ROWS)
-            for piece in padded.split(_MKL_ROWS)
+            torch.ops.mkl._mkl_linear(piece, ordered, shape, bias, piece_rows)
+            for piece in padded.split(piece_rows)
         ]
         outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return _parts(outputs[:rows], sizes)
+        return outputs[:rows]
 
     return run
 
 
-def _fused(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Weights and biases one below the other, and how many outputs each has."""
+def _fused(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases one below the other."""
     weights = [linear.weight.detach() for linear in linears]
     biases = [
         torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach()
@@ -156,9 +174,4 @@ def _fused(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None, list[in
     return (
         weights[0] if len(weights) == 1 else torch.cat(weights),
         torch.cat(biases) if has_bias else None,
-        [len(weight) for weight in weights],
     )
-
-
-def _parts(outputs: Any, sizes: list[int]) -> list[Tensor]:
-    return [outputs] if len(sizes) == 1 else list(outputs.split(sizes, dim=-1))
