@@ -56,7 +56,7 @@ class Decoder(Protocol):
         """Let `num_rows` new rows continue a prompt."""
 
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        """Append one token to every row; logits of the next one."""
+        """Append one token to every row; logits of the next one, in the model's precision."""
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these rows; the remaining ones' old places, in their new order."""
@@ -102,7 +102,7 @@ class TransformersDecoder:
         for cache, count in self._blocks:
             block_ids = token_ids[start : start + count, None]
             output = self.model(block_ids, past_key_values=cache, use_cache=True)
-            logits.append(widened(output.logits[:, -1]))
+            logits.append(output.logits[:, -1])
             start += count
         return torch.cat(logits)
 
@@ -192,7 +192,7 @@ class LlamaDecoder:
             gate, up = gate_up.chunk(2, dim=-1)
             hidden = hidden + prepared.down(functional.silu(gate).mul_(up))
         self._cache.end_step()
-        return widened(linear.head(body.final_norm(hidden)))
+        return linear.head(body.final_norm(hidden))
 
     def _rotary(self, hidden: Float[Tensor, "R M"]) -> tuple[Tensor, Tensor]:
         """cos and sin of the rows' new positions, [R, 1, D], the first half of sin negated."""
@@ -213,9 +213,10 @@ class LlamaDecoder:
         cos, sin = rotary
         turned = heads[:, :num_turned]
         first, second = turned.chunk(2, dim=-1)
-        turned = torch.addcmul(turned * cos, torch.cat((second, first), dim=-1), sin)
-        keys_values = torch.cat((turned[:, body.num_heads :], heads[:, num_turned:]), dim=1)
-        return turned[:, : body.num_heads], keys_values
+        # In place: the products are this step's own.
+        swapped = torch.cat((second, first), dim=-1)
+        turned.mul_(cos).addcmul_(swapped, sin)
+        return heads[:, : body.num_heads], heads[:, body.num_heads :]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
