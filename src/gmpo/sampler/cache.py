@@ -5,7 +5,7 @@ so memory and time grow with completion tokens and with distinct prompts, not wi
 The scores of both parts stand side by side in one softmax, which is therefore exact.
 
 Keys and values are kept in fp32 (fp64 for such a model): CPUs multiply these small matrices faster
-so than in bf16, and bf16 scores would be off by up to 0.03 nats.
+so than in bf16, whose 8 bits would also leave scores off by up to 0.03 nats.
 
 Bytes: 2 x layers x K x D x 4 x (slots x prompt positions + rows x completion positions), where
 positions are those of the longest, rounded up to `_STEP`, and slots are the prompts running at

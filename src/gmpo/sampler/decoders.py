@@ -30,7 +30,8 @@ from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
 _FEWEST_ROWS = 16
-"""Rows running at once from which reordered weights earn the time it takes to reorder them."""
+"""Rows running at once from which reordered weights earn the time it takes to reorder them: on two
+cores about 90 ms in bf16 and 150 ms in fp32, for 15 and 30 ms a step of 64 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

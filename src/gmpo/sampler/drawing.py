@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from gmpo.errors import NonFiniteError
 from gmpo.policy.head import widened
@@ -129,18 +128,21 @@ def _block_sums(
 
     The last is None without a scale, where it follows from the others.
     """
-    padding = -logits.shape[-1] % _BLOCK
+    vocabulary = logits.shape[-1]
+    # One buffer for all rows: fresh memory would cost more than the arithmetic.
+    width = -(-vocabulary // _BLOCK) * _BLOCK
+    buffer = widened(logits[:0]).new_zeros(_ROWS, width)
     largest, sums, plain_totals = [], [], []
     for first in range(0, len(logits), _ROWS):
-        wide = widened(logits[first : first + _ROWS])
+        some = logits[first : first + _ROWS]
+        padded = buffer[: len(some)]
+        wide = padded[:, :vocabulary].copy_(some)
         if scale is not None:
             plain_totals.append(wide.logsumexp(dim=-1))
-            wide = wide / scale[first : first + _ROWS]
+            wide.div_(scale[first : first + _ROWS])
         largest.append(wide.amax(dim=-1, keepdim=True))
-        weights = (wide - largest[-1]).exp_()
-        if padding:
-            weights = functional.pad(weights, (0, padding))
-        sums.append(weights.view(len(weights), -1, _BLOCK).sum(dim=-1))
+        wide.sub_(largest[-1]).exp_()
+        sums.append(padded.view(len(some), -1, _BLOCK).sum(dim=-1))
     all_largest = torch.cat(largest)
     is_usable = all_largest.isfinite()
     if not bool(is_usable.all()):

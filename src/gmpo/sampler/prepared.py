@@ -115,17 +115,22 @@ def _as_they_are(*modules: nn.Module) -> Projection:
 
 
 def _onednn_reorders() -> bool:
-    # Private operations, which torch's own compiler emits; a build without oneDNN lacks them.
+    names = ("mkldnn::_reorder_linear_weight", "mkldnn::_linear_pointwise")
     return (
         torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and all(map(_exists, names))
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def _mkl_reorders() -> bool:
-    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    names = ("mkl::_mkl_reorder_linear_weight", "mkl::_mkl_linear")
+    return torch.backends.mkl.is_available() and all(map(_exists, names))
+
+
+def _exists(operation: str) -> bool:
+    # Private operations, which torch's own compiler emits; some builds lack them.
+    return torch._C._dispatch_has_kernel(operation)
 
 
 def _with_onednn(linears: Sequence[nn.Linear]) -> Projection:
