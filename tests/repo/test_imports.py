@@ -105,7 +105,11 @@ ALLOWED: dict[tuple[str, str], str] = {
         "sampler.decoders",
         "policy.head",
     ): "logits are widened alike before they become probabilities",
+    ("sampler.cache", "policy.head"): "keys and values are widened as logits are",
+    ("sampler.drawing", "policy.head"): "logits are widened a few rows at a time",
+    ("sampler.local", "policy.head"): "a token's alternatives come from widened logits",
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
+    ("sampler.prepared", "policy.llama"): "it lays out that body's linear layers for decoding",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
 }

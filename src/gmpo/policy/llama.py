@@ -73,11 +73,38 @@ class LlamaBody:
     ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B K T D"], Float[Tensor, "B K T D"]]:
         """Queries, keys and values of one layer, positions applied."""
         attention = layer.self_attn
-        normed = _rms_norm(hidden, layer.input_layernorm)
-        batch, length = normed.shape[:2]
-        queries = attention.q_proj(normed).view(batch, length, self.num_heads, self.head_dim)
-        keys = attention.k_proj(normed).view(batch, length, self.num_key_heads, self.head_dim)
-        values = attention.v_proj(normed).view(batch, length, self.num_key_heads, self.head_dim)
+        normed = self.attention_norm(layer, hidden)
+        return self.heads(
+            layer,
+            attention.q_proj(normed),
+            attention.k_proj(normed),
+            attention.v_proj(normed),
+            rotary=rotary,
+        )
+
+    def attention_norm(self, layer: Any, hidden: Float[Tensor, "*B M"]) -> Float[Tensor, "*B M"]:
+        """What a layer's queries, keys and values are projected from."""
+        return _rms_norm(hidden, layer.input_layernorm)
+
+    def feed_forward_norm(self, layer: Any, hidden: Float[Tensor, "*B M"]) -> Float[Tensor, "*B M"]:
+        """What a layer's feed-forward part takes."""
+        return _rms_norm(hidden, layer.post_attention_layernorm)
+
+    def heads(
+        self,
+        layer: Any,
+        queries: Float[Tensor, "B T HD"],
+        keys: Float[Tensor, "B T KD"],
+        values: Float[Tensor, "B T KD"],
+        *,
+        rotary: _Rotary,
+    ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B K T D"], Float[Tensor, "B K T D"]]:
+        """Projected queries, keys and values cut into heads, positions applied."""
+        attention = layer.self_attn
+        batch, length = queries.shape[:2]
+        queries = queries.view(batch, length, self.num_heads, self.head_dim)
+        keys = keys.view(batch, length, self.num_key_heads, self.head_dim)
+        values = values.view(batch, length, self.num_key_heads, self.head_dim)
         if self.has_head_norms:
             queries = _rms_norm(queries, attention.q_norm)
             keys = _rms_norm(keys, attention.k_norm)
@@ -86,6 +113,15 @@ class LlamaBody:
             _rotate(keys.transpose(1, 2), rotary),
             values.transpose(1, 2),
         )
+
+    def normed_heads(self, layer: Any, heads: Float[Tensor, "N A D"]) -> Float[Tensor, "N A D"]:
+        """All heads of a token (queries, keys, values), with the norms that Qwen3 has on two."""
+        attention = layer.self_attn
+        queries, keys, values = heads.split(
+            [self.num_heads, self.num_key_heads, self.num_key_heads], dim=1
+        )
+        normed = (_rms_norm(queries, attention.q_norm), _rms_norm(keys, attention.k_norm), values)
+        return torch.cat(normed, dim=1)
 
     def finish(
         self,
@@ -97,7 +133,7 @@ class LlamaBody:
         batch, length = hidden.shape[:2]
         merged = attended.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
         hidden = hidden + layer.self_attn.o_proj(merged)
-        normed = _rms_norm(hidden, layer.post_attention_layernorm)
+        normed = self.feed_forward_norm(layer, hidden)
         mlp = layer.mlp
         gated = functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed)
         output: Tensor = hidden + mlp.down_proj(gated)

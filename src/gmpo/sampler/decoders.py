@@ -1,6 +1,6 @@
 """Engines under the local sampler: next-token logits of many running sequences, one token a call.
 
-`LlamaDecoder` keeps keys and values of all rows in one preallocated cache; `TransformersDecoder`
+`LlamaDecoder` keeps keys and values in one preallocated cache of its own; `TransformersDecoder`
 lets any causal model keep its own cache, one prompt's rows at a time. Both prefill a prompt once
 for all its completions.
 
@@ -17,17 +17,21 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from gmpo.policy.head import widened
-from gmpo.policy.llama import LlamaBody, attend
+from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
+from gmpo.sampler.cache import PromptState, SharedCache
+from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
-_CACHE_STEP = 64
-"""The cache grows by this many positions at a time."""
+_FEWEST_ROWS = 16
+"""Rows running at once from which reordered weights earn the time it takes to reorder them: on two
+cores about 90 ms in bf16 and 150 ms in fp32, for 15 and 30 ms a step of 64 rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,7 @@ class Decoder(Protocol):
         """Let `num_rows` new rows continue a prompt."""
 
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        """Append one token to every row; logits of the next one."""
+        """Append one token to every row; logits of the next one, in the model's precision."""
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these rows; the remaining ones' old places, in their new order."""
@@ -114,7 +118,7 @@ class TransformersDecoder:
         for cache, count in self._blocks:
             block_ids = token_ids[start : start + count, None]
             output = self.model(block_ids, past_key_values=cache, use_cache=True)
-            logits.append(widened(output.logits[:, -1]))
+            logits.append(output.logits[:, -1])
             start += count
         return torch.cat(logits)
 
@@ -140,23 +144,27 @@ class TransformersDecoder:
 
 
 class LlamaDecoder:
-    """A Llama-family model over one preallocated cache that all rows share.
+    """A Llama-family model over a cache that keeps each prompt once and each row's own tokens.
 
-    Row r's tokens lie at cache positions 0 .. length[r] - 1, so rows of different lengths decode
-    together without padding on the left; finished rows make room by compaction.
+    Weights may change whenever no row runs, so what was prepared of them lasts only until then.
     """
 
     def __init__(self, body: LlamaBody, *, max_rows: int) -> None:
         self.body = body
-        self._max_rows = max_rows
-        self._lengths = torch.zeros(0, dtype=torch.long, device=body.model.device)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._plain = unprepared_body(body)
+        self._prepared: PreparedBody | None = None
+        self._cache = SharedCache(
+            max_rows=max_rows,
+            num_layers=len(body.layers),
+            num_key_heads=body.num_key_heads,
+            head_dim=body.head_dim,
+            device=body.model.device,
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return self._lengths.device
+        return self._cache.device
 
     @property
     def vocabulary_size(self) -> int:
@@ -175,86 +183,70 @@ class LlamaDecoder:
             last = len(prompt) - 1 - not_run
             logits = self.body.logits(hidden[row, 0 if all_logits else last : last + 1])
             # Padding lies behind a prompt's real positions, so a slice drops it.
-            state = [
+            layers = tuple(
                 (keys[row, :, : len(prompt)], values[row, :, : len(prompt)])
                 for keys, values in past.layers
-            ]
-            results.append(Prefill(logits=logits, state=state))
+            )
+            results.append(Prefill(logits=logits, state=PromptState(layers=layers)))
         return results
 
     def add_rows(self, prefill: Prefill, num_rows: int) -> None:
-        """Copy the prompt's keys and values into the next free rows."""
-        length = prefill.state[0][0].shape[1]
-        first = len(self._lengths)
-        assert first + num_rows <= self._max_rows, "more rows than the cache has"
-        self._reserve(length + 1, like=prefill.state[0][0])
-        for layer, (keys, values) in enumerate(prefill.state):
-            self._keys[layer][first : first + num_rows, :, :length] = keys
-            self._values[layer][first : first + num_rows, :, :length] = values
-        added = torch.full((num_rows,), length, device=self._lengths.device)
-        self._lengths = torch.cat((self._lengths, added))
+        """Let the next free rows follow the prompt's keys and values."""
+        self._cache.add_rows(prefill.state, num_rows)
 
     @torch.no_grad()
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        """Write one position into every row's cache and attend to what the row holds."""
+        """Append one token to every row's own part and attend to what the row sees."""
         rows = len(token_ids)
-        longest = int(self._lengths.max()) + 1
-        self._reserve(longest, like=self._keys[0])
-        hidden = self.body.embed(token_ids[:, None])
-        rotary = self.body.rotary(hidden, self._lengths[:, None])
-        positions = torch.arange(longest, device=token_ids.device)
-        mask = (positions[None] <= self._lengths[:, None])[:, None, None]
-        row_index = torch.arange(rows, device=token_ids.device)
-        for layer, keys_cache, values_cache in zip(
-            self.body.layers, self._keys, self._values, strict=True
-        ):
-            queries, keys, values = self.body.project(layer, hidden, rotary)
-            keys_cache[row_index, :, self._lengths] = keys[:, :, 0]
-            values_cache[row_index, :, self._lengths] = values[:, :, 0]
-            attended = attend(
-                queries, keys_cache[:rows, :, :longest], values_cache[:rows, :, :longest], mask=mask
-            )
-            hidden = self.body.finish(layer, hidden, attended)
-        self._lengths = self._lengths + 1
-        return self.body.logits(hidden[:, 0])
+        if self._prepared is None and rows >= _FEWEST_ROWS:
+            self._prepared = prepare_body(self.body, rows=rows)
+        linear = self._prepared or self._plain
+        body, plan = self.body, self._cache.begin_step()
+        hidden = body.embed(token_ids[:, None])[:, 0]
+        rotary = self._rotary(hidden)
+        for number, (layer, prepared) in enumerate(zip(body.layers, linear.layers, strict=True)):
+            projected = prepared.query_key_value(body.attention_norm(layer, hidden))
+            queries, keys_values = self._heads(layer, projected, rotary)
+            attended = self._cache.attend(number, plan, queries, keys_values)
+            hidden = hidden + prepared.output(attended.flatten(1).to(hidden.dtype))
+            gate_up = prepared.gate_up(body.feed_forward_norm(layer, hidden))
+            gate, up = gate_up.chunk(2, dim=-1)
+            hidden = hidden + prepared.down(functional.silu(gate).mul_(up))
+        self._cache.end_step()
+        return linear.head(body.final_norm(hidden))
+
+    def _rotary(self, hidden: Float[Tensor, "R M"]) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rows' new positions, [R, 1, D], the first half of sin negated."""
+        cos, sin = self.body.rotary(hidden[:, None], self._cache.positions()[:, None])
+        first, second = widened(sin[:, 0]).chunk(2, dim=-1)
+        return widened(cos[:, 0]), torch.cat((-first, second), dim=-1)
+
+    def _heads(
+        self, layer: Any, projected: Float[Tensor, "R O"], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "R H D"], Float[Tensor, "R KK D"]]:
+        """Queries, and keys followed by values, positions applied, in the cache's precision."""
+        body = self.body
+        num_turned = body.num_heads + body.num_key_heads
+        heads = projected.view(len(projected), -1, body.head_dim)
+        if body.has_head_norms:
+            heads = body.normed_heads(layer, heads)
+        heads = widened(heads)
+        cos, sin = rotary
+        turned = heads[:, :num_turned]
+        first, second = turned.chunk(2, dim=-1)
+        # In place: the products are this step's own.
+        swapped = torch.cat((second, first), dim=-1)
+        turned.mul_(cos).addcmul_(swapped, sin)
+        return heads[:, : body.num_heads], heads[:, body.num_heads :]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
-        dropped, count = set(rows), len(self._lengths)
-        order = [row for row in range(count) if row not in dropped]
-        holes = [row for row in sorted(dropped) if row < len(order)]
-        movers = [row for row in order if row >= len(order)]
-        if holes:
-            longest = int(self._lengths.max())
-            for cache in (*self._keys, *self._values):
-                cache[holes, :, :longest] = cache[movers, :, :longest]
-        new_order = list(range(len(order)))
-        for hole, mover in zip(holes, movers, strict=True):
-            new_order[hole] = mover
-        self._lengths = self._lengths[new_order]
-        return new_order
+        order = self._cache.drop(rows)
+        if not order:
+            self._prepared = None
+        return order
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
-        assert not len(self._lengths), "weights must not change under running rows"
+        assert not self._cache.num_rows, "weights must not change under running rows"
         copy_weights(dict(self.body.model.named_parameters()), named_tensors)
-
-    def _reserve(self, length: int, *, like: Tensor) -> None:
-        """Grow the cache to hold `length` positions a row; what it holds stays."""
-        if self._keys and self._keys[0].shape[2] >= length:
-            return
-        capacity = -(-length // _CACHE_STEP) * _CACHE_STEP
-        shape = (self._max_rows, self.body.num_key_heads, capacity, self.body.head_dim)
-
-        def grown(old: Tensor | None) -> Tensor:
-            # Zeros, not empty: a masked NaN would still poison a softmax-weighted sum.
-            new = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            if old is not None:
-                new[:, :, : old.shape[2]] = old
-            return new
-
-        nothing: list[Tensor | None] = [None] * len(self.body.layers)
-        old_keys = list(self._keys) or nothing
-        old_values = list(self._values) or nothing
-        self._keys = [grown(old) for old in old_keys]
-        self._values = [grown(old) for old in old_values]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gmpo.errors import ConfigError
+from gmpo.policy.head import widened
 from gmpo.records import FinishReason
 from gmpo.sampler.decoders import Decoder, Prefill
 from gmpo.sampler.drawing import Draw, draw_tokens
@@ -132,7 +133,7 @@ class LocalSampler:
         logits = running + self._admit()
         if not self._rows:
             return events
-        self._draw_and_record(torch.cat(logits), events)
+        self._draw_and_record(logits[0] if len(logits) == 1 else torch.cat(logits), events)
         finished = {
             place: reason for place, row in enumerate(self._rows) if (reason := self._ends(row))
         }
@@ -346,6 +347,6 @@ def _prompt_logprobs(request: SampleRequest, prefill: Prefill) -> tuple[float, .
 
 
 def _alternatives(logits: Tensor, count: int) -> tuple[TokenAlternative, ...]:
-    top = logits.log_softmax(dim=-1).topk(count)
+    top = widened(logits).log_softmax(dim=-1).topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return tuple(TokenAlternative(token_id=token, logprob=logprob) for token, logprob in pairs)

@@ -1,0 +1,128 @@
+"""Linear layers laid out for decoding: the modules' own results, and never those of old weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.models import FAMILIES, tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from gmpo.policy.llama import LlamaBody
+from gmpo.policy.lora import adapters_of, add_adapters
+from gmpo.sampler.decoders import LlamaDecoder
+from gmpo.sampler.local import LocalSampler
+from gmpo.sampler.prepared import projection
+from gmpo.sampler.requests import Completion, SampleRequest, complete
+
+# bf16 keeps 8 bits; a difference of rounding order is a few of their last.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+every_precision = pytest.mark.parametrize("dtype", list(TOLERANCE))
+every_llama = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+
+
+def linear(inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+
+
+@every_precision
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
+@pytest.mark.parametrize("rows", [1, 15, 16, 31, 32, 33, 64, 70])
+@pytest.mark.parametrize("prepared_rows", [16, 64])
+def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int, prepared_rows: int):
+    torch.manual_seed(rows)
+    sizes = zip((96, 32, 48), biases, strict=True)
+    modules = [linear(64, size, bias=bias, dtype=dtype) for size, bias in sizes]
+    inputs = torch.randn(rows, 64, dtype=dtype)
+    for chosen in (modules, modules[:1]):
+        tolerance = TOLERANCE[dtype]
+        outputs = projection(*chosen, rows=prepared_rows)(inputs)
+        expected = torch.cat([module(inputs) for module in chosen], dim=-1)
+        torch.testing.assert_close(outputs, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_prepared_anew_follow_changed_weights(dtype):
+    module = linear(64, 96, bias=False, dtype=dtype)
+    inputs = torch.randn(32, 64, dtype=dtype)
+    run, before = projection(module, rows=32), module(inputs)
+    same = run(inputs)
+    torch.testing.assert_close(same, before, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    with torch.no_grad():
+        module.weight.mul_(2)
+    again = projection(module, rows=32)(inputs)
+    torch.testing.assert_close(again, 2 * before, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+def requests(num_completions: int) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            id=name,
+            token_ids=prompt,
+            num_completions=num_completions,
+            max_tokens=length,
+            stop_ids=(1,),
+            key=(name,),
+        )
+        for name, prompt, length in (
+            ("a", [5, 6, 7, 8, 9], 7),
+            ("b", [5, 6, 7, 30], 4),
+            ("c", [20], 9),
+        )
+    ]
+
+
+def sampler_over(model: PreTrainedModel, *, max_rows: int) -> LocalSampler:
+    decoder = LlamaDecoder(LlamaBody(model), max_rows=max_rows)
+    return LocalSampler(decoder, context_length=256, max_rows=max_rows)
+
+
+@torch.no_grad()
+def largest_difference(model: PreTrainedModel, asked: SampleRequest, drawn: Completion) -> float:
+    """Nats between the sampler's log-probabilities and the module's own forward."""
+    token_ids = torch.tensor([[*asked.token_ids, *drawn.token_ids.tolist()]])
+    logits = model(token_ids, use_cache=False).logits[0, len(asked.token_ids) - 1 : -1].double()
+    logprobs = logits.log_softmax(dim=-1).gather(-1, torch.from_numpy(drawn.token_ids)[:, None])
+    return float((logprobs[:, 0] - torch.from_numpy(drawn.logprobs)).abs().max())
+
+
+def check_against_the_full_forward(sampler: LocalSampler, model: PreTrainedModel) -> None:
+    asked = requests(14)
+    results = complete(sampler, asked)
+    differences = [largest_difference(model, r, c) for r in asked for c in results[r.id]]
+    dtype = next(model.parameters()).dtype
+    # Logits of the tiny models spread over tens of nats, which bf16 rounds to a quarter of one.
+    assert max(differences) < {torch.float64: 2e-5, torch.float32: 1e-3, torch.bfloat16: 1.5}[dtype]
+    assert len(differences) == 42
+
+
+@every_llama
+@every_precision
+def test_decoding_many_rows_follows_the_full_forward(family: str, dtype):
+    # 42 completions on 20 rows finish and are refilled at different times.
+    model = tiny_model(family, dtype=dtype)
+    check_against_the_full_forward(sampler_over(model, max_rows=20), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_that_changed_are_decoded_from(dtype):
+    model = tiny_model(dtype=dtype)
+    sampler = sampler_over(model, max_rows=20)
+    check_against_the_full_forward(sampler, model)
+    for version, seed in enumerate((1, 2), start=1):
+        with torch.no_grad():
+            new = tiny_model(dtype=dtype, seed=seed).parameters()
+            for parameter, other in zip(model.parameters(), new, strict=True):
+                parameter.copy_(other)
+        # The sampler's tensors are the policy's own: publishing them copies nothing.
+        sampler.load_weights(version, model.named_parameters())
+        check_against_the_full_forward(sampler, model)
+
+
+def test_adapters_are_run_and_not_merged():
+    model = tiny_model()
+    add_adapters(model, rank=3, alpha=6.0)
+    with torch.no_grad():
+        for layer in adapters_of(model).values():
+            layer.lora_B.normal_(std=0.3)
+    check_against_the_full_forward(sampler_over(model, max_rows=20), model)
