@@ -107,11 +107,13 @@ class _Lengths:
             rounds, whose groups are not known before, that of all prompts that they may take.
         shortest: the shortest prompt that a round may take.
         evaluated: the longest prompt of any evaluation, with its examples.
+        num_evaluated: prompts of an evaluation.
     """
 
     steps: frozenset[int]
     shortest: int
     evaluated: int
+    num_evaluated: int
 
     @property
     def trained(self) -> int:
@@ -214,6 +216,7 @@ def model_shape(
         width=width,
         attention_width=4 if is_fast and device == "cpu" else width,
         is_fast=is_fast,
+        on_cpu=device == "cpu",
         recomputes_layers=recomputes_layers,
     )
 
@@ -274,15 +277,21 @@ def _memory(
         keeps_second_gradient=0 < config.training.gradient_cosine_every <= config.training.rounds,
     )
     longest = max(lengths.trained, lengths.evaluated)
-    positions = max(
-        lengths.trained + sampling.max_new_tokens,
-        lengths.evaluated + (evaluation.max_new_tokens or sampling.max_new_tokens),
-    )
+    completion = max(sampling.max_new_tokens, evaluation.max_new_tokens or 0)
+    rows = sampling.max_rows
+    # A prompt of the round may be partly done while the next ones run; evaluations ask each once.
+    in_round = min(sampling.prompts_per_round, rows // sampling.group_size + 2)
+    prompts = max(in_round, min(rows, lengths.num_evaluated))
     if sampling.rollout is not None:
         # What tools put in is run as a prompt is, together with all that came before it.
-        longest = positions = sampling.max_length
-    rows = sampling.max_rows
-    cache = cache_bytes(shape, rows=rows, positions=positions)
+        longest, prompts = sampling.max_length, rows
+    cache = cache_bytes(
+        shape,
+        prompts=prompts,
+        rows=rows,
+        prompt_positions=longest,
+        completion_positions=completion,
+    )
     update = max(_update_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     # A cache that grows is there twice for a moment.
     sampling_peak = sampling_bytes(shape, rows=rows, prompt_tokens=longest) + cache
@@ -342,6 +351,7 @@ def _lengths(inputs: RunInputs) -> _Lengths:
         steps=steps,
         shortest=min(taken),
         evaluated=max((_length(renderer.render(prompt)) for prompt in asked), default=0),
+        num_evaluated=len(inputs.held_out),
     )
 
 

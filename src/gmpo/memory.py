@@ -25,8 +25,10 @@ GIB = 2**30
 _FLOAT = 4
 _TILE_ROWS, _TILE_TOKENS = 256, 4096
 """Positions and vocabulary entries whose logits the fast head holds at once."""
-_CACHE_STEP = 64
+_CACHE_STEP = 32
 """Positions by which the sampler's cache grows."""
+_FEWEST_PREPARED_ROWS = 16
+"""Rows from which on the sampler lays weights out anew."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
 
@@ -50,7 +52,8 @@ class ModelShape:
         adapted: last parts of the names of the layers that have one.
         width: bytes of a number in forward and backward passes: 4 in fp32, 2 in bf16.
         attention_width: the same within attention, which the fast engine runs in fp32 on a CPU.
-        is_fast: prompts are run once for their completions, and logits exist in chunks.
+        is_fast: prompts are run once for their completions, and logits exist in tiles.
+        on_cpu: where the model runs.
         recomputes_layers: layers keep their inputs and run again in the backward pass.
     """
 
@@ -69,6 +72,7 @@ class ModelShape:
     width: int
     attention_width: int
     is_fast: bool
+    on_cpu: bool
     recomputes_layers: bool = False
 
     @property
@@ -174,19 +178,57 @@ def weight_bytes(shape: ModelShape, *, has_reference: bool, keeps_second_gradien
     return shape.num_parameters * shape.width + shape.adapter_parameters * per_trained
 
 
-def cache_bytes(shape: ModelShape, *, rows: int, positions: int) -> int:
-    """Keys and values of all rows that the sampler decodes at once, kept between rounds."""
-    capacity = -(-positions // _CACHE_STEP) * _CACHE_STEP
-    return rows * capacity * shape.key_value_bytes * shape.layers
+def cache_bytes(
+    shape: ModelShape,
+    *,
+    prompts: int,
+    rows: int,
+    prompt_positions: int,
+    completion_positions: int,
+) -> int:
+    """Keys and values that the sampler keeps between rounds.
+
+    Fast: those of each prompt once and of each row's own tokens, in fp32. Plain: those of whole
+    rows, in the compute precision.
+
+    Args:
+        shape: of the model.
+        prompts: different ones that run at once; room is made for a power of two of them.
+        rows: that run at once.
+        prompt_positions: tokens of the longest prompt.
+        completion_positions: tokens of the longest completion.
+    """
+    if not shape.is_fast:
+        positions = prompt_positions + completion_positions
+        return rows * positions * shape.key_value_bytes * shape.layers
+    slots = min(rows, 1 << (prompts - 1).bit_length())
+    in_prompts, own = (
+        -(-positions // _CACHE_STEP) * _CACHE_STEP
+        for positions in (prompt_positions, completion_positions)
+    )
+    wide = 2 * shape.key_value_heads * shape.head_size * _FLOAT
+    return (slots * in_prompts + rows * own) * wide * shape.layers
 
 
 def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
-    """What sampling takes for a moment beside the cache: prefilled prompts, and logits.
+    """What sampling takes beside the cache while rows run: prefilled prompts, logits, weights.
 
-    Drawing holds four tables of logits in fp32: as they came, joined, shifted, exponentiated.
+    The weights are laid out anew for many rows on a CPU, without adapters; logits exist once as
+    they came and once joined with those of new rows.
     """
     prefill = max(_PREFILL_TOKENS, prompt_tokens) * shape.key_value_bytes * shape.layers
-    return prefill + 4 * rows * shape.vocabulary * _FLOAT
+    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape, rows)
+
+
+def _prepared_bytes(shape: ModelShape, rows: int) -> int:
+    """Of linear layers in the CPU library's own order; in bf16 of the head too."""
+    if not (shape.is_fast and shape.on_cpu and shape.trains_all and rows >= _FEWEST_PREPARED_ROWS):
+        return 0
+    queries = shape.heads * shape.head_size
+    keys = 2 * shape.key_value_heads * shape.head_size
+    layer = shape.hidden * (2 * queries + keys + 3 * shape.feed_forward)
+    head = shape.vocabulary * shape.hidden if shape.width < _FLOAT else 0
+    return (shape.layers * layer + head) * shape.width
 
 
 def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:

@@ -28,6 +28,7 @@ from gmpo.memory import (
     cache_bytes,
     largest_micro_batch,
     passing_bytes,
+    sampling_bytes,
     weight_bytes,
 )
 from gmpo.policy.llama import LlamaBody
@@ -235,10 +236,25 @@ def test_under_adapters_a_reference_is_free_and_a_second_gradient_is_theirs():
 def test_the_cache_is_as_large_as_the_samplers():
     model = llama()
     decoder = LlamaDecoder(LlamaBody(model), max_rows=5)
-    (prefill,) = decoder.prefill([[1] * 70], all_logits=False)
-    decoder.add_rows(prefill, 3)
-    held = sum(cache.nbytes for cache in (*decoder._keys, *decoder._values))
-    assert held == cache_bytes(shape_of(model), rows=5, positions=71)
+    for prefill in decoder.prefill([[1] * 70, [2] * 30, [3] * 4], all_logits=False):
+        decoder.add_rows(prefill, 1)
+    decoder.advance(torch.tensor([1, 2, 3]))
+    foretold = cache_bytes(
+        shape_of(model), prompts=3, rows=5, prompt_positions=70, completion_positions=1
+    )
+    # Room for four prompts of 96 positions and five rows of 32.
+    assert foretold == (4 * 96 + 5 * 32) * 2 * 16 * 2 * 4
+    assert decoder._cache.num_bytes == foretold
+
+
+def test_weights_laid_out_for_many_rows_are_counted():
+    shape = shape_of(llama())
+    few = sampling_bytes(shape, rows=15, prompt_tokens=8)
+    many = sampling_bytes(shape, rows=16, prompt_tokens=8)
+    # Two layers: queries and output 2 x 32 x 32, keys and values 2 x 32 x 16, feed-forward
+    # 3 x 32 x 48; and another row's logits, twice
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    assert many - few == (2 * layer + 2 * VOCABULARY) * 4
 
 
 def test_the_head_holds_tiles_or_all_logits():
