@@ -118,9 +118,10 @@ def backward(model: Model, one: Pass) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The padded sizes of one of gmpo's micro-batches.
+    """The sizes of one of gmpo's micro-batches.
 
     Attributes:
+        tokens: that run through the layers, without padding; attention alone is padded.
         prompts: how many, each run once.
         prompt_width: tokens of the longest.
         shared: tokens that all prompts begin with, run once for all of them.
@@ -129,6 +130,7 @@ class Layout:
         counted: completion tokens that are scored.
     """
 
+    tokens: int
     prompts: int
     prompt_width: int
     shared: int
@@ -136,8 +138,13 @@ class Layout:
     completion_width: int
     counted: int
 
-    def passes(self) -> list[Pass]:
-        """What runs through the layers; a completion's last token predicts nothing that counts."""
+    @property
+    def pairs(self) -> int:
+        """Of attention, padding included."""
+        return sum(one.pairs for one in self.generations())
+
+    def generations(self) -> list[Pass]:
+        """What attention looks at apart; a completion's last token predicts nothing that counts."""
         rest = Pass(rows=self.prompts, width=self.prompt_width - self.shared, past=self.shared)
         later = Pass(rows=self.rows, width=self.completion_width - 1, past=self.prompt_width)
         return [
@@ -149,23 +156,20 @@ class Layout:
 
 def gmpo_scores(model: Model, layout: Layout) -> int:
     """Log-probabilities alone: the old policy's, where the sampler's cannot stand for them."""
-    return sum(forward(model, one) for one in layout.passes()) + head(model, layout.counted)
+    return _layers(model, layout) + head(model, layout.counted)
 
 
 def gmpo_gradient(model: Model, layout: Layout) -> int:
     """Forward and backward over one micro-batch.
 
-    The head makes four products: logits and the hidden states' gradient going forward, logits again
-    and its weights' gradient going backward. Of the shared beginning only keys and values are used,
-    so its last layer's queries, attention and feed-forward have no backward pass.
+    The head makes four products: logits going forward, and going backward logits again and two
+    gradients.
     """
-    layers = sum(forward(model, one) + backward(model, one) for one in layout.passes())
-    unused = 0
-    if layout.shared:
-        one = Pass(rows=1, width=layout.shared)
-        weights = 2 * model.query_weights + model.feed_forward_weights
-        unused = 2 * (2 * weights * one.tokens + attention(model, one.pairs) // model.layers)
-    return layers - unused + 4 * head(model, layout.counted)
+    return 3 * _layers(model, layout) + 4 * head(model, layout.counted)
+
+
+def _layers(model: Model, layout: Layout) -> int:
+    return body(model, layout.tokens) + attention(model, layout.pairs)
 
 
 def trl_scores(model: Model, *, rows: int, width: int) -> int:
@@ -200,15 +204,10 @@ def gmpo_rollouts(
     """
     total = 0
     for lengths, shared in prefills:
-        layout = Layout(
-            prompts=len(lengths),
-            prompt_width=max(lengths),
-            shared=shared,
-            rows=0,
-            completion_width=1,
-            counted=len(lengths),
-        )
-        total += gmpo_scores(model, layout)
+        rest = Pass(rows=len(lengths), width=max(lengths) - shared, past=shared)
+        total += forward(model, rest) + head(model, len(lengths))
+        if shared:
+            total += forward(model, Pass(rows=1, width=shared))
     prompts = [length for lengths, _ in prefills for length in lengths]
     rows = [(p, t) for p, drawn in zip(prompts, completions, strict=True) for t in drawn]
     for step in range(1, max(t for _, t in rows)):

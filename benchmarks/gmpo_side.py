@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scripts.replay import ADVANTAGE_EPS, cosine_similarity, relative_difference
 from torch import nn
+from transformers import AutoConfig
 
 from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights
 from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
@@ -31,7 +32,7 @@ from gmpo.assembly import TrainingParts, build_parts
 from gmpo.checkpoint import TrainingState
 from gmpo.config import RunConfig
 from gmpo.inputs import Given
-from gmpo.policy.load import end_token_ids
+from gmpo.policy.load import end_token_ids, model_folder
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Prompt, Rollout
 from gmpo.reporting import num_completion_tokens, round_metrics
@@ -254,7 +255,7 @@ def recipe(workload: Workload, dtype: str) -> RunConfig:
                 "group_size": workload.group_size,
                 "prompts_per_round": workload.prompts_per_round,
                 "max_new_tokens": workload.max_new_tokens,
-                "max_length": 4096,
+                "max_length": min(4096, context_length(workload.model)),
             },
             "objective": {"advantage_eps": ADVANTAGE_EPS},
             "training": {
@@ -266,6 +267,12 @@ def recipe(workload: Workload, dtype: str) -> RunConfig:
             "evaluation": {"every_rounds": 0, "few_shot": 0, "sampled": False},
         }
     )
+
+
+def context_length(model: str) -> int:
+    """Tokens that a model takes, prompt and completion together."""
+    length: int = AutoConfig.from_pretrained(model_folder(model)).max_position_embeddings
+    return length
 
 
 def with_pattern(config: RunConfig) -> RunConfig:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch.profiler import ProfilerActivity, profile
 
+from gmpo.policy.head import TOKENS_PER_TILE
+
 PARTS = (
     "projections",
     "attention",
@@ -24,7 +26,17 @@ PARTS = (
 )
 OVERHEAD = "python and dispatch"
 
-_PRODUCTS = ("mm", "addmm", "addmm_", "linear", "mkldnn_linear", "_mkldnn_linear", "mkl_linear")
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "addmm_",
+    "linear",
+    "mkldnn_linear",
+    "_mkldnn_linear",
+    "mkl_linear",
+    "mkldnn::_linear_pointwise",
+    "mkl::_mkl_linear",
+)
 _DRAWING = (
     "cumsum",
     "searchsorted",
@@ -70,7 +82,8 @@ def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
         draws: whether tokens are drawn, so that passes over the vocabulary are drawing.
     """
     name = operator.name
-    is_wide = any(vocabulary in shape for shape in operator.shapes)
+    # A full table of logits, or one of the tiles in which training makes them.
+    is_wide = any({vocabulary, TOKENS_PER_TILE} & set(shape) for shape in operator.shapes)
     if name in _PRODUCTS:
         return "head" if is_wide else "projections"
     if "scaled_dot_product" in name or name in _CACHE:

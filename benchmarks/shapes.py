@@ -154,11 +154,14 @@ def group_of(
 
 
 def layout_of(batch: MicroBatch) -> flops.Layout:
-    """The padded sizes that a micro-batch runs with."""
+    """The sizes that a micro-batch runs with."""
+    shared = common_length(batch.prompt_ids, batch.prompt_lengths)
+    rests = int((batch.prompt_lengths - shared).sum())
     return flops.Layout(
+        tokens=shared + rests + int((batch.completion_lengths - 1).sum()),
         prompts=len(batch.prompt_ids),
         prompt_width=batch.prompt_ids.shape[1],
-        shared=common_length(batch.prompt_ids, batch.prompt_lengths),
+        shared=shared,
         rows=len(batch.completion_ids),
         completion_width=batch.completion_ids.shape[1],
         counted=int(batch.mask.sum()),

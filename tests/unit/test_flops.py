@@ -170,7 +170,15 @@ def test_the_least_gradient_by_hand():
 
 def test_no_implementation_counts_less_than_the_least():
     model = model_of(tiny_model().config)
-    layout = Layout(prompts=2, prompt_width=8, shared=5, rows=4, completion_width=9, counted=4 * 9)
+    layout = Layout(
+        tokens=5 + 2 * 3 + 4 * 8,
+        prompts=2,
+        prompt_width=8,
+        shared=5,
+        rows=4,
+        completion_width=9,
+        counted=4 * 9,
+    )
     least = needed_gradient(model, groups=[(8, [9, 9]), (8, [9, 9])], shared=5)
     assert least < gmpo_gradient(model, layout) < trl_gradient(model, rows=4, width=17)
     # The causal half of the attention and one of the head's four products are not needed.

@@ -109,8 +109,8 @@ def test_a_refilled_round_may_take_every_prompt_it_is_allowed(model: str):
 def test_a_rollout_function_may_fill_what_is_left_of_the_length(model: str):
     function = {"sampling__rollout": "tools:rollout", "sampling__max_length": 200}
     usual, own = forecast(tiny_recipe(model)), forecast(tiny_recipe(model, **function))
-    # 64 prompts of 200 tokens, rounded up to 224, and 64 rows of 3 rounded up to 32, each of 512 bytes
-    assert own.cache_gib == (64 * 224 + 64 * 32) * 512 / GIB
+    # 64 prompts of 200 tokens, rounded up to 224, 64 rows of 3, up to 32; 256 bytes a position
+    assert own.cache_gib == (64 * 224 + 64 * 32) * 256 / GIB
     assert own.completion_tokens_per_round == 8 * 8 * (200 - 17)
     assert own.update_gib > usual.update_gib
 
@@ -181,7 +181,7 @@ def test_worked_examples_make_the_cache_longer(model: str):
     plain = forecast(tiny_recipe(model, **room)).cache_gib
     shown = forecast(tiny_recipe(model, evaluation={"few_shot": 3}, **room)).cache_gib
     # 4 questions of 17 tokens with answers: over 64, at most 96 in place of 32, for 8 prompts
-    assert shown - plain == pytest.approx(8 * 64 * 512 / GIB, rel=1e-12)
+    assert shown - plain == pytest.approx(8 * 64 * 256 / GIB, rel=1e-12)
 
 
 def test_the_plain_engine_holds_all_logits(model: str):

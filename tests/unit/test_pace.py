@@ -153,8 +153,7 @@ def test_the_trial_leaves_weights_gradients_and_sampler_as_they_were(parts: Trai
     time = forecast_time(parts, parts.prompts.take(0, 8), rounds=1)
     assert 0 < time.round_seconds[0] <= time.round_seconds[1]
     assert all(torch.equal(before[name], weight) for name, weight in parts.policy.named_weights())
-    gradients = [weight.grad for weight in parts.policy.masters.values()]
-    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    assert all(weight.grad is None for weight in parts.policy.masters.values())
     assert parts.sampler.is_idle
 
 

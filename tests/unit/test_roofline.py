@@ -55,8 +55,9 @@ def test_a_round_is_cut_into_the_steps_that_gmpo_takes():
         one, vocabulary=101, shares_prompts=True, live=[True, True], steps_per_round=2
     )
     (batch,) = first.micro_batches
+    # 3 prompt tokens, and all but the last of 3 and 1
     assert layout_of(batch) == flops.Layout(
-        prompts=1, prompt_width=3, shared=0, rows=2, completion_width=3, counted=4
+        tokens=5, prompts=1, prompt_width=3, shared=0, rows=2, completion_width=3, counted=4
     )
     assert second.num_rollouts == 2
 

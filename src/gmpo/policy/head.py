@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["chunked_token_logprobs", "token_logprobs", "widened"]
+__all__ = ["TOKENS_PER_TILE", "chunked_token_logprobs", "token_logprobs", "widened"]
 
 _ROWS_PER_TILE = 256
-_TOKENS_PER_TILE = 4096
+TOKENS_PER_TILE = 4096
 """Logits exist in tiles of so many positions and vocabulary entries: 4 MB in fp32, so that what is
 done to them element by element happens in the processor's cache."""
 
@@ -84,8 +84,8 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
-        for start in range(0, len(weight), _TOKENS_PER_TILE):
-            entries = weight[start : start + _TOKENS_PER_TILE]
+        for start in range(0, len(weight), TOKENS_PER_TILE):
+            entries = weight[start : start + TOKENS_PER_TILE]
             for first in range(0, len(hidden), _ROWS_PER_TILE):
                 rows = slice(first, first + _ROWS_PER_TILE)
                 slope = _logits_gradient(
@@ -99,7 +99,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                 if hidden_gradient is not None:
                     hidden_gradient[rows] += slope @ entries
                 if weight_gradient is not None:
-                    of_entries = weight_gradient[start : start + _TOKENS_PER_TILE]
+                    of_entries = weight_gradient[start : start + TOKENS_PER_TILE]
                     of_entries.addmm_(slope.T, hidden[rows], beta=1 if first else 0)
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
@@ -117,11 +117,11 @@ def _sums(
     """Each row's logit of its token, log of its sum of exponents, mean logit (0 unless asked)."""
     log_sums, means = [], []
     chosen = torch.zeros(len(rows), dtype=widened(rows[:0]).dtype, device=rows.device)
-    for number, entries in enumerate(weight.split(_TOKENS_PER_TILE)):
+    for number, entries in enumerate(weight.split(TOKENS_PER_TILE)):
         logits = _tile(rows, entries, temperature)
         log_sum = logits.logsumexp(dim=-1)
         log_sums.append(log_sum)
-        is_here, column = _columns(token_ids - number * _TOKENS_PER_TILE, logits)
+        is_here, column = _columns(token_ids - number * TOKENS_PER_TILE, logits)
         chosen = torch.where(is_here, logits.gather(1, column)[:, 0], chosen)
         if with_mean:
             means.append(((logits - log_sum[:, None]).exp_() * logits).sum(dim=-1))
