@@ -12,7 +12,7 @@ from benchmarks.exchange import Scratch
 from benchmarks.ratios import bounds_of, complaint, require_same_update, summary
 from benchmarks.results import Results
 from benchmarks.worker import Worker, WorkerFailed
-from benchmarks.workloads import STEPS_PER_ROUND, Workload
+from benchmarks.workloads import SGD_LEARNING_RATES, STEPS_PER_ROUND, Workload
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_weights")
 ROLLOUTS = ("generate", "static_cache", "continuous_batching")
@@ -156,8 +156,9 @@ def warm_up(bench: Bench, sides: Sides, results: Results) -> None:
             "model's generation config to all of them"
         )
     all_groups = bench.workload.prompts_per_round
-    sides.trl.ask("round", number=0, live_groups=all_groups, optimizer="sgd")
-    compared = sides.gmpo.ask("replay", number=0, optimizer="sgd")
+    rate = SGD_LEARNING_RATES["fp32" if sides.both_fp32 else "bf16"]
+    sides.trl.ask("round", number=0, live_groups=all_groups, sgd_learning_rate=rate)
+    compared = sides.gmpo.ask("replay", number=0, sgd_learning_rate=rate)
     sides.gmpo.ask("round", number=0, live_groups=all_groups)
     results.content["sgd_check"] = {name: compared[name] for name in ("difference", "cosine")}
     results.save()

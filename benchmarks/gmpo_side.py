@@ -21,7 +21,6 @@ from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weight
 from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
 from benchmarks.workloads import (
     SEED,
-    SGD_LEARNING_RATE,
     STEPS_PER_ROUND,
     Workload,
     patterned_rewards,
@@ -101,7 +100,7 @@ class GmpoSide:
             "used_sampler_logprobs": update.used_sampler_logprobs,
         }
 
-    def replay(self, *, number: int, optimizer: str = "adamw") -> dict[str, Any]:
+    def replay(self, *, number: int, sgd_learning_rate: float | None = None) -> dict[str, Any]:
         """The update on TRL's last completions and rewards: seconds, and how far it is from TRL's.
 
         What the sampler would have reported beside the tokens is filled in before the clock
@@ -110,11 +109,11 @@ class GmpoSide:
 
         Args:
             number: of the round that TRL did.
-            optimizer: that TRL took.
+            sgd_learning_rate: that TRL took; None if it took AdamW.
         """
         parts = self._restarted(None)
-        if optimizer == "sgd":
-            parts = with_sgd(parts)
+        if sgd_learning_rate is not None:
+            parts = with_sgd(parts, sgd_learning_rate)
         groups = self._groups(number, SampledRows.read(self._scratch.completions))
         groups = with_sampler_logprobs(parts, groups)
         started = time.perf_counter()
@@ -219,13 +218,13 @@ class GmpoSide:
 class Sgd:
     """Stands for `PolicyOptimizer` where gradients are compared: no moments and no clipping."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, learning_rate: float) -> None:
         self._policy = policy
         self._weights = list(policy.masters.values())
-        self._sgd = torch.optim.SGD(self._weights, lr=SGD_LEARNING_RATE)
+        self._sgd = torch.optim.SGD(self._weights, lr=learning_rate)
 
     def zero_gradients(self) -> None:
-        self._sgd.zero_grad(set_to_none=False)
+        self._sgd.zero_grad()
 
     def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
         """One step; the rate and the norm are AdamW's and are left aside."""
@@ -237,8 +236,8 @@ class Sgd:
         return norm
 
 
-def with_sgd(parts: TrainingParts) -> TrainingParts:
-    return replace(parts, optimizer=cast(Any, Sgd(parts.policy)))
+def with_sgd(parts: TrainingParts, learning_rate: float) -> TrainingParts:
+    return replace(parts, optimizer=cast(Any, Sgd(parts.policy, learning_rate)))
 
 
 def recipe(workload: Workload, dtype: str) -> RunConfig:

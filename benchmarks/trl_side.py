@@ -27,7 +27,6 @@ from benchmarks.exchange import (
 )
 from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
 from benchmarks.workloads import (
-    SGD_LEARNING_RATE,
     STEPS_PER_ROUND,
     Workload,
     patterned_rewards,
@@ -112,7 +111,7 @@ class TrlSide:
         self._live_groups: int | None = None
         self._rewards: list[float] = []
         self._clock = StepClock()
-        self._optimizer = "adamw"
+        self._took_sgd = False
         model = load_model(workload.model, device="cpu", dtype="fp32").to(self._dtype)
         self._trainer = TimedTrainer(
             model,
@@ -125,7 +124,7 @@ class TrlSide:
         self._trainer.remove_callback(PrinterCallback)
 
     def round(
-        self, *, number: int, live_groups: int | None, optimizer: str = "adamw"
+        self, *, number: int, live_groups: int | None, sgd_learning_rate: float | None = None
     ) -> dict[str, Any]:
         """One round as TRL runs it: seconds of its stages, tokens, peak memory.
 
@@ -134,10 +133,11 @@ class TrlSide:
         Args:
             number: of the round, which decides the prompts.
             live_groups: groups that get different rewards; None asks the task.
-            optimizer: "adamw", or "sgd" without gradient clipping, which shows the gradients.
+            sgd_learning_rate: of SGD without gradient clipping, which shows the gradients; None takes
+                AdamW.
         """
         self._restart(number, live_groups)
-        self._choose_optimizer(optimizer)
+        self._choose_optimizer(sgd_learning_rate)
         forget_peak_memory()
         self._trainer.train()
         peak = peak_memory_gib()
@@ -173,17 +173,18 @@ class TrlSide:
                 weight.copy_(start[name])
         torch.manual_seed(number)
 
-    def _choose_optimizer(self, optimizer: str) -> None:
+    def _choose_optimizer(self, sgd_learning_rate: float | None) -> None:
         """A fresh one: the trainer makes its own AdamW where it has none."""
         trainer = self._trainer
-        if optimizer == "sgd":
-            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=SGD_LEARNING_RATE)
-        elif self._optimizer == "sgd":
+        takes_sgd = sgd_learning_rate is not None
+        if takes_sgd:
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=sgd_learning_rate)
+        elif self._took_sgd:
             trainer.optimizer = None
         elif trainer.optimizer is not None:
             clear_moments(trainer.optimizer)
-        self._optimizer = optimizer
-        trainer.args.max_grad_norm = 0.0 if optimizer == "sgd" else 1.0
+        self._took_sgd = takes_sgd
+        trainer.args.max_grad_norm = 0.0 if takes_sgd else 1.0
 
     def _dataset(self) -> Dataset:
         rows = [

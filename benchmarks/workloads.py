@@ -14,9 +14,11 @@ from gmpo.tasks.task import Task
 STEPS_PER_ROUND = 4
 """With a single step GMPO is GRPO, and no old log-probabilities are needed."""
 SEED = 0
-SGD_LEARNING_RATE = 2e-3
+SGD_LEARNING_RATES = {"fp32": 2e-3, "bf16": 2e-4}
 """Of the rounds that compare gradients: one of AdamW's steps, from moments of zero, has nearly the
-same size for every weight, also where the gradient is nothing but rounding."""
+same size for every weight, also where the gradient is nothing but rounding. In bf16, whose
+gradients agree to a cosine of 0.998, the four steps of the larger rate move the policies apart:
+0.983 was measured."""
 
 WORKED_EXAMPLES = 7
 """Solved GSM8K problems before a long prompt's own: at least 512 tokens together."""
