@@ -133,8 +133,8 @@ class TrlSide:
         Args:
             number: of the round, which decides the prompts.
             live_groups: groups that get different rewards; None asks the task.
-            sgd_learning_rate: of SGD without gradient clipping, which shows the gradients; None takes
-                AdamW.
+            sgd_learning_rate: of SGD without gradient clipping, which shows the gradients; None
+                takes AdamW.
         """
         self._restart(number, live_groups)
         self._choose_optimizer(sgd_learning_rate)
