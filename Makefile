@@ -12,12 +12,13 @@ ifndef RUN
 RUN := $(if $(wildcard runs/quickstart),runs/quickstart-$(shell date +%Y%m%d-%H%M%S),runs/quickstart)
 endif
 
-.PHONY: help venv train test lint verify clean
+.PHONY: help venv train test lint verify bench clean
 
 help:
 	@echo 'make train    set up, then train the 135M default model with the quick-start recipe'
 	@echo 'make test     lint, types and all tests'
 	@echo 'make verify   long proofs and the mutation check; results in docs/results/'
+	@echo 'make bench    gmpo and TRL in turns on three workloads (an hour or more; goes on where it was)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make venv     set up only'
 	@echo 'make clean    remove caches and build output; keeps .venv and runs/'
@@ -52,6 +53,12 @@ verify: .venv/.extras-stamp
 	$(BIN)/python -m scripts.parity --json docs/results/parity.json
 	$(PYTHON) scripts/verl_check.py --json docs/results/verl.json
 	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt
+
+# A workload whose updates differ is refused, and stops here.
+bench: .venv/.extras-stamp
+	for workload in short words long-prompt; do \
+	    $(BIN)/python -m benchmarks.vs_trl --workload $$workload --json runs/bench/$$workload.json; \
+	done
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

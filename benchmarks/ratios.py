@@ -39,7 +39,7 @@ BF16_BOUNDS = Bounds(
     sgd_cosine=0.99,
     adamw_difference=None,
     # AdamW's first steps give weights with hardly a gradient the same size as others, and their
-    # sign is rounding: fp32 and bf16 of one and the same trainer are as far apart.
+    # sign is rounding.
     adamw_cosine=0.95,
 )
 
