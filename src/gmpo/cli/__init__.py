@@ -1,0 +1,31 @@
+"""The `gmpo` command; each module here holds one or a few of its commands."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from gmpo.cli.evaluate import evaluate
+from gmpo.cli.inspect import inspect
+from gmpo.cli.models import export, models, sample
+from gmpo.cli.train import train
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Geometric-Mean Policy Optimization of language models from verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _command in (train, evaluate, sample, export, inspect, models):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    # Loading bars of libraries would tear the output; HF reads the variable when it is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

@@ -1,0 +1,67 @@
+"""What every command shares: options, clear refusals, notes on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gmpo.errors import ConfigError, GmpoError, RunStopped
+
+__all__ = ["JsonOption", "SetOption", "model_name", "refuses_clearly", "say", "warn"]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+_STOPPED = 130
+"""Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
+]
+
+
+def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Print the project's own errors as one line and exit with 2, or 130 for a stop asked for."""
+
+    @wraps(command)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        try:
+            return command(*args, **kwargs)
+        except RunStopped as error:
+            say("stopped", str(error), style="yellow")
+            raise typer.Exit(_STOPPED) from None
+        except GmpoError as error:
+            say("error", str(error), style="red")
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def model_name(model: str) -> str:
+    """A run folder stands for its newest checkpoint's model."""
+    if not (Path(model) / "recipe.toml").is_file():
+        return model
+    from gmpo.checkpoint import checkpoint_model, latest_checkpoint
+
+    checkpoint = latest_checkpoint(Path(model) / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
+    return str(checkpoint_model(checkpoint))
+
+
+def warn(message: str) -> None:
+    """Say it on stderr, and go on."""
+    say("note", message, style="yellow")
+
+
+def say(what: str, message: str, *, style: str) -> None:
+    """One sentence on stderr, under a coloured word."""
+    text = Text.assemble((f"{what}:", style), " ", message)  # markup would eat a path's brackets
+    Console(stderr=True).print(text, soft_wrap=True)
