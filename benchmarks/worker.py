@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,8 @@ class Worker:
 
     def _obituary(self, command: str) -> str:
         code = self._process.wait()
+        if code == -signal.SIGKILL:  # its log says nothing about it
+            return f"{self.module} was killed at {command!r}, as where memory runs out"
         self._log.seek(0)
         last = "".join(self._log.readlines()[-LOG_LINES:])
         return f"{self.module} ended with exit code {code} at {command!r}; its log ends:\n{last}"
