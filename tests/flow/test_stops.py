@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,18 +25,22 @@ from gmpo.training import Report, train
 ROUNDS = ("--set", "training.rounds=40", "--set", "checkpoint.every_rounds=30")
 
 
-def start(recipe: str, model: str, folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(recipe: str, model: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of 40 rounds in a process of its own, once its second round is done."""
     arguments = ["train", recipe, "--run", str(folder), "--set", f"model.name={model}", *ROUNDS]
-    running = subprocess.Popen(
+    with subprocess.Popen(
         [COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while rounds_done(folder) < 2:
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return running
+    ) as running:
+        try:
+            deadline = time.monotonic() + 60
+            while rounds_done(folder) < 2:
+                assert running.poll() is None, running.communicate()
+                assert time.monotonic() < deadline, "no second round within 60 seconds"
+                time.sleep(0.01)
+            yield running
+        finally:
+            running.kill()  # does nothing where it has ended
 
 
 def rounds_done(folder: Path) -> int:
@@ -46,9 +52,9 @@ def test_a_run_that_is_interrupted_saves_and_says_how_to_go_on(
     number: signal.Signals, model: str, recipe: str, tmp_path: Path
 ):
     folder = tmp_path / "run"
-    running = start(recipe, model, folder)
-    running.send_signal(number)
-    _, said = running.communicate(timeout=60)
+    with started(recipe, model, folder) as running:
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
     assert running.returncode == 130
     done = rounds_done(folder)
     assert 2 <= done < 40
@@ -84,15 +90,13 @@ def test_the_second_ctrl_c_stops_at_once(capsys: pytest.CaptureFixture[str]):
 
 def test_two_processes_do_not_train_in_one_folder(model: str, recipe: str, tmp_path: Path):
     folder = tmp_path / "run"
-    running = start(recipe, model, folder)
-    try:
+    with started(recipe, model, folder) as running:
         said = refusal("train", "--run", folder, "--resume")
         assert said == (
             f"run folder {folder} is being trained in by another process; wait for it, stop it, "
             "or choose another folder with --run"
         )
         assert running.poll() is None
-    finally:
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=60)
     assert running.returncode == 130  # the first was not disturbed
