@@ -1,5 +1,8 @@
 """Errors a caller can act on: what is wrong, the value, what is allowed, what to do."""
 
+import traceback
+from pathlib import Path
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -12,7 +15,10 @@ __all__ = [
     "NonFiniteError",
     "RunFolderError",
     "RunStopped",
+    "what_was_raised",
 ]
+
+_PACKAGE = Path(__file__).parent
 
 
 class GmpoError(Exception):
@@ -57,3 +63,15 @@ class ExportError(GmpoError, OSError):
 
 class RunStopped(GmpoError):
     """Training ended before its last round because it was asked to; the run can be resumed."""
+
+
+def what_was_raised(error: Exception) -> str:
+    """What a user's function raised, and its line that did: one line in place of a traceback."""
+    said = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not theirs:
+        return said
+    # Deeper frames in other files are those of libraries that it called.
+    line = [frame.lineno for frame in theirs if frame.filename == theirs[0].filename][-1]
+    return f"{said} ({theirs[0].filename}, line {line})"

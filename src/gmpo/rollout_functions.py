@@ -17,7 +17,7 @@ from typing import Protocol, cast, get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gmpo.errors import DataError, GmpoError
+from gmpo.errors import DataError, GmpoError, what_was_raised
 from gmpo.records import FinishReason, Group, Prompt, Rollout
 from gmpo.rollouts import SamplingSettings, decode_text, prompt_keys
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
@@ -245,7 +245,7 @@ class FunctionRollouts:
             raise
         except Exception as error:
             raise DataError(
-                f"the rollout function raised {type(error).__name__}: {error}, called with "
+                f"the rollout function raised {what_was_raised(error)}, called with "
                 f"{len(prompts)} prompts, {prompts[0].id!r} to {prompts[-1].id!r}; catch what "
                 "concerns one rollout and return it with error='...'"
             ) from error
@@ -325,6 +325,10 @@ class FunctionRollouts:
                 f"prompt and completion have {length} tokens, more than sampling.max_length = "
                 f"{self.max_length}; end it earlier, with finish_reason 'length'"
             )
+        for name in ("text", "error"):
+            value = vars(result)[name]
+            if value is not None and not isinstance(value, str):
+                yield f"{name} is {value!r}; it must be a text or None"
         reasons = get_args(FinishReason)
         if result.finish_reason not in reasons:
             yield f"finish_reason is {result.finish_reason!r}; it must be one of {reasons}"

@@ -195,6 +195,8 @@ def test_a_function_that_takes_no_further_keywords_is_refused():
         "'completions', 'completion_ids', 'trainer_state', 'log_extra', 'log_metric'] and the "
         "prompts' columns; let it take **kwargs"
     )
+    with pytest.raises(ConfigError, match=r"reward 'r' takes \[\] only"):
+        RewardFunctions({"r": lambda: [0.0]})
     with pytest.raises(ConfigError, match="reward 'r' is 3; it must be a function"):
         RewardFunctions({"r": 3})  # type: ignore[dict-item]
 
@@ -262,7 +264,8 @@ def test_an_async_functions_fault_names_it_and_spares_the_others():
 
     with functions(a=Judge(), b=broken) as rewards:
         scored = score([plain("1", "2")], rewards, on_error="drop")
-        assert errors_of(scored) == ["reward 'b' raised KeyError: 'judge'"] * 2
+        where = f"({__file__}, line {broken.__code__.co_firstlineno + 1})"
+        assert errors_of(scored) == [f"reward 'b' raised KeyError: 'judge' {where}"] * 2
         assert scored.component_errors == {"a": 0, "b": 2}
         assert "reward 'b' raised KeyError: 'judge'" in refusal([plain("1")], rewards)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,15 +30,41 @@ def boom(**kwargs: Any) -> list[float]:
     raise ValueError("no connection")
 
 
+WHERE = f"({__file__}, line {boom.__code__.co_firstlineno + 1})"
+
+
 def test_an_exception_stops_the_run_with_function_and_rows_named():
     with functions(r=boom) as rewards, pytest.raises(DataError) as caught:
         score([plain("a", "b"), plain("c", prompt_id="r")], rewards)
     assert str(caught.value) == (
-        "reward 'r' raised ValueError: no connection; it was called with 3 rollouts, prompt 'q', "
-        "rollout 0 to prompt 'r', rollout 0; mend it, or set reward.on_error = 'drop' to leave "
-        "such rollouts out of training and count them"
+        f"reward 'r' raised ValueError: no connection {WHERE}; it was called with 3 rollouts, "
+        "prompt 'q', rollout 0 to prompt 'r', rollout 0; mend it, or set reward.on_error = 'drop' "
+        "to leave such rollouts out of training and count them"
     )
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_the_line_that_is_named_is_the_users_not_that_of_a_library():
+    def parses(**kwargs: Any) -> list[float]:
+        return [json.loads("{")]
+
+    with functions(r=parses) as rewards:
+        said = refusal([plain("a")], rewards)
+    assert f"({__file__}, line {parses.__code__.co_firstlineno + 1});" in said
+
+
+def yields_and_fails(**kwargs: Any) -> Iterator[float]:
+    yield 1.0
+    raise TypeError("second")
+
+
+def test_a_function_that_yields_its_values_fails_like_one_that_returns_them():
+    with functions(r=yields_and_fails) as rewards:
+        assert "reward 'r' raised TypeError: second (" in refusal([plain("a", "b")], rewards)
+        dropped = score([plain("a", "b")], rewards, on_error="drop")
+    assert (dropped.num_errors, dropped.component_errors) == (2, {"r": 2})
+    with functions(r=lambda **kwargs: (float(n) for n in range(2))) as rewards:
+        assert rewards_of(score([plain("a", "b")], rewards)) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +75,7 @@ def test_an_exception_stops_the_run_with_function_and_rows_named():
         (None, "returned None; it must return a list of numbers"),
         ("ab", "returned 'ab'; it must return a list of numbers"),
         ({"a": 1, "b": 2}, "returned {'a': 1, 'b': 2}; it must return a list of numbers"),
+        ({1.0, 2.0}, "returned {1.0, 2.0}; it must return a list of numbers"),
     ],
 )
 def test_what_is_no_list_of_the_right_length_is_refused(values: Any, what: str):
@@ -93,7 +122,8 @@ def test_a_dropped_rollout_keeps_its_other_components():
         scored = score([plain("a")], rewards, on_error="drop")
     (only,) = scored.groups[0].rollouts
     assert only.rewards == {"good": 0.25}
-    assert (only.reward, only.error) == (None, "reward 'bad' raised ValueError: no connection")
+    said = f"reward 'bad' raised ValueError: no connection {WHERE}"
+    assert (only.reward, only.error) == (None, said)
 
 
 # Too slow

@@ -274,6 +274,8 @@ def test_a_rollout_with_an_error_may_be_empty_and_keeps_its_error():
             "prompt and completion have 73 tokens, more than sampling.max_length = 64; end it "
             "earlier, with finish_reason 'length'",
         ),
+        ({"text": 4}, "text is 4; it must be a text or None"),
+        ({"error": ValueError("x")}, "error is ValueError('x'); it must be a text or None"),
         ({"finish_reason": "done"}, "finish_reason is 'done'; it must be one of ('stop', 'length'"),
     ],
 )
@@ -322,7 +324,8 @@ def test_a_function_that_raises_is_named_with_its_prompts():
     with pytest.raises(DataError) as caught:
         groups_of(boom, prompts("2+3", "7*8"))
     assert str(caught.value) == (
-        "the rollout function raised KeyError: 'tool', called with 2 prompts, 'p0' to 'p1'; catch "
-        "what concerns one rollout and return it with error='...'"
+        f"the rollout function raised KeyError: 'tool' ({__file__}, line "
+        f"{boom.__code__.co_firstlineno + 1}), called with 2 prompts, 'p0' to 'p1'; catch what "
+        "concerns one rollout and return it with error='...'"
     )
     assert isinstance(caught.value.__cause__, KeyError)

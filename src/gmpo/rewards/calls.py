@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from gmpo.errors import ConfigError, DataError, GmpoError
+from gmpo.errors import ConfigError, DataError, GmpoError, what_was_raised
 from gmpo.grading import Grader
 from gmpo.rewards.components import CorrectReward
 from gmpo.rewards.convention import (
@@ -190,7 +190,7 @@ async def _gathered(calls: Sequence[RewardCall], limits: Sequence[float | None])
 async def _within(call: RewardCall, limit: float | None) -> Any:
     try:
         async with asyncio.timeout(limit) as scope:
-            return await call.start()
+            return _drained(await call.start())
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything
         # The function's own TimeoutError is a fault like any other.
         if isinstance(error, TimeoutError) and scope.expired() and limit is not None:
@@ -200,13 +200,18 @@ async def _within(call: RewardCall, limit: float | None) -> Any:
 
 def _attempt(start: Callable[[], Any]) -> Any:
     try:
-        return start()
+        return _drained(start())
     except Exception as error:  # noqa: BLE001 - a user's function may raise anything
         return _raised(error)
 
 
+def _drained(returned: Any) -> Any:
+    """What a function that yields its values raises or waits for is that call's own."""
+    return list(returned) if isinstance(returned, Iterator) else returned
+
+
 def _raised(error: Exception) -> RewardFault:
-    what = f"raised {type(error).__name__}: {error}" if str(error) else f"raised {error!r}"
+    what = f"raised {what_was_raised(error)}"
     return RewardFault(what=what, of_whole_call=True, cause=error)
 
 
@@ -227,7 +232,7 @@ def _checked(returned: Any, count: int) -> list[float | RewardFault | None]:
     values: list[Any] = []
     if isinstance(returned, RewardFault):
         fault = returned
-    elif isinstance(returned, str | bytes | Mapping):
+    elif isinstance(returned, str | bytes | Mapping | Set):  # a set has no order
         fault = _not_a_list(returned)
     else:
         try:

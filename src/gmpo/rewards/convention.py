@@ -177,10 +177,13 @@ def require_keywords(name: str, function: Callable[..., Any]) -> None:
     """
     if not callable(function):
         raise ConfigError(f"reward {name!r} is {function!r}; it must be a function")
-    kinds = [parameter.kind for parameter in _parameters(function).values()]
-    if kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
+    parameters = _parameters(function)
+    if parameters is None:
+        return
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ConfigError(
-            f"reward {name!r} takes {list(_parameters(function))} only, and it is also called with "
+            f"reward {name!r} takes {list(parameters)} only, and it is also called with "
             f"{list(_OWN_ARGUMENTS)} and the prompts' columns; let it take **kwargs"
         )
 
@@ -189,19 +192,19 @@ def missing_columns(function: Callable[..., Any], columns: Sequence[str]) -> lis
     """Arguments that the function cannot do without and will not get."""
     return [
         parameter.name
-        for parameter in _parameters(function).values()
+        for parameter in (_parameters(function) or {}).values()
         if parameter.default is inspect.Parameter.empty
         and parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         and parameter.name not in (*_OWN_ARGUMENTS, *columns)
     ]
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Its parameters; none where Python knows none, as of some built-in functions."""
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Its parameters; None where Python does not know them, as of some built-in functions."""
     try:
         return inspect.signature(function).parameters
     except ValueError:
-        return {}
+        return None
 
 
 def _forms(
