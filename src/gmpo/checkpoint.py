@@ -40,6 +40,7 @@ _PREFIX = "round-"
 _WEIGHTS = "model/model.safetensors"
 _ADAPTER = f"adapter/{ADAPTER_WEIGHTS}"
 _MOMENTS = "optimizer.safetensors"
+_REMEDY = "; remove the folder to go on from what was before it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +161,12 @@ def verified_content(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has {sorted(content)} instead of {sorted(expected)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
-            f"checkpoint {path} has no readable state.json: {error}; remove the folder to go "
-            "on from what was before it"
+            f"checkpoint {path} has no readable state.json: {error}{_REMEDY}"
         ) from None
     for name, digest in digests.items():
         if not (path / name).is_file() or _digest(path / name) != digest:
             raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} is not what was written; remove the folder "
-                "to go on from what was before it"
+                f"checkpoint {path} is damaged: {name} is not what was written{_REMEDY}"
             )
     return content
 
@@ -199,9 +198,13 @@ def load_newest_checkpoint(
                 path, policy=policy, optimizer=optimizer, recipe_digest=recipe_digest
             )
         except DamagedCheckpointError as error:
+            what = str(error).removesuffix(_REMEDY)
             if path == found[-1]:
-                raise
-            warn(f"{error}; the one before it is used")
+                raise DamagedCheckpointError(
+                    f"{what}; no whole checkpoint is left in {folder}: bring one back, or train "
+                    "anew in another run folder"
+                ) from None
+            warn(f"{what}; the one before it is tried")
             damaged.append(path)
             continue
         for each in damaged:

@@ -245,8 +245,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(learner: Learn
     assert other.load_newest(tmp_path, said) == state(2)
     assert same(other.weights(), kept)
     assert said == [
-        f"checkpoint {damaged} is damaged: optimizer.safetensors is not what was written; remove "
-        "the folder to go on from what was before it; the one before it is used"
+        f"checkpoint {damaged} is damaged: optimizer.safetensors is not what was written; the one "
+        "before it is tried"
     ]
     # It is out of the way of retention, and not lost.
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -276,7 +276,7 @@ def test_where_all_are_damaged_nothing_is_moved(learner: Learner, tmp_path: Path
     for number in (1, 2):
         path = learner.save(tmp_path, round_number=number)
         (path / "optimizer.safetensors").write_bytes(b"")
-    with pytest.raises(DamagedCheckpointError, match="round-000001 is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"round-000001 is damaged.*no whole check"):
         learner.load_newest(tmp_path, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-000001", "round-000002"]
 
