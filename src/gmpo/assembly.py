@@ -32,7 +32,7 @@ from gmpo.policy.load import (
     load_tokenizer,
     require_context,
 )
-from gmpo.policy.lora import adapters_of, add_adapters
+from gmpo.policy.lora import adapters_of, add_adapters, has_these_adapters
 from gmpo.policy.score import BasePolicy, Policy, Scorer
 from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
@@ -276,13 +276,17 @@ def _evaluator(
 def _policy(config: RunConfig, model: PreTrainedModel, *, warn: Callable[[str], None]) -> Policy:
     """The policy that is trained, with its adapters if the recipe has any."""
     lora, training = config.lora, config.training
-    if lora.rank and not adapters_of(model):
-        add_adapters(
-            model,
-            rank=lora.rank,
-            alpha=lora.scale_numerator(),
-            targets=lora.targets,
-            seed=training.seed,
+    alpha = lora.scale_numerator()
+    if not adapters_of(model):
+        if lora.rank:
+            add_adapters(
+                model, rank=lora.rank, alpha=alpha, targets=lora.targets, seed=training.seed
+            )
+    elif not has_these_adapters(model, rank=lora.rank, alpha=alpha, targets=lora.targets):
+        raise ConfigError(
+            "the model has adapters of an earlier run already, and those of the recipe's [lora] "
+            f"table (rank {lora.rank}, alpha {alpha:g}) are others; load the model anew, or give "
+            "the same rank, alpha and targets to train these on"
         )
     return Policy(
         model,

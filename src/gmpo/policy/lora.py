@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gmpo.errors import ModelError
 
-__all__ = ["LoraLayer", "adapters_of", "adapters_off", "add_adapters", "merged_weight"]
+__all__ = ["LoraLayer", "adapters_of", "adapters_off", "add_adapters", "has_these_adapters", "merged_weight"]
 
 
 class LoraLayer(nn.Module):
@@ -115,6 +115,21 @@ def adapters_of(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
+def has_these_adapters(
+    model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str] | None
+) -> bool:
+    """Whether the model's adapters are of the form that `add_adapters` would give its base."""
+    adapters = adapters_of(model)
+    wanted = {
+        name
+        for name in (*adapters, *_linear_layers(model))
+        if targets is None or any(_is_named(name, target) for target in targets)
+    }
+    return wanted == adapters.keys() and all(
+        (layer.rank, layer.alpha) == (rank, alpha) for layer in adapters.values()
+    )
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its frozen base."""
@@ -153,13 +168,7 @@ def merged_weight(
 def _targeted_layers(
     model: PreTrainedModel, targets: Sequence[str] | None
 ) -> dict[str, nn.Linear | Conv1D]:
-    head = model.get_output_embeddings()
-    # Exact types: a subclass's weight may be used elsewhere than in its own forward.
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head
-    }
+    layers = _linear_layers(model)
     if not layers:
         raise ModelError(
             f"model type {model.config.model_type!r} has no linear layer that an adapter fits; "
@@ -171,6 +180,17 @@ def _targeted_layers(
         if not any(_is_named(name, target) for name in layers):
             raise ModelError(_unknown_target(target, layers))
     return {n: m for n, m in layers.items() if any(_is_named(n, target) for target in targets)}
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """Plain ones but the output head."""
+    head = model.get_output_embeddings()
+    # Exact types: a subclass's weight may be used elsewhere than in its own forward.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head
+    }
 
 
 def _is_named(name: str, target: str) -> bool:
