@@ -105,13 +105,13 @@ class CallbackEvents:
         """Whether a callback asked for the end of training."""
         return bool(self._control.should_training_stop)
 
-    def begin(self) -> None:
-        """Training is about to start."""
-        self._call(lambda each: each.on_train_begin)
-
     def report(self, report: Report) -> None:
         """What the loop reports, as events; transformers knows none for a forecast."""
-        if report.stage == "round":
+        if report.stage == "start":
+            # Not 0 where a run is resumed.
+            self._state.global_step, self._state.epoch = report.step, report.epoch
+            self._call(lambda each: each.on_train_begin)
+        elif report.stage == "round":
             self._steps(report)
         elif report.stage == "checkpoint":
             self._call(lambda each: each.on_save)

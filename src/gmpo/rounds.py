@@ -86,6 +86,11 @@ def _warn(
                 f"round {number}: reward {name!r} failed on {count} of {scored.num_rollouts} "
                 "rollouts, which are left out of training; their error is in rollouts.jsonl"
             )
+    if scored.num_errors + scored.num_unrewarded == scored.num_rollouts:
+        parts.warn(
+            f"round {number}: none of the {scored.num_rollouts} rollouts has a reward, so the "
+            "steps move nothing; each reward function failed on them or returned None"
+        )
     sampling = parts.config.sampling
     if sampling.dynamic == "refill" and num_live < sampling.prompts_per_round:
         parts.warn(

@@ -70,8 +70,8 @@ class TrainingDisplay:
             self._show_round(report)
         elif report.stage == "forecast":
             self._console.print(report.sentence, soft_wrap=True)
-        elif report.stage == "checkpoint":
-            pass  # a line a checkpoint would say nothing that a user waits for
+        elif report.stage in ("start", "checkpoint"):
+            pass  # a line would say nothing that a user waits for
         elif report.stage == "evaluation":
             self._held_out = f"held-out {report.evaluations[0].mean:.2f}"
         else:

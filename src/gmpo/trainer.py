@@ -38,8 +38,10 @@ Strategy = Literal["no", "steps", "epoch"]
 """When something is done between rounds: never, every so many steps, after each epoch."""
 Rows = Iterable[Mapping[str, Any]]
 """A `datasets.Dataset`, a list of dicts, or anything that yields dicts and ends."""
-Rewards = RewardFunction | Sequence[RewardFunction] | Mapping[str, RewardFunction]
-"""One function, several under their own names, or several by name."""
+Reward = RewardFunction | str
+"""A function, or the hub name or folder of a reward model."""
+Rewards = Reward | Sequence[Reward] | Mapping[str, Reward]
+"""One, several under their own names, or several by name."""
 
 _MEASURE = "evaluation.measure"
 
@@ -50,7 +52,8 @@ class TrainingOutcome:
 
     Attributes:
         folder: of the run.
-        checkpoint: the last one; its `model/` loads with `transformers`.
+        checkpoint: the last one; its `model/` loads with `transformers`, or, with adapters, its
+            `adapter/` with PEFT.
         metrics: the run's last figures by name.
         before: evaluations of the untrained model; empty without `eval_dataset`. Each has
             `accuracy`, or `reward` where reward functions were given, and the items' outcomes.
@@ -91,11 +94,12 @@ class GMPOTrainer:
         eval_dataset: rows of the same form, whose greedy completions are measured: their mean
             reward by the functions of `reward`, or, without these, accuracy by "answer". None
             measures nothing.
-        reward: a function by TRL's convention, a list of them or a mapping by name, each of weight
-            1 unless `recipe={"reward.weights": ...}` says otherwise. None verifies "answer".
+        reward: a function by TRL's convention or the hub name or folder of a sequence classifier,
+            a list of these or a mapping by name, each of weight 1 unless
+            `recipe={"reward.weights": ...}` says otherwise. None verifies "answer".
         rollout: a function that makes the rollouts; None lets the policy complete the prompts.
-        callbacks: of the `transformers` kind; None prints the forecast and a line a log, ()
-            nothing.
+        callbacks: of the `transformers` kind, or their classes; None prints the forecast and a
+            line a log, () nothing.
         warn: told in one sentence what is not as expected.
 
     Raises:
@@ -105,20 +109,20 @@ class GMPOTrainer:
     def __init__(  # noqa: PLR0913 - all by keyword, and each is its own concern
         self,
         *,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | Path,
         train_dataset: Rows,
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: GMPOConfig | None = None,
         eval_dataset: Rows | None = None,
         reward: Rewards | None = None,
         rollout: RolloutFunction | None = None,
-        callbacks: Sequence[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.config = config or GMPOConfig()
         self.config.warn_of_oddities(warn)
-        self.model = load_model(model) if isinstance(model, str) else model
-        name = (model if isinstance(model, str) else self.model.name_or_path) or ""
+        self.model = load_model(str(model)) if isinstance(model, str | Path) else model
+        name = str(model) if isinstance(model, str | Path) else self.model.name_or_path or ""
         if tokenizer is None and not name:
             raise ConfigError("the model has no name to find its tokenizer by; give tokenizer=...")
         self.tokenizer = tokenizer or load_tokenizer(name)
@@ -133,7 +137,11 @@ class GMPOTrainer:
         )
         self._num_prompts = len(task.train)
         self._given = Given(
-            model=self.model, tokenizer=self.tokenizer, task=task, rewards=rewards, rollout=rollout
+            model=self.model,
+            tokenizer=self.tokenizer,
+            task=task,
+            rewards={name: each for name, each in rewards.items() if not isinstance(each, str)},
+            rollout=rollout,
         )
         self._keys = {
             "model.name": name or "given",
@@ -144,7 +152,10 @@ class GMPOTrainer:
             **({} if rollout is None else {"sampling.rollout": _reference(rollout)}),
         }
         self._prints = callbacks is None
-        self._callbacks = (PrintProgress(),) if callbacks is None else tuple(callbacks)
+        self._callbacks = tuple(
+            each() if isinstance(each, type) else each
+            for each in ((PrintProgress(),) if callbacks is None else callbacks)
+        )
         self._warn = warn
         self._own_loop: TrainingParts | None = None
         self._own_steps = 0
@@ -204,7 +215,6 @@ class GMPOTrainer:
             model=self.model,
             tokenizer=self.tokenizer,
         )
-        events.begin()
         before, after = self._run(recipe, folder, events, resume=resume)
         events.end()
         checkpoint = latest_checkpoint(folder / "checkpoints")
@@ -345,28 +355,37 @@ class GMPOTrainer:
                 given=self._given,
             )
         except RunStopped:
-            self._warn(f"a callback ended the run; {folder} goes on with train(resume=True)")
+            self._warn(f"a callback ended the run; {self._way_on(folder)}")
             return tuple(before), ()
+        except KeyboardInterrupt:
+            self._warn(f"interrupted; {self._way_on(folder)}")
+            raise
         return result.before, result.after
 
+    def _way_on(self, folder: Path) -> str:
+        named = "" if self.config.output_dir else f" and GMPOConfig(output_dir={str(folder)!r})"
+        return f"{folder} goes on with train(resume=True){named}"
 
-def _by_name(reward: Rewards | None) -> dict[str, RewardFunction]:
+
+def _by_name(reward: Rewards | None) -> dict[str, Reward]:
     if reward is None:
         return {}
     if isinstance(reward, Mapping):
         return dict(reward)
-    functions = [reward] if callable(reward) else list(reward)
+    functions = [reward] if callable(reward) or isinstance(reward, str) else list(reward)
     named = {_name(function): function for function in functions}
     if len(named) < len(functions):
         names = [_name(function) for function in functions]
         raise ConfigError(
-            f"reward functions are called {names}, and each needs a name of its own; give them "
+            f"the rewards are called {names}, and each needs a name of its own; give them "
             "as a mapping by name"
         )
     return named
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Reward) -> str:
+    if isinstance(function, str):
+        return Path(function).name
     return function.__name__ if inspect.isroutine(function) else type(function).__name__
 
 
@@ -376,14 +395,17 @@ def _reference(function: Callable[..., Any]) -> str:
     return f"{holder.__module__}:{holder.__qualname__}"
 
 
-def _reward_keys(
-    rewards: Mapping[str, RewardFunction], recipe: Mapping[str, Any]
-) -> dict[str, Any]:
+def _reward_keys(rewards: Mapping[str, Reward], recipe: Mapping[str, Any]) -> dict[str, Any]:
     if not rewards:
         return {}
+    models = {name: each for name, each in rewards.items() if isinstance(each, str)}
     keys: dict[str, Any] = {
-        "reward.functions": {name: _reference(function) for name, function in rewards.items()}
+        "reward.functions": {
+            name: _reference(each) for name, each in rewards.items() if not isinstance(each, str)
+        }
     }
+    if models:
+        keys["reward.models"] = models
     if "reward.weights" not in recipe:
         keys["reward.weights"] = dict.fromkeys(rewards, 1.0)
     if _MEASURE not in recipe:
@@ -428,6 +450,11 @@ def _task(
 
 def _prompts(rows: Rows, source: str, *, needs_answer: bool) -> ReadRows:
     """The rows' prompts; a `prompt` that is a text goes to the model as it is."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"{source} is a {type(rows).__name__}; it must yield rows: a list of dicts, or a "
+            "datasets.Dataset (of a DatasetDict, one split of it)"
+        )
     texts: list[str | None] = []
 
     def placed() -> Iterator[Row]:
@@ -439,7 +466,8 @@ def _prompts(rows: Rows, source: str, *, needs_answer: bool) -> ReadRows:
             texts.append(prompt if isinstance(prompt, str) else None)
             yield Row(place=place, default_id=f"{source}-{number}", columns=row)
 
-    read = read_rows(placed(), RowForm(needs_answer=needs_answer), source=source)
+    form = RowForm(needs_answer=needs_answer, is_of_recipe=False)
+    read = read_rows(placed(), form, source=source)
     prompts = [
         prompt if text is None else replace(prompt, messages=None, text=text)
         for prompt, text in zip(read.prompts, texts, strict=True)
@@ -459,6 +487,10 @@ def _task_table(task: Task) -> dict[str, Any]:
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    """The figures of the last round."""
+    """The figures of the last round; NaN where one does not exist."""
     rounds = [line for line in read_lines(folder, "metrics.jsonl") if line["kind"] == "round"]
-    return {name: v for name, v in rounds[-1].items() if name not in ("kind", "round", "step")}
+    return {
+        name: math.nan if value is None else value
+        for name, value in rounds[-1].items()
+        if name not in ("kind", "round", "step")
+    }

@@ -45,17 +45,19 @@ class Report:
     """What the loop tells its caller as it happens.
 
     Attributes:
-        stage: "forecast", "before", "round", "evaluation", "checkpoint" or "after".
-        round: rounds done.
+        stage: "start", "forecast", "before", "round", "evaluation", "checkpoint" or "after".
+        round: rounds done; after a resume not 0 at the start.
+        step: optimizer steps done (stages "start" and "round").
         metrics: the round's figures, steps averaged (stage "round").
         steps: the figures of each of its optimizer steps (stage "round").
-        epoch: passes over the prompts done (stage "round").
+        epoch: passes over the prompts done (stages "start" and "round").
         evaluations: results of the stage.
         sentence: for people (stage "forecast").
     """
 
     stage: str
     round: int
+    step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     steps: tuple[dict[str, float], ...] = ()
     epoch: float = 0.0
@@ -109,6 +111,7 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
         with closing(assemble(inputs, warn=warn)) as parts:
             state = _start(run, parts, resume=resume, warn=warn)
             _tell(report, outlook.announce(parts, state), round_number=state.round)
+            report(_standing("start", parts, state))
             before = _evaluated_before(run, parts, state, report)
             _stop_if(should_stop, run, parts, state)
             with closing(_trackers(run, parts.config, warn)) as trackers:
@@ -155,13 +158,14 @@ def _run_round(
     run.log_metrics("round", metrics, round=state.round, step=state.step)
     for record in rollout_records(parts, sampled, update, round_number=state.round):
         run.log_record("rollouts.jsonl", record)
-    return state, Report(
-        stage="round",
-        round=state.round,
-        metrics=metrics,
-        steps=tuple(step.metrics for step in update.steps),
-        epoch=state.prompts_taken / len(parts.prompts),
-    )
+    steps = tuple(step.metrics for step in update.steps)
+    return state, replace(_standing("round", parts, state), metrics=metrics, steps=steps)
+
+
+def _standing(stage: str, parts: TrainingParts, state: TrainingState) -> Report:
+    """How far the run has come."""
+    epoch = state.prompts_taken / len(parts.prompts)
+    return Report(stage=stage, round=state.round, step=state.step, epoch=epoch)
 
 
 def _rollouts(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:

@@ -15,16 +15,17 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from tests.models import character_tokenizer, save_tiny, tiny_model
+from tests.python_trainers import ROWS, common_start, settings, trainer
 from tests.tiny_runs import COMMON_START, metric_lines, same_weights, tiny_recipe
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
     TrainerCallback,
 )
 
-from gmpo import GMPOConfig, GMPOTrainer
-from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.errors import DataError
 from gmpo.inspection import summarize_run
 from gmpo.plots import plot_run
 from gmpo.recipe import load_recipe
@@ -33,46 +34,11 @@ from gmpo.task_table import build_task
 from gmpo.training import train
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainer" / "quickstart.py"
-ROWS = [
-    {"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(4) for b in range(4)
-]
-
-
-def common_start(completions: list[Any], **_: Any) -> list[float]:
-    """By TRL's convention: 1 for a completion that starts with a letter or digit."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(text[:1].isalnum()) for text in texts]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("llama"))
-
-
-def settings(folder: Path, **changes: Any) -> GMPOConfig:
-    return GMPOConfig(
-        **{
-            "learning_rate": 1e-3,
-            "batch_size": 16,
-            "max_length": 64,
-            "max_new_tokens": 4,
-            "output_dir": str(folder),
-            **changes,
-        }
-    )
-
-
-def trainer(llama: str, folder: Path, **changes: Any) -> GMPOTrainer:
-    arguments: dict[str, Any] = {
-        "model": AutoModelForCausalLM.from_pretrained(llama),
-        "tokenizer": character_tokenizer(),
-        "config": settings(folder),
-        "train_dataset": ROWS,
-        "reward": common_start,
-        "callbacks": (),
-        "warn": lambda _: None,
-    }
-    return GMPOTrainer(**{**arguments, **changes})
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -347,7 +313,10 @@ def test_a_callback_can_end_the_run_which_is_saved_and_goes_on(llama: str, tmp_p
     outcome = ours.train(num_epochs=2)
     assert outcome.checkpoint.name == "round-000002"
     assert f"a callback ended the run; {tmp_path / 'run'} goes on with train(resume=True)" in said
-    again = trainer(llama, tmp_path / "run").train(num_epochs=2, resume=True)
+    listener = Listener()
+    again = trainer(llama, tmp_path / "run", callbacks=(listener,)).train(num_epochs=2, resume=True)
+    # As after a resume of transformers: steps and epochs that were done are not told again.
+    assert listener.events == ["begin", *steps(9, 12), *steps(13, 16), "epoch", "save", "end"]
     whole = trainer(llama, tmp_path / "whole").train(num_epochs=2)
     assert same_weights(again.checkpoint, whole.checkpoint)
 
@@ -384,74 +353,32 @@ def test_a_trl_users_functions_and_columns_run_unchanged(llama: str, tmp_path: P
     outcome = ours.train()
     assert {f"rollout/reward/{name}" for name in ("solved", "common_start")} <= set(outcome.metrics)
     recipe = load_recipe(outcome.folder / "recipe.toml")
-    assert recipe.reward.functions["common_start"] == "tests.flow.test_trainer:common_start"
+    assert recipe.reward.functions["common_start"] == "tests.python_trainers:common_start"
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind", "said"),
-    [
-        (
-            {"train_dataset": [{"problem": "a"}], "reward": None},
-            DataError,
-            r"train_dataset\[0\]: answer is missing",
-        ),
-        ({"train_dataset": []}, DataError, "train_dataset holds no row"),
-        (
-            {"train_dataset": ["a"]},
-            DataError,
-            r"train_dataset\[0\] is str; a row must be a mapping",
-        ),
-        (
-            {"train_dataset": [{"problem": "a"}, {"prompt": [{"role": "user", "content": "b"}]}]},
-            DataError,
-            r"train_dataset\[1\]: the prompt is a chat, but at train_dataset\[0\] it is a text",
-        ),
-        (
-            {"train_dataset": [{"problem": "a", "id": 1}, {"problem": "b", "id": 1}]},
-            DataError,
-            r"id '1' was used by train_dataset\[0\]",
-        ),
-        (
-            {"train_dataset": ROWS, "eval_dataset": [{"problem": "a"}], "reward": None},
-            DataError,
-            r"eval_dataset\[0\]: answer is missing",
-        ),
-        (
-            {
-                "eval_dataset": [{"problem": "a"}],
-                "config": GMPOConfig(recipe={"evaluation.measure": "accuracy"}),
-            },
-            DataError,
-            r"eval_dataset\[0\]: answer is missing",
-        ),
-        (
-            {"config": GMPOConfig(recipe={"evaluation.measure": "rewards"})},
-            ConfigError,
-            r"evaluation.measure.*'accuracy' or 'reward'",
-        ),
-        (
-            {"reward": [common_start, common_start]},
-            ConfigError,
-            r"reward functions are called \['common_start', 'common_start'\]",
-        ),
-        (
-            {"model": tiny_model("llama", dtype=torch.float16)},
-            ModelError,
-            "the model is in torch.float16; load it in torch.float32 or torch.bfloat16",
-        ),
-        (
-            {"model": tiny_model("llama"), "tokenizer": None},
-            ConfigError,
-            "the model has no name to find its tokenizer by",
-        ),
-    ],
-)
-def test_what_cannot_be_trained_is_refused_at_once(
-    changes: dict[str, Any], kind: type[Exception], said: str, llama: str, tmp_path: Path
+def test_a_reward_model_may_stand_among_the_functions_and_a_callback_may_be_its_class(
+    llama: str, tmp_path: Path
 ):
-    with pytest.raises(kind, match=said):
-        trainer(llama, tmp_path / "run", **changes)
-    assert not (tmp_path / "run").exists()
+    shape = tiny_model("llama").config
+    shape.num_labels, shape.pad_token_id = 1, 0
+    judge = tmp_path / "judge"
+    LlamaForSequenceClassification(shape).save_pretrained(judge)
+    character_tokenizer().save_pretrained(judge)
+
+    class Counting(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            Counting.steps += 1
+
+    ours = trainer(
+        llama, tmp_path / "run", reward=[str(judge), common_start], callbacks=(Counting,)
+    )
+    outcome = ours.train(num_epochs=0.5)
+    assert {"rollout/reward/judge", "rollout/reward/common_start"} <= outcome.metrics.keys()
+    recipe = load_recipe(outcome.folder / "recipe.toml")
+    assert recipe.reward.models == {"judge": str(judge)}
+    assert Counting.steps == 4
 
 
 def test_questions_that_are_held_out_are_not_trained_on_and_are_counted(llama: str, tmp_path: Path):

@@ -203,8 +203,8 @@ def test_the_caller_is_told_of_every_stage(llama: str, tmp_path: Path):
         report=reports.append,
         warn=lambda _: None,
     )
-    stages = ["forecast 0", "before 0", "round 1", "forecast 1", "round 2", "evaluation 2"]
-    stages += ["checkpoint 2", "after 2"]
+    stages = ["forecast 0", "start 0", "before 0", "round 1", "forecast 1", "round 2"]
+    stages += ["evaluation 2", "checkpoint 2", "after 2"]
     assert [f"{report.stage} {report.round}" for report in reports] == stages
 
 

@@ -43,6 +43,7 @@ class RowForm:
             are.
         where: a row counts only if each of these columns has one of the values named for it.
         unusable: what is done with a row that has no usable problem or answer.
+        is_of_recipe: whether messages may name a recipe's keys as the remedy.
     """
 
     prompt_column: str | None = None
@@ -53,6 +54,7 @@ class RowForm:
     needs_answer: bool = True
     where: Mapping[str, Sequence[str | int | float | bool]] = field(default_factory=dict)
     unusable: Literal["refuse", "drop"] = "refuse"
+    is_of_recipe: bool = True
 
     def needed_columns(self, there: Sequence[str]) -> list[str]:
         """Which of a data set's columns have to be read.
@@ -120,7 +122,9 @@ def read_rows(rows: Iterable[Row], form: RowForm, *, source: str, id_prefix: str
             prompt, kind = _prompt(row, form, id_prefix)
         except _UnusableRow as error:
             if form.unusable == "refuse":
-                raise DataError(str(error)) from None
+                drop = ", counted, with unusable_rows = 'drop'"
+                leave = f"such rows out{drop}" if form.is_of_recipe else "it out"
+                raise DataError(f"{error}; complete the row, or leave {leave}") from None
             left_out[UNUSABLE] += 1
             reasons.append(str(error))
             continue
@@ -202,10 +206,12 @@ def _problem_column(form: RowForm, there: Collection[str]) -> str:
     for name in ("prompt", "problem"):
         if name in there:
             return name
-    raise DataError(
-        f"neither 'prompt' nor 'problem' is there, only {sorted(there)}; say with prompt_column "
-        "which one holds the problem"
+    remedy = (
+        "say with prompt_column which one holds the problem"
+        if form.is_of_recipe
+        else "rename the column that holds the problem"
     )
+    raise DataError(f"neither 'prompt' nor 'problem' is there, only {sorted(there)}; {remedy}")
 
 
 def _messages(value: object, place: str, column: str) -> tuple[Message, ...]:
@@ -291,10 +297,7 @@ def _refuse(place: str, problem: str) -> NoReturn:
 
 
 def _unusable(place: str, problem: str) -> NoReturn:
-    raise _UnusableRow(
-        f"{place}: {problem}; complete the row, or leave such rows out, counted, with "
-        "unusable_rows = 'drop'"
-    )
+    raise _UnusableRow(f"{place}: {problem}")
 
 
 def _shown(value: object) -> str:
