@@ -32,7 +32,7 @@ from gmpo.tracking import fresh_folder, read_lines
 from gmpo.trainer_config import GMPOConfig
 from gmpo.training import Report, train
 
-__all__ = ["GMPOTrainer", "Rewards", "Rows", "Strategy", "TrainingOutcome"]
+__all__ = ["GMPOTrainer", "Reward", "Rewards", "Rows", "Strategy", "TrainingOutcome"]
 
 Strategy = Literal["no", "steps", "epoch"]
 """When something is done between rounds: never, every so many steps, after each epoch."""

@@ -27,7 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from gmpo.errors import ModelError
 
-__all__ = ["LoraLayer", "adapters_of", "adapters_off", "add_adapters", "has_these_adapters", "merged_weight"]
+__all__ = [
+    "LoraLayer",
+    "adapters_of",
+    "adapters_off",
+    "add_adapters",
+    "has_these_adapters",
+    "merged_weight",
+]
 
 
 class LoraLayer(nn.Module):
