@@ -302,6 +302,26 @@ def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 def _token_bytes(shape: ModelShape) -> int:
     """What a layer keeps of a token, besides its keys and values.
 
+    Where all weights are trained: the layer's input, attention's output, the stream between its
+    halves, gate and the other half of the feed-forward part, and a statistic of each norm; where
+    adapters are, see `_operation_bytes`. Attention keeps queries, its output and a statistic per
+    head.
+    """
+    if not shape.trains_all:
+        return _operation_bytes(shape)
+    attention = shape.heads * shape.head_size
+    numbers = 2 * shape.hidden + attention + 2 * shape.feed_forward
+    wide = 2 + shape.heads
+    if shape.has_head_norms:
+        normed_heads = shape.heads + shape.key_value_heads
+        numbers += normed_heads * shape.head_size
+        wide += normed_heads
+    return numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+
+
+def _operation_bytes(shape: ModelShape) -> int:
+    """The same if every operation keeps what its own backward pass needs.
+
     Both norms their inputs, in fp32 because they are taken in it, and a statistic each; their
     outputs before the weight is applied, if that is trained, and after it, if a layer behind them
     is; queries, attention's output and a statistic a head; the output in the order of tokens if the
@@ -328,7 +348,7 @@ def _token_bytes(shape: ModelShape) -> int:
 
 def _plain_token_bytes(shape: ModelShape) -> int:
     """Heads that share keys hold copies of keys and values; masks are the module's own."""
-    return _token_bytes(shape) + 2 * shape.heads * shape.head_size * shape.width
+    return _operation_bytes(shape) + 2 * shape.heads * shape.head_size * shape.width
 
 
 def _gradient_bytes(shape: ModelShape) -> int:

@@ -219,7 +219,10 @@ def test_the_base_under_the_adapters_is_the_reference(family: str, engine: str):
     (theirs,) = with_reference_logprobs(apart, [step_of()], temperature=0.9)
     for batch, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
         assert batch.reference_logprobs is not None
-        assert torch.equal(batch.reference_logprobs, other.reference_logprobs)
+        # Layers with adapters run operation by operation, others in fused parts: equal to rounding.
+        torch.testing.assert_close(
+            batch.reference_logprobs, other.reference_logprobs, rtol=0, atol=1e-12
+        )
     assert all(layer.is_on for layer in policy.adapters.values())
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gmpo.batch import MicroBatch
+from gmpo.policy import fused
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import common_length
 from gmpo.policy.recompute import recomputed
@@ -65,15 +66,15 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
     t + 1, so the last one is never run. The order is that of `completion_ids[mask]`.
     """
     generations = _generations(body, batch)
-    hidden = body.embed(torch.cat([g.token_ids for g in generations])[None])
+    hidden = body.embed(torch.cat([g.token_ids for g in generations])[None])[0]
     positions = torch.cat([g.positions for g in generations])
-    rotary = body.rotary(hidden, positions[None])
+    rotary = body.rotary(hidden[None], positions[None])
     run = _run_layer
     if body.recomputes_layers and torch.is_grad_enabled():
         run = partial(recomputed, _run_layer)
     for layer in body.layers:
         hidden = run(body, layer, hidden, rotary, generations)
-    return body.final_norm(hidden[0, _predictors(generations, batch)])
+    return body.final_norm(hidden[_predictors(generations, batch)])
 
 
 def _generations(body: LlamaBody, batch: MicroBatch) -> list[_Generation]:
@@ -149,71 +150,108 @@ def _predictors(generations: Sequence[_Generation], batch: MicroBatch) -> Int[Te
 def _run_layer(
     body: LlamaBody,
     layer: Any,
-    hidden: Float[Tensor, "1 N M"],
+    hidden: Float[Tensor, "N M"],
     rotary: tuple[Tensor, Tensor],
     generations: Sequence[_Generation],
-) -> Float[Tensor, "1 N M"]:
+) -> Float[Tensor, "N M"]:
     # Nested, so that what only attention needs is let go before the feed-forward part.
-    attended = _attend_all(generations, *body.project(layer, hidden, rotary))
-    return body.finish(layer, hidden, attended)
+    if not fused.is_covered(layer):
+        attended = _attend_all(generations, *_projected(body, layer, hidden, rotary))
+        by_head = attended.unflatten(1, (body.num_heads, -1)).transpose(0, 1)
+        return body.finish(layer, hidden[None], by_head[None])[0]
+    attended = _attend_all(generations, *_fused_heads(body, layer, hidden, rotary))
+    return fused.feed_forward(hidden, attended, layer)
+
+
+def _projected(
+    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], rotary: tuple[Tensor, Tensor]
+) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
+    """Queries, keys and values by the layer's modules, whatever they are."""
+    queries, keys, values = body.project(layer, hidden[None], rotary)
+    return queries[0].transpose(0, 1), keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+
+def _fused_heads(
+    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], rotary: tuple[Tensor, Tensor]
+) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
+    """The same by functions that keep little for their backward pass."""
+    attention = layer.self_attn
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    projected = fused.project(hidden, layer.input_layernorm, linears)
+    queries, keys, values = (heads.unflatten(1, (-1, body.head_dim)) for heads in projected)
+    if body.has_head_norms:
+        norms = attention.q_norm, attention.k_norm
+        queries, keys = (
+            fused.rms_norm(heads, norm.weight, eps=norm.variance_epsilon)
+            for heads, norm in zip((queries, keys), norms, strict=True)
+        )
+    cos, sin = (part[0].transpose(0, 1) for part in rotary)
+    return fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin), values
 
 
 def _attend_all(
     generations: Sequence[_Generation],
-    queries: Float[Tensor, "1 H N D"],
-    keys: Float[Tensor, "1 K N D"],
-    values: Float[Tensor, "1 K N D"],
-) -> Float[Tensor, "1 H N D"]:
+    queries: Float[Tensor, "N H D"],
+    keys: Float[Tensor, "N K D"],
+    values: Float[Tensor, "N K D"],
+) -> Float[Tensor, "N HD"]:
     """What each token of all generations attends to."""
     attended = []
     past: tuple[Tensor, Tensor] | None = None
     for generation in generations:
         stop = generation.first + len(generation.token_ids)
-        own = [states[0, :, generation.first : stop] for states in (queries, keys, values)]
+        own = [states[generation.first : stop] for states in (queries, keys, values)]
         result, past = _attend(generation, own[0], (own[1], own[2]), past)
         attended.append(result)
-    return torch.cat(attended, dim=1)[None]
+    return torch.cat(attended)
 
 
 def _attend(
     generation: _Generation,
-    queries: Float[Tensor, "H n D"],
-    own: tuple[Float[Tensor, "K n D"], Float[Tensor, "K n D"]],
+    queries: Float[Tensor, "n H D"],
+    own: tuple[Float[Tensor, "n K D"], Float[Tensor, "n K D"]],
     past: tuple[Tensor, Tensor] | None,
-) -> tuple[Float[Tensor, "H n D"], tuple[Tensor, Tensor]]:
+) -> tuple[Float[Tensor, "n HD"], tuple[Tensor, Tensor]]:
     """What each token attends to, and the keys and values that later generations see of a row.
 
     The query heads of a key head are laid side by side along the rows, so that keys are never
     copied for each head.
     """
-    num_heads, num_tokens, head_dim = queries.shape
+    num_tokens, num_heads, head_dim = queries.shape
+    num_key_heads = own[0].shape[1]
     keys, values = (_as_rows(states, generation) for states in own)
     if past is not None:
         assert generation.parent is not None, "only the first generation has nothing before it"
         keys, values = (
-            torch.cat((before.index_select(0, generation.parent), states), dim=2)
+            torch.cat((before.index_select(0, generation.parent), states), dim=1)
             for before, states in zip(past, (keys, values), strict=True)
         )
-    rows, num_key_heads = keys.shape[:2]
-    width = generation.padded.shape[1]
-    packed = _as_rows(queries, generation).reshape(rows, num_key_heads, -1, head_dim)
-    dtype = generation.bias.dtype
+    rows, width = generation.padded.shape
+    shared = num_heads // num_key_heads
+    packed = _as_rows(queries, generation).view(rows, width, num_key_heads, shared, head_dim)
     attended = functional.scaled_dot_product_attention(
-        packed.to(dtype), keys.to(dtype), values.to(dtype), attn_mask=generation.bias
-    ).to(queries.dtype)
-    by_head = attended.reshape(rows, num_heads, width, head_dim).transpose(0, 1)
-    flat = by_head.reshape(num_heads, rows * width, head_dim)
+        _laid_out(packed.permute(0, 2, 3, 1, 4), generation).flatten(2, 3),
+        keys.transpose(1, 2).to(generation.bias.dtype),
+        values.transpose(1, 2).to(generation.bias.dtype),
+        attn_mask=generation.bias,
+    )
+    by_token = attended.unflatten(2, (shared, width)).permute(0, 3, 1, 2, 4)
+    by_token = by_token.to(queries.dtype, memory_format=torch.contiguous_format)
+    flat = by_token.reshape(rows * width, num_heads * head_dim)
     if rows * width > num_tokens:
-        flat = flat.index_select(1, generation.real)
+        flat = flat.index_select(0, generation.real)
     return flat, (keys, values)
 
 
-def _as_rows(states: Float[Tensor, "H n D"], generation: _Generation) -> Float[Tensor, "R H W D"]:
+def _as_rows(states: Float[Tensor, "n A D"], generation: _Generation) -> Float[Tensor, "R W A D"]:
     """Tokens end to end as rows, padded on the right."""
-    rows, width = generation.padded.shape
-    if rows * width > states.shape[1]:
-        states = states.index_select(1, generation.padded.flatten())
-    return states.reshape(len(states), rows, width, -1).transpose(0, 1)
+    rows = fused.gathered_rows(states.flatten(1), generation.padded, generation.real)
+    return rows.view(*rows.shape[:2], *states.shape[1:])
+
+
+def _laid_out(states: Tensor, generation: _Generation) -> Tensor:
+    """In the precision of attention, and in memory in the order of the axes."""
+    return states.to(generation.bias.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _attention_dtype(body: LlamaBody) -> torch.dtype:
