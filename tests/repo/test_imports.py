@@ -94,6 +94,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("rollout_functions", "rollouts"): "the user's rollouts stand in for the usual ones",
     ("rollout_functions", "sampler"): "they ask the same sampler",
     ("update", "batch"): "an update consumes micro-batches",
+    ("update", "host_memory"): "the optimizer has the process keep what each step frees",
     ("update", "schedules"): "an optimizer step asks for its step size",
     ("update", "policy.score"): "the gradient is that of what the policy scores",
     ("saved_rounds", "rewards"): "what is saved of a round are its rewarded rollouts",

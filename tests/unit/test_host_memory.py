@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from gmpo.host_memory import available_bytes, resident_bytes
 
@@ -62,3 +68,36 @@ def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path):
 def test_a_system_that_does_not_say_is_not_guessed(tmp_path: Path):
     assert available_bytes(tmp_path) is None
     assert math.isfinite(resident_bytes())
+
+
+TAKE_AND_FREE = """
+import resource, torch
+from gmpo.host_memory import keep_freed_memory
+print(keep_freed_memory())
+def take(): return [torch.ones(2**21, dtype=torch.float64) for _ in range(8)]  # 16 MiB each
+for _ in range(3): take()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4): take()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def kept_and_faults(**environment: str) -> tuple[bool, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", TAKE_AND_FREE],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kept, faults = done.stdout.split()
+    return kept == "True", int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    kept, faults = kept_and_faults()
+    returned, more_faults = kept_and_faults(MALLOC_MMAP_THRESHOLD_="1000000")
+    assert (kept, returned) == (True, False)
+    # 4 x 128 MiB in pages of 4 KiB are taken from the system, or hardly any.
+    assert faults < 1000 < 4 * 8 * 2**12 // 2 < more_faults

@@ -260,9 +260,9 @@ def test_weights_laid_out_for_many_rows_are_counted():
 def test_the_head_holds_tiles_or_all_logits():
     shape = shape_of(llama())
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
-    # two tables of 256 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
+    # two tables of 512 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
     # head's of 101 x 32, in fp32
-    assert passing_bytes(shape, size) == (2 * 256 * 101 + 512 * 32 + 101 * 32) * 4
+    assert passing_bytes(shape, size) == (2 * 512 * 101 + 512 * 32 + 101 * 32) * 4
     plain = shape_of(llama(), engine="plain")
     # 64 rows of 12 tokens with logits and their gradient, six tables at 512 positions
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4

@@ -235,7 +235,7 @@ def _norm_gradients(
     """Of the norm's input, in fp32 or wider, and of its weight."""
     wide, by_output, wide_weight = widened(hidden), widened(gradient), widened(weight)
     product = by_output * wide
-    by_weight = scale.flatten() @ product.flatten(0, -2)
+    by_weight = product.flatten(0, -2).t().mv(scale.flatten())
     mean = (product @ wide_weight)[..., None].div_(hidden.shape[-1])
     del product
     by_hidden = (by_output * wide_weight).mul_(scale)

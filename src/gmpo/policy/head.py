@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["TOKENS_PER_TILE", "chunked_token_logprobs", "token_logprobs", "widened"]
 
-_ROWS_PER_TILE = 256
-TOKENS_PER_TILE = 4096
+_ROWS_PER_TILE = 512
+TOKENS_PER_TILE = 2048
 """Logits exist in tiles of so many positions and vocabulary entries: 4 MB in fp32, so that what is
 done to them element by element happens in the processor's cache."""
 
@@ -80,10 +80,14 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token_ids, log_total, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        by_logprob, by_entropy = gradients[0], gradients[1] if ctx.with_entropy else None
+        # A logit's gradient is that of its part of the temperature.
+        by_logprob = gradients[0] / ctx.temperature
+        by_entropy = gradients[1] / ctx.temperature if ctx.with_entropy else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         hidden_gradient = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
-        weight_gradient = torch.zeros_like(weight) if wants_weight else None
+        weight_gradient = None
+        if wants_weight:  # without positions nothing fills it
+            weight_gradient = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
         for start in range(0, len(weight), TOKENS_PER_TILE):
             entries = weight[start : start + TOKENS_PER_TILE]
             for first in range(0, len(hidden), _ROWS_PER_TILE):
@@ -95,7 +99,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                     by_logprob[rows],
                     None if by_entropy is None else (entropy[rows], by_entropy[rows]),
                 )
-                slope = (slope / ctx.temperature).to(hidden.dtype)
+                slope = slope.to(hidden.dtype)
                 if hidden_gradient is not None:
                     hidden_gradient[rows] += slope @ entries
                 if weight_gradient is not None:
@@ -119,12 +123,15 @@ def _sums(
     chosen = torch.zeros(len(rows), dtype=widened(rows[:0]).dtype, device=rows.device)
     for number, entries in enumerate(weight.split(TOKENS_PER_TILE)):
         logits = _tile(rows, entries, temperature)
-        log_sum = logits.logsumexp(dim=-1)
-        log_sums.append(log_sum)
         is_here, column = _columns(token_ids - number * TOKENS_PER_TILE, logits)
         chosen = torch.where(is_here, logits.gather(1, column)[:, 0], chosen)
         if with_mean:
-            means.append(((logits - log_sum[:, None]).exp_() * logits).sum(dim=-1))
+            log_sums.append(logits.logsumexp(dim=-1))
+            means.append(((logits - log_sums[-1][:, None]).exp_() * logits).sum(dim=-1))
+        else:
+            # As logsumexp, in place.
+            largest = logits.amax(dim=-1, keepdim=True)
+            log_sums.append(logits.sub_(largest).exp_().sum(dim=-1).log_() + largest[:, 0])
     joined = torch.stack(log_sums)
     log_total = joined.logsumexp(dim=0)
     if not with_mean:
