@@ -317,8 +317,8 @@ def _reference(
     *,
     warn: Callable[[str], None],
 ) -> Scorer | None:
-    """The starting model, if there is a KL term: under adapters it is there already."""
-    if not config.objective.kl_coefficient:
+    """The starting model, if anything is compared with it: under adapters it is there already."""
+    if not config.needs_reference():
         return None
     return BasePolicy(policy) if policy.adapters else _frozen_policy(config, given, warn=warn)
 
