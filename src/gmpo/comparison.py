@@ -27,7 +27,7 @@ IMPROVEMENTS: Mapping[str, str] = {
 }
 """The article's four improvement figures, each 1 - candidate / baseline of one figure."""
 
-Verdict = Literal["no difference seen", "lower", "higher", "not measured"]
+_Verdict = Literal["no difference seen", "lower", "higher", "not measured"]
 
 _CONFIDENCE = 0.95
 _POWER = 0.8
@@ -70,7 +70,7 @@ class Comparison:
     p_value: float | None
     smallest_p: float | None
     detectable: float | None
-    verdict: Verdict
+    verdict: _Verdict
 
     @property
     def is_confirmed(self) -> bool:
@@ -140,7 +140,7 @@ def compare_crashes(
     can_tell = len(differences) > 1
     p_value = sign_flip_p_value(differences) if can_tell else None
     effect = statistics.fmean(differences) if can_tell else None
-    verdict: Verdict = "not measured"
+    verdict: _Verdict = "not measured"
     if p_value is not None and effect is not None:
         verdict = "no difference seen"
         if p_value <= 1 - _CONFIDENCE:
@@ -182,7 +182,7 @@ def _compare(
     else:
         differences = [b - a for a, b in values]
     effect, interval, p_value, detectable = None, None, None, None
-    verdict: Verdict = "not measured"
+    verdict: _Verdict = "not measured"
     if len(differences) > 1:
         low, high = paired_t_interval(differences, confidence=_CONFIDENCE)
         middle = statistics.fmean(differences)

@@ -22,7 +22,7 @@ __all__ = [
     "window_rounds",
 ]
 
-Line = Mapping[str, Any]
+_Line = Mapping[str, Any]
 
 _COLLAPSE_WINDOW = 10
 _COLLAPSE_STANDARD_ERRORS = 3.0
@@ -151,7 +151,7 @@ FIGURES: Mapping[str, Figure] = {
 }
 """By name; the first four are the article's."""
 
-Crash = Literal["diverged", "collapsed"]
+_Crash = Literal["diverged", "collapsed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +172,12 @@ class RunFigures:
     ratio_min: float | None
     ratio_max: float | None
     rounds_done: int
-    crash: Crash | None
+    crash: _Crash | None
     could_collapse: bool
 
 
 def run_figures(
-    lines: Sequence[Line],
+    lines: Sequence[_Line],
     *,
     held_out_end: float | None,
     target: float | None,
@@ -284,13 +284,13 @@ def _first_reach(rewards: Sequence[float], *, target: float | None, window: int)
     return None
 
 
-def _column(lines: Sequence[Line], name: str) -> list[float]:
+def _column(lines: Sequence[_Line], name: str) -> list[float]:
     """Figures of the lines that have one; a null was not finite."""
     return [line[name] for line in lines if line.get(name) is not None]
 
 
 def _extreme(
-    lines: Sequence[Line], name: str, choose: Callable[[Sequence[float]], float]
+    lines: Sequence[_Line], name: str, choose: Callable[[Sequence[float]], float]
 ) -> float | None:
     """None where a step's was not finite: the run's is then not known."""
     found = [line[name] for line in lines]
@@ -303,7 +303,7 @@ def _log_range(low: float | None, high: float | None) -> float | None:
     return math.log(high) - math.log(low)
 
 
-def _mean_of(lines: Sequence[Line], name: str) -> float | None:
+def _mean_of(lines: Sequence[_Line], name: str) -> float | None:
     return _mean(_column(lines, name))
 
 

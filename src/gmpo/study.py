@@ -21,14 +21,22 @@ from gmpo.recipe import dump_recipe
 from gmpo.study_plan import Cell, StudyPlan, load_plan, plan_differences, resolve_plan
 from gmpo.tracking import RunFolder, provenance, read_lines
 
-__all__ = ["Attempt", "cell_folder", "ended_cells", "open_study", "run_study"]
+__all__ = [
+    "MOST_TRIES",
+    "Attempt",
+    "attempts",
+    "cell_folder",
+    "ended_cells",
+    "open_study",
+    "run_study",
+]
 
-Outcome = Literal["finished", "diverged", "died", "stopped", "refused"]
+_Outcome = Literal["finished", "diverged", "died", "stopped", "refused"]
 
 MOST_TRIES = 3
 """Processes that may die on one cell in one call, before the study goes on without the cell."""
 
-_OUTCOMES: Mapping[int, Outcome] = {0: "finished", 2: "refused", 3: "diverged", 130: "stopped"}
+_OUTCOMES: Mapping[int, _Outcome] = {0: "finished", 2: "refused", 3: "diverged", 130: "stopped"}
 """By exit code of `gmpo train`; any other, a signal's among them, is that of a dead process."""
 
 _POLL_SECONDS = 0.2
@@ -47,7 +55,7 @@ class Attempt:
     """
 
     cell: str
-    outcome: Outcome
+    outcome: _Outcome
     exit_code: int
     seconds: float
     message: str

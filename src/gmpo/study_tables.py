@@ -14,7 +14,7 @@ from gmpo.study_report import ArmSummary, StudyReport, limits
 
 __all__ = ["comparison_rows", "headline", "improvement_rows", "render_report", "stability_rows"]
 
-Rows = list[list[str]]
+_Rows = list[list[str]]
 """The first row is the head."""
 
 
@@ -23,7 +23,7 @@ def headline(report: StudyReport) -> list[str]:
     return [_verdict_sentence(report, arm.label) for arm in report.arms[1:]]
 
 
-def stability_rows(report: StudyReport) -> Rows:
+def stability_rows(report: StudyReport) -> _Rows:
     """The article's stability table: a column an arm, mean and standard deviation over seeds."""
     rows = [["", *(arm.label for arm in report.arms)]]
     for name in ("loss_variance", "gradient_norm_deviation"):
@@ -50,7 +50,7 @@ def stability_rows(report: StudyReport) -> Rows:
     return rows
 
 
-def improvement_rows(report: StudyReport) -> Rows:
+def improvement_rows(report: StudyReport) -> _Rows:
     """The article's four improvement figures with their intervals."""
     rows = [["improvement", "of", "1 - ratio", "95 %", "p", "verdict"]]
     for name, found in report.improvements():
@@ -70,7 +70,7 @@ def improvement_rows(report: StudyReport) -> Rows:
     return rows
 
 
-def comparison_rows(report: StudyReport, candidate: str) -> Rows:
+def comparison_rows(report: StudyReport, candidate: str) -> _Rows:
     """Every figure of one arm against the first, paired by seed."""
     rows = [["figure", "effect", "95 %", "p", "would be seen", "pairs", "verdict"]]
     for found in report.comparisons:
@@ -112,7 +112,7 @@ def render_report(report: StudyReport) -> RenderableType:
     return Group(*parts)
 
 
-def _table(rows: Rows, *, title: str) -> Table:
+def _table(rows: _Rows, *, title: str) -> Table:
     table = Table(
         title=Text(title),
         title_justify="left",

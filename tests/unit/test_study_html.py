@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def html(tmp_path: Path) -> str:
-    recipe = write_recipe(tmp_path / "a <b> & c.toml", tiny_recipe("no model"))
+    recipe = write_recipe(tmp_path / "a <b> & c.toml", tiny_recipe("no model", training__rounds=3))
     plan = plan_of(recipe, quick=True)
     baseline = {0: run_figures_of(1.0), 1: run_figures_of(2.0)}
     candidate = {0: run_figures_of(0.5), 1: run_figures_of(2.5)}

@@ -2,4 +2,6 @@
 
 from gmpo.cli import main
 
+__all__ = []  # a program, which gives no names
+
 main()

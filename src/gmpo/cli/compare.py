@@ -56,10 +56,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train with several objectives on the same prompts and seeds, and report what differs."""
-    from gmpo.study import open_study, run_study
+    from gmpo.study import open_study
     from gmpo.study_plan import make_plan, parse_seeds
     from gmpo.study_report import build_report
-    from gmpo.terminal import asked_to_stop
 
     if recipe is None and study is None:
         raise ConfigError("name a recipe, or with --study the study to go on with")
@@ -81,8 +80,24 @@ def compare(
     console = Console(stderr=as_json)
     plan = open_study(folder, plan, warn=warn)
     _announce(console, folder, plan)
+    given_up = _run(folder, plan, jobs=jobs, keep_checkpoints=keep_checkpoints, console=console)
+    report = build_report(folder, plan)
+    _write(report)
+    _show(console, report, as_json=as_json)
+    if given_up:
+        warn(f"not run to an end: {', '.join(given_up)}; the same command tries them again")
+        raise typer.Exit(_INCOMPLETE)
+
+
+def _run(
+    folder: Path, plan: StudyPlan, *, jobs: int, keep_checkpoints: bool, console: Console
+) -> list[str]:
+    """Names of the runs that could not be brought to an end."""
+    from gmpo.study import run_study
+    from gmpo.terminal import asked_to_stop
+
     with asked_to_stop(warn) as should_stop:
-        given_up = run_study(
+        return run_study(
             folder,
             plan,
             jobs=jobs,
@@ -90,12 +105,6 @@ def compare(
             say=lambda sentence: console.print(Text(sentence), soft_wrap=True),
             should_stop=should_stop,
         )
-    report = build_report(folder, plan)
-    _write(report)
-    _show(console, report, as_json=as_json)
-    if given_up:
-        warn(f"not run to an end: {', '.join(given_up)}; the same command tries them again")
-        raise typer.Exit(_INCOMPLETE)
 
 
 def _threads(jobs: int) -> int:
