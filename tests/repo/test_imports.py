@@ -75,6 +75,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "study_tables",
         "study_plots",
         "study_html",
+        "decoding",
         "generation",
         "export",
         "inspection",
