@@ -78,11 +78,16 @@ def _comparison(
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, how in PRIMARY.items():
-        differences = []
-        for seed in seeds:
-            left, right = (found[arm, seed]["figures"][name] for arm in pair)
-            differences.append(left - right if how == "difference" else math.log(left / right))
-        figures[name] = {"how": how, "differences": differences}
+        pairs = [[found[arm, seed]["figures"][name] for arm in pair] for seed in seeds]
+        known = [(left, right) for left, right in pairs if None not in (left, right)]
+        differences = [
+            left - right if how == "difference" else math.log(left / right) for left, right in known
+        ]
+        figures[name] = {
+            "how": how,
+            "differences": differences,
+            "pairs_without": len(pairs) - len(known),
+        }
         if len(differences) > 1:
             low, high = paired_interval(differences)
             figures[name] |= {
@@ -135,13 +140,16 @@ def _arm_row(arm: str, cells: Sequence[Mapping[str, Any]]) -> str:
 
     ended = [c for c in cells if c["ended"] != "finished"]
     rounds = ", ".join(f"{c['figures']['rounds_survived']:.0f}" for c in ended)
-    low = min(c["figures"]["log_ratio_min"] for c in cells)
-    high = max(c["figures"]["log_ratio_max"] for c in cells)
+    lows, highs = (
+        [c["figures"][name] for c in cells if c["figures"][name] is not None]
+        for name in ("log_ratio_min", "log_ratio_max")
+    )
+    ratios = f"{math.exp(min(lows)):.2g} to {math.exp(max(highs)):.2g}" if lows else "-"
     return (
         f"| {arm} | {len(cells)} | {len(ended)}{f' ({rounds})' if ended else ''} "
         f"| {mean('rounds_survived', '.0f')} | {mean('reward_end', '.3f')} "
         f"| {mean('held_out_greedy_after', '.3f')} | {mean('gradient_norm_deviation', '.3g')} "
-        f"| {math.exp(low):.2g} to {math.exp(high):.2g} | {mean('log_ratio_spread', '.3f')} "
+        f"| {ratios} | {mean('log_ratio_spread', '.3f')} "
         f"| {mean('am_gm_gap', '.4f')} | {mean('clip_fraction', '.2%')} "
         f"| {mean('entropy_end', '.3f')} |"
     )

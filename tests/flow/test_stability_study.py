@@ -17,7 +17,9 @@ from gmpo.policy.load import load_model, model_version
 from gmpo.task_config import CountdownTask
 
 CUT = Study(
-    warm_up=WarmUp(hidden_size=32, layers=1, expert_size=32, steps=60, batch_size=32, examples=100),
+    warm_up=WarmUp(
+        hidden_size=32, layers=1, expert_size=32, steps=300, batch_size=64, examples=100
+    ),
     task=CountdownTask(
         kind="countdown",
         num_numbers=2,
@@ -30,7 +32,7 @@ CUT = Study(
     prompts_per_round=8,
     group_size=4,
 )
-"""Two numbers, so that a model of one layer earns a reward after 60 supervised steps."""
+"""Two numbers, so that a model of one layer earns a reward after 300 supervised steps."""
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
