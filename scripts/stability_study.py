@@ -124,8 +124,8 @@ def run_cell(study: Study, cell: str, *, runs: Path) -> dict[str, Any]:
     if record_file.is_file():
         stored: dict[str, Any] = json.loads(record_file.read_text())
         return stored
-    policy = warmed_up_policy(study.task, study.warm_up, cache=runs)
     torch.set_num_threads(1)  # another number would round sums otherwise
+    policy = warmed_up_policy(study.task, study.warm_up, cache=runs)
     watch = _CollapseWatch(folder)
     ended = "finished"
     try:
@@ -219,6 +219,7 @@ def _short(value: float | None) -> float | None:
 
 def main() -> int:
     arguments = parsed(sys.argv[1:])
+    torch.set_num_threads(1)  # the warm-up's sums too
     study = Study()
     if arguments.cell:
         run_cell(study, arguments.cell, runs=arguments.runs)
