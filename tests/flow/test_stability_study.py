@@ -108,7 +108,8 @@ def test_a_stored_cell_is_checked_by_running_it_again(
 def test_what_is_finished_becomes_a_table_and_a_plot(
     cell: dict[str, Any], runs: Path, tmp_path: Path
 ):
-    report = results(finished(runs), settings=settings_of(CUT), seeds=[0, 1])
+    assert cell in finished(runs)
+    report = results([cell], settings=settings_of(CUT), seeds=[0, 1])
     assert "| gmpo | 1 |" in markdown(report)
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
