@@ -242,7 +242,14 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="results file; a plot beside it")
     parser.add_argument("--runs", type=Path, default=Path("runs/moe_stability"))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS), metavar="SEED")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="*",
+        default=list(SEEDS),
+        metavar="SEED",
+        help="run these; none writes the results of what is finished",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
     parser.add_argument(
         "--launcher", default="", metavar="COMMAND", help='put before each cell, e.g. "nice -n 19"'

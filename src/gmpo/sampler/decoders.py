@@ -162,9 +162,16 @@ def _can_join(left: DynamicCache, right: DynamicCache) -> bool:
 def _joined(left: DynamicCache, right: DynamicCache) -> DynamicCache:
     """The left cache with the right one's rows behind its own."""
     for own, other in zip(left.layers, right.layers, strict=True):
-        own.keys = torch.cat((own.keys, other.keys))
-        own.values = torch.cat((own.values, other.values))
+        assert isinstance(own, DynamicLayer) and isinstance(other, DynamicLayer)
+        own.keys = _stacked(own.keys, other.keys)
+        own.values = _stacked(own.values, other.values)
     return left
+
+
+def _stacked(above: Tensor | None, below: Tensor | None) -> Tensor:
+    """Keys or values of two layers that have seen a prompt."""
+    assert above is not None and below is not None
+    return torch.cat((above, below))
 
 
 class LlamaDecoder:
