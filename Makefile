@@ -12,13 +12,14 @@ ifndef RUN
 RUN := $(if $(wildcard runs/quickstart),runs/quickstart-$(shell date +%Y%m%d-%H%M%S),runs/quickstart)
 endif
 
-.PHONY: help venv train test lint verify bench clean
+.PHONY: help venv train test lint verify bench studies clean
 
 help:
 	@echo 'make train    set up, then train the 135M default model with the quick-start recipe'
 	@echo 'make test     lint, types and all tests'
 	@echo 'make verify   long proofs and the mutation check; results in docs/results/'
 	@echo 'make bench    gmpo and TRL in turns on three workloads (an hour or more; goes on where it was)'
+	@echo 'make studies  growth, precision, learning curves, time to an accuracy (two hours; goes on where it was)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make venv     set up only'
 	@echo 'make clean    remove caches and build output; keeps .venv and runs/'
@@ -59,6 +60,13 @@ bench: .venv/.extras-stamp
 	for workload in short words long-prompt; do \
 	    $(BIN)/python -m benchmarks.vs_trl --workload $$workload --json runs/bench/$$workload.json; \
 	done
+
+# Learning curves that differ end with exit code 3, which stops here.
+studies: .venv/.extras-stamp
+	$(BIN)/python -m benchmarks.growth --with-trl --json runs/bench/growth.json
+	$(BIN)/python -m scripts.precision --json runs/bench/precision.json
+	$(BIN)/python -m benchmarks.time_to_accuracy --json runs/bench/time_to_accuracy.json
+	$(BIN)/python -m benchmarks.learning_curves --json runs/bench/learning_curves.json
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,6 +35,11 @@ class Scratch:
         """How TRL's last round moved the weights."""
         return self.folder / "update.safetensors"
 
+    @property
+    def learned(self) -> Path:
+        """fp32 weights of a run that learns, as it was last asked for them."""
+        return self.folder / "learned.safetensors"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRows:

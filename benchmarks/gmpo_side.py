@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 import numpy as np
@@ -17,10 +18,9 @@ from scripts.replay import ADVANTAGE_EPS, cosine_similarity, relative_difference
 from torch import nn
 from transformers import AutoConfig
 
-from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights
+from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights, save_weights
 from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
 from benchmarks.workloads import (
-    SEED,
     STEPS_PER_ROUND,
     Workload,
     patterned_rewards,
@@ -43,6 +43,7 @@ from gmpo.tasks.task import Task
 from gmpo.update import with_old_logprobs
 
 PATTERN = "pattern"
+Changes = Mapping[str, Mapping[str, Any]]
 
 
 class GmpoSide:
@@ -52,9 +53,12 @@ class GmpoSide:
         workload: what is timed.
         dtype: as the recipe's `model.dtype`.
         scratch: where the starting weights and TRL's rounds lie.
+        changes: of the recipe, by table and key.
     """
 
-    def __init__(self, workload: Workload, dtype: str, scratch: Scratch) -> None:
+    def __init__(
+        self, workload: Workload, dtype: str, scratch: Scratch, changes: Changes | None = None
+    ) -> None:
         self._workload = workload
         self._scratch = scratch
         self.notes: list[str] = []
@@ -65,8 +69,13 @@ class GmpoSide:
             instruction="",
         )
         self.parts = build_parts(
-            recipe(workload, dtype), warn=self.notes.append, given=Given(task=task)
+            recipe(workload, dtype, changes or {}),
+            warn=self.notes.append,
+            given=Given(task=task),
         )
+        if workload.ignores_end:
+            endless = replace(self.parts.sampling, stop_ids=())
+            self.parts = replace(self.parts, sampling=endless)
         self._version = 0
         self._may_trust_sampler = True
 
@@ -77,12 +86,24 @@ class GmpoSide:
             number: of the round, which decides the prompts.
             live_groups: groups that get different rewards; None asks the task.
         """
-        parts = self._restarted(live_groups)
+        return self._played(self._restarted(live_groups), number)
+
+    def learn(self, *, number: int) -> dict[str, Any]:
+        """The next round of a run that learns: it begins with the weights of the one before."""
+        return self._played(self.parts, number)
+
+    def save(self) -> dict[str, Any]:
+        """Leave the weights in the scratch folder."""
+        masters = self.parts.policy.masters.items()
+        save_weights({name: w.detach() for name, w in masters}, self._scratch.learned)
+        return {}
+
+    def _played(self, parts: TrainingParts, number: int) -> dict[str, Any]:
         forget_peak_memory()
         started = time.perf_counter()
         sampled = sample_round(parts, self._state(number))
         rewarded = time.perf_counter()
-        update = self._update(parts, sampled.trained_groups)
+        update = self._update(parts, sampled.trained_groups, first_step=number * STEPS_PER_ROUND)
         figures = round_metrics(parts, sampled, update)
         ended = time.perf_counter()
         self._may_trust_sampler = update.mismatch is None or update.mismatch.is_small
@@ -93,6 +114,7 @@ class GmpoSide:
             "update_seconds": ended - rewarded,
             "round_seconds": ended - started,
             "tokens": num_completion_tokens(groups),
+            "prompt_tokens": mean(len(group.prompt.token_ids or ()) for group in groups),
             "live_share": len(live_places(groups)) / len(groups),
             "mean_reward": figures["rollout/reward"],
             "peak_gib": peak_memory_gib(),
@@ -117,13 +139,27 @@ class GmpoSide:
         groups = self._groups(number, SampledRows.read(self._scratch.completions))
         groups = with_sampler_logprobs(parts, groups)
         started = time.perf_counter()
-        update = self._update(parts, groups)
+        update = self._update(parts, groups, first_step=0)
         seconds = time.perf_counter() - started
         return {
             "update_seconds": seconds,
             "used_sampler_logprobs": update.used_sampler_logprobs,
             **self._compared(parts),
         }
+
+    def mismatch(self, *, number: int) -> dict[str, Any]:
+        """|log pi_trainer - log pi_sampler| of each token of a round, in nats, on equal weights."""
+        parts = self._restarted(self._workload.prompts_per_round)
+        groups = sample_round(parts, self._state(number)).trained_groups
+        scored, _ = with_old_logprobs(
+            parts.policy, build_steps(parts, groups), temperature=parts.loss.temperature
+        )
+        gaps = [
+            (batch.old_logprobs - batch.sampler_logprobs)[batch.mask].abs().float()
+            for step in scored
+            for batch in step.micro_batches
+        ]
+        return {"gaps": torch.cat(gaps).tolist()}
 
     def about(self) -> dict[str, Any]:
         """What has to be alike on both sides, and what was resolved here."""
@@ -164,11 +200,13 @@ class GmpoSide:
         rewards = build_rewards(config, parts.grader, given={PATTERN: pattern})
         return replace(parts, config=config, rewards=rewards)
 
-    def _update(self, parts: TrainingParts, groups: Sequence[Group]) -> RoundUpdate:
+    def _update(
+        self, parts: TrainingParts, groups: Sequence[Group], *, first_step: int
+    ) -> RoundUpdate:
         update = update_policy(
             parts,
             groups,
-            first_step=0,
+            first_step=first_step,
             may_trust_sampler=self._may_trust_sampler,
             measures_cosine=False,
         )
@@ -240,31 +278,32 @@ def with_sgd(parts: TrainingParts, learning_rate: float) -> TrainingParts:
     return replace(parts, optimizer=cast(Any, Sgd(parts.policy, learning_rate)))
 
 
-def recipe(workload: Workload, dtype: str) -> RunConfig:
+def recipe(workload: Workload, dtype: str, changes: Changes) -> RunConfig:
     """A run of the workload with TRL's constants where the two differ by default."""
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"name": workload.model, "device": "cpu", "dtype": dtype},
+        "task": {
+            "kind": "given",
+            "train_items": len(training_prompts(workload.prompts)),
+            "digest": workload.name,
+        },
+        "sampling": {
+            "group_size": workload.group_size,
+            "prompts_per_round": workload.prompts_per_round,
+            "max_new_tokens": workload.max_new_tokens,
+            "max_length": min(4096, context_length(workload.model)),
+        },
+        "objective": {"advantage_eps": ADVANTAGE_EPS},
+        "training": {
+            "steps_per_round": STEPS_PER_ROUND,
+            "learning_rate": workload.learning_rate,
+            "adam_beta2": 0.999,
+            "seed": workload.seed,
+        },
+        "evaluation": {"every_rounds": 0, "few_shot": 0, "sampled": False},
+    }
     return RunConfig.model_validate(
-        {
-            "model": {"name": workload.model, "device": "cpu", "dtype": dtype},
-            "task": {
-                "kind": "given",
-                "train_items": len(training_prompts(workload.prompts)),
-                "digest": workload.name,
-            },
-            "sampling": {
-                "group_size": workload.group_size,
-                "prompts_per_round": workload.prompts_per_round,
-                "max_new_tokens": workload.max_new_tokens,
-                "max_length": min(4096, context_length(workload.model)),
-            },
-            "objective": {"advantage_eps": ADVANTAGE_EPS},
-            "training": {
-                "steps_per_round": STEPS_PER_ROUND,
-                "learning_rate": workload.learning_rate,
-                "adam_beta2": 0.999,
-                "seed": SEED,
-            },
-            "evaluation": {"every_rounds": 0, "few_shot": 0, "sampled": False},
-        }
+        tables | {name: tables[name] | dict(of_table) for name, of_table in changes.items()}
     )
 
 
@@ -325,7 +364,14 @@ def with_sampler_logprobs(parts: TrainingParts, groups: Sequence[Group]) -> list
 
 
 def commands_of(side: GmpoSide) -> dict[str, Callable[..., dict[str, Any]]]:
-    return {"round": side.round, "replay": side.replay, "about": side.about}
+    return {
+        "round": side.round,
+        "replay": side.replay,
+        "mismatch": side.mismatch,
+        "about": side.about,
+        "learn": side.learn,
+        "save": side.save,
+    }
 
 
 def main(settings: Mapping[str, Any]) -> None:
@@ -334,6 +380,7 @@ def main(settings: Mapping[str, Any]) -> None:
         Workload(**settings["workload"]),
         settings["dtype"],
         Scratch(folder=Path(settings["scratch"])),
+        settings.get("changes"),
     )
     serve(commands_of(side))
     side.close()

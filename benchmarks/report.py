@@ -39,9 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content]]:
-    """Name, file and figures of every variant that has pairs."""
+def sections(contents: Sequence[Content]) -> Iterator[Content]:
+    """Each file's own figures, then those of its section of fp32, where there are any."""
     for content in contents:
+        if "setting" in content:
+            yield content
+        if "fp32" in content:
+            yield content["fp32"]
+
+
+def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content]]:
+    """Name, section and figures of every variant that has pairs."""
+    for content in sections(contents):
         for variant, figures in content.get("variants", {}).items():
             if figures["pairs"]:
                 workload = content["setting"]["workload"]["name"]
@@ -68,7 +77,7 @@ def print_table(contents: Sequence[Content], console: Console | None = None) -> 
     console = console or Console(width=150)
     console.print(table)
     console.print("peak memory is gmpo / TRL; updates are of the same completions")
-    for content in contents:
+    for content in sections(contents):
         if "refused" in content:
             console.print(f"{content['setting']['workload']['name']} refused: {content['refused']}")
 

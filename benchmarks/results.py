@@ -46,30 +46,37 @@ class Results:
     Args:
         path: of the JSON file; what it holds already is gone on with.
         setting: what was asked and what makes the samples; another one in the file is refused.
+        section: key under which they stand in the file, with a setting of their own; None is the
+            file itself.
+
+    Attributes:
+        content: the samples and their setting, to be changed in place.
+        whole: everything that the file holds.
 
     Raises:
-        OtherBenchmark: the file is of another setting, which is named.
+        OtherBenchmark: the samples are of another setting, which is named.
     """
 
-    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, setting: Mapping[str, Any], *, section: str | None = None
+    ) -> None:
         self._path = path
         # As it will be read back: tuples are lists there.
         setting = json.loads(json.dumps(setting))
-        self.content: dict[str, Any] = {"setting": setting}
-        if path.is_file():
-            self.content = json.loads(path.read_text())
-            changed = differences(self.content["setting"], setting)
-            if changed:
-                raise OtherBenchmark(
-                    f"{path} was made with something else: {'; '.join(changed)}; name a new file, "
-                    "or remove it"
-                )
+        self.whole: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.content = self.whole if section is None else self.whole.setdefault(section, {})
+        changed = differences(self.content.setdefault("setting", setting), setting)
+        if changed:
+            raise OtherBenchmark(
+                f"{path} was made with something else: {'; '.join(changed)}; name a new file, "
+                "or remove it"
+            )
 
     def save(self) -> None:
         """Whole or not at all."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.whole, indent=1) + "\n")
         os.replace(partial, self._path)
 
 

@@ -6,9 +6,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -83,9 +84,17 @@ class TimedTrainer(GMPOTrainer):
 
 
 class StepClock(TrainerCallback):
-    """When the last optimizer step ended."""
+    """When the last optimizer step ended; before, it may set the step size of each."""
 
     ended = 0.0
+    learning_rates: Sequence[float] = ()
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        if self.learning_rates:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rates[state.global_step]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.ended = time.perf_counter()
@@ -138,12 +147,34 @@ class TrlSide:
         """
         self._restart(number, live_groups)
         self._choose_optimizer(sgd_learning_rate)
+        figures = self._played()
+        self._sampled_rows().write(self._scratch.completions)
+        save_weights(self._update(), self._scratch.update)
+        return figures
+
+    def learn(self, *, number: int, learning_rates: Sequence[float]) -> dict[str, Any]:
+        """The next round of a run that learns: it begins with the weights of the one before.
+
+        Args:
+            number: of the round, which decides the prompts.
+            learning_rates: of its steps.
+        """
+        self._ask(number, None)
+        self._clock.learning_rates = learning_rates
+        return self._played()
+
+    def save(self) -> dict[str, Any]:
+        """Leave the weights in the scratch folder."""
+        weights = self._trainer.model.named_parameters()
+        save_weights({name: w.detach().float() for name, w in weights}, self._scratch.learned)
+        return {}
+
+    def _played(self) -> dict[str, Any]:
+        """Train one round; its figures."""
         forget_peak_memory()
         self._trainer.train()
         peak = peak_memory_gib()
         rows = self._sampled_rows()
-        rows.write(self._scratch.completions)
-        save_weights(self._update(), self._scratch.update)
         marks, ended = self._trainer.marks, self._clock.ended
         return {
             "rollout_seconds": marks["generated"] - marks["start"],
@@ -151,6 +182,7 @@ class TrlSide:
             "update_seconds": ended - marks["rewarded"],
             "round_seconds": ended - marks["start"],
             "tokens": rows.num_tokens,
+            "prompt_tokens": mean(map(len, rows.prompt_ids)),
             "live_share": rows.live_share(self._workload.group_size),
             "mean_reward": sum(rows.rewards) / len(rows.rewards),
             "peak_gib": peak,
@@ -162,16 +194,20 @@ class TrlSide:
 
     def _restart(self, number: int, live_groups: int | None) -> None:
         """The first weights again."""
-        self._prompts = prompts_of(self._workload, number)
-        self._live_groups = live_groups
-        self._trainer.train_dataset = self._dataset()
+        self._ask(number, live_groups)
         model = self._trainer.model
         model.to(self._dtype)  # continuous batching leaves a model in bf16
         with torch.no_grad():
             start = load_weights(self._scratch.start)
             for name, weight in model.named_parameters():
                 weight.copy_(start[name])
-        torch.manual_seed(number)
+
+    def _ask(self, number: int, live_groups: int | None) -> None:
+        """The round's prompts, rewards and randomness."""
+        self._prompts = prompts_of(self._workload, number)
+        self._live_groups = live_groups
+        self._trainer.train_dataset = self._dataset()
+        torch.manual_seed(1000 * self._workload.seed + number)
 
     def _choose_optimizer(self, sgd_learning_rate: float | None) -> None:
         """A fresh one: the trainer makes its own AdamW where it has none."""
@@ -238,6 +274,10 @@ def trl_arguments(workload: Workload, setup: TrlSetup, folder: str) -> GMPOConfi
         bf16=PRECISIONS[setup.precision][1],
         learning_rate=workload.learning_rate,
         max_completion_length=workload.max_new_tokens,
+        # Keeps the end tokens from being drawn before.
+        generation_kwargs=(
+            {"min_new_tokens": workload.max_new_tokens} if workload.ignores_end else None
+        ),
         num_generations=workload.group_size,
         per_device_train_batch_size=workload.rows_per_step,
         max_steps=STEPS_PER_ROUND,
@@ -259,6 +299,10 @@ def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
+def commands_of(side: TrlSide) -> dict[str, Callable[..., dict[str, Any]]]:
+    return {"round": side.round, "about": side.about, "learn": side.learn, "save": side.save}
+
+
 def main(settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     keep_rows_in_order()
@@ -269,7 +313,7 @@ def main(settings: Mapping[str, Any]) -> None:
             Scratch(folder=Path(settings["scratch"])),
             folder,
         )
-        serve({"round": side.round, "about": side.about})
+        serve(commands_of(side))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ TRL runs in its best setting without vLLM, found by a short trial. Times are com
 both sides move the weights alike on the same completions. An interrupted run goes on where it was.
 
     python -m benchmarks.vs_trl --workload short --json docs/results/vs_trl/short.json
+
+With --dtype fp32 the file gets a section "fp32", so that its figures stand beside those of bf16.
+With --live-shares 3 it gets the update's seconds by the share of live groups, 3 times each.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from benchmarks.comparison import (
     warm_up,
 )
 from benchmarks.exchange import Scratch, write_start
+from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
 from benchmarks.ratios import UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "made_with": made_with(threads=arguments.threads),
     }
     try:
-        results = Results(arguments.json, setting)
+        results = Results(arguments.json, setting, section=section_of(arguments.dtype))
         compare(arguments, workload, results)
     except (OtherBenchmark, WorkerFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,13 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UpdatesDiffer as refusal:
         # Ratios of unequal work must not lie about as results.
         results.content.pop("variants", None)
+        results.content.pop("live_shares", None)
         results.content["refused"] = str(refusal)
         results.save()
         print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
-    print_table([results.content])
-    draw([results.content], arguments.json.with_suffix(".png"))
+    print_table([results.whole])
+    draw([results.whole], arguments.json.with_suffix(".png"))
+    if points := results.content.get("live_shares"):
+        print_live_shares(points)
+        draw_live_shares(points, plot_of_shares(arguments))
     return 0
+
+
+def section_of(dtype: str) -> str | None:
+    """Where the figures of gmpo's dtype stand in the file."""
+    return "fp32" if dtype == "fp32" else None
+
+
+def plot_of_shares(arguments: argparse.Namespace) -> Path:
+    file: Path = arguments.json
+    section = section_of(arguments.dtype)
+    return file.with_name("-".join(filter(None, (file.stem, section, "live_shares"))) + ".png")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +94,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of gmpo; auto, its default, meets TRL's best of all, fp32 and bf16 TRL's best there",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--live-shares",
+        type=int,
+        default=0,
+        metavar="SAMPLES",
+        help="updates of each side at every share of live groups; none unless given",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--trl", choices=setups_of("auto"), help="take this setting of TRL and hold no trial"
@@ -83,6 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.pairs < 1:
         parser.error(f"--pairs is {arguments.pairs}; at least 1 is needed")
+    if arguments.live_shares < 0:
+        parser.error(f"--live-shares is {arguments.live_shares}; 0 or more is needed")
     if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
         parser.error(
             f"--trl {arguments.trl} is not compared with --dtype {arguments.dtype}; choose from "
@@ -99,6 +127,10 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
 def compare(arguments: argparse.Namespace, workload: Workload, results: Results) -> None:
     """Trial, warm-up and pairs, as far as they are not in the file yet."""
     results.content.pop("refused", None)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         scratch = Scratch(folder=Path(folder))
         write_start(workload.model, scratch.start)
@@ -107,7 +139,7 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             dtype=arguments.dtype,
             threads=arguments.threads,
             scratch=scratch,
-            say=lambda line: print(line, flush=True),
+            say=say,
         )
         setup = arguments.trl or choose_setup(bench, results)
         if results.content.setdefault("trl_setup", setup) != setup:
@@ -118,7 +150,7 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
         with bench.trl(setup) as trl, bench.gmpo() as gmpo:
             about = gmpo.ask("about")
             results.content["gmpo_setup"] = {name: about[name] for name in ("dtype", "engine")}
-            bench.say(
+            say(
                 f"{workload.name}: TRL without vLLM as {setup} against gmpo in {about['dtype']} "
                 f"({'; '.join(about['notes']) or 'no notes'})"
             )
@@ -127,6 +159,7 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             warm_up(bench, sides, results)
             for variant in arguments.variants:
                 run_pairs(bench, sides, results, variant=variant, wanted=arguments.pairs)
+            run_live_shares(bench, sides, results, wanted=arguments.live_shares)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from gmpo.inputs import PromptStream
-from gmpo.records import Prompt
+from gmpo.records import Message, Prompt
 from gmpo.tasks import arithmetic_task, bundled_task, few_shot_prompt
 from gmpo.tasks.task import Task
 
@@ -19,6 +20,13 @@ SGD_LEARNING_RATES = {"fp32": 2e-3, "bf16": 2e-4}
 same size for every weight, also where the gradient is nothing but rounding. In bf16, whose
 gradients agree to a cosine of 0.998, the four steps of the larger rate move the policies apart:
 0.983 was measured."""
+
+FILLER_WORDS = ("apple", "river", "stone", "cloud", "green", "house", "paper", "light")
+"""Each is one token of most vocabularies, so that a prompt has as many tokens as words, and those
+of the chat template."""
+FILLER_LENGTHS = (8, 32, 96, 224, 480, 992)
+"""Words of filler prompts; 32 below the lengths that they stand for, which is what a template and
+its default system turn take."""
 
 WORKED_EXAMPLES = 7
 """Solved GSM8K problems before a long prompt's own: at least 512 tokens together."""
@@ -36,6 +44,8 @@ class Workload:
         max_new_tokens: longest completion.
         model: as `gmpo.policy.load.load_model` takes it.
         learning_rate: of AdamW.
+        ignores_end: every completion is `max_new_tokens` long.
+        seed: of the prompts' order and of what is drawn.
     """
 
     name: str
@@ -45,6 +55,8 @@ class Workload:
     max_new_tokens: int
     model: str = "smollm2-135m"
     learning_rate: float = 2e-5
+    ignores_end: bool = False
+    seed: int = SEED
 
     @property
     def rows_per_step(self) -> int:
@@ -107,7 +119,28 @@ def worked() -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {"sums": sums, "words": words, "worked": worked}
+def filler(words: int) -> Task:
+    """Prompts of so many words without a meaning, no two of which begin alike."""
+    shuffled = random.Random(SEED)
+    prompts = tuple(
+        Prompt(
+            id=f"filler{words}-{number}",
+            messages=(
+                Message(role="user", content=" ".join(shuffled.choices(FILLER_WORDS, k=words))),
+            ),
+            columns={"answer": "0"},
+        )
+        for number in range(64)
+    )
+    return Task(name=f"filler-{words}", train=prompts, held_out=(), instruction="")
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "sums": sums,
+    "words": words,
+    "worked": worked,
+    **{f"filler-{count}": functools.partial(filler, count) for count in FILLER_LENGTHS},
+}
 
 
 @functools.cache
@@ -118,16 +151,17 @@ def training_prompts(kind: str) -> tuple[Prompt, ...]:
 
 def prompts_of(workload: Workload, round_number: int) -> list[Prompt]:
     """The prompts of a round: those a run of gmpo takes then, and the other side gets too."""
-    stream = PromptStream(training_prompts(workload.prompts), seed=SEED)
+    stream = PromptStream(training_prompts(workload.prompts), seed=workload.seed)
     count = workload.prompts_per_round
     return stream.take(round_number * count, count)
 
 
 def patterned_rewards(count: int, *, group_size: int, live_groups: int) -> list[float]:
-    """1, 0, 1, 0, ... in the first `live_groups` groups and 0 in the others, whatever was said.
+    """1, 0, 1, 0, ... in `live_groups` groups and 0 in the others, whatever was said.
 
-    A group whose rewards differ is alive, so this sets how many are.
+    A group whose rewards differ is alive, so this sets how many are. They lie as far apart as they
+    can, so that every step gets its share.
     """
-    return [
-        float(row // group_size < live_groups and row % group_size % 2 == 0) for row in range(count)
-    ]
+    num_groups = count // group_size
+    live = {(place + 1) * num_groups // live_groups - 1 for place in range(live_groups)}
+    return [float(row // group_size in live and row % group_size % 2 == 0) for row in range(count)]

@@ -45,7 +45,14 @@ from gmpo.task_table import build_task
 from gmpo.tasks import Task
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
-__all__ = ["TrainingParts", "assemble", "build_evaluator", "build_parts", "build_sampler"]
+__all__ = [
+    "TrainingParts",
+    "assemble",
+    "build_decoder",
+    "build_evaluator",
+    "build_parts",
+    "build_sampler",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,17 +201,19 @@ def build_sampler(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, *, max_rows: int
 ) -> LocalSampler:
     """A sampler over the policy's own weights, as fast as its model allows."""
-    decoder: Decoder = (
-        TransformersDecoder(policy.model)
-        if policy.body is None
-        else LlamaDecoder(policy.body, max_rows=max_rows)
-    )
     return LocalSampler(
-        decoder,
+        build_decoder(policy, max_rows=max_rows),
         context_length=context_length(policy.model),
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
     )
+
+
+def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
+    """What decodes with the policy's own weights, as fast as its model allows."""
+    if policy.body is None:
+        return TransformersDecoder(policy.model)
+    return LlamaDecoder(policy.body, max_rows=max_rows)
 
 
 def _rollout_function(config: RunConfig, given: RolloutFunction | None) -> RolloutFunction | None:
@@ -317,8 +326,8 @@ def _reference(
     *,
     warn: Callable[[str], None],
 ) -> Scorer | None:
-    """The starting model, if there is a KL term: under adapters it is there already."""
-    if not config.objective.kl_coefficient:
+    """The starting model, if anything is compared with it: under adapters it is there already."""
+    if not config.needs_reference():
         return None
     return BasePolicy(policy) if policy.adapters else _frozen_policy(config, given, warn=warn)
 

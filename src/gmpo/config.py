@@ -319,7 +319,10 @@ class TrainingConfig(Table):
     gradient_cosine_every: int = Field(default=0, ge=0)
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
     a round's last step, which costs two more forward and backward passes; 0 never measures."""
-
+    kl_ref_every: int = Field(default=0, ge=0)
+    """Rounds between two measurements of `kl_ref/k3`, the KL to the starting model, on a round's
+    last step, which costs a copy of that model and a forward pass; 0 never measures. With
+    `objective.kl_coefficient` above 0 it is measured on every step anyway."""
     gradient_checkpointing: bool = False
     """Whether layers run again in the backward pass instead of keeping what they computed: the same
     gradients for less memory and more time, for long completions."""
@@ -424,6 +427,11 @@ class RunConfig(Table):
         training = self.training.model_copy(update={"refuse_beyond_memory": True})
         changes = {"description": "", "training": training, "tracking": TrackingConfig()}
         return self.model_copy(update=changes)
+
+    def needs_reference(self) -> bool:
+        """Whether the starting model is kept: for a KL term, or to measure how far away it is."""
+        measures = 0 < self.training.kl_ref_every <= self.training.rounds
+        return self.objective.kl_coefficient > 0 or measures
 
     def max_prompt_tokens(self) -> int:
         """Tokens that max_length leaves for a prompt beside the longest completion asked for."""

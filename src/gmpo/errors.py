@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "RunFolderError",
     "RunStopped",
+    "StudyError",
     "what_was_raised",
 ]
 
@@ -63,6 +64,10 @@ class ExportError(GmpoError, OSError):
 
 class RunStopped(GmpoError):
     """Training ended before its last round because it was asked to; the run can be resumed."""
+
+
+class StudyError(GmpoError):
+    """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
 
 
 def what_was_raised(error: Exception) -> str:

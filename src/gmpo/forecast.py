@@ -64,8 +64,8 @@ class Forecast:
         process_gib: what the process holds besides the model; 0 on an accelerator.
         loaded_gib: of the weights, what is held already: a model that was handed over in Python.
         weights_gib: weights; of the trained ones gradients, AdamW's moments and a compute copy if
-            bf16; the reference if there is a KL term, a second gradient if its cosine to GRPO's is
-            measured.
+            bf16; the reference if a KL to it is trained or measured, a second gradient if its
+            cosine to GRPO's is measured.
         cache_gib: the sampler's keys and values, which stay between rounds.
         update_gib: what the largest micro-batch takes for a moment.
         sampling_gib: what sampling takes for a moment.
@@ -273,7 +273,7 @@ def _memory(
     sampling, evaluation = config.sampling, config.evaluation
     weights = weight_bytes(
         shape,
-        has_reference=config.objective.kl_coefficient > 0,
+        has_reference=config.needs_reference(),
         keeps_second_gradient=0 < config.training.gradient_cosine_every <= config.training.rounds,
     )
     longest = max(lengths.trained, lengths.evaluated)

@@ -7,22 +7,33 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
+from gmpo.decoding import MixtureWeights, build_mixture_sampler, require_same_vocabulary
+from gmpo.errors import ConfigError
 from gmpo.inputs import resolve_model
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
+from gmpo.policy.score import Policy
 from gmpo.records import FinishReason, Message, Prompt
 from gmpo.rollouts import PromptRenderer, decode_text
+from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
 
-__all__ = ["Generated", "GenerationSettings", "generate"]
+__all__ = ["Generated", "GenerationSettings", "Mix", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How completions are drawn; meanings as in `SampleRequest`."""
+    """How completions are drawn; meanings as in `SampleRequest`.
+
+    Each of the `num_completions` is the one of `best_of` draws whose tokens have the largest
+    geometric mean probability.
+    """
 
     num_completions: int = 1
+    best_of: int = 1
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 0
@@ -32,8 +43,19 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A second model, and its weight in the geometric mean: 0 to 1; the first has the rest."""
+
+    name: str
+    weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generated:
-    """One completion's text, with its mean log-probability under the model in nats a token."""
+    """One completion's text, with its mean log-probability in nats a token.
+
+    The log-probability is the model's, or the mixture's, at temperature 1.
+    """
 
     text: str
     num_tokens: int
@@ -50,13 +72,15 @@ def generate(
     prompt: str,
     *,
     settings: GenerationSettings,
+    mix: Mix | None = None,
     warn: Callable[[str], None] = print,
 ) -> list[Generated]:
-    """Load a model and complete one user turn.
+    """Load a model, or two for their mixture, and complete one user turn.
 
     Raises:
         gmpo.errors.GmpoError: the model or a setting is not usable; it is named.
     """
+    _require_choice(settings)
     model = resolve_model(model)
     policy = load_policy(model.name, device=model.device, dtype=model.dtype, warn=warn)
     tokenizer = load_tokenizer(model.name)
@@ -68,11 +92,12 @@ def generate(
     )
     turn = Message(role="user", content=prompt)
     rendered = renderer.render(Prompt(id="prompt", messages=(turn,)))
-    sampler = build_sampler(policy, tokenizer, max_rows=max(1, settings.num_completions))
+    num_draws = settings.num_completions * settings.best_of
+    sampler = _sampler(policy, tokenizer, model, mix, max_rows=max(1, num_draws), warn=warn)
     request = SampleRequest(
         id="prompt",
         token_ids=rendered.token_ids or (),
-        num_completions=settings.num_completions,
+        num_completions=num_draws,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -81,7 +106,7 @@ def generate(
         stop_strings=settings.stop_strings,
         key=(settings.seed,),
     )
-    return [
+    drawn = [
         Generated(
             text=decode_text(tokenizer, completion.token_ids.tolist()),
             num_tokens=len(completion.token_ids),
@@ -90,3 +115,49 @@ def generate(
         )
         for completion in complete(sampler, [request])["prompt"]
     ]
+    blocks = range(0, num_draws, settings.best_of)
+    return [
+        max(drawn[first : first + settings.best_of], key=lambda one: one.mean_logprob)
+        for first in blocks
+    ]
+
+
+def _require_choice(settings: GenerationSettings) -> None:
+    """Refuse a choice among nothing, or among draws that are all alike."""
+    if settings.best_of < 1:
+        raise ConfigError(
+            f"best_of is {settings.best_of}; it must be at least 1, which is no choice"
+        )
+    if settings.best_of > 1 and settings.temperature == 0:
+        raise ConfigError(
+            f"best_of is {settings.best_of} and temperature 0: greedy draws are all alike; set a "
+            "temperature above 0, or best_of to 1"
+        )
+
+
+def _sampler(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    mix: Mix | None,
+    *,
+    max_rows: int,
+    warn: Callable[[str], None],
+) -> LocalSampler:
+    """Of one model, or of two on the same device and in the same precision."""
+    if mix is None:
+        return build_sampler(policy, tokenizer, max_rows=max_rows)
+    if not 0 <= mix.weight <= 1:
+        raise ConfigError(
+            f"weight of the second model is {mix.weight}; it must lie in [0, 1], and the first "
+            "model has the rest"
+        )
+    require_same_vocabulary(tokenizer, load_tokenizer(mix.name))
+    other = load_policy(mix.name, device=model.device, dtype=model.dtype, warn=warn)
+    return build_mixture_sampler(
+        policy,
+        other,
+        tokenizer,
+        weights=MixtureWeights(first=1 - mix.weight, second=mix.weight),
+        max_rows=max_rows,
+    )

@@ -17,6 +17,7 @@ from gmpo.errors import ConfigError
 from gmpo.task_config import TaskConfig
 
 __all__ = [
+    "apply_override",
     "bundled_recipes",
     "dump_recipe",
     "explain_settings",
@@ -50,7 +51,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     table = _parse(_recipe_text(source), source=str(source))
     for override in overrides:
-        _apply_override(table, override)
+        apply_override(table, override)
     return recipe_of_table(table, source=str(source))
 
 
@@ -136,7 +137,12 @@ def _parse(text: str, *, source: str) -> dict[str, Any]:
         raise ConfigError(f"recipe {source} is not valid TOML: {error}") from None
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set what `table.key=value` says in a nested table; the value is TOML, or else a text.
+
+    Raises:
+        ConfigError: it has not that form, or what should hold the key is a value.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -56,6 +56,7 @@ def update_policy(
     first_step: int,
     may_trust_sampler: bool,
     measures_cosine: bool,
+    measures_kl_ref: bool = False,
 ) -> RoundUpdate:
     """Move the policy by the round's optimizer steps, whose old policy is the one at its start.
 
@@ -65,11 +66,10 @@ def update_policy(
         first_step: optimizer steps done before, for the step-size schedule.
         may_trust_sampler: whether the last mismatch allows the sampler's log-probabilities.
         measures_cosine: whether to measure the gradient's cosine to GRPO's on the last step.
+        measures_kl_ref: whether to measure the KL to the starting model on the last step, if there
+            is no KL term, which measures it on all.
     """
-    steps = build_steps(parts, groups)
-    if parts.reference is not None:
-        temperature = parts.loss.temperature
-        steps = with_reference_logprobs(parts.reference, steps, temperature=temperature)
+    steps = _with_reference(parts, build_steps(parts, groups), measures_kl_ref=measures_kl_ref)
     trusts_sampler = (
         may_trust_sampler
         and parts.config.training.engine == "fast"
@@ -85,6 +85,19 @@ def update_policy(
         measures_cosine=measures_cosine,
         trusts_sampler=trusts_sampler,
     )
+
+
+def _with_reference(
+    parts: TrainingParts, steps: list[StepBatch], *, measures_kl_ref: bool
+) -> list[StepBatch]:
+    """Steps with the reference's log-probabilities where the loss or a measurement needs them."""
+    if parts.reference is None:
+        return steps
+    has_term = parts.loss.kl_coefficient > 0
+    first = 0 if has_term else len(steps) - 1 if measures_kl_ref else len(steps)
+    temperature = parts.loss.temperature
+    compared = with_reference_logprobs(parts.reference, steps[first:], temperature=temperature)
+    return [*steps[:first], *compared]
 
 
 def build_steps(parts: TrainingParts, groups: Sequence[Group]) -> list[StepBatch]:

@@ -138,14 +138,14 @@ def _run_round(
     """Sample once, reward, update several times, publish the weights; what there is to tell."""
     sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
-    every = parts.config.training.gradient_cosine_every
-    done = state.round + 1
+    training, done = parts.config.training, state.round + 1
     update = update_policy(
         parts,
         sampled.trained_groups,
         first_step=state.step,
         may_trust_sampler=state.mismatch_is_small is not False,
-        measures_cosine=every > 0 and done % every == 0,
+        measures_cosine=_is_due(done, training.gradient_cosine_every),
+        measures_kl_ref=_is_due(done, training.kl_ref_every),
     )
     state = _after(state, sampled, update)
     parts.publish_weights(state.step)
@@ -166,6 +166,10 @@ def _standing(stage: str, parts: TrainingParts, state: TrainingState) -> Report:
     """How far the run has come."""
     epoch = state.prompts_taken / len(parts.prompts)
     return Report(stage=stage, round=state.round, step=state.step, epoch=epoch)
+
+
+def _is_due(round_number: int, every: int) -> bool:
+    return every > 0 and round_number % every == 0
 
 
 def _rollouts(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:

@@ -79,8 +79,9 @@ class Mismatch:
 class StepMeasures:
     """What one step's gradient was made of.
 
-    `loss`, `kl_ref_k3` and `entropy` are means over the step's rollouts, in nats where they have a
-    unit; `mismatch` is None on a step without live rows.
+    `loss` and `entropy` are means over the step's rollouts, `kl_ref_k3` over the rows that were
+    run, which with a KL term are the same; in nats where they have a unit. `mismatch` is None on a
+    step without live rows.
     """
 
     loss: float
@@ -302,7 +303,7 @@ class _Tally:
             terms=tuple(self.terms),
             masks=tuple(self.masks),
             row_names=tuple(self.row_names),
-            kl_ref_k3=self.kl_ref_k3 / num_rollouts if self.has_reference else None,
+            kl_ref_k3=self.kl_ref_k3 / len(self.row_names) if self.has_reference else None,
             entropy=self.entropy / num_rollouts if self.has_entropy else None,
             mismatch=self.mismatch(),
         )
@@ -318,7 +319,8 @@ def _with_regularisers(
         kl_ref = token_mean(divergence, mask=batch.mask)
         tally.has_reference = True
         tally.kl_ref_k3 += float(kl_ref.detach().sum())
-        losses = losses + settings.kl_coefficient * kl_ref
+        if settings.kl_coefficient:  # without, it is only measured
+            losses = losses + settings.kl_coefficient * kl_ref
     if scores.entropy is not None:
         entropy = token_mean(scores.entropy, mask=batch.mask)
         tally.has_entropy = True

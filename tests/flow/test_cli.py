@@ -304,6 +304,18 @@ def test_greedy_sampling_does_not_depend_on_the_seed(model: str):
     assert gmpo(*arguments, "1").stdout == gmpo(*arguments, "2").stdout
 
 
+def test_a_run_is_mixed_with_its_base_and_the_best_of_several_is_taken(finished: Path, model: str):
+    arguments = ("hi", *FP32, "--max-tokens", "12", "--temperature", "1")
+    alone = [gmpo("sample", name, *arguments).stdout for name in (model, finished)]
+    only_run = gmpo("sample", model, *arguments, "--mix", finished, "--weight", "1")
+    assert (only_run.stdout, only_run.exit_code) == (alone[1], 0)
+    assert gmpo("sample", model, *arguments, "--best-of", "1").stdout == alone[0]
+    best = json.loads(gmpo("sample", model, *arguments, "--best-of", "8", "--json").stdout)
+    drawn = json.loads(gmpo("sample", model, *arguments, "-n", "8", "--json").stdout)
+    most = max(drawn["completions"], key=lambda one: one["mean_logprob"])
+    assert best["completions"] == [most]
+
+
 def test_a_run_folder_is_sampled_by_its_newest_checkpoint(finished: Path):
     checkpoint = latest_checkpoint(finished / "checkpoints")
     arguments = ("hi", "--max-tokens", "20", *FP32)
@@ -336,6 +348,8 @@ def test_a_run_is_sampled_with_the_system_turn_it_was_trained_with(finished: Pat
         (("--dtype", "fp16"), "--dtype is 'fp16'; allowed: fp32, bf16, auto"),
         (("--top-k", "-1"), "top_k -1 must be 0 (off) or more"),
         (("--max-tokens", "255"), "max_tokens 255 exceed the model's context of 256"),
+        (("--weight", "0.3"), "--weight 0.3 is that of a second model; name it with --mix"),
+        (("--best-of", "2", "--temperature", "0"), "greedy draws are all alike"),
     ],
 )
 def test_a_setting_that_cannot_be_sampled_is_refused(

@@ -13,6 +13,7 @@ from benchmarks import vs_trl
 from benchmarks.comparison import Bench, Sides, run_pairs, setups_of, warm_up
 from benchmarks.exchange import SampledRows, Scratch, write_start
 from benchmarks.gmpo_side import GmpoSide
+from benchmarks.live_shares import run_live_shares
 from benchmarks.ratios import RATIOS, UpdatesDiffer
 from benchmarks.results import Results
 from benchmarks.trl_side import TrlSetup, TrlSide, keep_rows_in_order
@@ -138,6 +139,21 @@ def test_a_pair_with_another_update_is_refused_and_leaves_no_ratio(tiny: Tiny, t
     assert results.content["variants"]["no_dead"] == {"pairs": []}
 
 
+def test_updates_by_live_groups_are_of_the_same_completions_and_go_on(tiny: Tiny, tmp_path: Path):
+    path = tmp_path / "out.json"
+    run_live_shares(tiny.bench, tiny.sides, Results(path, {}), wanted=1)
+    first = json.loads(path.read_text())["live_shares"]
+    # 4 groups: an eighth of them is none.
+    assert list(first) == ["1/4", "2/4", "4/4"]
+    samples = [point["samples"][0] for point in first.values()]
+    assert len({sample["tokens"] for sample in samples}) == 1
+    assert all(sample["difference"] <= 1e-2 for sample in samples)
+    assert all(sample["trl_seconds"] > 0 and sample["gmpo_seconds"] > 0 for sample in samples)
+    tiny.trl.asked.clear()
+    run_live_shares(tiny.bench, tiny.sides, Results(path, {}), wanted=1)
+    assert tiny.trl.asked == []
+
+
 def test_an_interrupted_run_goes_on_with_the_pairs_it_has(tiny: Tiny, tmp_path: Path):
     path = tmp_path / "out.json"
     run_pairs(tiny.bench, tiny.sides, Results(path, {}), variant="no_dead", wanted=1)
@@ -163,9 +179,13 @@ def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
     model = save_tiny(tmp_path / "model")
     command = ["--workload", "short", "--model", model, "--json", str(path), "--pairs", "1"]
     command += ["--dtype", "fp32", "--threads", "1", "--variants", "no_dead"]
+    command += ["--live-shares", "1"]
     assert vs_trl.main([*command, "--trl", "fp32/generate"]) == 0
-    assert "TRL without vLLM" in capsys.readouterr().out
-    content = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    assert "TRL without vLLM" in printed and "update seconds by live groups" in printed
+    content = json.loads(path.read_text())["fp32"]
+    assert list(content["live_shares"]) == ["1/8", "2/8", "4/8", "8/8"]
+    assert path.with_name("short-fp32-live_shares.png").is_file()
     entry = content["variants"]["no_dead"]
     assert all(entry[f"{ratio}_median"] > 0 for ratio in RATIOS)
     assert entry["memory_ratio"] > 0 and len(entry["pairs"]) == 1

@@ -52,6 +52,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
         "plots",
+        "stability",
+        "comparison",
         "evaluation",
         "reward_table",
         "task_table",
@@ -67,7 +69,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trainer_config",
         "callbacks",
         "trainer",
+        "study_plan",
         "study",
+        "study_report",
+        "study_tables",
+        "study_plots",
+        "study_html",
+        "decoding",
         "generation",
         "export",
         "inspection",
@@ -139,6 +147,8 @@ TORCH_FREE = (
     "gmpo.grading",
     "gmpo.rewards",
     "gmpo.plots",
+    "gmpo.stability",
+    "gmpo.comparison",
     "gmpo.inspection",
     "gmpo.run_tables",
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import live_shares
 from benchmarks.exchange import SampledRows
 from benchmarks.ratios import (
     BF16_BOUNDS,
@@ -114,11 +115,18 @@ def test_a_refusal_names_figure_and_bound():
 
 
 def test_patterned_rewards_set_how_many_groups_are_alive():
-    # 3 groups of 4, of which 2 live.
+    # 3 groups of 4, of which 2 live: those at 1 * 3 // 2 - 1 = 0 and at 2 * 3 // 2 - 1 = 2.
     rewards = patterned_rewards(12, group_size=4, live_groups=2)
-    assert rewards == [1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0]
+    assert rewards == [1, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1, 0]
     rows = SampledRows(prompt_ids=[], completion_ids=[], rewards=rewards)
     assert rows.live_share(4) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("live", "places"), [(1, [7]), (2, [3, 7]), (4, [1, 3, 5, 7]), (0, [])])
+def test_live_groups_are_spread_over_the_steps(live: int, places: list[int]):
+    # 8 groups of 2 in 4 steps of 2 groups.
+    rewards = patterned_rewards(16, group_size=2, live_groups=live)
+    assert [place for place in range(8) if rewards[2 * place]] == places
 
 
 @pytest.mark.parametrize("name", list(WORKLOADS))
@@ -159,6 +167,24 @@ def test_results_of_another_setting_are_refused_by_name(tmp_path: Path):
         Results(path, {"made_with": {"commit": "b", "torch": "2"}, "dtype": "auto"})
 
 
+def test_a_section_has_a_setting_of_its_own_and_leaves_the_rest_of_the_file(tmp_path: Path):
+    path = tmp_path / "short.json"
+    whole = Results(path, {"dtype": "auto"})
+    whole.content["variants"] = {}
+    whole.save()
+    part = Results(path, {"dtype": "fp32"}, section="fp32")
+    part.content["trl_setup"] = "fp32/generate"
+    part.save()
+    assert json.loads(path.read_text()) == {
+        "setting": {"dtype": "auto"},
+        "variants": {},
+        "fp32": {"setting": {"dtype": "fp32"}, "trl_setup": "fp32/generate"},
+    }
+    with pytest.raises(OtherBenchmark, match="dtype was fp32, is bf16"):
+        Results(path, {"dtype": "bf16"}, section="fp32")
+    assert Results(path, {"dtype": "auto"}).content["fp32"]["trl_setup"] == "fp32/generate"
+
+
 def test_differences_name_what_is_only_on_one_side():
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "d": 4}) == [
         "a.b was 1, is 3",
@@ -195,6 +221,40 @@ def test_table_and_plot_show_every_variant_that_has_pairs(tmp_path: Path):
     assert "as_sampled" not in text.getvalue()
     draw(contents, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_fp32_stand_beside_those_of_the_same_file(tmp_path: Path):
+    both = content([pair(trl_round=40.0, gmpo_round=8.0)])
+    only = {"fp32": content([pair(trl_round=60.0, gmpo_round=20.0)])}
+    both["fp32"] = only["fp32"]
+    text = StringIO()
+    print_table([both, only], Console(file=text, width=200))
+    found = [text.getvalue().count(ratio) for ratio in ("5.00 (5.00-5.00)", "3.00 (3.00-3.00)")]
+    assert found == [1, 2]
+    draw([both, only], tmp_path / "plot.png")
+
+
+def test_a_point_of_live_groups_has_seconds_and_ratios_of_its_samples(tmp_path: Path):
+    samples = [
+        {"trl_seconds": 20.0, "gmpo_seconds": 2.0},  # 10
+        {"trl_seconds": 18.0, "gmpo_seconds": 3.0},  # 6
+    ]
+    figures = live_shares.summary(samples)
+    assert figures["update_ratio"] == {"median": 8.0, "min": 6.0, "max": 10.0}
+    assert figures["trl_update_seconds"] == {"median": 19.0, "min": 18.0, "max": 20.0}
+    points = {"1/8": {"samples": samples, **figures}, "8/8": {"samples": []}}
+    text = StringIO()
+    live_shares.print_live_shares(points, Console(file=text, width=120))
+    assert "8.00 (6.00-10.00)" in text.getvalue() and "8/8" not in text.getvalue()
+    live_shares.draw_live_shares(points, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "counts"), [(8, [1, 2, 4, 8]), (4, [1, 2, 4]), (16, [2, 4, 8, 16])]
+)
+def test_only_shares_that_are_whole_groups_are_measured(prompts: int, counts: list[int]):
+    assert live_shares.live_counts(prompts) == counts
 
 
 def test_a_refused_workload_is_said_so():

@@ -72,6 +72,8 @@ def test_what_adds_copies_of_the_weights_adds_memory(model: str):
     never = forecast(tiny_recipe(model, training__gradient_cosine_every=3)).weights_gib
     assert never == plain
     assert with_reference == with_cosine == plain * 20 / 16
+    assert forecast(tiny_recipe(model, training__kl_ref_every=2)).weights_gib == with_reference
+    assert forecast(tiny_recipe(model, training__kl_ref_every=3)).weights_gib == plain
     narrow = forecast(tiny_recipe(model, model__dtype="bf16")).weights_gib
     assert narrow == plain * 18 / 16  # the compute copy
 

@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from gmpo.cli.compare import compare
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, evaluate, sample, export, inspect, models):
+for _command in (train, compare, evaluate, sample, export, inspect, models):
     app.command()(_command)
 
 

@@ -11,12 +11,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.errors import ConfigError, GmpoError, RunStopped
+from gmpo.errors import ConfigError, GmpoError, NonFiniteError, RunStopped
 
 __all__ = ["JsonOption", "SetOption", "model_name", "refuses_clearly", "say", "warn"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+
+_DIVERGED = 3
+"""Exit code of a run that ended because a value that counts was not finite."""
 
 _STOPPED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
@@ -28,7 +31,10 @@ SetOption = Annotated[
 
 
 def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Print the project's own errors as one line and exit with 2, or 130 for a stop asked for."""
+    """Print the project's own errors as one line and exit with 2, 3 or 130.
+
+    2 is a mistake or a failure, 3 a run that diverged, 130 a stop that was asked for.
+    """
 
     @wraps(command)
     def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -39,7 +45,7 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
             raise typer.Exit(_STOPPED) from None
         except GmpoError as error:
             say("error", str(error), style="red")
-            raise typer.Exit(2) from None
+            raise typer.Exit(_DIVERGED if isinstance(error, NonFiniteError) else 2) from None
 
     return wrapped
 

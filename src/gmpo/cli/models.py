@@ -41,6 +41,15 @@ def sample(
     model: Annotated[str, typer.Argument(help="Model name, model folder, or run folder.")],
     prompt: Annotated[str, typer.Argument(help="The user's turn, or '-' to read it from stdin.")],
     count: Annotated[int, typer.Option("-n", "--count", help="Completions.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(help="Draws a completion is chosen from, by its tokens' probability.")
+    ] = 1,
+    mix: Annotated[
+        str | None, typer.Option(help="Second model: draw from the geometric mean of both.")
+    ] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Of --mix in the mean, 0 to 1; 0.5 by default.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Smallest set of this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="The k likeliest tokens; 0 is all.")] = 0,
@@ -53,13 +62,14 @@ def sample(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Complete one prompt."""
-    from gmpo.generation import GenerationSettings, generate
+    """Complete one prompt, with one model or with the geometric mean of two."""
+    from gmpo.generation import GenerationSettings, Mix, generate
     from gmpo.run_tables import visible
 
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = GenerationSettings(
         num_completions=count,
+        best_of=best_of,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -67,7 +77,12 @@ def sample(
         stop_strings=tuple(stop or ()),
         seed=seed,
     )
-    generated = generate(_model_config(model, system, dtype), text, settings=settings, warn=warn)
+    if weight is not None and mix is None:
+        raise ConfigError(f"--weight {weight:g} is that of a second model; name it with --mix")
+    config = _model_config(model, system, dtype)
+    share = 0.5 if weight is None else weight
+    second = None if mix is None else Mix(name=model_name(mix), weight=share)
+    generated = generate(config, text, settings=settings, mix=second, warn=warn)
     if as_json:
         print(json.dumps({"completions": [completion.as_dict() for completion in generated]}))
         return

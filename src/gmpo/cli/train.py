@@ -37,9 +37,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print recipe and forecast; train nothing.")
     ] = False,
+    plots: Annotated[bool, typer.Option(help="Draw PNG plots into RUN/plots.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe and show what it learned on held-out items."""
+    from gmpo.inspection import summarize_run
+
     source = _recipe_source(recipe, run, resume=resume)
     config = load_recipe(source, overrides or ())
     if dry_run:
@@ -49,7 +52,8 @@ def train(
     console = Console(stderr=as_json)
     started = time.perf_counter()
     result = _train_with_display(config, folder, resume=resume, console=console)
-    summary, plots = _summary_and_plots(result.folder)
+    summary = summarize_run(result.folder)
+    drawn = _draw(result.folder) if plots else []
     seconds = time.perf_counter() - started
     outcome = {
         "run": str(result.folder),
@@ -58,12 +62,12 @@ def train(
         "before": [evaluation.as_dict() for evaluation in result.before],
         "after": [evaluation.as_dict() for evaluation in result.after],
         "summary": summary.as_dict(),
-        "plots": [str(plot) for plot in plots],
+        "plots": [str(plot) for plot in drawn],
     }
     if as_json:
         print(json.dumps(outcome))
         return
-    _show_outcome(console, result, summary, seconds=seconds)
+    _show_outcome(console, result, summary, seconds=seconds, has_plots=plots)
 
 
 def _recipe_source(recipe: str | None, run: str | None, *, resume: bool) -> str | Path:
@@ -108,14 +112,19 @@ def _train_with_display(
 
 
 def _show_outcome(
-    console: Console, result: TrainingResult, summary: RunSummary, *, seconds: float
+    console: Console,
+    result: TrainingResult,
+    summary: RunSummary,
+    *,
+    seconds: float,
+    has_plots: bool,
 ) -> None:
     from gmpo.run_tables import render_summary
 
     console.print(render_summary(summary))
     console.print(f"{seconds / 60:.1f} minutes in all")
     for line in (
-        f"plots:      {result.folder / 'plots'}",
+        *([f"plots:      {result.folder / 'plots'}"] if has_plots else []),
         f"checkpoint: {result.checkpoint}",
         f"next:       gmpo inspect {result.folder} --group 1",
     ):
@@ -126,11 +135,10 @@ def _show_outcome(
         print(f"held-out {measure}: before {best:.3f}, after {result.after[0].mean:.3f}")
 
 
-def _summary_and_plots(folder: Path) -> tuple[RunSummary, list[Path]]:
-    from gmpo.inspection import summarize_run
+def _draw(folder: Path) -> list[Path]:
     from gmpo.plots import plot_run
 
-    return summarize_run(folder), plot_run(folder, folder / "plots")
+    return plot_run(folder, folder / "plots")
 
 
 def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:

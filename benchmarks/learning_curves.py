@@ -1,0 +1,214 @@
+"""Do `engine = "fast"` and `"plain"` learn alike? Rewards by round on the quick start, by seed.
+
+Every seed is trained with either engine, with the same prompts and random numbers; both learn in
+the recipe's own loop. The difference of rewards (fast minus plain) is taken round by round and
+seed by seed. The engines are said to agree if the 95 % interval of the mean difference over seeds,
+each seed's averaged over its rounds, contains 0 and is no wider than `--widest`. Intervals of
+single rounds are shown and decide nothing: one in twenty misses 0 by chance.
+
+Resumable: a finished run is read and an unfinished one goes on from its newest checkpoint.
+
+    python -m benchmarks.learning_curves --json docs/results/learning_curves.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+from scripts.seeds import is_finished
+
+from benchmarks.results import OtherBenchmark, Results
+from gmpo.tracking import provenance, read_lines
+
+ENGINES = ("fast", "plain")
+LEAST_SEEDS = 2
+"""Below, there is no interval over seeds."""
+
+
+class RunFailed(RuntimeError):
+    """A training run ended with an error, which stands above."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    setting = {
+        "recipe": arguments.recipe,
+        "overrides": overrides_of(arguments),
+        "rounds": arguments.rounds,
+        "widest": arguments.widest,
+        "made_with": provenance(),
+    }
+    try:
+        results = Results(arguments.json, setting)
+        curves: dict[str, Any] = results.content.setdefault("rewards", {})
+        for seed in arguments.seeds:
+            for engine in ENGINES:
+                if f"{engine}/{seed}" not in curves:
+                    curves[f"{engine}/{seed}"] = trained(engine, seed, arguments)
+                    results.save()
+    except (OtherBenchmark, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results.content["comparison"] = compared(curves, widest=arguments.widest)
+    results.save()
+    print_tables(results.content["comparison"])
+    draw(curves, arguments.json.with_suffix(".png"))
+    return 0 if results.content["comparison"]["agree"] else 3
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--recipe", default="quickstart", help="bundled name or path")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--widest", type=float, default=0.1, help="interval that still says agree")
+    parser.add_argument("--runs", type=Path, default=Path("runs/curves"), help="folder of the runs")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args(argv)
+    if len(set(arguments.seeds)) < LEAST_SEEDS:
+        parser.error(
+            f"--seeds has {len(set(arguments.seeds))} seed; an interval over seeds needs "
+            f"{LEAST_SEEDS} or more"
+        )
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}; at least 1 is needed")
+    if not 0 < arguments.widest <= 1:
+        parser.error(f"--widest is {arguments.widest}; a reward above 0 and up to 1 is needed")
+    return arguments
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """What both engines' runs change of the recipe: no evaluation but the smallest."""
+    return [
+        f"training.rounds={arguments.rounds}",
+        f"model.dtype={arguments.dtype}",
+        "training.gradient_cosine_every=0",
+        "evaluation.items=1",
+        "evaluation.few_shot=0",
+        "evaluation.sampled=false",
+        "evaluation.every_rounds=0",
+        *arguments.overrides,
+    ]
+
+
+def trained(engine: str, seed: int, arguments: argparse.Namespace) -> list[float]:
+    """Mean reward of each round of the run, which is made, or gone on with, where it must be.
+
+    Raises:
+        RunFailed: the run ended with an error.
+    """
+    folder = arguments.runs / f"{study_name(arguments)}-{engine}-seed{seed}"
+    command = [sys.executable, "-c", "from gmpo.cli import main; main()", "train"]
+    if any(folder.glob("checkpoints/round-*")):
+        command += ["--run", str(folder), "--resume"]
+    else:
+        command += [arguments.recipe, "--run", str(folder)]
+        own = [f"training.engine={engine}", f"training.seed={seed}"]
+        for override in [*overrides_of(arguments), *own]:
+            command += ["--set", override]
+    code = 0 if is_finished(folder) else subprocess.run(command, check=False).returncode
+    if code:
+        raise RunFailed(
+            f"{engine}, seed {seed}, ended with exit code {code}; run this again to go on, or "
+            f"remove {folder} to begin it anew"
+        )
+    rewards = [
+        line["rollout/reward"]
+        for line in read_lines(folder, "metrics.jsonl")
+        if line["kind"] == "round"
+    ]
+    if len(rewards) != arguments.rounds:
+        raise RunFailed(
+            f"{folder} has {len(rewards)} rounds and {arguments.rounds} were asked for; remove it "
+            "or name another folder with --runs"
+        )
+    return rewards
+
+
+def study_name(arguments: argparse.Namespace) -> str:
+    """The recipe's name and a digest of its changes: no run is taken for one of another study."""
+    changes = hashlib.blake2b("\n".join(overrides_of(arguments)).encode(), digest_size=4)
+    return f"{Path(arguments.recipe).stem}-{changes.hexdigest()}"
+
+
+def compared(curves: dict[str, list[float]], *, widest: float) -> dict[str, Any]:
+    """Differences fast minus plain by round and over all rounds, with 95 % intervals over seeds."""
+    seeds = sorted({int(name.partition("/")[2]) for name in curves})
+    by_seed = [
+        [a - b for a, b in zip(curves[f"fast/{s}"], curves[f"plain/{s}"], strict=True)]
+        for s in seeds
+    ]
+    by_round = [list(values) for values in zip(*by_seed, strict=True)]
+    overall = interval([fmean(values) for values in by_seed])
+    low, high = overall["low"], overall["high"]
+    return {
+        "seeds": seeds,
+        "by_round": [interval(values) for values in by_round],
+        "overall": overall,
+        "widest": widest,
+        "agree": low <= 0 <= high and high - low <= widest,
+    }
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and its 95 % interval by Student's t, of at least two values."""
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    middle = fmean(values)
+    return {"mean": middle, "low": middle - half, "high": middle + half}
+
+
+def print_tables(comparison: dict[str, Any], console: Console | None = None) -> None:
+    console = console or Console(width=100)
+    table = Table(title="reward, fast minus plain: mean over seeds and its 95 % interval")
+    for name in ("round", "difference", "interval"):
+        table.add_column(name)
+    names = [*map(str, range(1, len(comparison["by_round"]) + 1)), "all"]
+    for name, figures in zip(names, [*comparison["by_round"], comparison["overall"]], strict=True):
+        interval_text = f"{figures['low']:+.4f} to {figures['high']:+.4f}"
+        table.add_row(name, f"{figures['mean']:+.4f}", interval_text)
+    console.print(table)
+    overall = comparison["overall"]
+    verdict = "agree" if comparison["agree"] else "are not shown to agree"
+    console.print(
+        f"fast and plain {verdict} over {len(comparison['seeds'])} seeds: the interval over all "
+        f"rounds {'contains' if overall['low'] <= 0 <= overall['high'] else 'misses'} 0 and is "
+        f"{overall['high'] - overall['low']:.4f} wide, at most {comparison['widest']:g} is allowed"
+    )
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Reward by round, a line a run, a colour an engine."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    styles = {"fast": ("tab:blue", "-"), "plain": ("tab:orange", "--")}
+    labelled: set[str] = set()
+    for name, rewards in curves.items():
+        engine = name.partition("/")[0]
+        color, style = styles[engine]
+        label = None if engine in labelled else engine
+        labelled.add(engine)
+        axis.plot(range(1, len(rewards) + 1), rewards, style, color=color, label=label)
+    axis.set_xlabel("round")
+    axis.set_ylabel("reward of the round's rollouts")
+    axis.set_ylim(0, 1)
+    axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""`gmpo compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gmpo.cli.conventions import JsonOption, SetOption, refuses_clearly, warn
+from gmpo.errors import ConfigError
+from gmpo.tracking import RunFolder, fresh_folder
+
+if TYPE_CHECKING:
+    from gmpo.study_plan import StudyPlan
+    from gmpo.study_report import StudyReport
+
+__all__ = ["compare"]
+
+_INCOMPLETE = 1
+"""Exit code of a study whose report lacks runs, because their processes died again and again."""
+
+
+@refuses_clearly
+def compare(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="Bundled name or path of a TOML file; none goes on with --study."),
+    ] = None,
+    objectives: Annotated[
+        str, typer.Option(help="Arms between commas, each OBJECTIVE or LABEL=OBJECTIVE.")
+    ] = "grpo,gmpo",
+    seeds: Annotated[str, typer.Option(help="At least two, between commas.")] = "0,1,2",
+    study: Annotated[
+        str | None, typer.Option(help="Folder of the study; runs/NAME-study by default.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few rounds, to see what a report looks like.")
+    ] = False,
+    overrides: SetOption = None,
+    arm_overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set-for", help="Override of one arm: LABEL:table.key=value; repeatable."),
+    ] = None,
+    target_reward: Annotated[
+        float | None, typer.Option(help="Reward that 'rounds to target' waits for.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the weights of finished runs.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train with several objectives on the same prompts and seeds, and report what differs."""
+    from gmpo.study import open_study
+    from gmpo.study_plan import make_plan, parse_seeds
+    from gmpo.study_report import build_report
+
+    if recipe is None and study is None:
+        raise ConfigError("name a recipe, or with --study the study to go on with")
+    folder = Path(study) if study else fresh_folder(f"{Path(recipe or '').stem}-study")
+    plan = None
+    if recipe is not None:
+        plan = make_plan(
+            recipe,
+            objectives=objectives.split(","),
+            seeds=parse_seeds(seeds),
+            overrides=overrides or (),
+            arm_overrides=arm_overrides or (),
+            quick=quick,
+            target_reward=target_reward,
+            threads=_threads(jobs),
+        )
+    elif overrides or arm_overrides or quick or target_reward is not None:
+        raise ConfigError(f"{folder} has its own plan; to change it, name the recipe as well")
+    console = Console(stderr=as_json)
+    plan = open_study(folder, plan, warn=warn)
+    _announce(console, folder, plan)
+    given_up = _run(folder, plan, jobs=jobs, keep_checkpoints=keep_checkpoints, console=console)
+    report = build_report(folder, plan)
+    _write(report)
+    _show(console, report, as_json=as_json)
+    if given_up:
+        warn(f"not run to an end: {', '.join(given_up)}; the same command tries them again")
+        raise typer.Exit(_INCOMPLETE)
+
+
+def _run(
+    folder: Path, plan: StudyPlan, *, jobs: int, keep_checkpoints: bool, console: Console
+) -> list[str]:
+    """Names of the runs that could not be brought to an end."""
+    from gmpo.study import run_study
+    from gmpo.terminal import asked_to_stop
+
+    with asked_to_stop(warn) as should_stop:
+        return run_study(
+            folder,
+            plan,
+            jobs=jobs,
+            keep_checkpoints=keep_checkpoints,
+            say=lambda sentence: console.print(Text(sentence), soft_wrap=True),
+            should_stop=should_stop,
+        )
+
+
+def _threads(jobs: int) -> int:
+    """Of each run: what the environment says, else an equal share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else max(1, (os.cpu_count() or 1) // jobs)
+
+
+def _announce(console: Console, folder: Path, plan: StudyPlan) -> None:
+    recipe = plan.recipe
+    arms = "; ".join(
+        f"{arm.label}: {arm.recipe.objective.name}, {arm.recipe.objective.clip_description()}"
+        for arm in plan.arms
+    )
+    text = (
+        f"{arms}\n{len(plan.seeds)} seeds each, {recipe.training.rounds} rounds of "
+        f"{recipe.training.steps_per_round} steps, {recipe.model.name}, "
+        f"{recipe.model.device}, {recipe.model.dtype}; study folder {folder}"
+    )
+    console.print(Text(text), soft_wrap=True)
+
+
+def _write(report: StudyReport) -> None:
+    """`report.json`, `report.html` and `plots/` in the study folder."""
+    from gmpo.study_html import study_html
+    from gmpo.study_plots import plot_study
+
+    folder = RunFolder(report.folder)
+    plots = plot_study(report, report.folder / "plots")
+    folder.write_text("report.json", json.dumps(report.as_dict(), indent=1) + "\n")
+    folder.write_text("report.html", study_html(report, plots))
+
+
+def _show(console: Console, report: StudyReport, *, as_json: bool) -> None:
+    from gmpo.study_tables import render_report
+
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    console.print(render_report(report))
+    for what in ("report.html", "report.json", "plots"):
+        console.print(Text(f"{what:12} {report.folder / what}"), soft_wrap=True)

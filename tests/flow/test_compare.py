@@ -1,0 +1,252 @@
+"""Studies by the command: the same numbers whatever happens on the way, and nothing run twice."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.commands import gmpo, process, refusal
+from tests.studies import outcomes
+from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
+
+from gmpo.study import open_study, run_study
+from gmpo.study_report import build_report
+from gmpo.tracking import read_lines
+
+CELLS = ["grpo-seed0", "gmpo-seed0", "grpo-seed1", "gmpo-seed1"]
+
+
+@pytest.fixture(scope="module")
+def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe of 4 rounds with a checkpoint each, whose reward function can end its process."""
+    recipe = tiny_recipe(
+        model,
+        training__rounds=4,
+        checkpoint={"every_rounds": 1},
+        reward={
+            "weights": {"mine": 1.0},
+            "functions": {"mine": "tests.studies:starts_with_a_digit_or_letter"},
+        },
+    )
+    return write_recipe(tmp_path_factory.mktemp("small") / "small.toml", recipe)
+
+
+@pytest.fixture(scope="module")
+def whole(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing disturbed."""
+    study = tmp_path_factory.mktemp("studies") / "whole"
+    done = process("compare", small, "--seeds", "0,1", "--study", study)
+    assert done.returncode == 0, done.stderr
+    assert f"report.html  {study}" in done.stdout
+    return study
+
+
+@pytest.fixture
+def unfinished(whole: Path, tmp_path: Path) -> Path:
+    """The same study without its last run."""
+    study = tmp_path / "unfinished"
+    shutil.copytree(whole, study)
+    lines = (study / "attempts.jsonl").read_text().splitlines(keepends=True)
+    assert "gmpo-seed1" in lines[-1]
+    (study / "attempts.jsonl").write_text("".join(lines[:-1]))
+    shutil.rmtree(study / "runs" / "gmpo-seed1")
+    return study
+
+
+def deaths(folder: Path, *, cell: str, call: int, times: int) -> dict[str, str]:
+    """The environment in which a cell's processes kill themselves so many times."""
+    folder.mkdir()
+    plan = {"cell": cell, "call": call, "times": times, "folder": str(folder)}
+    return {**os.environ, "GMPO_TEST_DEATHS": json.dumps(plan)}
+
+
+def report_in(study: Path) -> dict[str, Any]:
+    return json.loads((study / "report.json").read_text())
+
+
+def test_every_cell_is_an_ordinary_run_of_its_own(whole: Path):
+    assert outcomes(whole) == [(cell, "finished") for cell in CELLS]
+    for cell in CELLS:
+        shown = gmpo("inspect", whole / "runs" / cell, "--no-plots", "--json")
+        summary = json.loads(shown.stdout)
+        assert (summary["objective"], summary["rounds_done"]) == (cell[:4], 4)
+        assert not (whole / "runs" / cell / "checkpoints").exists()
+    report = report_in(whole)
+    assert [arm["runs"] for arm in report["arms"]] == [2, 2]
+    assert len(report["improvements"]) == 4
+    for picture in ("curves.png", "improvements.png"):
+        assert (whole / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_a_seed_ask_the_same_prompts_and_begin_alike(whole: Path):
+    asked = {
+        cell: [
+            (group["round"], group["prompt_id"])
+            for group in read_lines(whole / "runs" / cell, "rollouts.jsonl")
+        ]
+        for cell in CELLS
+    }
+    assert asked["grpo-seed0"] == asked["gmpo-seed0"] != asked["grpo-seed1"]
+    assert len(asked["grpo-seed0"]) == 4 * 8
+    first = {cell: metric_lines(whole / "runs" / cell, "round")[0] for cell in CELLS}
+    assert first["grpo-seed0"]["rollout/entropy"] == first["gmpo-seed0"]["rollout/entropy"]
+    report = report_in(whole)
+    assert report["same_prompts"]
+    assert report["same_start"]
+
+
+def test_runs_that_are_no_pairs_are_noticed(unfinished: Path):
+    plan = open_study(unfinished, None, warn=print)
+    file = unfinished / "runs" / "gmpo-seed0" / "rollouts.jsonl"
+    lines = file.read_text().splitlines()
+    groups = [json.loads(line) for line in lines]
+    groups[0]["rollouts"][0]["text"] = "something else"
+    file.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    report = build_report(unfinished, plan)
+    assert (report.same_prompts, report.same_start) == (True, False)
+    groups[-1]["prompt_id"] = "another"
+    file.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    assert not build_report(unfinished, plan).same_prompts
+
+
+def test_a_study_whose_worker_is_killed_and_which_is_stopped_gives_the_same_numbers(
+    whole: Path, small: str, tmp_path: Path
+):
+    study = tmp_path / "disturbed"
+    words = ["compare", small, "--seeds", "0,1", "--study", study, "--jobs", "2"]
+    command = [sys.executable, "-m", "gmpo.cli", *map(str, words)]
+    environment = deaths(tmp_path / "deaths", cell="gmpo-seed0", call=3, times=1)
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # Stopped in the midst of the second seed's runs.
+    _wait_for(study / "runs" / "grpo-seed1" / "metrics.jsonl", first)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=300)
+    assert first.returncode == 130, said
+    assert f"go on with: gmpo compare --study {study}" in " ".join(said.split())
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    ends = outcomes(study)
+    assert ends.count(("gmpo-seed0", "died")) == 1
+    assert sorted(cell for cell, outcome in ends if outcome == "finished") == sorted(CELLS)
+    assert len(list((tmp_path / "deaths").iterdir())) == 1
+    assert report_in(study) == report_in(whole)
+
+
+def _wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert process.poll() is None, "the study ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_finished_run_is_never_run_again(whole: Path):
+    before = {file: file.stat().st_mtime_ns for file in whole.glob("runs/*/metrics.jsonl")}
+    attempts = (whole / "attempts.jsonl").read_bytes()
+    report = (whole / "report.json").read_bytes()
+    again = gmpo("compare", "--study", whole, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(report)
+    assert "4 of 4 runs are done already" in again.stderr
+    assert (whole / "attempts.jsonl").read_bytes() == attempts
+    assert (whole / "report.json").read_bytes() == report
+    after = {file: file.stat().st_mtime_ns for file in whole.glob("runs/*/metrics.jsonl")}
+    assert (len(after), after) == (4, before)
+
+
+def test_a_cell_that_dies_three_times_is_given_up_and_tried_again_by_the_next_call(
+    whole: Path, unfinished: Path, tmp_path: Path
+):
+    command = [sys.executable, "-m", "gmpo.cli", "compare", "--study", str(unfinished)]
+    environment = deaths(tmp_path / "deaths", cell="gmpo-seed1", call=1, times=3)
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 1, first.stderr
+    assert "died (SIGKILL)" in first.stdout
+    assert "not run to an end: gmpo-seed1" in first.stderr
+    assert outcomes(unfinished)[3:] == [("gmpo-seed1", "died")] * 3
+    assert report_in(unfinished)["missing"] == ["gmpo, seed 1"]
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert report_in(unfinished) == report_in(whole)
+
+
+def test_a_run_that_an_earlier_call_left_is_waited_for(unfinished: Path):
+    run = unfinished / "runs" / "gmpo-seed1"
+    run.mkdir()
+    lock = (run / ".lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    said: list[str] = []
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        if "still trained by an earlier call" in sentence:
+            assert outcomes(unfinished)[3:] == []
+            lock.close()
+
+    plan = open_study(unfinished, None, warn=print)
+    assert run_study(unfinished, plan, say=say) == []
+    assert "gmpo-seed1 is still trained by an earlier call; waiting for it" in said
+    assert outcomes(unfinished)[3:] == [("gmpo-seed1", "finished")]
+
+
+def test_a_run_that_diverges_is_a_result(small: str, tmp_path: Path):
+    study = tmp_path / "study"
+    done = gmpo(
+        *("compare", small, "--seeds", "0,1", "--study", study, "--jobs", "2", "--json"),
+        *("--set", "training.rounds=2", "--set-for", "gmpo:training.learning_rate=1e30"),
+    )
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [arm["crashes"] for arm in report["arms"]] == [0, 2]
+    assert set(outcomes(study)) == {
+        ("grpo-seed0", "finished"),
+        ("grpo-seed1", "finished"),
+        ("gmpo-seed0", "diverged"),
+        ("gmpo-seed1", "diverged"),
+    }
+    crashes = next(c for c in report["comparisons"] if c["figure"] == "crashes")
+    assert (crashes["effect"], crashes["p_value"]) == (1.0, 0.5)
+    assert crashes["verdict"] == "no difference seen"  # two pairs cannot say more
+    others = [c for c in report["comparisons"] if c["figure"] != "crashes"]
+    assert {(c["pairs"], c["left_out"], c["verdict"]) for c in others} == {(0, 2, "not measured")}
+    page = (study / "report.html").read_text()
+    assert "2 runs crashed" in page
+
+
+def test_a_run_that_refuses_to_train_ends_the_study_with_its_reason(small: str, tmp_path: Path):
+    study = tmp_path / "study"
+    told = refusal(
+        *("compare", small, "--seeds", "0,1", "--study", study),
+        *("--set", "model.name=/no/such/model", "--set", "model.dtype=fp32"),
+    )
+    assert "run grpo-seed0 cannot be trained" in told
+    assert "/no/such/model" in told
+    assert str(study / "logs" / "grpo-seed0.log") in told
+    assert outcomes(study) == [("grpo-seed0", "refused")]
+
+
+def test_a_study_that_another_process_runs_is_refused(whole: Path):
+    with (whole / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is being run by another process" in refusal("compare", "--study", whole)
+
+
+def test_what_cannot_be_compared_is_refused_by_the_command(whole: Path, small: str):
+    assert "needs 2 to 40 seeds, got 1" in refusal("compare", small, "--seeds", "0")
+    assert "name a recipe" in refusal("compare")
+    assert "has its own plan" in refusal("compare", "--study", whole, "--quick")
+    told = refusal(
+        *("compare", small, "--seeds", "0,1", "--study", whole),
+        *("--set", "training.learning_rate=0.1"),
+    )
+    assert "is of another study; grpo: training.learning_rate: 0.001 there, 0.1 here" in told
+    assert "gmpo: training.learning_rate: 0.001 there, 0.1 here" in told

@@ -1,0 +1,35 @@
+"""The KL to the starting model is measured where it is asked for, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.tiny_runs import metric_lines, same_weights, tiny_recipe
+
+from gmpo.training import train
+
+
+def test_measuring_the_kl_to_the_start_changes_no_weight(model: str, tmp_path: Path):
+    never = train(tiny_recipe(model), folder=tmp_path / "never")
+    measured = train(tiny_recipe(model, training__kl_ref_every=2), folder=tmp_path / "measured")
+    assert same_weights(never.checkpoint, measured.checkpoint)
+    assert not [line for line in metric_lines(never.folder) if "kl_ref/k3" in line]
+    # 2 rounds of 4 steps: only the last step of round 2.
+    found = [line["step"] for line in metric_lines(measured.folder, "step") if "kl_ref/k3" in line]
+    assert found == [8]
+
+
+def test_it_is_what_a_kl_term_of_no_weight_would_log(model: str, tmp_path: Path):
+    # The plain engine runs every row with or without a term, so the means are over the same rows.
+    settings = {"training__engine": "plain", "training__kl_ref_every": 1}
+    # 1e-30 of a gradient is lost in its rounding.
+    term = tiny_recipe(model, objective={"kl_coefficient": 1e-30}, **settings)
+    by_term = metric_lines(train(term, folder=tmp_path / "term").folder, "step")
+    alone = train(tiny_recipe(model, **settings), folder=tmp_path / "alone")
+    lines = [line for line in metric_lines(alone.folder, "step") if "kl_ref/k3" in line]
+    assert [line["step"] for line in lines] == [4, 8]
+    for line in lines:
+        expected = by_term[line["step"] - 1]["kl_ref/k3"]
+        assert line["kl_ref/k3"] == pytest.approx(expected, rel=1e-6)
+        assert line["kl_ref/k3"] > 1e-4

@@ -1,0 +1,96 @@
+"""Learning curves of both engines over a tiny model, and the rule that says whether they agree."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from benchmarks import learning_curves
+from benchmarks.learning_curves import compared, draw, interval, print_tables
+from rich.console import Console
+from tests.models import save_tiny
+from tests.tiny_runs import tiny_recipe, write_recipe
+
+
+def curves(*differences: list[float]) -> dict[str, list[float]]:
+    """A curve of 0.5 for the plain engine, and that and a seed's differences for the fast one."""
+    plain = {f"plain/{seed}": [0.5] * len(of) for seed, of in enumerate(differences)}
+    fast = {f"fast/{seed}": [0.5 + d for d in of] for seed, of in enumerate(differences)}
+    return fast | plain
+
+
+def test_an_interval_over_three_seeds_is_students():
+    # Mean 0.02, deviation 0.01, t(0.975, 2) = 4.3027: half = 4.3027 * 0.01 / sqrt(3) = 0.02484.
+    found = interval([0.01, 0.02, 0.03])
+    assert found["mean"] == pytest.approx(0.02)
+    assert found["high"] - found["mean"] == pytest.approx(0.02484, abs=1e-5)
+    assert found["mean"] - found["low"] == pytest.approx(0.02484, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("differences", "agree"),
+    [
+        # Seeds' means 0.01, 0, -0.01: 0 is inside, and the width is 2 * 0.0248.
+        (([0.02, 0.0], [0.01, -0.01], [0.0, -0.02]), True),
+        # As wide as ten times that: too wide to say anything.
+        (([0.2, 0.0], [0.1, -0.1], [0.0, -0.2]), False),
+        # Narrow, and beside 0.
+        (([0.05, 0.05], [0.051, 0.051], [0.049, 0.049]), False),
+        (([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]), True),
+    ],
+)
+def test_engines_agree_if_the_interval_holds_0_and_is_narrow(
+    differences: tuple[list[float], ...], agree: bool
+):
+    comparison = compared(curves(*differences), widest=0.1)
+    assert comparison["agree"] == agree
+    text = StringIO()
+    print_tables(comparison, Console(file=text, width=200))
+    assert ("fast and plain agree" in text.getvalue()) == agree
+    assert len(comparison["by_round"]) == 2
+
+
+def test_the_command_trains_both_engines_once_and_says_whether_they_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tiny_recipe(save_tiny(tmp_path / "model"))
+    path = tmp_path / "curves.json"
+    command = ["--recipe", write_recipe(tmp_path / "tiny.toml", recipe), "--json", str(path)]
+    command += ["--runs", str(tmp_path / "runs"), "--seeds", "0", "1", "--rounds", "1"]
+    command += ["--set", "sampling.prompts_per_round=4", "--widest", "1"]
+    # The first round of both engines draws the same tokens, in fp32.
+    assert learning_curves.main(command) == 0
+    assert "fast and plain agree over 2 seeds" in capsys.readouterr().out
+    content = json.loads(path.read_text())
+    rewards = content["rewards"]
+    assert list(rewards) == ["fast/0", "plain/0", "fast/1", "plain/1"]
+    assert rewards["fast/0"] == pytest.approx(rewards["plain/0"], abs=0.05)
+    assert content["comparison"]["overall"]["mean"] == pytest.approx(0.0, abs=0.05)
+    assert path.with_suffix(".png").is_file()
+    # Without the file, the finished runs are read.
+    path.unlink()
+    assert learning_curves.main(command) == 0
+    assert json.loads(path.read_text())["rewards"] == rewards
+
+
+def test_the_plot_shows_every_run(tmp_path: Path):
+    draw(curves([0.0, 0.1], [0.1, 0.0]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "3"], "--seeds has 1 seed; an interval over seeds needs 2 or more"),
+        (["--rounds", "0"], "--rounds is 0; at least 1 is needed"),
+        (["--widest", "0"], "--widest is 0.0; a reward above 0 and up to 1 is needed"),
+    ],
+)
+def test_a_wrong_number_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        learning_curves.parse(["--json", "x.json", *arguments])
+    assert message in capsys.readouterr().err

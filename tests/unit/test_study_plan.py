@@ -1,0 +1,188 @@
+"""Plans of studies: which recipe each cell has, and which plans are refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.studies import plan_of
+from tests.tiny_runs import tiny_recipe, write_recipe
+
+from gmpo.errors import ConfigError, RunFolderError, StudyError
+from gmpo.study import open_study
+from gmpo.study_plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    return write_recipe(tmp_path / "tiny.toml", tiny_recipe("no model", model__dtype="auto"))
+
+
+def test_cells_are_seeds_times_arms_and_differ_in_nothing_else(recipe: str):
+    plan = plan_of(recipe, seeds=[3, 1])
+    cells = list(plan.cells())
+    assert [(cell.seed, cell.arm) for cell in cells] == [
+        (3, "grpo"),
+        (3, "gmpo"),
+        (1, "grpo"),
+        (1, "gmpo"),
+    ]
+    grpo, gmpo = cells[0].recipe, cells[1].recipe
+    assert gmpo.objective.name == "gmpo"
+    assert grpo == gmpo.model_copy(update={"objective": grpo.objective})
+    assert cells[2].recipe == grpo.model_copy(
+        update={"training": grpo.training.model_copy(update={"seed": 1})}
+    )
+
+
+def test_each_arm_has_its_objectives_own_clips(recipe: str):
+    plan = plan_of(recipe, objectives=["grpo", "gmpo", "gspo"])
+    clips = {arm.label: arm.recipe.objective.clips() for arm in plan.arms}
+    assert clips["grpo"] == {"clip_low": 0.2, "clip_high": 0.2}
+    assert clips["gmpo"] == {"clip_low": 0.4, "clip_high": 0.4}
+    assert clips["gspo"] == {"clip_low": 3e-4, "clip_high": 4e-4}
+
+
+def test_a_recipes_clips_are_those_of_its_own_objective(tmp_path: Path):
+    objective = {"name": "gmpo", "clip_low": 0.7, "clip_negative_high": 2.0, "advantage_eps": 0.1}
+    own = write_recipe(tmp_path / "own.toml", tiny_recipe("no model", objective=objective))
+    grpo, gmpo = (arm.recipe.objective for arm in plan_of(own).arms)
+    assert gmpo.clips() == {"clip_low": 0.7, "clip_high": 0.4, "clip_negative_high": 2.0}
+    assert grpo.clips() == {"clip_low": 0.2, "clip_high": 0.2}
+    assert grpo.advantage_eps == gmpo.advantage_eps == 0.1
+
+
+def test_one_objective_with_two_clips_is_two_arms(recipe: str):
+    plan = plan_of(
+        recipe,
+        objectives=["grpo", "wide=grpo"],
+        arm_overrides=["wide:objective.clip_high=0.49", "wide:objective.clip_low=0.33"],
+    )
+    bounds = [arm.recipe.objective.ratio_bounds() for arm in plan.arms]
+    assert bounds[0] == pytest.approx((0.8, 1.2))
+    assert bounds[1] == pytest.approx((0.67, 1.49))
+
+
+def test_a_plan_survives_its_file(recipe: str):
+    plan = plan_of(recipe, target_reward=0.5, quick=True, threads=3)
+    assert StudyPlan.from_dict(plan.as_dict(), source="here") == plan
+
+
+def test_quick_makes_a_recipe_small_and_leaves_what_was_asked():
+    plan = make_plan(
+        "quickstart",
+        objectives=["grpo", "gmpo"],
+        seeds=[0, 1],
+        overrides=["training.rounds=7"],
+        quick=True,
+    )
+    assert plan.recipe.training.rounds == 7
+    assert plan.recipe.sampling.prompts_per_round == 8
+    assert plan.recipe.training.steps_per_round == 4
+    assert not plan.recipe.evaluation.sampled
+
+
+def test_quick_leaves_what_is_smaller(recipe: str):
+    assert plan_of(recipe, quick=True).recipe.training.rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0]}, "a study needs 2 to 40 seeds, got 1"),
+        ({"seeds": range(41)}, "a study needs 2 to 40 seeds, got 41"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\] name one twice"),
+        ({"objectives": ["gmpo"]}, "must name at least two arms"),
+        ({"objectives": ["gmpo", "gmpo"]}, "at least two arms, each once"),
+        ({"objectives": ["grpo", "../x=gmpo"]}, "the label of letters"),
+        ({"objectives": ["grpo", "gmp"]}, "objective.name = 'gmp'"),
+        ({"overrides": ["training.steps_per_round=2"]}, "at least 4 optimizer steps a round"),
+        ({"overrides": ["sampling.dynamic='refill'"]}, "rounds would not be pairs"),
+        ({"overrides": ["training.seed=4"]}, "--seeds says which"),
+        ({"overrides": ["objective.name='gspo'"]}, "--objectives says which"),
+        ({"overrides": ["objective.clip_high=0.3"]}, "--set-for LABEL:objective.clip_high"),
+        ({"arm_overrides": ["gspo:objective.clip_high=0.3"]}, r"LABEL one of \['grpo', 'gmpo'\]"),
+        ({"arm_overrides": ["objective.clip_high=0.3"]}, "must be LABEL:table.key=value"),
+        ({"arm_overrides": ["grpo:training.rounds=9"]}, "anything else would unpair them"),
+        ({"arm_overrides": ["grpo:objective.name='gmpo'"]}, "anything else would unpair them"),
+        ({"arm_overrides": ["grpo:objective.clip_hig=1"]}, "did you mean 'objective.clip_high'"),
+    ],
+)
+def test_what_is_no_fair_comparison_is_refused(recipe: str, changes: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(recipe, **changes)
+
+
+def test_seeds_are_whole_numbers():
+    assert parse_seeds("0, 2,10") == (0, 2, 10)
+    with pytest.raises(ConfigError, match="'0,x' must be whole numbers"):
+        parse_seeds("0,x")
+
+
+def test_a_study_of_another_recipe_is_refused_with_the_keys_that_differ(
+    recipe: str, tmp_path: Path
+):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe), warn=lambda _: None)
+    asked = plan_of(
+        recipe,
+        seeds=[0, 2],
+        overrides=["training.rounds=9", "description='another'"],
+        arm_overrides=["grpo:objective.clip_high=0.3"],
+    )
+    with pytest.raises(StudyError) as refused:
+        open_study(study, asked, warn=lambda _: None)
+    sentences = re.search(r"another study; (.*)\. Choose", str(refused.value))
+    assert sentences is not None
+    assert sentences.group(1).split("; ") == [
+        "seeds: [0, 1] there, [0, 2] here",
+        "grpo: objective.clip_high: not set there, 0.3 here",
+        "training.rounds: 2 there, 9 here",
+    ]
+
+
+def test_auto_is_settled_once_and_is_no_difference_later(recipe: str, tmp_path: Path):
+    asked = plan_of(recipe)
+    assert asked.recipe.model.dtype == "auto"
+    opened = open_study(tmp_path / "study", asked, warn=lambda _: None)
+    assert opened.recipe.model.dtype in ("fp32", "bf16")
+    assert open_study(tmp_path / "study", asked, warn=lambda _: None) == opened
+    other = "bf16" if opened.recipe.model.dtype == "fp32" else "fp32"
+    named = plan_of(recipe, overrides=[f"model.dtype={other}"])
+    assert [text.partition(":")[0] for text in plan_differences(opened, named)] == ["model.dtype"]
+
+
+def test_threads_are_the_folders_own(recipe: str, tmp_path: Path):
+    opened = open_study(tmp_path / "study", plan_of(recipe, threads=1), warn=lambda _: None)
+    again = open_study(tmp_path / "study", plan_of(recipe, threads=2), warn=lambda _: None)
+    assert again.threads == opened.threads == 1
+
+
+def test_a_folder_goes_on_with_its_own_plan(recipe: str, tmp_path: Path):
+    opened = open_study(tmp_path / "study", plan_of(recipe), warn=lambda _: None)
+    assert open_study(tmp_path / "study", None, warn=lambda _: None) == opened
+    with pytest.raises(StudyError, match="holds no study to go on with"):
+        open_study(tmp_path / "none", None, warn=lambda _: None)
+
+
+def test_a_damaged_or_lost_plan_is_named(recipe: str, tmp_path: Path):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe), warn=lambda _: None)
+    text = (study / "study.json").read_text()
+    (study / "study.json").write_text(text[:100])
+    with pytest.raises(RunFolderError, match=r"study\.json cannot be read"):
+        load_plan(study)
+    (study / "study.json").unlink()
+    (study / "runs").mkdir()
+    with pytest.raises(StudyError, match=r"holds runs but no study\.json"):
+        open_study(study, plan_of(recipe), warn=lambda _: None)
+
+
+def test_a_plan_of_other_labels_is_another_study(recipe: str):
+    there = plan_of(recipe)
+    asked = replace(there, arms=there.arms[::-1])
+    assert plan_differences(there, asked) == [
+        "objectives: ['grpo', 'gmpo'] there, ['gmpo', 'grpo'] here"
+    ]
