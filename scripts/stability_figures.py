@@ -1,25 +1,19 @@
-"""Figures of one run of the stability study, when it collapsed, and the paired test over seeds."""
+"""Figures of one run of the stability study, when it collapsed, and Holm's adjustment."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from scipy.stats import t as student
-
 __all__ = [
     "collapse_round",
     "holm",
     "log_digest",
-    "paired_interval",
     "run_figures",
-    "sign_flip_p_value",
 ]
 
 WINDOW = 10
@@ -102,26 +96,6 @@ def log_digest(lines: Iterable[Mapping[str, Any]]) -> str:
         kept = {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def sign_flip_p_value(differences: Sequence[float]) -> float:
-    """Exact two-sided p of a mean of paired differences, if chance alone gave their signs.
-
-    The share of all 2^n choices of signs whose sum is at least as far from 0 as the one seen; never
-    below 2 / 2^n.
-    """
-    seen = abs(sum(differences))
-    tie = 1e-9 * sum(map(abs, differences))  # the same numbers added in another order still tie
-    flips = itertools.product((1, -1), repeat=len(differences))
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in flips]
-    return sum(total >= seen - tie for total in sums) / len(sums)
-
-
-def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of at least two paired differences."""
-    values = np.asarray(differences, dtype=float)
-    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from scripts.stability_figures import holm, paired_interval, sign_flip_p_value
+from scripts.stability_figures import holm
+
+from gmpo.statistics import paired_t_interval, sign_flip_p_value
 
 __all__ = ["markdown", "plot", "results"]
 
@@ -89,7 +91,7 @@ def _comparison(
             "pairs_without": len(pairs) - len(known),
         }
         if len(differences) > 1:
-            low, high = paired_interval(differences)
+            low, high = paired_t_interval(differences)
             figures[name] |= {
                 "mean": statistics.fmean(differences),
                 "interval_95": [low, high],

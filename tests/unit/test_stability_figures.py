@@ -11,9 +11,7 @@ from scripts.stability_figures import (
     collapse_round,
     holm,
     log_digest,
-    paired_interval,
     run_figures,
-    sign_flip_p_value,
 )
 from scripts.stability_report import markdown, results
 
@@ -54,18 +52,6 @@ def test_a_flat_noisy_reward_does_not_collapse():
             for _ in range(300)
         ]
         assert collapse_round(rewards, start=0.25) is None
-
-
-def test_the_sign_flip_test_counts_all_choices_of_signs():
-    # |+-1 +-2 +-3| is at least 4 for (+++), (-++), and their opposites: 4 of 8.
-    assert sign_flip_p_value([-1.0, 2.0, 3.0]) == 4 / 8
-    assert sign_flip_p_value([1.0] * 10) == 2 / 1024
-    assert sign_flip_p_value([0.0, 0.0]) == 1.0
-
-
-def test_the_paired_interval_is_students():
-    # Mean 2, deviation 1, n = 3: half = 4.3027 / sqrt(3) = 2.4841
-    assert paired_interval([1.0, 2.0, 3.0]) == pytest.approx((-0.4841, 4.4841), abs=1e-4)
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():
