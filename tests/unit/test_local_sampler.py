@@ -151,6 +151,29 @@ def test_both_decoders_draw_the_same(family: str):
             np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=AGAINST_MODULE)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_equally_long_prompts_share_a_forward_and_draw_what_they_draw_alone(family: str):
+    ids = {"a": [5, 6, 7], "b": [20, 8, 9], "c": [11, 30, 4], "d": [9, 9]}
+    asked = [
+        request(name, prompt=ids[name], num_completions=2, max_tokens=4 + 2 * place)
+        for place, name in enumerate(ids)
+    ]
+    model = tiny_model(family, dtype=F64)
+    rows_of_forwards: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: rows_of_forwards.append(len(given[0])))
+    together = complete(sampler_of(family, "transformers", max_rows=8, model=model), asked)
+    # Four prefills of a prompt each; then 6 rows that are 3 long and 2 that are 2 long.
+    assert rows_of_forwards[:6] == [1, 1, 1, 1, 6, 2]
+    alone = {
+        name: ids
+        for each in asked
+        for name, ids in tokens_by_request(
+            complete(sampler_of(family, "transformers", model=model), [each])
+        ).items()
+    }
+    assert tokens_by_request(together) == alone
+
+
 @every_engine
 def test_prompt_and_top_logprobs_are_those_of_the_full_forward(family: str, engine: str):
     plain = request(prompt=[9, 33, 50, 7], max_tokens=4)

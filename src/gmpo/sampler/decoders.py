@@ -1,7 +1,7 @@
 """Engines under the local sampler: next-token logits of many running sequences, one token a call.
 
 `LlamaDecoder` keeps keys and values in one preallocated cache of its own; `TransformersDecoder`
-lets any causal model keep its own cache, one prompt's rows at a time. Both prefill a prompt once
+lets any causal model keep its own cache, equally long rows at a time. Both prefill a prompt once
 for all its completions.
 
 Dimensions: **R** running rows, **V** vocabulary, **L** prompt tokens.
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody
@@ -105,9 +106,15 @@ class TransformersDecoder:
         return results
 
     def add_rows(self, prefill: Prefill, num_rows: int) -> None:
-        """Rows of one prompt form a block with a cache of its own, so nothing is padded."""
+        """Rows of one prompt form a block, or join the last one if that is equally long.
+
+        A block has a cache of its own, so nothing is padded.
+        """
         cache = copy.deepcopy(prefill.state)
         cache.batch_repeat_interleave(num_rows)
+        if self._blocks and _can_join(self._blocks[-1][0], cache):
+            last, count = self._blocks.pop()
+            cache, num_rows = _joined(last, cache), count + num_rows
         self._blocks.append((cache, num_rows))
 
     @torch.no_grad()
@@ -141,6 +148,30 @@ class TransformersDecoder:
         """Copy weights into the module, where they are not the module's own already."""
         assert not self._blocks, "weights must not change under running rows"
         copy_weights(dict(self.model.named_parameters()), named_tensors)
+
+
+def _can_join(left: DynamicCache, right: DynamicCache) -> bool:
+    """Whether two blocks' rows can share a forward: equally many positions, keys and values only.
+
+    Layers with a state of another kind (sliding windows, convolutions) stay apart.
+    """
+    plain = all(type(layer) is DynamicLayer for layer in (*left.layers, *right.layers))
+    return plain and left.get_seq_length() == right.get_seq_length()
+
+
+def _joined(left: DynamicCache, right: DynamicCache) -> DynamicCache:
+    """The left cache with the right one's rows behind its own."""
+    for own, other in zip(left.layers, right.layers, strict=True):
+        assert isinstance(own, DynamicLayer) and isinstance(other, DynamicLayer)
+        own.keys = _stacked(own.keys, other.keys)
+        own.values = _stacked(own.values, other.values)
+    return left
+
+
+def _stacked(above: Tensor | None, below: Tensor | None) -> Tensor:
+    """Keys or values of two layers that have seen a prompt."""
+    assert above is not None and below is not None
+    return torch.cat((above, below))
 
 
 class LlamaDecoder:
