@@ -52,6 +52,7 @@ __all__ = [
     "build_evaluator",
     "build_parts",
     "build_sampler",
+    "open_evaluator",
 ]
 
 
@@ -155,7 +156,11 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
         optimizer=_optimizer(config, policy),
         prompts=inputs.prompts,
         held_out=inputs.held_out,
-        evaluator=_evaluator(config, task, sample, inputs.renderer, grader, sampling),
+        evaluator=_with_limit_and_examples(
+            Evaluator(sample=sample, renderer=inputs.renderer, grader=grader, settings=sampling),
+            config,
+            task,
+        ),
         grader=grader,
         rewards=rewards,
         sampling=sampling,
@@ -183,11 +188,9 @@ def build_evaluator(
     require_fit(held_out, examples=task.train[: config.evaluation.few_shot], renderer=renderer)
     policy = _frozen_policy(config, None, warn=warn)
     require_context(policy.model, max_length=config.sampling.max_length)
-    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
-    sample = _group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None))
-    sampling = _sampling_settings(config, end_token_ids(policy.model, tokenizer))
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
-        evaluator = _evaluator(config, task, sample, renderer, grader, sampling)
+        asker = _asker(config, policy, tokenizer, renderer, grader)
+        evaluator = _with_limit_and_examples(asker, config, task)
         with ExitStack() as opened:
             if config.evaluation.measure == "reward":
                 rewards = opened.enter_context(closing(build_rewards(config, grader, given={})))
@@ -195,6 +198,31 @@ def build_evaluator(
                 reward = partial(score_groups, rewards=rewards, rule=rule, trainer_state=state)
                 evaluator = replace(evaluator, reward=reward)
             yield evaluator, held_out
+
+
+@contextmanager
+def open_evaluator(
+    config: RunConfig, *, warn: Callable[[str], None]
+) -> Iterator[tuple[Evaluator, int]]:
+    """What asks any prompts of a recipe's model, and how many tokens its context has.
+
+    Neither the recipe's task nor its limits of length are used: prompts may be as long as the
+    context.
+    """
+    config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
+    tokenizer = load_tokenizer(config.model.name)
+    policy = _frozen_policy(config, None, warn=warn)
+    context = context_length(policy.model)
+    renderer = PromptRenderer(
+        tokenizer,
+        prompt_format=config.model.prompt_format,
+        system=config.model.system,
+        max_prompt_tokens=context,
+    )
+    sampling = config.sampling.model_copy(update={"max_length": context})  # of rollout functions
+    config = config.model_copy(update={"sampling": sampling})
+    with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
+        yield _asker(config, policy, tokenizer, renderer, grader), context
 
 
 def build_sampler(
@@ -264,20 +292,29 @@ def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def _evaluator(
+def _asker(
     config: RunConfig,
-    task: Task,
-    sample: GroupSampler,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
     renderer: PromptRenderer,
     grader: Grader,
-    sampling: SamplingSettings,
 ) -> Evaluator:
-    limit = config.evaluation.max_new_tokens
+    """An evaluator over a policy of its own."""
+    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     return Evaluator(
-        sample=sample,
+        sample=_group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None)),
         renderer=renderer,
         grader=grader,
-        settings=sampling if limit is None else replace(sampling, max_tokens=limit),
+        settings=_sampling_settings(config, end_token_ids(policy.model, tokenizer)),
+    )
+
+
+def _with_limit_and_examples(evaluator: Evaluator, config: RunConfig, task: Task) -> Evaluator:
+    """The evaluator with what the recipe's `[evaluation]` table wants of it."""
+    limit, settings = config.evaluation.max_new_tokens, evaluator.settings
+    return replace(
+        evaluator,
+        settings=settings if limit is None else replace(settings, max_tokens=limit),
         examples=task.train[: config.evaluation.few_shot],
     )
 

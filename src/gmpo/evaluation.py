@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gmpo.grading import Grader
+from gmpo.outcomes import ItemOutcome, Way, item_outcome
 from gmpo.records import Group, Prompt
 from gmpo.rewards import ScoredGroups
 from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
@@ -183,6 +184,38 @@ class Evaluator:
     def sampled(self, prompts: Sequence[Prompt], *, key: tuple[int | str, ...]) -> Evaluation:
         """Zero-shot, temperature 1, one completion an item; `key` names the randomness."""
         return self._run("sampled", prompts, temperature=1.0, key=key)
+
+    def item_outcomes(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        way: Way,
+        key: tuple[int | str, ...],
+        keep_texts: bool = False,
+    ) -> list[ItemOutcome]:
+        """What became of each item's completions, asked zero-shot.
+
+        Args:
+            prompts: items of a suite, or a part of them: how they are divided changes nothing.
+            way: at which temperature, how often.
+            key: names the randomness of all items of the suite.
+            keep_texts: whether outcomes hold the completions' texts.
+        """
+        groups = self.sample(
+            self.renderer.render_all(prompts),
+            settings=replace(
+                self.settings, num_completions=way.num_samples, temperature=way.temperature
+            ),
+            key=("evaluation", *key),
+        )
+        return [
+            item_outcome(
+                group,
+                [self.grader.grade_item(r.text, group.prompt.columns) for r in group.rollouts],
+                keep_texts=keep_texts,
+            )
+            for group in groups
+        ]
 
     def _run(
         self,

@@ -14,6 +14,7 @@ from scipy.special import nctdtr, stdtrit
 __all__ = [
     "McNemar",
     "PairedDifference",
+    "average_interval",
     "bootstrap_interval",
     "detectable_mean",
     "holm",
@@ -298,6 +299,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def average_interval(
+    estimates: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Interval of the plain average of independent estimates, from theirs.
+
+    With m estimates p_i in l_i..u_i: average - sqrt(sum (p_i - l_i)^2) / m, and likewise upwards
+    (the method of variance estimates recovery; Zou & Donner 2008, Statistics in Medicine 27). It
+    keeps the lopsidedness of intervals near 0 and 1.
+
+    Raises:
+        ValueError: there are no estimates, or not as many intervals.
+    """
+    _require_pairs(len(estimates), len(intervals))
+    average = sum(estimates) / len(estimates)
+    below = [estimate - low for estimate, (low, _) in zip(estimates, intervals, strict=True)]
+    above = [high - estimate for estimate, (_, high) in zip(estimates, intervals, strict=True)]
+    return (
+        average - math.hypot(*below) / len(estimates),
+        average + math.hypot(*above) / len(estimates),
+    )
 
 
 def _resampled_means(

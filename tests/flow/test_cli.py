@@ -237,8 +237,8 @@ def test_held_out_items_can_be_measured_by_the_reward(model: str, recipe: str, t
 
 def test_evaluating_a_model_needs_a_recipe(model: str):
     assert refusal("evaluate", model) == (
-        f"{model!r} is no run folder, so --recipe must say whose task is asked; bundled: "
-        "quickstart, svamp_cpu"
+        f"{model!r} is no run folder, so --recipe must say whose task is asked, or --suite "
+        "name a suite; bundled recipes: quickstart, svamp_cpu"
     )
 
 

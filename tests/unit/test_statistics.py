@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
 from gmpo.statistics import (
+    average_interval,
     bootstrap_interval,
     detectable_mean,
     holm,
@@ -394,3 +395,18 @@ def test_pairs_of_different_lengths_are_refused():
         mcnemar(baseline=[True, False], candidate=[True])
     with pytest.raises(ValueError, match="got 0 and 0"):
         paired_bootstrap(baseline=[], candidate=[])
+
+
+def test_an_averages_interval_by_hand():
+    # Below 0.03 and 0.04, so 0.05 / 2; above 0.06 and 0.08, so 0.10 / 2.
+    found = average_interval([0.3, 0.5], [(0.27, 0.36), (0.46, 0.58)])
+    assert found == pytest.approx((0.4 - 0.025, 0.4 + 0.05))
+    with pytest.raises(ValueError, match="got 1 and 0"):
+        average_interval([0.5], [])
+
+
+def test_an_averages_interval_is_the_normal_one_for_many_items():
+    # Standard error of the average: sqrt(.3 * .7 / 4000 + .6 * .4 / 4000) / 2 = 0.005303.
+    intervals = [wilson_interval(1200, 4000), wilson_interval(2400, 4000)]
+    low, high = average_interval([0.3, 0.6], intervals)
+    assert (low, high) == pytest.approx((0.45 - 1.96 * 0.005303, 0.45 + 1.96 * 0.005303), abs=2e-4)

@@ -7,6 +7,7 @@ import os
 import typer
 
 from gmpo.cli.compare import compare
+from gmpo.cli.contamination import contamination
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, compare, evaluate, sample, export, inspect, models):
+for _command in (train, compare, evaluate, contamination, sample, export, inspect, models):
     app.command()(_command)
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from gmpo.cli.conventions import JsonOption, SetOption, model_name, refuses_clearly, warn
+from gmpo.cli.suite_scores import SuiteOptions, evaluate_suites
 from gmpo.errors import ConfigError
 from gmpo.recipe import bundled_recipes, load_recipe
 
@@ -22,18 +23,93 @@ __all__ = ["evaluate"]
 
 @refuses_clearly
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model name, model folder, or run folder.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Model name, model folder, run folder, or folder that --out wrote; LABEL=MODEL "
+            "names it in tables. The first is the baseline of the others."
+        ),
+    ],
     recipe: Annotated[
         str | None, typer.Option(help="Recipe whose task is asked; a run's own by default.")
     ] = None,
-    items: Annotated[int | None, typer.Option(help="Held-out items; all by default.")] = None,
+    suites: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            help="aime24, amc, math500, minerva, olympiadbench, gsm8k, svamp, or task: the "
+            "recipe's held-out items; repeatable.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of SUITE.jsonl files; the hub by default.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="Items of each suite; all by default.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sampled completions an item, beside the greedy one.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampled completions; 1 by default.")
+    ] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", help="k of pass@k; --samples by default; repeatable.")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy/--no-greedy", help="Whether to ask greedily too.")
+    ] = True,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest completion; the suite's own by default.")
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(help="After each problem of a suite; steps and \\boxed by default."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampled completions; 0 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder: every item's outcome, results.json, plot.")
+    ] = None,
+    keep_texts: Annotated[
+        bool, typer.Option("--keep-texts", help="Store the completions' texts under --out too.")
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure greedy, few-shot and sampled accuracy (or reward) on a recipe's held-out items."""
+    """Measure models on a recipe's held-out items or on suites, side by side and item by item."""
+    options = SuiteOptions(
+        suites=tuple(suites or ()),
+        data=data,
+        items=items,
+        samples=samples,
+        temperature=temperature,
+        ks=tuple(k or ()),
+        greedy=greedy,
+        max_tokens=max_tokens,
+        instruction=instruction,
+        seed=seed,
+        out=out,
+        keep_texts=keep_texts,
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+    )
+    if options.any_is_set() or len(models) > 1 or _is_stored(models[0]):
+        evaluate_suites(models, options, as_json=as_json)
+    else:
+        _evaluate_by_recipe(models[0], recipe, items, overrides or [], as_json=as_json)
+
+
+def _is_stored(model: str) -> bool:
+    from gmpo.cli.suite_scores import named_model
+
+    return bool(named_model(model).stored)
+
+
+def _evaluate_by_recipe(
+    model: str, recipe: str | None, items: int | None, overrides: list[str], *, as_json: bool
+) -> None:
+    """The passes that the recipe's `[evaluation]` table wants."""
     from gmpo.terminal import evaluation_table
 
-    config = _evaluation_config(model, recipe, items, overrides or [])
+    config = _evaluation_config(model, recipe, items, overrides)
     console = Console(stderr=as_json)
     results = _evaluate(config, console)
     if as_json:
@@ -62,8 +138,8 @@ def _evaluation_config(
     own_recipe = Path(model) / "recipe.toml"
     if recipe is None and not own_recipe.is_file():
         raise ConfigError(
-            f"{model!r} is no run folder, so --recipe must say whose task is asked; "
-            f"bundled: {', '.join(bundled_recipes())}"
+            f"{model!r} is no run folder, so --recipe must say whose task is asked, or --suite "
+            f"name a suite; bundled recipes: {', '.join(bundled_recipes())}"
         )
     if items is not None:
         overrides = [*overrides, f"evaluation.items={items}"]

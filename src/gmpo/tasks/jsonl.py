@@ -16,7 +16,7 @@ from gmpo.tasks.rows import ReadRows, Row, RowForm, read_rows
 from gmpo.tasks.splits import sides_of_rows
 from gmpo.tasks.task import Task, task_of_sides
 
-__all__ = ["jsonl_task", "prompts_from_jsonl"]
+__all__ = ["jsonl_rows", "jsonl_task", "prompts_from_jsonl"]
 
 _Paths = str | Path | Sequence[str | Path]
 
@@ -72,6 +72,19 @@ def jsonl_task(  # noqa: PLR0913  (plain keywords, so that a recipe table maps o
     return task_of_sides(name, sides, instruction=instruction)
 
 
+def jsonl_rows(path: _Paths) -> Iterator[Row]:
+    """The rows of files, one in memory at a time, whatever their columns are.
+
+    Args:
+        path: as for `jsonl_task`.
+
+    Raises:
+        DataError: a file is missing or unreadable, or a line is no JSON object.
+    """
+    for file in _files(path):
+        yield from _rows(_lines(file), str(file))
+
+
 def prompts_from_jsonl(lines: Iterable[bytes], *, source: str) -> list[Prompt]:
     """The prompts of one file's lines, in the usual form of rows.
 
@@ -86,8 +99,7 @@ def prompts_from_jsonl(lines: Iterable[bytes], *, source: str) -> list[Prompt]:
 
 
 def _read(files: Sequence[Path], form: RowForm) -> ReadRows:
-    rows = (row for file in files for row in _rows(_lines(file), str(file)))
-    return read_rows(rows, form, source=", ".join(map(str, files)))
+    return read_rows(jsonl_rows(files), form, source=", ".join(map(str, files)))
 
 
 def _files(path: _Paths) -> list[Path]:

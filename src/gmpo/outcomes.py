@@ -1,0 +1,219 @@
+"""What became of every completion of a suite's items, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gmpo.errors import DataError, RunFolderError
+from gmpo.grading import Verdict
+from gmpo.records import Group, Prompt, Rollout
+from gmpo.statistics import bootstrap_interval, pass_at_k, wilson_interval
+
+__all__ = [
+    "CompletionOutcome",
+    "ItemOutcome",
+    "SuiteOutcomes",
+    "Way",
+    "item_outcome",
+    "stored_outcomes",
+    "write_outcomes",
+]
+
+_SUFFIX = ".outcomes.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How items are asked: greedy once, or sampled several times."""
+
+    name: Literal["greedy", "sampled"]
+    num_samples: int = 1
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutcome:
+    """One completion: the grader's verdict, whether the token limit cut it, how long it was.
+
+    `text` is kept on request only.
+    """
+
+    is_correct: bool
+    status: Literal["graded", "timeout", "no_answer", "scorer_error"]
+    answer: str | None
+    is_truncated: bool
+    num_tokens: int
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemOutcome:
+    """One item's completions. `digest` tells items of one id and different texts apart."""
+
+    id: str
+    digest: str
+    completions: tuple[CompletionOutcome, ...]
+
+    @property
+    def num_correct(self) -> int:
+        """Completions that were right."""
+        return sum(completion.is_correct for completion in self.completions)
+
+    def value(self, k: int) -> float:
+        """Estimated probability that one of k completions is right."""
+        return pass_at_k(num_correct=self.num_correct, num_samples=len(self.completions), k=k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOutcomes:
+    """One model's outcomes on one suite, asked one way.
+
+    Attributes:
+        label: the model's name in tables.
+        model: the model that was asked: a name or folder.
+        suite: short name.
+        title: as in tables.
+        way: greedy or sampled.
+        max_tokens: longest completion allowed.
+        items: in the order asked.
+    """
+
+    label: str
+    model: str
+    suite: str
+    title: str
+    way: Way
+    max_tokens: int
+    items: tuple[ItemOutcome, ...]
+
+    def mean(self, k: int) -> float:
+        """Mean over items of pass@k, as a fraction."""
+        return sum(item.value(k) for item in self.items) / len(self.items)
+
+    def interval(self, k: int) -> tuple[float, float]:
+        """95 % interval of `mean`: Wilson's for one completion an item, else bootstrap by item.
+
+        A bootstrap of items that are all alike has no width, so there Wilson's stands in, with
+        items for trials: wider than it had to be, and not narrower.
+        """
+        values = [item.value(k) for item in self.items]
+        if self.way.num_samples == 1 or len(set(values)) == 1:
+            return wilson_interval(round(sum(values)), len(values))
+        return bootstrap_interval(values)
+
+    @property
+    def num_completions(self) -> int:
+        """Of all items."""
+        return sum(len(item.completions) for item in self.items)
+
+    def count(self, status: str) -> int:
+        """Completions of this status, or that were "truncated"."""
+        return sum(
+            completion.is_truncated if status == "truncated" else completion.status == status
+            for item in self.items
+            for completion in item.completions
+        )
+
+    def counts(self) -> dict[str, int]:
+        """What a score alone does not show."""
+        return {
+            "items": len(self.items),
+            "completions": self.num_completions,
+            "truncated": self.count("truncated"),
+            "no_answer": self.count("no_answer"),
+            "timeouts": self.count("timeout"),
+            "scorer_errors": self.count("scorer_error"),
+        }
+
+
+def item_outcome(group: Group, verdicts: Sequence[Verdict], *, keep_texts: bool) -> ItemOutcome:
+    """What is kept of an item's completions."""
+    pairs = zip(group.rollouts, verdicts, strict=True)
+    return ItemOutcome(
+        id=group.prompt.id,
+        digest=_digest(group.prompt),
+        completions=tuple(_completion(*pair, keep_texts=keep_texts) for pair in pairs),
+    )
+
+
+def write_outcomes(folder: Path, outcomes: SuiteOutcomes, *, place: int) -> Path:
+    """Write FOLDER/SUITE.WAY.outcomes.json; `stored_outcomes` reads it again.
+
+    Args:
+        folder: created if it is absent.
+        outcomes: of one suite.
+        place: among the files of one evaluation, whose first model is the baseline.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    path = folder / f"{outcomes.suite}.{outcomes.way.name}{_SUFFIX}"
+    record = {"format": _FORMAT, "place": place, **asdict(outcomes)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"outcomes cannot be written to {path}: {error.strerror}; free space or permissions"
+        ) from None
+    return path
+
+
+def stored_outcomes(folder: Path) -> list[SuiteOutcomes]:
+    """All outcomes in a folder and in the folders directly in it, as placed; empty without any.
+
+    Raises:
+        DataError: a file of outcomes is damaged or of another version.
+    """
+    paths = sorted([*folder.glob(f"*{_SUFFIX}"), *folder.glob(f"*/*{_SUFFIX}")])
+    placed = sorted(map(_read, paths), key=lambda found: found[0])
+    return [outcomes for _, outcomes in placed]
+
+
+def _read(path: Path) -> tuple[int, SuiteOutcomes]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record.pop("format")
+        if found != _FORMAT:
+            raise DataError(
+                f"{path} has format {found}, this version reads {_FORMAT}; evaluate anew"
+            )
+        place: int = record.pop("place")
+        items = tuple(_item(item) for item in record.pop("items"))
+        return place, SuiteOutcomes(way=Way(**record.pop("way")), items=items, **record)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no whole file of outcomes ({type(error).__name__}: {error}); remove it or "
+            "evaluate anew"
+        ) from None
+
+
+def _item(record: dict[str, Any]) -> ItemOutcome:
+    completions = tuple(CompletionOutcome(**one) for one in record.pop("completions"))
+    return ItemOutcome(completions=completions, **record)
+
+
+def _completion(rollout: Rollout, verdict: Verdict, *, keep_texts: bool) -> CompletionOutcome:
+    return CompletionOutcome(
+        is_correct=verdict.is_correct,
+        status=verdict.status,
+        answer=verdict.answer,
+        is_truncated=rollout.is_truncated,
+        num_tokens=rollout.num_tokens,
+        text=rollout.text if keep_texts else None,
+    )
+
+
+def _digest(prompt: Prompt) -> str:
+    """Of the question and the answer; the instruction and few-shot examples are part of it."""
+    turns = [message.content for message in prompt.messages or ()] or [prompt.text or ""]
+    answer = prompt.columns.get("answers") or prompt.columns.get("answer")
+    text = re.sub(r"\s+", " ", "\n".join([*turns, str(answer)]))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,305 @@
+"""Scores of models on suites side by side, and tests of their differences item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+from gmpo.errors import ConfigError, DataError
+from gmpo.outcomes import SuiteOutcomes
+from gmpo.statistics import average_interval, holm, mcnemar, paired_bootstrap
+from gmpo.suites import SUITES
+
+__all__ = ["Gain", "Metric", "Score", "ScoreTable", "metrics_of", "score_table"]
+
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure of a suite: the mean over its items of pass@k, asked one way."""
+
+    name: str
+    way: Literal["greedy", "sampled"]
+    k: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A mean with its 95 % interval, as fractions."""
+
+    mean: float
+    interval: tuple[float, float]
+    num_items: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """A model less the first one on the items that both were asked, as fractions.
+
+    Attributes:
+        label: the model.
+        baseline: the first model.
+        suite: short name, or "average".
+        num_items: shared items.
+        difference: of the means.
+        interval: 95 %, paired bootstrap of items; of an average, from the suites'.
+        only_baseline: items that only the baseline got right; None where items have several
+            completions, and of an average.
+        only_candidate: items that only the model got right, likewise.
+        p_value: McNemar's exact test, or the paired bootstrap's where items have several
+            completions; None of an average.
+        adjusted_p: by Holm over all suites and models of the table; None of an average.
+    """
+
+    label: str
+    baseline: str
+    suite: str
+    num_items: int
+    difference: float
+    interval: tuple[float, float]
+    only_baseline: int | None = None
+    only_candidate: int | None = None
+    p_value: float | None = None
+    adjusted_p: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The difference at 5 %, by the adjusted p-value, of an average by the interval."""
+        low, high = self.interval
+        is_seen = not low <= 0 <= high if self.adjusted_p is None else self.adjusted_p < _ALPHA
+        if not is_seen:
+            return "none seen"
+        return "better" if self.difference > 0 else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """Models in rows, suites in columns: one metric.
+
+    Attributes:
+        metric: what is shown.
+        titles: of the suites by short name, in the order of columns.
+        scores: by model and suite; a suite that a model was not asked is absent.
+        averages: by model, the plain mean over the suites that every model was asked; empty for
+            fewer than two.
+        averaged: these suites.
+        gains: of every model but the first, by suite, then its average.
+        notes: what makes rows less comparable, a sentence each.
+    """
+
+    metric: Metric
+    titles: Mapping[str, str]
+    scores: Mapping[str, Mapping[str, Score]]
+    averages: Mapping[str, Score]
+    averaged: tuple[str, ...]
+    gains: tuple[Gain, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        gains = [asdict(gain) | {"verdict": gain.verdict} for gain in self.gains]
+        return {**asdict(self), "gains": gains}
+
+
+def metrics_of(outcomes: Sequence[SuiteOutcomes], ks: Sequence[int] = ()) -> list[Metric]:
+    """The metrics that outcomes allow: greedy pass@1; of n samples mean@n and pass@k.
+
+    Args:
+        outcomes: of all models and suites.
+        ks: which k; none is n.
+
+    Raises:
+        ConfigError: a k is not from 1 to n, or there are no sampled outcomes to choose k from;
+            or numbers of samples differ.
+    """
+    metrics = []
+    if any(one.way.name == "greedy" for one in outcomes):
+        metrics.append(Metric(name="greedy pass@1", way="greedy"))
+    counts = {one.way.num_samples for one in outcomes if one.way.name == "sampled"}
+    if not counts:
+        if ks:
+            raise ConfigError(f"k = {ks[0]} needs sampled completions; give --samples {max(ks)}")
+        return metrics
+    if len(counts) > 1:
+        raise ConfigError(
+            f"outcomes have {sorted(counts)} samples an item; compare models that were asked "
+            "equally often"
+        )
+    (num_samples,) = counts
+    for k in ks:
+        if not 1 <= k <= num_samples:
+            raise ConfigError(
+                f"k = {k} is not from 1 to the {num_samples} samples an item; lower it or raise "
+                "--samples"
+            )
+    metrics.append(Metric(name=f"mean@{num_samples}", way="sampled"))
+    wanted = [k for k in ks or [num_samples] if k > 1]  # pass@1 of n samples is mean@n
+    return metrics + [Metric(name=f"pass@{k}", way="sampled", k=k) for k in wanted]
+
+
+def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable:
+    """The table of one metric; the first model's label is the baseline of the gains.
+
+    Raises:
+        DataError: two models share no item of a suite, or put an item of one id differently; or
+            a label has a suite twice.
+    """
+    by_model = _by_model([one for one in outcomes if one.way.name == metric.way])
+    titles = _titles(by_model)
+    labels = list(by_model)
+    shared = [name for name in titles if all(name in suites for suites in by_model.values())]
+    averaged = tuple(shared) if len(shared) > 1 else ()
+    return ScoreTable(
+        metric=metric,
+        titles=titles,
+        scores={
+            label: {name: _score(suites[name], metric) for name in titles if name in suites}
+            for label, suites in by_model.items()
+        },
+        averages={
+            label: _average([_score(suites[name], metric) for name in averaged])
+            for label, suites in by_model.items()
+            if averaged
+        },
+        averaged=averaged,
+        gains=_gains(by_model, labels[0], averaged, metric) if len(labels) > 1 else (),
+        notes=tuple(_notes(by_model, titles)),
+    )
+
+
+def _by_model(outcomes: Sequence[SuiteOutcomes]) -> dict[str, dict[str, SuiteOutcomes]]:
+    found: dict[str, dict[str, SuiteOutcomes]] = {}
+    for one in outcomes:
+        suites = found.setdefault(one.label, {})
+        if one.suite in suites:
+            raise DataError(
+                f"there are two outcomes of {one.label!r} on {one.suite}; give each model a label "
+                "of its own: LABEL=MODEL"
+            )
+        suites[one.suite] = one
+    return found
+
+
+def _titles(by_model: Mapping[str, Mapping[str, SuiteOutcomes]]) -> dict[str, str]:
+    """The paper's order first, then as met."""
+    met = {name: one.title for suites in by_model.values() for name, one in suites.items()}
+    order = [name for name in SUITES if name in met] + [name for name in met if name not in SUITES]
+    return {name: met[name] for name in order}
+
+
+def _score(outcomes: SuiteOutcomes, metric: Metric) -> Score:
+    return Score(
+        mean=outcomes.mean(metric.k),
+        interval=outcomes.interval(metric.k),
+        num_items=len(outcomes.items),
+    )
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    means = [score.mean for score in scores]
+    return Score(
+        mean=sum(means) / len(means),
+        interval=average_interval(means, [score.interval for score in scores]),
+        num_items=sum(score.num_items for score in scores),
+    )
+
+
+def _gains(
+    by_model: Mapping[str, Mapping[str, SuiteOutcomes]],
+    first: str,
+    averaged: Sequence[str],
+    metric: Metric,
+) -> tuple[Gain, ...]:
+    baseline = by_model[first]
+    tested: dict[str, list[Gain]] = {
+        label: [_gain(baseline[name], suites[name], metric) for name in suites if name in baseline]
+        for label, suites in by_model.items()
+        if label != first
+    }
+    raw = [gain.p_value for gains in tested.values() for gain in gains if gain.p_value is not None]
+    adjusted = iter(holm(raw))
+    found: list[Gain] = []
+    for label, gains in tested.items():
+        whole = [_with_adjusted(gain, next(adjusted)) for gain in gains]
+        order = {gain.suite: gain for gain in whole}
+        found += [order[name] for name in _titles(by_model) if name in order]
+        shared = [order[name] for name in averaged]
+        if shared:
+            found.append(_average_gain(shared, label=label, baseline=first))
+    return tuple(found)
+
+
+def _with_adjusted(gain: Gain, adjusted: float) -> Gain:
+    return Gain(**{**asdict(gain), "adjusted_p": adjusted})
+
+
+def _gain(baseline: SuiteOutcomes, candidate: SuiteOutcomes, metric: Metric) -> Gain:
+    pairs = list(_pairs(baseline, candidate, metric.k))
+    before, after = [one for one, _ in pairs], [other for _, other in pairs]
+    paired = paired_bootstrap(baseline=before, candidate=after)
+    gain = Gain(
+        label=candidate.label,
+        baseline=baseline.label,
+        suite=candidate.suite,
+        num_items=len(pairs),
+        difference=paired.difference,
+        interval=paired.interval,
+        p_value=paired.p_value,
+    )
+    if candidate.way.num_samples > 1:
+        return gain
+    exact = mcnemar(baseline=[one == 1 for one in before], candidate=[two == 1 for two in after])
+    return Gain(**{**asdict(gain), **asdict(exact)})
+
+
+def _pairs(
+    baseline: SuiteOutcomes, candidate: SuiteOutcomes, k: int
+) -> Iterator[tuple[float, float]]:
+    """Both models' values of each item that both were asked."""
+    others = {item.id: item for item in candidate.items}
+    shared = [item for item in baseline.items if item.id in others]
+    if not shared:
+        raise DataError(
+            f"{baseline.label!r} and {candidate.label!r} share no item of {baseline.suite} (for "
+            f"instance {baseline.items[0].id!r} and {candidate.items[0].id!r}); evaluate both with "
+            "the same --items and --data"
+        )
+    for item in shared:
+        other = others[item.id]
+        if item.digest != other.digest:
+            raise DataError(
+                f"item {item.id!r} of {baseline.suite} was put differently to {baseline.label!r} "
+                f"and {candidate.label!r}; evaluate both on the same data with the same "
+                "--instruction"
+            )
+        yield item.value(k), other.value(k)
+
+
+def _average_gain(gains: Sequence[Gain], *, label: str, baseline: str) -> Gain:
+    differences = [gain.difference for gain in gains]
+    return Gain(
+        label=label,
+        baseline=baseline,
+        suite="average",
+        num_items=sum(gain.num_items for gain in gains),
+        difference=sum(differences) / len(differences),
+        interval=average_interval(differences, [gain.interval for gain in gains]),
+    )
+
+
+def _notes(
+    by_model: Mapping[str, Mapping[str, SuiteOutcomes]], titles: Mapping[str, str]
+) -> Iterator[str]:
+    for name, title in titles.items():
+        asked = [suites[name] for suites in by_model.values() if name in suites]
+        for one, other in combinations(asked, 2):
+            for what, left, right in (
+                ("tokens at most", one.max_tokens, other.max_tokens),
+                ("temperature", one.way.temperature, other.way.temperature),
+                ("items", len(one.items), len(other.items)),
+            ):
+                if left != right:
+                    yield (f"{title}: {what} {left} for {one.label} and {right} for {other.label}")

@@ -1,0 +1,116 @@
+"""A model asked the items of suites: loaded once, a part of the items at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from gmpo.assembly import open_evaluator
+from gmpo.config import RunConfig
+from gmpo.errors import DataError, ModelError
+from gmpo.evaluation import Evaluator
+from gmpo.outcomes import ItemOutcome, SuiteOutcomes, Way
+from gmpo.records import Prompt
+from gmpo.suites import SuiteItems
+
+__all__ = ["Asking", "ask_suites"]
+
+_ROWS_AHEAD = 4
+"""Completions begun together, as a multiple of the rows decoded at once: with more, finished rows
+are refilled for longer; with fewer, progress shows earlier."""
+
+Progress = Callable[[str, str, int, int], None]
+"""Told suite, way, items done and items in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How every item is asked.
+
+    Attributes:
+        ways: greedy, sampled, or both.
+        seed: of sampled completions: the same for every model, so that differences are theirs.
+        keep_texts: whether outcomes hold the completions' texts.
+    """
+
+    ways: tuple[Way, ...]
+    seed: int = 0
+    keep_texts: bool = False
+
+
+def ask_suites(
+    config: RunConfig,
+    suites: Sequence[SuiteItems],
+    asking: Asking,
+    *,
+    label: str,
+    warn: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> Iterator[SuiteOutcomes]:
+    """Outcomes of each suite, each way, as they are done.
+
+    Each suite's own limit of tokens holds, and prompts may take what the model's context leaves
+    beside it; of the recipe's limits none does.
+
+    Args:
+        config: the recipe: its model, precision, system turn, stop strings, rollouts, time limit.
+        suites: what is asked.
+        asking: how.
+        label: the model's name in tables.
+        warn: told in one sentence what is not as expected.
+        progress: told after each part.
+
+    Raises:
+        gmpo.errors.GmpoError: the model cannot be had, or an item does not fit its context.
+    """
+    with open_evaluator(config, warn=warn) as (evaluator, context):
+        fitted = [
+            (suite, _fitted(evaluator, suite, context=context, model=config.model.name))
+            for suite in suites
+        ]
+        for suite, asker in fitted:
+            for way in asking.ways:
+                parts = _parts(suite.prompts, way, rows=config.sampling.max_rows)
+                items: list[ItemOutcome] = []
+                for part in parts:
+                    items += asker.item_outcomes(
+                        part, way=way, key=(suite.name, asking.seed), keep_texts=asking.keep_texts
+                    )
+                    progress(suite.name, way.name, len(items), len(suite.prompts))
+                yield SuiteOutcomes(
+                    label=label,
+                    model=config.model.name,
+                    suite=suite.name,
+                    title=suite.title,
+                    way=way,
+                    max_tokens=suite.max_tokens,
+                    items=tuple(items),
+                )
+
+
+def _fitted(evaluator: Evaluator, suite: SuiteItems, *, context: int, model: str) -> Evaluator:
+    """The evaluator with the suite's limit; refuses items that do not fit beside it."""
+    if suite.max_tokens >= context:
+        raise ModelError(
+            f"suite {suite.name} allows completions of {suite.max_tokens} tokens, and model "
+            f"{model!r} takes {context}, prompt and completion together; give --max-tokens below "
+            "that"
+        )
+    lengths = [
+        len(prompt.token_ids or ()) for prompt in evaluator.renderer.render_all(suite.prompts)
+    ]
+    longest = max(lengths)
+    if longest + suite.max_tokens > context:
+        name = suite.prompts[lengths.index(longest)].id
+        raise DataError(
+            f"item {name!r} of suite {suite.name} has {longest} tokens, and model {model!r} takes "
+            f"{context}, prompt and completion together; give --max-tokens {context - longest} or "
+            f"lower instead of {suite.max_tokens}"
+        )
+    return replace(evaluator, settings=replace(evaluator.settings, max_tokens=suite.max_tokens))
+
+
+def _parts(prompts: Sequence[Prompt], way: Way, *, rows: int) -> Iterator[Sequence[Prompt]]:
+    size = max(1, _ROWS_AHEAD * rows // way.num_samples)
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
