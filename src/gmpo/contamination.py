@@ -13,10 +13,10 @@ from gmpo.records import Prompt
 
 __all__ = ["Contamination", "Match", "TrainingText", "find_contamination", "words"]
 
-LONG_RUN = 13
+_LONG_RUN = 13
 """Words in a run, as in GPT-3's check (arXiv 2005.14165, appendix C)."""
-SHORT_RUN = 8
-"""Words in a run for an item with fewer than `LONG_RUN` words."""
+_SHORT_RUN = 8
+"""Words in a run for an item with fewer than `_LONG_RUN` words."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -144,7 +144,7 @@ def _problem(prompt: Prompt) -> str:
 
 def _runs(found: Sequence[str]) -> set[tuple[str, ...]]:
     """All different runs of an item's words, of the length that its own length asks for."""
-    size = LONG_RUN if len(found) >= LONG_RUN else min(SHORT_RUN, len(found))
+    size = _LONG_RUN if len(found) >= _LONG_RUN else min(_SHORT_RUN, len(found))
     if not size:
         return set()
     return {tuple(found[start : start + size]) for start in range(len(found) - size + 1)}

@@ -19,7 +19,7 @@ _ROWS_AHEAD = 4
 """Completions begun together, as a multiple of the rows decoded at once: with more, finished rows
 are refilled for longer; with fewer, progress shows earlier."""
 
-Progress = Callable[[str, str, int, int], None]
+_Progress = Callable[[str, str, int, int], None]
 """Told suite, way, items done and items in all."""
 
 
@@ -45,7 +45,7 @@ def ask_suites(
     *,
     label: str,
     warn: Callable[[str], None] = lambda _: None,
-    progress: Progress = lambda *_: None,
+    progress: _Progress = lambda *_: None,
 ) -> Iterator[SuiteOutcomes]:
     """Outcomes of each suite, each way, as they are done.
 

@@ -14,7 +14,15 @@ from gmpo.errors import ConfigError, DataError
 from gmpo.records import Prompt
 from gmpo.tasks import RowForm, Task, bundled_task, dataset_task, jsonl_task
 
-__all__ = ["DATA_FOLDER_VARIABLE", "SUITES", "Suite", "SuiteItems", "known_suites", "suite_items"]
+__all__ = [
+    "DATA_FOLDER_VARIABLE",
+    "SUITES",
+    "HubSource",
+    "Suite",
+    "SuiteItems",
+    "known_suites",
+    "suite_items",
+]
 
 DATA_FOLDER_VARIABLE = "GMPO_MATH_DATA"
 """Environment variable that names the folder of suites where no option does."""

@@ -20,50 +20,56 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+_Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Model name, model folder, run folder, or folder that --out wrote; LABEL=MODEL "
+        "names it in tables. The first is the baseline of the others."
+    ),
+]
+_Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        help="aime24, amc, math500, minerva, olympiadbench, gsm8k, svamp, or task: the "
+        "recipe's held-out items; repeatable.",
+    ),
+]
+_Samples = Annotated[
+    int | None, typer.Option(help="Sampled completions an item, beside the greedy one.")
+]
+_Instruction = Annotated[
+    str | None,
+    typer.Option(help="After each problem of a suite; steps and \\boxed by default."),
+]
+_Ks = Annotated[
+    list[int] | None, typer.Option("--k", help="k of pass@k; --samples by default; repeatable.")
+]
+
 
 @refuses_clearly
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Model name, model folder, run folder, or folder that --out wrote; LABEL=MODEL "
-            "names it in tables. The first is the baseline of the others."
-        ),
-    ],
+    models: _Models,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe whose task is asked; a run's own by default.")
     ] = None,
-    suites: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            help="aime24, amc, math500, minerva, olympiadbench, gsm8k, svamp, or task: the "
-            "recipe's held-out items; repeatable.",
-        ),
-    ] = None,
+    suites: _Suites = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of SUITE.jsonl files; the hub by default.")
     ] = None,
     items: Annotated[int | None, typer.Option(help="Items of each suite; all by default.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Sampled completions an item, beside the greedy one.")
-    ] = None,
+    samples: _Samples = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of sampled completions; 1 by default.")
     ] = None,
-    k: Annotated[
-        list[int] | None, typer.Option("--k", help="k of pass@k; --samples by default; repeatable.")
-    ] = None,
+    k: _Ks = None,
     greedy: Annotated[
         bool, typer.Option("--greedy/--no-greedy", help="Whether to ask greedily too.")
     ] = True,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest completion; the suite's own by default.")
     ] = None,
-    instruction: Annotated[
-        str | None,
-        typer.Option(help="After each problem of a suite; steps and \\boxed by default."),
-    ] = None,
+    instruction: _Instruction = None,
     seed: Annotated[int | None, typer.Option(help="Of sampled completions; 0 by default.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder: every item's outcome, results.json, plot.")

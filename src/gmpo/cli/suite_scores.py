@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,12 @@ class SuiteOptions:
 
     def asking_options(self) -> list[str]:
         """Options given that say how a model is asked."""
-        unasked = replace(self, suites=(), out=None, ks=())
+        given, plain = asdict(replace(self, suites=(), out=None, ks=())), asdict(SuiteOptions())
+        names = {"greedy": "no-greedy", "overrides": "set"}
         return [
-            f"--{field.name.replace('_', '-')}"
-            for field in fields(self)
-            if getattr(unasked, field.name) != field.default
+            f"--{names.get(name, name).replace('_', '-')}"
+            for name, value in given.items()
+            if value != plain[name]
         ]
 
     def ways(self) -> tuple[Way, ...]:

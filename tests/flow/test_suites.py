@@ -1,0 +1,90 @@
+"""Models on suites through the command line, with tiny random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.commands import gmpo, jsonl, refusal
+from tests.models import save_tiny
+
+ROWS = [{"id": f"q{n}", "problem": f"{n}+1", "answer": str(n + 1)} for n in range(6)]
+ASKED = ("--max-tokens", "4", "--instruction", "", "--set", "model.dtype=fp32")
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("arms")
+    one, two = (f"{n}={save_tiny(folder / n, seed=s)}" for s, n in enumerate(("GRPO", "GMPO")))
+    return one, two
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    jsonl(tmp_path / "amc.jsonl", ROWS)
+    jsonl(tmp_path / "aime24.jsonl", ROWS[:3])
+    return tmp_path
+
+
+def test_stored_outcomes_give_the_table_of_the_run(arms: tuple[str, str], data: Path):
+    out = data / "out"
+    suites = ("--suite", "aime24", "--suite", "amc", "--data", data)
+    asked = gmpo("evaluate", *arms, *suites, *ASKED, "--samples", "4", "--k", "2", "--out", out)
+    assert asked.exit_code == 0, asked.stderr
+    assert "GMPO - GRPO" in asked.stdout
+    written = json.loads((out / "results.json").read_text())
+    assert [table["metric"]["name"] for table in written["tables"]] == [
+        "greedy pass@1",
+        "mean@4",
+        "pass@2",
+    ]
+    assert [count["completions"] for count in written["counts"]] == [3, 12, 6, 24] * 2
+    again = gmpo("evaluate", out, "--k", "2", "--json")
+    assert json.loads(again.stdout) == written
+    assert (out / "results.png").stat().st_size > 1000
+
+
+def test_models_without_a_shared_item_are_refused(arms: tuple[str, str], data: Path):
+    for label, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
+        jsonl(data / "amc.jsonl", rows)
+        out = ("--out", data / label)
+        done = gmpo(
+            "evaluate", f"{label}={arms[0][5:]}", "--suite", "amc", "--data", data, *ASKED, *out
+        )
+        assert done.exit_code == 0, done.stderr
+    assert "'a' and 'b' share no item of amc" in refusal("evaluate", data / "a", data / "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--suite", "aime"), "did you mean 'aime24'?"),
+        (("--suite", "minerva"), "download math-ai/minervamath"),
+        (("--suite", "amc", "--samples", "2", "--k", "3"), "k = 3 is not from 1 to the 2 samples"),
+        (("--suite", "amc", "--k", "3"), "give --samples 3"),
+        (("--suite", "amc", "--temperature", "0.5"), "give --samples too"),
+        (("--suite", "amc", "--items", "9"), "9 items were asked for, and suite amc has 6"),
+        (("--suite", "amc", "--max-tokens", "300"), "give --max-tokens below that"),
+        (("--suite", "amc", "--set", "training.rounds=3"), "has no effect on suites"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    options: tuple[str, ...], said: str, arms: tuple[str, str], data: Path
+):
+    assert said in refusal("evaluate", arms[0], "--data", data, *options)
+
+
+def test_planted_items_are_found_in_training_data(data: Path):
+    problem = "Seven green turtles walk along the long river and meet nine blue turtles how many"
+    jsonl(data / "amc.jsonl", [{"id": "planted", "problem": problem, "answer": "16"}, *ROWS[:1]])
+    train = [
+        {"prompt": f"Before. {problem}? After.", "answer": "16"},
+        {"prompt": "x", "answer": "1"},
+    ]
+    path = jsonl(data / "train.jsonl", train)
+    done = gmpo("contamination", path, "--suite", "amc", "--data", data, "--json")
+    (suite,) = json.loads(done.stdout)["suites"]
+    (match,) = suite["matches"]
+    assert (match["item_id"], match["whole"], match["coverage"]) == ("planted", True, 1.0)
+    assert match["training_id"].endswith("train.jsonl:1")
