@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ __all__ = [
     "HubSource",
     "Suite",
     "SuiteItems",
+    "check_folder_is_read",
     "known_suites",
     "suite_items",
 ]
@@ -128,6 +129,27 @@ def known_suites(names: Sequence[str]) -> list[Suite]:
         if names.count(name) > 1:
             raise ConfigError(f"suite {name!r} is named twice; name each once")
     return [SUITES[name] for name in names]
+
+
+def check_folder_is_read(suites: Sequence[Suite], *, warn: Callable[[str], None]) -> None:
+    """Say which suites a folder named with --data does not replace.
+
+    Args:
+        suites: those asked for.
+        warn: told of those that come with the package, beside others that the folder has.
+
+    Raises:
+        ConfigError: no suite asked for is read from a folder, so it would do nothing.
+    """
+    bundled = [suite.name for suite in suites if suite.hub is None]
+    if len(bundled) == len(suites):
+        others = ", ".join(name for name, suite in SUITES.items() if suite.hub)
+        raise ConfigError(
+            f"--data would do nothing for {' and '.join(bundled) or 'a task'}; leave it out, or "
+            f"ask for a suite that does not come with the package: {others}"
+        )
+    if bundled:
+        warn(f"--data does not replace what comes with the package: {' and '.join(bundled)}")
 
 
 def suite_items(

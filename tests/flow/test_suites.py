@@ -63,6 +63,7 @@ def test_models_without_a_shared_item_are_refused(arms: tuple[str, str], data: P
         (("--suite", "minerva"), "download math-ai/minervamath"),
         (("--suite", "amc", "--samples", "2", "--k", "3"), "k = 3 is not from 1 to the 2 samples"),
         (("--suite", "amc", "--k", "3"), "give --samples 3"),
+        (("--suite", "gsm8k", "--suite", "svamp"), "--data would do nothing for gsm8k and svamp"),
         (("--suite", "amc", "--temperature", "0.5"), "give --samples too"),
         (("--suite", "amc", "--items", "9"), "9 items were asked for, and suite amc has 6"),
         (("--suite", "amc", "--max-tokens", "300"), "give --max-tokens below that"),
@@ -73,6 +74,16 @@ def test_what_cannot_be_asked_is_refused(
     options: tuple[str, ...], said: str, arms: tuple[str, str], data: Path
 ):
     assert said in refusal("evaluate", arms[0], "--data", data, *options)
+
+
+def test_a_folder_does_not_replace_bundled_suites_and_says_so(data: Path):
+    path = jsonl(data / "train.jsonl", [{"prompt": "x", "answer": "1"}])
+    suites = ("--suite", "amc", "--suite", "svamp")
+    done = gmpo("contamination", path, *suites, "--data", data, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "--data does not replace what comes with the package: svamp" in done.stderr
+    refused = refusal("contamination", path, "--suite", "svamp", "--data", data)
+    assert "--data would do nothing for svamp" in refused
 
 
 def test_planted_items_are_found_in_training_data(data: Path):

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, SetOption, refuses_clearly
+from gmpo.cli.conventions import JsonOption, SetOption, refuses_clearly, warn
 from gmpo.contamination import Contamination, TrainingText, find_contamination
 from gmpo.errors import ConfigError, RunFolderError
 from gmpo.recipe import bundled_recipes, load_recipe
-from gmpo.suites import SUITES, known_suites, suite_items
+from gmpo.suites import SUITES, check_folder_is_read, known_suites, suite_items
 
 __all__ = ["contamination"]
 
@@ -34,7 +34,7 @@ def contamination(
         list[str] | None, typer.Option("--suite", help="Suite; repeatable; all by default.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of SUITE.jsonl files; the hub by default.")
+        Path | None, typer.Option(help="Folder of SUITE.jsonl files, in place of the hub.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for all findings, as JSON.")] = None,
     overrides: SetOption = None,
@@ -43,10 +43,10 @@ def contamination(
     """Look for items of suites in training data, by runs of 13 words (8 for short items)."""
     from gmpo.score_tables import contamination_table
 
-    asked = [
-        suite_items(suite, folder=data, instruction="")
-        for suite in known_suites(suites or [*SUITES])
-    ]
+    wanted = known_suites(suites or [*SUITES])
+    if data is not None:
+        check_folder_is_read(wanted, warn=warn)
+    asked = [suite_items(suite, folder=data, instruction="") for suite in wanted]
     found = find_contamination(
         [(suite.name, suite.title, suite.prompts) for suite in asked],
         _training_texts(training, overrides or []),

@@ -55,7 +55,7 @@ def evaluate(
     ] = None,
     suites: _Suites = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of SUITE.jsonl files; the hub by default.")
+        Path | None, typer.Option(help="Folder of SUITE.jsonl files, in place of the hub.")
     ] = None,
     items: Annotated[int | None, typer.Option(help="Items of each suite; all by default.")] = None,
     samples: _Samples = None,

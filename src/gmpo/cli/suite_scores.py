@@ -16,7 +16,7 @@ from gmpo.errors import ConfigError, RunFolderError
 from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.recipe import apply_override, bundled_recipes, load_recipe, recipe_of_table
 from gmpo.scores import ScoreTable, metrics_of, score_table
-from gmpo.suites import SuiteItems, known_suites, suite_items
+from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_items
 
 if TYPE_CHECKING:
     from gmpo.config import RunConfig
@@ -141,6 +141,8 @@ def evaluate_suites(arguments: Sequence[str], options: SuiteOptions, *, as_json:
     else:
         ways = options.ways()
     suites = known_suites([name for name in options.suites if name != _TASK])
+    if options.data is not None:
+        check_folder_is_read(suites, warn=warn)
     if options.out is not None:
         _prepare(options.out)
     labels = _labels(named)

@@ -1,0 +1,79 @@
+"""Contamination: runs of words that an item and a training text share."""
+
+from __future__ import annotations
+
+import pytest
+
+from gmpo.contamination import Contamination, TrainingText, find_contamination, words
+from gmpo.errors import DataError
+from gmpo.records import Prompt
+
+LONG = "a1 a2 a3 a4 a5 a6 a7 a8 a9 a10 a11 a12 a13 a14"  # two runs of 13
+MIDDLE = "b1 b2 b3 b4 b5 b6 b7 b8 b9 b10 b11 b12"  # five runs of 8
+SHORT = "c1 c2 c3"  # one run of 3
+
+
+def found(item: str, *training: str) -> Contamination:
+    texts = [TrainingText(id=f"row {n}", text=text) for n, text in enumerate(training)]
+    prompts = [Prompt(id="item", text=item), Prompt(id="clean", text="nothing of this is there")]
+    (one,) = find_contamination([("amc", "AMC", prompts)], texts)
+    return one
+
+
+def first(text: str, count: int) -> str:
+    return " ".join(text.split()[:count])
+
+
+def test_words_are_letters_and_digits_in_lower_case():
+    assert words("If $x_1 = 2.5$, then Área?") == ["if", "x", "1", "2", "5", "then", "área"]
+
+
+@pytest.mark.parametrize(
+    ("item", "shared", "coverage"),
+    [
+        (LONG, 14, 1.0),
+        (LONG, 13, 1 / 2),
+        (LONG, 12, None),
+        (MIDDLE, 9, 2 / 5),
+        (MIDDLE, 8, 1 / 5),
+        (MIDDLE, 7, None),
+        (SHORT, 3, 1.0),
+        (SHORT, 2, None),
+    ],
+)
+def test_coverage_is_the_share_of_the_items_runs(item: str, shared: int, coverage: float | None):
+    one = found(item, f"before {first(item, shared)} after")
+    assert one.num_items == 2
+    if coverage is None:
+        assert one.matches == ()
+        return
+    (match,) = one.matches
+    assert match.item_id == "item"
+    assert match.coverage == pytest.approx(coverage)
+    assert match.is_whole == (coverage == 1.0)
+    assert match.num_words == len(item.split())
+
+
+def test_case_punctuation_and_line_breaks_do_not_hide_a_copy():
+    assert found(LONG, LONG.upper().replace(" ", ",\n")).matches[0].is_whole
+
+
+def test_the_row_with_most_is_named_and_all_are_counted():
+    (match,) = found(LONG, first(LONG, 13), LONG, "other words").matches
+    assert (match.training_id, match.num_rows) == ("row 1", 2)
+    assert match.excerpt == " ".join(LONG.split()[1:])  # the run that one row has, not two
+
+
+def test_items_of_which_most_was_found_come_first():
+    prompts = [Prompt(id="part", text=LONG), Prompt(id="all", text=SHORT)]
+    texts = [TrainingText(id="row", text=f"{first(LONG, 13)} x {SHORT}")]
+    (one,) = find_contamination([("amc", "AMC", prompts)], texts)
+    assert [match.item_id for match in one.matches] == ["all", "part"]
+    written = one.as_dict()
+    assert (written["items"], written["found"]) == (2, 2)
+    assert [match["whole"] for match in written["matches"]] == [True, False]
+
+
+def test_no_training_text_is_refused():
+    with pytest.raises(DataError, match="no training text to check"):
+        found(LONG)

@@ -1,0 +1,144 @@
+"""Tables of scores: values, gains and their tests, what is refused, and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.colors import to_rgb
+from tests.suite_outcomes import greedy, outcomes
+
+from gmpo.errors import ConfigError, DataError, RunFolderError
+from gmpo.score_plots import plot_scores
+from gmpo.scores import Metric, ScoreTable, metrics_of, score_table
+
+PASS_1 = Metric(name="greedy pass@1", way="greedy")
+
+
+def two_suites() -> ScoreTable:
+    """AMC: GRPO 2 of 10, GMPO 7 of 10; MATH-500: GRPO 1 of 20, GMPO 9 of 20."""
+    return score_table(
+        [
+            greedy("GRPO", {0, 1}, 10),
+            greedy("GRPO", {0}, 20, suite="math500"),
+            greedy("GMPO", {0, 2, 3, 4, 5, 6, 7}, 10),
+            greedy("GMPO", set(range(9)), 20, suite="math500"),
+        ],
+        PASS_1,
+    )
+
+
+def test_scores_are_means_and_averages_are_over_suites():
+    table = two_suites()
+    assert list(table.titles) == ["amc", "math500"]
+    assert table.scores["GRPO"]["amc"].mean == pytest.approx(0.2)
+    assert table.scores["GMPO"]["math500"].mean == pytest.approx(0.45)
+    # Each suite counts once, whatever its size: (0.2 + 0.05) / 2 and (0.7 + 0.45) / 2.
+    assert table.averages["GRPO"].mean == pytest.approx(0.125)
+    assert table.averages["GMPO"].mean == pytest.approx(0.575)
+    assert table.averages["GMPO"].num_items == 30
+
+
+def test_gains_are_tested_item_by_item_and_adjusted_over_the_table():
+    amc, math500, average = two_suites().gains
+    assert (amc.label, amc.baseline, amc.suite) == ("GMPO", "GRPO", "amc")
+    assert (amc.only_baseline, amc.only_candidate) == (1, 6)
+    assert amc.difference == pytest.approx(0.5)
+    assert amc.p_value == pytest.approx(0.125)  # 2 * (C(7,0) + C(7,1)) / 2^7 = 16 / 128
+    assert math500.p_value == pytest.approx(2 / 256)  # 8 won, none lost
+    assert math500.adjusted_p == pytest.approx(4 / 256)  # the smaller of two, times two
+    assert amc.adjusted_p == pytest.approx(0.125)
+    assert (amc.verdict, math500.verdict) == ("none seen", "better")
+    assert average.suite == "average"
+    assert average.difference == pytest.approx(0.45)  # (0.5 + 0.4) / 2
+    assert average.p_value is None
+
+
+def test_losing_is_worse():
+    better, worse = greedy("a", set(range(8)), 8), greedy("b", set(), 8)
+    (gain,) = score_table([better, worse], PASS_1).gains
+    assert gain.difference == -1.0
+    assert gain.verdict == "worse"
+
+
+def test_several_completions_are_tested_by_bootstrap_of_items():
+    one = outcomes("a", {f"q{n}": [False, False] for n in range(12)})
+    two = outcomes("b", {f"q{n}": [True, n % 2 == 0] for n in range(12)})
+    metric = Metric(name="mean@2", way="sampled")
+    (gain,) = score_table([one, two], metric).gains
+    assert gain.difference == pytest.approx(0.75)  # half the items 1, half 1/2
+    assert (gain.only_baseline, gain.only_candidate) == (None, None)
+    assert gain.interval[0] > 0.5
+    assert gain.verdict == "better"
+
+
+def test_only_shared_items_are_compared():
+    one, two = greedy("a", {0, 1}, 2), greedy("b", {0}, 4)
+    table = score_table([one, two], PASS_1)
+    (gain,) = table.gains
+    assert gain.num_items == 2
+    assert gain.difference == pytest.approx(-0.5)
+    assert table.scores["b"]["amc"].mean == pytest.approx(0.25)
+    assert table.notes == ("AMC: items 2 for a and 4 for b",)
+
+
+def test_a_suite_that_a_model_was_not_asked_is_outside_the_average():
+    whole = [greedy("a", {0}, 4, suite=name) for name in ("amc", "math500", "svamp")]
+    part = [greedy("b", {0}, 4, suite=name) for name in ("amc", "math500")]
+    table = score_table([*whole, *part], PASS_1)
+    assert table.averaged == ("amc", "math500")
+    assert "svamp" not in table.scores["b"]
+
+
+def test_models_asked_differently_are_noted_or_refused():
+    table = score_table([greedy("a", {0}, 2), greedy("b", {0}, 2, max_tokens=50)], PASS_1)
+    assert table.notes == ("AMC: tokens at most 100 for a and 50 for b",)
+    with pytest.raises(DataError, match="item 'q0' of amc was put differently to 'a' and 'b'"):
+        score_table([greedy("a", {0}, 2), greedy("b", {0}, 2, digest="other")], PASS_1)
+    with pytest.raises(DataError, match="two outcomes of 'a' on amc"):
+        score_table([greedy("a", {0}, 2), greedy("a", {0}, 2)], PASS_1)
+
+
+def test_metrics_are_those_the_outcomes_allow():
+    sampled = outcomes("a", {"q": [True] * 8})
+    names = [metric.name for metric in metrics_of([greedy("a", {0}, 1), sampled], [2, 8])]
+    assert names == ["greedy pass@1", "mean@8", "pass@2", "pass@8"]
+    assert [metric.name for metric in metrics_of([sampled])] == ["mean@8", "pass@8"]
+    with pytest.raises(ConfigError, match="k = 9 is not from 1 to the 8 samples"):
+        metrics_of([sampled], [9])
+    with pytest.raises(ConfigError, match="give --samples 4"):
+        metrics_of([greedy("a", {0}, 1)], [4])
+    with pytest.raises(ConfigError, match=r"have \[4, 8\] samples an item"):
+        metrics_of([sampled, outcomes("b", {"q": [True] * 4})])
+
+
+def test_the_table_is_json():
+    written = json.loads(json.dumps(two_suites().as_dict()))
+    assert [gain["verdict"] for gain in written["gains"]] == ["none seen", "better", "better"]
+
+
+def colored(path: Path, color: str) -> int:
+    """Pixels of about this colour."""
+    pixels = image.imread(path)[..., :3]
+    return int((np.abs(pixels - to_rgb(color)).max(axis=-1) < 0.02).sum())
+
+
+def test_the_picture_shows_every_model_and_the_gains(tmp_path: Path):
+    alone = score_table([greedy("GRPO", {0, 1}, 10)], PASS_1)
+    one = plot_scores([alone], tmp_path / "one.png")
+    assert colored(one, "#0072B2") > 20
+    assert colored(one, "#D55E00") == 0
+    both = plot_scores([two_suites()], tmp_path / "both.png")
+    assert colored(both, "#0072B2") > 20
+    height, width, _ = image.imread(both).shape
+    gains = image.imread(both)[:, width // 2 :, :3]
+    assert (np.abs(gains - to_rgb("#D55E00")).max(axis=-1) < 0.02).sum() > 20
+    assert height < width
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path):
+    with pytest.raises(RunFolderError, match="the plot cannot be written"):
+        plot_scores([two_suites()], tmp_path / "absent" / "plot.png")
