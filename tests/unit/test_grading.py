@@ -132,6 +132,27 @@ def test_what_exact_comparison_leaves_open_is_verified(grader, text, reference, 
     assert (verdict.is_correct, verdict.method) == (is_correct, "math_verify")
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_correct"),
+    [
+        (r"4.6 \times 10^{-24}", True),
+        (r"46 \times 10^{-25}", True),
+        (r"-4.6 \times 10^{-24}", False),
+        (r"2 \left(4.6 \times 10^{-24}\right)", False),
+        (r"4.6001 \times 10^{-24}", False),
+    ],
+)
+def test_tiny_values_are_compared_by_their_digits(grader, answer, is_correct):
+    verdict = grader.grade(rf"\boxed{{{answer}}}", r"4.6 \times 10^{-24}")
+    assert (verdict.is_correct, verdict.status) == (is_correct, "graded")
+
+
+def test_sums_of_decimals_are_compared_to_15_places_as_before(grader):
+    # In floats 0.1 + 0.2 is 0.3 + 4e-17.
+    verdict = grader.grade(r"\boxed{0.3\sqrt{2}}", r"0.1\sqrt{2}+0.2\sqrt{2}")
+    assert (verdict.is_correct, verdict.method) == (True, "math_verify")
+
+
 def test_any_accepted_form_is_right(grader):
     assert grader.grade(r"\boxed{7}", ["x+1", "7"]).method == "exact"
     assert grader.grade(r"\boxed{1+x}", ["7", "x+1"]).is_correct
