@@ -243,7 +243,7 @@ def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
             return shape.layers * tokens * shape.hidden * shape.width
         return shape.layers * tokens * _plain_token_bytes(shape)
     if shape.recomputes_layers:
-        layer = size.num_run * shape.hidden * shape.width
+        layer = size.num_run * shape.hidden * _stream_width(shape)
     else:
         layer = _layer_bytes(shape, size)
     return shape.layers * layer + _mask_bytes(shape, size)
@@ -310,13 +310,19 @@ def _token_bytes(shape: ModelShape) -> int:
     if not shape.trains_all:
         return _operation_bytes(shape)
     attention = shape.heads * shape.head_size
-    numbers = 2 * shape.hidden + attention + 2 * shape.feed_forward
+    numbers = attention + 2 * shape.feed_forward
     wide = 2 + shape.heads
     if shape.has_head_norms:
         normed_heads = shape.heads + shape.key_value_heads
         numbers += normed_heads * shape.head_size
         wide += normed_heads
-    return numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+    stream = 2 * shape.hidden * _stream_width(shape)
+    return stream + numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+
+
+def _stream_width(shape: ModelShape) -> int:
+    """Bytes of a number of the residual stream, which is fp32 or wider."""
+    return max(shape.width, _FLOAT)
 
 
 def _operation_bytes(shape: ModelShape) -> int:

@@ -93,6 +93,22 @@ def test_the_second_half_of_a_layer(dtype: torch.dtype):
     )
 
 
+def test_bf16_weights_leave_the_stream_as_exact_as_fp32():
+    layer = layer_of(dtype=torch.bfloat16)
+    large = random(7, 32, dtype=torch.float32).detach() * 1000  # bf16 knows it to 4 at best
+    stream = large.requires_grad_()
+    attended = random(7, 32, dtype=torch.bfloat16, seed=2)
+    result = fused.feed_forward(stream, attended, layer)
+    assert result.dtype == torch.float32
+    exact = layer_of(dtype=F64)
+    exact.load_state_dict(layer.state_dict())
+    expected = obvious_feed_forward(stream.to(F64), attended.to(F64), exact)
+    assert (result - expected).abs().max() < 0.05
+    (gradient,) = torch.autograd.grad(result.sum(), stream)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, torch.ones_like(gradient), rtol=0, atol=0.01)
+
+
 @precisions
 def test_rotation(dtype: torch.dtype):
     states = random(7, 4, 8, dtype=dtype)

@@ -167,7 +167,7 @@ class _FeedForward(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         output, gate, up, down = weights
-        stream = torch.addmm(hidden, attended, output.t())
+        stream = hidden + attended @ output.t()
         scale = _norm_scale(stream, eps)
         normed = _normed(stream, norm_weight, scale)
         gate_states, up_states = normed @ gate.t(), normed @ up.t()
@@ -176,23 +176,26 @@ class _FeedForward(torch.autograd.Function):
             attended, stream, scale, gate_states, up_states, norm_weight, *weights
         )
         joined = functional.silu(gate_states).mul_(up_states)
-        return torch.addmm(stream, joined, down.t())
+        return stream + joined @ down.t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         attended, stream, scale, gate_states, up_states, norm_weight, *weights = ctx.saved_tensors
         output, gate, up, down = weights
-        by_gate, by_up, by_down = _gated_gradients(gradient, gate_states, up_states, down)
+        # Products are taken in the weights' precision; only the stream is wider.
+        narrow = gradient.to(attended.dtype)
+        by_gate, by_up, by_down = _gated_gradients(narrow, gate_states, up_states, down)
         normed = _normed(stream, norm_weight, scale)
         by_gate_weight, by_up_weight = by_gate.t() @ normed, by_up.t() @ normed
         by_normed = _input_gradient((by_gate, by_up), (gate, up))
         del by_gate, by_up, normed
         by_stream, by_norm = _norm_gradients(by_normed, stream, norm_weight, scale)
         by_stream = by_stream.add_(gradient).to(stream.dtype)
-        by_output = by_stream.t() @ attended
+        narrow = by_stream.to(attended.dtype)
+        by_output = narrow.t() @ attended
         by_weights = (by_output, by_gate_weight, by_up_weight, by_down)
-        return by_stream, by_stream @ output, by_norm, None, *by_weights
+        return by_stream, narrow @ output, by_norm, None, *by_weights
 
 
 class _Rotate(torch.autograd.Function):
@@ -226,7 +229,7 @@ def _norm_scale(hidden: Tensor, eps: float) -> Tensor:
 
 
 def _normed(hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return (widened(hidden) * scale).to(hidden.dtype).mul_(weight)
+    return (widened(hidden) * scale).to(weight.dtype).mul_(weight)
 
 
 def _norm_gradients(

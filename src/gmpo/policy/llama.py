@@ -59,13 +59,16 @@ class LlamaBody:
         return weight
 
     def embed(self, token_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T M"]:
-        """Input embeddings."""
-        embedded: Tensor = self.model.model.embed_tokens(token_ids)
-        return embedded
+        """Input embeddings: the beginning of the residual stream, which is fp32 or wider.
+
+        Layers add to it what they compute in the model's precision, as autocast would.
+        """
+        return widened(self.model.model.embed_tokens(token_ids))
 
     def rotary(self, hidden: Float[Tensor, "B T M"], positions: Int[Tensor, "B T"]) -> _Rotary:
         """cos and sin of the given positions, by the model's own scaling rule."""
-        cos, sin = self.model.model.rotary_emb(hidden, positions)
+        precise = hidden[..., :0].to(self.model.dtype)  # only its precision and device are read
+        cos, sin = self.model.model.rotary_emb(precise, positions)
         return cos[:, None], sin[:, None]
 
     def project(
@@ -187,7 +190,7 @@ def _rms_norm(hidden: Tensor, norm: Any) -> Tensor:
     # The statistics are taken in fp32, as the transformers modules do.
     wide = widened(hidden)
     scaled = functional.rms_norm(wide, (wide.shape[-1],), eps=norm.variance_epsilon)
-    weighted: Tensor = norm.weight * scaled.to(hidden.dtype)
+    weighted: Tensor = norm.weight * scaled.to(norm.weight.dtype)
     return weighted
 
 

@@ -29,8 +29,10 @@ from gmpo.policy.weights import copy_weights
 
 __all__ = ["BasePolicy", "Policy", "Scorer", "TokenScores"]
 
-_LARGEST_LOGIT_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Start-up check of the fast path, as a fraction of the logits' spread."""
+_LARGEST_LOGIT_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.25}
+"""Start-up check of the fast path, as a fraction of the logits' spread.
+
+In bf16 the model's own stream is rounded after every layer, which the fast path's is not."""
 
 
 @dataclass(frozen=True, kw_only=True)

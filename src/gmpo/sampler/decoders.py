@@ -239,10 +239,11 @@ class LlamaDecoder:
             projected = prepared.query_key_value(body.attention_norm(layer, hidden))
             queries, keys_values = self._heads(layer, projected, rotary)
             attended = self._cache.attend(number, plan, queries, keys_values)
-            hidden = hidden + prepared.output(attended.flatten(1).to(hidden.dtype))
+            # The stream is this step's own.
+            hidden += prepared.output(attended.flatten(1).to(projected.dtype))
             gate_up = prepared.gate_up(body.feed_forward_norm(layer, hidden))
             gate, up = gate_up.chunk(2, dim=-1)
-            hidden = hidden + prepared.down(functional.silu(gate).mul_(up))
+            hidden += prepared.down(functional.silu(gate).mul_(up))
         self._cache.end_step()
         return linear.head(body.final_norm(hidden))
 
