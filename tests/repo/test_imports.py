@@ -72,6 +72,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "rounds",
         "steps",
         "reporting",
+        "resumption",
         "training",
         "trainer_config",
         "callbacks",

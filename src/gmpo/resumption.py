@@ -1,0 +1,136 @@
+"""Where a run stands: before its first round, or restored from its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import torch
+
+from gmpo import __version__
+from gmpo.assembly import TrainingParts
+from gmpo.checkpoint import (
+    TrainingState,
+    checkpoint_round,
+    checkpoints_newest_first,
+    load_newest_checkpoint,
+    remove_old_checkpoints,
+)
+from gmpo.config import RunConfig
+from gmpo.errors import CheckpointError, RunFolderError
+from gmpo.inputs import Given, RunInputs, read_inputs
+from gmpo.recipe import dump_recipe, load_recipe
+from gmpo.saved_rounds import forget_rounds
+from gmpo.tracking import RunFolder, provenance, read_lines
+
+__all__ = ["begin_or_resume", "inputs_of_run", "tidy_checkpoints"]
+
+
+def inputs_of_run(
+    run: RunFolder,
+    config: RunConfig,
+    *,
+    resume: bool,
+    warn: Callable[[str], None],
+    given: Given | None,
+) -> RunInputs:
+    """What the recipe reads, once the folder is known to fit what was asked."""
+    traces = ("metrics.jsonl", "rounds", "checkpoints")
+    if not resume and any((run.path / name).exists() for name in traces):
+        raise RunFolderError(
+            f"run folder {run.path} already holds a run; continue it with --resume or choose "
+            "another with --run"
+        )
+    if resume and not (run.path / "recipe.toml").exists():
+        raise CheckpointError(
+            f"run folder {run.path} holds no run to resume; start it without --resume"
+        )
+    for note in config.notes():
+        warn(note)
+    return read_inputs(config, warn=warn, given=given)
+
+
+def begin_or_resume(
+    run: RunFolder,
+    parts: TrainingParts,
+    *,
+    resume: bool,
+    warn: Callable[[str], None],
+) -> TrainingState:
+    """Where the run stands: restored from a checkpoint, or before its first round."""
+    recipe = dump_recipe(parts.config.deciding())
+    if resume and dump_recipe(load_recipe(run.path / "recipe.toml").deciding()) != recipe:
+        raise CheckpointError(
+            f"run folder {run.path} was made with another recipe; resume with its own recipe.toml, "
+            "or choose another run folder"
+        )
+    if resume:
+        _warn_if_made_elsewhere(run, warn)
+    digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+    state = load_newest_checkpoint(
+        run.checkpoints,
+        policy=parts.policy,
+        optimizer=parts.optimizer.adamw,
+        recipe_digest=digest,
+        warn=warn,
+    )
+    run.write_text("recipe.toml", dump_recipe(parts.config))
+    if state is not None:
+        tidy_checkpoints(run, keep=parts.config.checkpoint.keep)
+        parts.publish_weights(state.step)
+        run.forget_after(state.round)
+        return state
+    _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
+    # A run that died before its first checkpoint left lines, but nothing to go on from.
+    run.forget_after(-1)
+    run.write_text("run.json", json.dumps(_made_with(), indent=1))
+    return TrainingState(
+        round=0,
+        step=0,
+        prompts_taken=0,
+        mismatch_is_small=None,
+        recipe_digest=digest,
+        version=__version__,
+    )
+
+
+def tidy_checkpoints(run: RunFolder, *, keep: int) -> None:
+    """Remove what newer checkpoints make needless, also where a killed run did not come to it."""
+    remove_old_checkpoints(run.checkpoints, keep=keep)
+    oldest = checkpoints_newest_first(run.checkpoints)[-1]
+    forget_rounds(run.rounds, up_to=checkpoint_round(oldest))
+
+
+def _refuse_lost_checkpoints(run: RunFolder, every_rounds: int) -> None:
+    """Starting over would drop the lines of a run whose checkpoints somebody took away."""
+    rounds = [line["round"] for line in read_lines(run.path, "metrics.jsonl")]
+    if rounds and max(rounds) > every_rounds:
+        raise CheckpointError(
+            f"run folder {run.path} has trained {max(rounds)} rounds, and {run.checkpoints} holds "
+            "no checkpoint to go on from; bring one back, or choose another run folder"
+        )
+
+
+def _made_with() -> dict[str, str | int | None]:
+    """All that decides a run's bits besides its recipe."""
+    return {**provenance(), "threads": torch.get_num_threads()}
+
+
+def _warn_if_made_elsewhere(run: RunFolder, warn: Callable[[str], None]) -> None:
+    """Rounding differs between versions, machines and thread counts: the user should know."""
+    try:
+        recorded = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        warn(f"{run.path / 'run.json'} cannot be read ({error}); what made the run is not known")
+        return
+    changed = [
+        f"{name} was {recorded.get(name)}, is {value}"
+        for name, value in _made_with().items()
+        if recorded.get(name) != value
+    ]
+    if changed:
+        warn(
+            f"this is not what made {run.path}: {'; '.join(changed)}; the run goes on, but not "
+            "bit for bit as it would have there"
+        )
