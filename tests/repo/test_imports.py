@@ -151,6 +151,8 @@ TORCH_FREE = (
     "gmpo.named_functions",
     "gmpo.geometric",
     "gmpo.statistics",
+    "gmpo.detectors",
+    "gmpo.guard",
     "gmpo.tasks",
     "gmpo.grading",
     "gmpo.rewards",
