@@ -1,0 +1,427 @@
+"""Whether a run is healthy, judged round by round from its metrics alone.
+
+`decide` is pure: metrics and what the guard remembers go in, events and what it remembers next come
+out. An alarm needs two things, so that healthy learning raises none: a drift test over the frozen
+baseline of the run's first rounds (`gmpo.detectors`), and a recent level that is off by an amount
+that matters. Ratios and the sampler's mismatch have bounds of their own besides, which hold from
+the first round on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Literal
+
+from gmpo.detectors import Baseline, Direction, drift_onset, drifts, robust_baseline, scaled
+
+__all__ = ["RESPONSES", "Action", "GuardEvent", "GuardState", "Response", "Track", "decide"]
+
+Action = Literal["warn", "skip_step", "roll_back", "stop"]
+
+_WARM_UP_ROUNDS = 20
+"""Rounds of the baseline; 80 optimizer steps with 4 a round."""
+_RECENT_ROUNDS = 5
+_DEAD_ROUNDS = 10
+_MOST_VALUES = 200
+_DEAD_SHARE = 0.9
+_LOST_SHARE = 0.5
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What an alarm leads to, and what a person should do about its cause."""
+
+    action: Action
+    recommended_action: str
+
+
+RESPONSES: Mapping[str, Response] = {
+    "non_finite": Response(
+        action="roll_back",
+        recommended_action="lower training.learning_rate; check the weights the run started from",
+    ),
+    "skipped_steps": Response(
+        action="skip_step",
+        recommended_action="if it goes on, lower training.learning_rate or look at the round's "
+        "texts for a reward that pays far too much",
+    ),
+    "ratio_explosion": Response(
+        action="roll_back",
+        recommended_action="lower training.learning_rate, take fewer training.steps_per_round, or "
+        "narrow objective.clip_low and clip_high",
+    ),
+    "gradient_growth": Response(
+        action="roll_back", recommended_action="lower training.learning_rate or let it decay"
+    ),
+    "reward_drop": Response(
+        action="roll_back",
+        recommended_action="look at the texts before and after; lower training.learning_rate, or "
+        "find out whether the reward function changed",
+    ),
+    "entropy_surge": Response(
+        action="roll_back",
+        recommended_action="lower training.learning_rate or add objective.kl_coefficient",
+    ),
+    "entropy_collapse": Response(
+        action="warn",
+        recommended_action="lower training.learning_rate or add a small "
+        "objective.entropy_coefficient",
+    ),
+    "length_runaway": Response(
+        action="warn",
+        recommended_action="set reward.truncated = 'zero', or look for a reward that pays length",
+    ),
+    "dead_groups": Response(
+        action="warn",
+        recommended_action="take easier or harder items, raise sampling.group_size, or set "
+        "sampling.dynamic = 'refill'",
+    ),
+    "sampler_mismatch": Response(
+        action="roll_back",
+        recommended_action="sampler and trainer do not run the same weights; report it",
+    ),
+    "reward_missing": Response(
+        action="warn",
+        recommended_action="read `error` in rollouts.jsonl: a reward function fails or returns NaN",
+    ),
+}
+"""Every alarm there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardEvent:
+    """One alarm with its evidence.
+
+    Attributes:
+        alarm: a key of `RESPONSES`.
+        action: what is to be done now.
+        round: in which it was raised.
+        onset: round with which the trouble most likely began; a healthy checkpoint is older.
+        metric: that shows it.
+        value: of the metric, recent rounds together; None if there is no number.
+        baseline: where it lay while healthy; None for a bound that needs none.
+        threshold: that was passed.
+        test: "bound", "Page-Hinkley" or "ADWIN".
+        recommended_action: for a person.
+    """
+
+    alarm: str
+    action: Action
+    round: int
+    onset: int
+    metric: str
+    value: float | None
+    baseline: float | None
+    threshold: float | None
+    test: str
+    recommended_action: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """What is remembered of one signal, in the unit of its transform.
+
+    Attributes:
+        rounds: of the values.
+        values: since the baseline was last fixed, its own first.
+        baseline: None during warm-up.
+        first_center: median of the first rounds, which improvement is measured from.
+    """
+
+    rounds: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+    baseline: Baseline | None = None
+    first_center: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardState:
+    """What the guard remembers between rounds: plain numbers.
+
+    Attributes:
+        tracks: by alarm.
+        dead_rounds: rounds in a row in which nearly all groups were dead.
+        raised: alarms whose cause goes on; each is told once.
+    """
+
+    tracks: Mapping[str, Track] = field(default_factory=dict)
+    dead_rounds: int = 0
+    raised: tuple[str, ...] = ()
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> GuardState:
+        """The state whose `dataclasses.asdict` went through JSON."""
+        tracks = {}
+        for name, track in record["tracks"].items():
+            baseline = track["baseline"]
+            tracks[name] = Track(
+                rounds=tuple(track["rounds"]),
+                values=tuple(track["values"]),
+                baseline=None if baseline is None else Baseline(**baseline),
+                first_center=track["first_center"],
+            )
+        return cls(tracks=tracks, dead_rounds=record["dead_rounds"], raised=tuple(record["raised"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Signal:
+    """How one alarm reads its metric.
+
+    `effect` is the smallest recent deviation that matters, in the transform's unit, and
+    `effect_scales` the same in baseline scales; `beyond` and `at_once` are bounds on the metric
+    itself, of a drift and of a single round.
+    """
+
+    metric: str
+    direction: Direction
+    smallest_scale: float
+    effect: float = 0.0
+    effect_scales: float = 0.0
+    is_log: bool = True
+    beyond: float | None = None
+    at_once: float | None = None
+    follows_improvement: bool = False
+    unless_improved: bool = False
+
+    def read(self, metrics: Mapping[str, float | None]) -> float | None:
+        value = metrics.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return None
+        return math.log(max(value, _TINY)) if self.is_log else value
+
+    def shown(self, value: float) -> float:
+        return math.exp(value) if self.is_log else value
+
+
+_SIGNALS: Mapping[str, _Signal] = {
+    # Rewards of 0 and 1 are meant; the baseline moves up with the reward, never down.
+    "reward_drop": _Signal(
+        metric="rollout/reward",
+        direction="down",
+        smallest_scale=0.02,
+        effect_scales=3.0,
+        is_log=False,
+        follows_improvement=True,
+    ),
+    "entropy_surge": _Signal(
+        metric="rollout/entropy", direction="up", smallest_scale=0.15, effect=math.log(2)
+    ),
+    "entropy_collapse": _Signal(
+        metric="rollout/entropy",
+        direction="down",
+        smallest_scale=0.15,
+        effect=math.log(10),
+        unless_improved=True,
+    ),
+    "gradient_growth": _Signal(
+        metric="update/gradient_norm", direction="up", smallest_scale=0.3, effect=math.log(10)
+    ),
+    "ratio_explosion": _Signal(
+        metric="ratio/am_gm_gap",
+        direction="up",
+        smallest_scale=0.7,
+        effect=math.log(10),
+        beyond=0.1,
+        at_once=1.0,
+    ),
+    "length_runaway": _Signal(
+        metric="rollout/completion_tokens",
+        direction="up",
+        smallest_scale=0.05,
+        effect=math.log(1.5),
+        unless_improved=True,
+    ),
+    # 0.005 nats is the largest mismatch at which the sampler's own log-probabilities are used.
+    "sampler_mismatch": _Signal(
+        metric="rollout/mismatch_mean",
+        direction="up",
+        smallest_scale=1.0,
+        effect=math.log(5),
+        beyond=0.005,
+        at_once=0.25,
+    ),
+}
+
+
+def decide(
+    metrics: Mapping[str, float | None], state: GuardState, *, round_number: int
+) -> tuple[tuple[GuardEvent, ...], GuardState]:
+    """The alarms that a round raises, each once while its cause goes on, and the next state.
+
+    Args:
+        metrics: of the round, as logged; empty for a round that ended in a non-finite figure.
+        state: after the round before.
+        round_number: counted from 1.
+    """
+    tracks = {
+        name: _followed(signal, state.tracks.get(name, Track()), metrics, round_number)
+        for name, signal in _SIGNALS.items()
+    }
+    dead_rounds = state.dead_rounds + 1 if _is_dead(metrics) else 0
+    seen = replace(state, tracks=tracks, dead_rounds=dead_rounds)
+    events = tuple(_events(metrics, seen, round_number))
+    new = tuple(event for event in events if event.alarm not in state.raised)
+    return new, replace(seen, raised=tuple(event.alarm for event in events))
+
+
+def _followed(
+    signal: _Signal, track: Track, metrics: Mapping[str, float | None], round_number: int
+) -> Track:
+    """The track with the round's value, its baseline fixed or moved up if it is time."""
+    value = signal.read(metrics)
+    # A step without live rows has gradient 0, which says nothing about gradients.
+    if value is None or (signal.is_log and value <= math.log(_TINY)):
+        return track
+    track = replace(
+        track,
+        rounds=(*track.rounds, round_number)[-_MOST_VALUES:],
+        values=(*track.values, value)[-_MOST_VALUES:],
+    )
+    if track.baseline is None:
+        if len(track.values) < _WARM_UP_ROUNDS:
+            return track
+        baseline = robust_baseline(track.values, smallest_scale=signal.smallest_scale)
+        return replace(track, baseline=baseline, first_center=median(track.values[:_RECENT_ROUNDS]))
+    return _moved_up(signal, track, track.baseline) if signal.follows_improvement else track
+
+
+def _moved_up(signal: _Signal, track: Track, baseline: Baseline) -> Track:
+    """Anchored at the last rounds if these are better: a baseline that never absorbs a fall."""
+    latest = track.values[-_WARM_UP_ROUNDS:]
+    better = robust_baseline(latest, smallest_scale=signal.smallest_scale)
+    gain = better.center - baseline.center
+    if len(latest) < _WARM_UP_ROUNDS or (gain if signal.direction == "down" else -gain) <= 0:
+        return track
+    return replace(
+        track,
+        rounds=track.rounds[-_WARM_UP_ROUNDS:],
+        values=latest,
+        baseline=Baseline(center=better.center, scale=max(baseline.scale, better.scale)),
+    )
+
+
+def _events(
+    metrics: Mapping[str, float | None], state: GuardState, round_number: int
+) -> Iterator[GuardEvent]:
+    if not metrics:
+        yield _event("non_finite", round_number, metric="update/loss")
+        return
+    skipped = metrics.get("guard/skipped_steps_total") or 0.0
+    if skipped > 0:
+        yield _event(
+            "skipped_steps",
+            round_number,
+            metric="guard/skipped_steps_total",
+            value=skipped,
+            threshold=0.0,
+        )
+    lost = _lost_share(metrics)
+    if lost >= _LOST_SHARE:
+        yield _event(
+            "reward_missing",
+            round_number,
+            metric="rollout/errors_total",
+            value=metrics.get("rollout/errors_total"),
+            threshold=_LOST_SHARE,
+        )
+    improved = _has_improved(state.tracks["reward_drop"])
+    if state.dead_rounds >= _DEAD_ROUNDS and not improved:
+        yield _event(
+            "dead_groups",
+            round_number,
+            metric="rollout/dead_groups",
+            value=metrics.get("rollout/dead_groups"),
+            threshold=_DEAD_SHARE,
+            onset=round_number - state.dead_rounds + 1,
+        )
+    for name, signal in _SIGNALS.items():
+        if signal.unless_improved and improved:
+            continue
+        yield from _of_signal(name, signal, state.tracks[name], metrics, round_number)
+
+
+def _of_signal(
+    name: str,
+    signal: _Signal,
+    track: Track,
+    metrics: Mapping[str, float | None],
+    round_number: int,
+) -> Iterator[GuardEvent]:
+    now = metrics.get(signal.metric)
+    if signal.at_once is not None and now is not None and now > signal.at_once:
+        yield _event(name, round_number, metric=signal.metric, value=now, threshold=signal.at_once)
+        return
+    baseline = track.baseline
+    if baseline is None or not track.rounds or track.rounds[-1] != round_number:
+        return
+    sign = 1 if signal.direction == "up" else -1
+    least = max(signal.effect, signal.effect_scales * baseline.scale)
+    recent = median(track.values[-_RECENT_ROUNDS:])
+    if sign * (recent - baseline.center) <= least:
+        return
+    if signal.beyond is not None and signal.shown(recent) <= signal.beyond:
+        return
+    z = scaled(track.values, baseline)
+    test = drifts(z, direction=signal.direction)
+    if test is None:
+        return
+    yield _event(
+        name,
+        round_number,
+        metric=signal.metric,
+        value=signal.shown(recent),
+        baseline=signal.shown(baseline.center),
+        threshold=signal.shown(baseline.center + sign * least),
+        test=test,
+        onset=track.rounds[drift_onset(z, direction=signal.direction)],
+    )
+
+
+def _event(  # noqa: PLR0913 - an event's evidence, all by keyword
+    alarm: str,
+    round_number: int,
+    *,
+    metric: str,
+    value: float | None = None,
+    baseline: float | None = None,
+    threshold: float | None = None,
+    test: str = "bound",
+    onset: int | None = None,
+) -> GuardEvent:
+    response = RESPONSES[alarm]
+    return GuardEvent(
+        alarm=alarm,
+        action=response.action,
+        round=round_number,
+        onset=round_number if onset is None else onset,
+        metric=metric,
+        value=value,
+        baseline=baseline,
+        threshold=threshold,
+        test=test,
+        recommended_action=response.recommended_action,
+    )
+
+
+def _has_improved(track: Track) -> bool:
+    """Whether the reward has risen clearly above its first rounds and is there now."""
+    if track.baseline is None or track.first_center is None:
+        return False
+    recent: Sequence[float] = track.values[-_RECENT_ROUNDS:]
+    return median(recent) > track.first_center + track.baseline.scale
+
+
+def _is_dead(metrics: Mapping[str, float | None]) -> bool:
+    groups, dead = metrics.get("rollout/groups"), metrics.get("rollout/dead_groups")
+    return bool(groups) and dead is not None and dead >= _DEAD_SHARE * (groups or 0)
+
+
+def _lost_share(metrics: Mapping[str, float | None]) -> float:
+    """Share of the round's rollouts without a reward; their number is tokens over mean length."""
+    tokens, mean = metrics.get("rollout/tokens"), metrics.get("rollout/completion_tokens")
+    lost = metrics.get("rollout/errors_total") or 0.0
+    return lost / round(tokens / mean) if tokens and mean else 0.0
