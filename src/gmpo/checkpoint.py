@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class TrainingState:
         mismatch_is_small: whether the last round allowed sampler log-probabilities; None at first.
         recipe_digest: of the resolved recipe; another recipe's checkpoint is refused.
         version: of gmpo.
+        guard: what the guard remembers, as JSON holds it; empty before the first judged round.
     """
 
     round: int
@@ -62,6 +63,7 @@ class TrainingState:
     mismatch_is_small: bool | None
     recipe_digest: str
     version: str
+    guard: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -156,7 +158,7 @@ def verified_content(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         digests: Mapping[str, str] = content.pop("digests")
-        expected = {field.name for field in fields(TrainingState)}
+        expected = {each.name for each in fields(TrainingState)}
         if content.keys() - {"base_digest"} != expected:
             raise ValueError(f"it has {sorted(content)} instead of {sorted(expected)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,8 +1,8 @@
 """One TOML recipe a run, parsed into frozen models; every key is documented under its definition.
 
 A recipe has the tables `[model] [task] [reward] [sampling] [objective] [training] [checkpoint]
-[evaluation] [tracking] [lora]`. Unknown keys are refused with the nearest valid name; `--set
-table.key=value` is the only override.
+[evaluation] [tracking] [lora] [guard]`. Unknown keys are refused with the nearest valid name;
+`--set table.key=value` is the only override.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gmpo.task_config import Table, TaskConfig
 __all__ = [
     "CheckpointConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -406,6 +407,14 @@ class TrackingConfig(Table):
         return self
 
 
+class GuardConfig(Table):
+    """What is done about a run that goes wrong; a non-finite loss stops it in every mode."""
+
+    mode: Literal["off", "warn", "stop"] = "warn"
+    """off judges nothing; warn notes each alarm and writes it to events.jsonl; stop does that too,
+    and ends the run after a checkpoint when an alarm is critical."""
+
+
 class RunConfig(Table):
     """A whole recipe."""
 
@@ -421,11 +430,17 @@ class RunConfig(Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     lora: LoraConfig = LoraConfig()
+    guard: GuardConfig = GuardConfig()
 
     def deciding(self) -> RunConfig:
         """This recipe with everything at its default that cannot change the weights of a run."""
         training = self.training.model_copy(update={"refuse_beyond_memory": True})
-        changes = {"description": "", "training": training, "tracking": TrackingConfig()}
+        changes = {
+            "description": "",
+            "training": training,
+            "tracking": TrackingConfig(),
+            "guard": GuardConfig(),
+        }
         return self.model_copy(update=changes)
 
     def needs_reference(self) -> bool:

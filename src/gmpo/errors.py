@@ -11,6 +11,7 @@ __all__ = [
     "DependencyError",
     "ExportError",
     "GmpoError",
+    "GuardStopped",
     "ModelError",
     "NonFiniteError",
     "RunFolderError",
@@ -64,6 +65,10 @@ class ExportError(GmpoError, OSError):
 
 class RunStopped(GmpoError):
     """Training ended before its last round because it was asked to; the run can be resumed."""
+
+
+class GuardStopped(GmpoError):
+    """The guard ended the run on a critical alarm; the run was saved and can be resumed."""
 
 
 class StudyError(GmpoError):

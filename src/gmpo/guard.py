@@ -17,9 +17,19 @@ from typing import Any, Literal
 
 from gmpo.detectors import Baseline, Direction, drift_onset, drifts, robust_baseline, scaled
 
-__all__ = ["RESPONSES", "Action", "GuardEvent", "GuardState", "Response", "Track", "decide"]
+__all__ = [
+    "RESPONSES",
+    "Action",
+    "GuardEvent",
+    "GuardState",
+    "Response",
+    "Severity",
+    "Track",
+    "decide",
+]
 
 Action = Literal["warn", "skip_step", "roll_back", "stop"]
+Severity = Literal["warning", "critical"]
 
 _WARM_UP_ROUNDS = 20
 """Rounds of the baseline; 80 optimizer steps with 4 a round."""
@@ -119,6 +129,11 @@ class GuardEvent:
     threshold: float | None
     test: str
     recommended_action: str
+
+    @property
+    def severity(self) -> Severity:
+        """Critical where going on from these weights is likely to waste the rest of the run."""
+        return "critical" if self.action in ("roll_back", "stop") else "warning"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class RunSummary:
         failed_rollouts_total: rollouts that failed and were not used.
         tracker_errors_total: calls of trackers that failed.
         tracker_dropped_total: rows that trackers were not given.
+        alarms: how often the guard raised each alarm.
         non_finite_total: logged figures that were NaN or infinite and are in no figure above.
     """
 
@@ -114,6 +116,7 @@ class RunSummary:
     failed_rollouts_total: int | None
     tracker_errors_total: int | None
     tracker_dropped_total: int | None
+    alarms: dict[str, int]
     non_finite_total: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -167,6 +170,7 @@ def summarize_run(path: str | Path) -> RunSummary:
         failed_rollouts_total=_count(rounds, "rollout/errors_total"),
         tracker_errors_total=_count(rounds, "tracking/errors_total"),
         tracker_dropped_total=_count(rounds, "tracking/dropped_total"),
+        alarms=dict(Counter(line["alarm"] for line in read_lines(folder, "events.jsonl"))),
         non_finite_total=_count_nulls(lines),
     )
 

@@ -100,8 +100,14 @@ def _cost_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("answers whose grading timed out", _figure(summary.timeouts_total, "{}")),
         ("rollouts that failed", _figure(summary.failed_rollouts_total, "{}")),
         *_tracker_rows(summary),
+        ("alarms of the guard", _alarms(summary.alarms)),
         ("figures not finite, left out", str(summary.non_finite_total)),
     ]
+
+
+def _alarms(counts: Mapping[str, int]) -> str:
+    shown = (f"{visible(name)} {count}" for name, count in counts.items())
+    return f"{sum(counts.values())} ({', '.join(shown)})" if counts else "none"
 
 
 def _tracker_rows(summary: RunSummary) -> list[tuple[str, str]]:

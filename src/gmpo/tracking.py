@@ -178,7 +178,8 @@ class RunFolder:
 
     def forget_after(self, round_number: int) -> None:
         """Drop lines of rounds after `round_number`, which a resumed run will write again."""
-        for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+        names = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "events.jsonl")
+        for name in names:
             kept = [line for line in read_lines(self.path, name) if line["round"] <= round_number]
             if (self.path / name).is_file():
                 self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))

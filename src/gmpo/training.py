@@ -18,7 +18,7 @@ from gmpo.checkpoint import (
     save_checkpoint,
 )
 from gmpo.config import RunConfig
-from gmpo.errors import RunStopped
+from gmpo.errors import GuardStopped, RunStopped
 from gmpo.evaluation import Evaluation
 from gmpo.inputs import Given
 from gmpo.outlook import Outlook
@@ -30,6 +30,7 @@ from gmpo.saved_rounds import SampledRound, load_round, save_round
 from gmpo.steps import RoundUpdate, update_policy
 from gmpo.trackers import TrackedRun, Trackers, require_packages
 from gmpo.tracking import RunFolder, read_lines
+from gmpo.watch import reason_to_stop, watch_round
 
 __all__ = ["Report", "TrainingResult", "train"]
 
@@ -95,6 +96,7 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
 
     Raises:
         RunStopped: `should_stop` said so; the run was saved.
+        GuardStopped: a critical alarm in mode "stop"; the run was saved.
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
     run = RunFolder(folder)
@@ -112,10 +114,12 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
                 while state.round < config.training.rounds:
                     state, done = _run_round(run, parts, trackers, state)
                     report(done)
+                    state, alarms = watch_round(run, config.guard, state, done.metrics, warn=warn)
                     compared = outlook.compare(done.metrics, round_number=done.round)
                     _tell(report, compared, round_number=done.round)
                     _evaluate_during(run, parts, state, report)
                     _checkpoint_if_due(run, parts, state, report)
+                    _stop_on(reason_to_stop(config.guard, alarms), run, parts, state)
                     _stop_if(should_stop, run, parts, state)
             # A finished run that is resumed has its answer already.
             after = _recorded_evaluations(run, "after") or _evaluate_fully(
@@ -284,13 +288,30 @@ def _stop_if(
 ) -> None:
     if not should_stop():
         return
-    newest = latest_checkpoint(run.checkpoints)
-    if newest is None or checkpoint_round(newest) != state.round:
-        _save(run, parts, state)
+    _save_if_new(run, parts, state)
     raise RunStopped(
         f"stopped after round {state.round} of {parts.config.training.rounds}, which is saved; go "
         f"on with: gmpo train --run {run.path} --resume"
     )
+
+
+def _stop_on(
+    reason: str | None, run: RunFolder, parts: TrainingParts, state: TrainingState
+) -> None:
+    """End a run that the guard gave up, which a person may still go on with."""
+    if reason is None:
+        return
+    _save_if_new(run, parts, state)
+    raise GuardStopped(
+        f"the guard stopped the run after round {state.round} of {parts.config.training.rounds}, "
+        f"which is saved: {reason}; to go on as it is: gmpo train --run {run.path} --resume"
+    )
+
+
+def _save_if_new(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
+    newest = latest_checkpoint(run.checkpoints)
+    if newest is None or checkpoint_round(newest) != state.round:
+        _save(run, parts, state)
 
 
 def _save(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:

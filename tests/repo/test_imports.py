@@ -73,6 +73,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "steps",
         "reporting",
         "resumption",
+        "watch",
         "training",
         "trainer_config",
         "callbacks",
