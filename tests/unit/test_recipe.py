@@ -55,6 +55,7 @@ evaluation.measure evaluation.every_rounds evaluation.items_during evaluation.it
 evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round tracking.to tracking.project tracking.name
 lora.rank lora.alpha lora.targets
+guard.mode
 """
 KEYS = KEY_TABLE.split()
 
