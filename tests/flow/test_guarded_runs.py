@@ -101,6 +101,6 @@ def test_stop_lets_a_run_with_a_mere_warning_finish(model: str, tmp_path: Path):
 def test_the_command_ends_with_the_alarm_in_one_line(model: str, tmp_path: Path):
     recipe = write_recipe(tmp_path / "recipe.toml", exploding(model, guard={"mode": "stop"}))
     ended = process("train", recipe, "--run", tmp_path / "run")
-    assert ended.returncode == 2
+    assert ended.returncode == 3
     assert "the guard stopped the run after round" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.errors import ConfigError, GmpoError, NonFiniteError, RunStopped
+from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped
 
 __all__ = ["JsonOption", "SetOption", "model_name", "refuses_clearly", "say", "warn"]
 
@@ -33,7 +33,8 @@ SetOption = Annotated[
 def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Print the project's own errors as one line and exit with 2, 3 or 130.
 
-    2 is a mistake or a failure, 3 a run that diverged, 130 a stop that was asked for.
+    2 is a mistake or a failure, 3 a run that diverged or that the guard stopped, 130 a stop that
+    was asked for.
     """
 
     @wraps(command)
@@ -45,7 +46,8 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
             raise typer.Exit(_STOPPED) from None
         except GmpoError as error:
             say("error", str(error), style="red")
-            raise typer.Exit(_DIVERGED if isinstance(error, NonFiniteError) else 2) from None
+            diverged = isinstance(error, NonFiniteError | GuardStopped)
+            raise typer.Exit(_DIVERGED if diverged else 2) from None
 
     return wrapped
 
