@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--items", type=int, default=128, help="held-out items")
-    parser.add_argument("--every-rounds", type=int, default=2, help="rounds between evaluations")
+    parser.add_argument("--every-rounds", type=int, default=1, help="rounds between evaluations")
     parser.add_argument("--rounds", type=int, default=24, help="most, and the schedule's length")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="on both sides")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
