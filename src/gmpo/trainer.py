@@ -20,7 +20,7 @@ from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError, RunStopped
 from gmpo.evaluation import Evaluation
 from gmpo.inputs import Given
-from gmpo.policy.load import load_model, load_tokenizer
+from gmpo.policy.load import given_model, load_model, load_tokenizer
 from gmpo.records import Group
 from gmpo.rewards import RewardFunction
 from gmpo.rollout_functions import RolloutFunction
@@ -121,7 +121,7 @@ class GMPOTrainer:
     ) -> None:
         self.config = config or GMPOConfig()
         self.config.warn_of_oddities(warn)
-        self.model = load_model(str(model)) if isinstance(model, str | Path) else model
+        self.model = load_model(str(model)) if isinstance(model, str | Path) else given_model(model)
         name = str(model) if isinstance(model, str | Path) else self.model.name_or_path or ""
         if tokenizer is None and not name:
             raise ConfigError("the model has no name to find its tokenizer by; give tokenizer=...")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.models import character_tokenizer, save_tiny, tiny_model
 from transformers import (
@@ -22,6 +23,7 @@ from gmpo.policy.load import (
     choose_device,
     choose_dtype,
     end_token_ids,
+    given_model,
     known_models,
     load_model,
     load_policy,
@@ -238,3 +240,15 @@ def test_smollm2s_greedy_answer_is_stable(smollm2):
 def test_a_model_in_fp16_is_refused():
     with pytest.raises(ModelError, match=r"the model is in torch\.float16; load it in torch\.fl"):
         Policy(tiny_model(dtype=torch.float16))
+
+
+# PEFT asks transformers by a name that is to go.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_model_that_peft_wraps_and_what_is_no_model_are_refused():
+    base = tiny_model("llama")
+    assert given_model(base) is base
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"is a peft\..*PeftModel.*lora\.rank"):
+        given_model(wrapped)
+    with pytest.raises(ModelError, match=r"is a builtins\.int; give a transformers model"):
+        given_model(3)

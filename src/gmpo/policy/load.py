@@ -39,6 +39,7 @@ __all__ = [
     "choose_dtype",
     "context_length",
     "end_token_ids",
+    "given_model",
     "known_models",
     "load_model",
     "load_policy",
@@ -174,6 +175,21 @@ def _no_such_model(name: str, why: str) -> str:
     return (
         f"cannot load model {name!r}: {why}; {hint} the name of a model in "
         "the local hub cache or reachable hub, or a folder with config.json and weights"
+    )
+
+
+def given_model(model: object) -> PreTrainedModel:
+    """A model from the caller's hand, as it is.
+
+    Raises:
+        ModelError: it is none of transformers', or wrapped by PEFT.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise ModelError(
+        f"the model is a {kind}; give a transformers model, a name or a folder. Instead of PEFT's "
+        'wrapper give its base model and recipe={"lora.rank": ...}, or merge_and_unload() it'
     )
 
 
