@@ -75,7 +75,7 @@ class StudyError(GmpoError):
     """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
 
 
-def what_was_raised(error: Exception) -> str:
+def what_was_raised(error: BaseException) -> str:
     """What a user's function raised, and its line that did: one line in place of a traceback."""
     said = f"{type(error).__name__}: {error}" if str(error) else repr(error)
     frames = traceback.extract_tb(error.__traceback__)

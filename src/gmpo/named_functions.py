@@ -36,7 +36,7 @@ def load_function(reference: str, *, key: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{key} = {reference!r}: importing {module_name!r} raised {type(error).__name__}: "
             f"{error}; modules are looked for in {here} and on Python's path"

@@ -243,7 +243,7 @@ class FunctionRollouts:
             returned = self.function(prompts, context)
         except GmpoError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"the rollout function raised {what_was_raised(error)}, called with "
                 f"{len(prompts)} prompts, {prompts[0].id!r} to {prompts[-1].id!r}; catch what "

@@ -64,6 +64,11 @@ def test_a_module_that_breaks_is_named_with_its_error(here: Path):
     )
 
 
+def test_a_module_that_exits_is_named_and_the_process_lives(here: Path):
+    (here / "judge_f.py").write_text("raise SystemExit(3)\n")
+    assert refusal("judge_f:reward").startswith("importing 'judge_f' raised SystemExit: 3")
+
+
 def test_a_misspelt_function_gets_the_nearest_name(here: Path):
     (here / "judge_d.py").write_text("def reward(**kwargs): return []\nLIMIT = 3\n")
     assert refusal("judge_d:rewards") == "'judge_d' has no 'rewards'; did you mean 'reward'?"

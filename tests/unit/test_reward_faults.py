@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,6 +52,22 @@ def test_the_line_that_is_named_is_the_users_not_that_of_a_library():
     with functions(r=parses) as rewards:
         said = refusal([plain("a")], rewards)
     assert f"({__file__}, line {parses.__code__.co_firstlineno + 1});" in said
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+@pytest.mark.parametrize("limit", [None, 30.0], ids=["no limit", "limit"])
+def test_a_function_that_exits_is_a_fault_and_the_process_lives(
+    is_async: bool, limit: float | None
+):
+    def exits(**kwargs: Any) -> list[float]:
+        sys.exit(3)
+
+    async def exits_later(**kwargs: Any) -> list[float]:
+        sys.exit(3)
+
+    function = exits_later if is_async else exits
+    with functions(time_limit_seconds=limit, r=function) as rewards:
+        assert "reward 'r' raised SystemExit: 3 (" in refusal([plain("a")], rewards)
 
 
 def yields_and_fails(**kwargs: Any) -> Iterator[float]:

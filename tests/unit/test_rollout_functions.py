@@ -329,3 +329,11 @@ def test_a_function_that_raises_is_named_with_its_prompts():
         "concerns one rollout and return it with error='...'"
     )
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_function_that_exits_is_named_and_the_process_lives():
+    def exits(asked: Sequence[Prompt], context: RolloutContext) -> Any:
+        raise SystemExit(3)
+
+    with pytest.raises(DataError, match=r"the rollout function raised SystemExit: 3 \("):
+        groups_of(exits, prompts("2+3"))

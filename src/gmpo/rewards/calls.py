@@ -191,7 +191,7 @@ async def _within(call: RewardCall, limit: float | None) -> Any:
     try:
         async with asyncio.timeout(limit) as scope:
             return _drained(await call.start())
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may do either
         # The function's own TimeoutError is a fault like any other.
         if isinstance(error, TimeoutError) and scope.expired() and limit is not None:
             return _too_slow(limit)
@@ -201,7 +201,7 @@ async def _within(call: RewardCall, limit: float | None) -> Any:
 def _attempt(start: Callable[[], Any]) -> Any:
     try:
         return _drained(start())
-    except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may do either
         return _raised(error)
 
 
@@ -210,7 +210,7 @@ def _drained(returned: Any) -> Any:
     return list(returned) if isinstance(returned, Iterator) else returned
 
 
-def _raised(error: Exception) -> RewardFault:
+def _raised(error: BaseException) -> RewardFault:
     what = f"raised {what_was_raised(error)}"
     return RewardFault(what=what, of_whole_call=True, cause=error)
 

@@ -68,7 +68,7 @@ class RewardFault:
 
     what: str
     of_whole_call: bool = False
-    cause: Exception | None = None
+    cause: BaseException | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
