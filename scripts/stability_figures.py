@@ -1,4 +1,4 @@
-"""Figures of one run of the stability study, when it collapsed, and Holm's adjustment."""
+"""Figures of one run of the stability study, when it collapsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 __all__ = [
     "collapse_round",
-    "holm",
     "log_digest",
     "run_figures",
 ]
@@ -96,16 +95,6 @@ def log_digest(lines: Iterable[Mapping[str, Any]]) -> str:
         kept = {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p-values: below 0.05 is significant over all of them together."""
-    adjusted: dict[str, float] = {}
-    largest = 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
 
 
 def column(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -11,9 +11,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from scripts.stability_figures import holm
 
-from gmpo.statistics import paired_t_interval, sign_flip_p_value
+from gmpo.statistics import holm, paired_t_interval, sign_flip_p_value
 
 __all__ = ["markdown", "plot", "results"]
 
@@ -58,8 +57,8 @@ def results(
     ]
     if is_whole:
         tested = comparisons[0]["figures"]
-        adjusted = holm({name: tested[name]["p"] for name in PRIMARY})
-        for name, value in adjusted.items():
+        adjusted = holm([tested[name]["p"] for name in PRIMARY])
+        for name, value in zip(PRIMARY, adjusted, strict=True):
             tested[name] |= {"p_holm": value, "is_significant": value < LEVEL}
     return {
         "settings": dict(settings),

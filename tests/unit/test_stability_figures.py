@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from scripts.stability_figures import (
     collapse_round,
-    holm,
     log_digest,
     run_figures,
 )
@@ -52,11 +51,6 @@ def test_a_flat_noisy_reward_does_not_collapse():
             for _ in range(300)
         ]
         assert collapse_round(rewards, start=0.25) is None
-
-
-def test_holm_multiplies_the_smallest_by_all_and_never_falls():
-    adjusted = holm({"a": 0.02, "b": 0.01, "c": 0.5})
-    assert adjusted == {"b": pytest.approx(0.03), "a": pytest.approx(0.04), "c": 0.5}
 
 
 def step(number: int, **values: float) -> dict[str, Any]:
