@@ -14,7 +14,6 @@ on where it was.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
+from benchmarks.options import add_threads, require_at_least_one, require_threads
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.spread import spread
 from benchmarks.worker import Worker, WorkerFailed
@@ -132,13 +132,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"TRL too at group sizes 4, 8 and 16, {TRL_REPEATS} round a point: some 20 minutes",
     )
     parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="all cores unless given")
+    add_threads(parser)
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats is {arguments.repeats}; at least 1 is needed")
-    if not 1 <= arguments.threads <= cores:
-        parser.error(f"--threads {arguments.threads} must lie in 1 to {cores}, the cores here")
+    require_at_least_one(parser, repeats=arguments.repeats)
+    require_threads(parser, arguments.threads)
     return arguments
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 from scipy.stats import t as student
 from scripts.seeds import is_finished
 
+from benchmarks.options import require_at_least_one
 from benchmarks.results import OtherBenchmark, Results
 from gmpo.tracking import provenance, read_lines
 
@@ -84,8 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--seeds has {len(set(arguments.seeds))} seed; an interval over seeds needs "
             f"{LEAST_SEEDS} or more"
         )
-    if arguments.rounds < 1:
-        parser.error(f"--rounds is {arguments.rounds}; at least 1 is needed")
+    require_at_least_one(parser, rounds=arguments.rounds)
     if not 0 < arguments.widest <= 1:
         parser.error(f"--widest is {arguments.widest}; a reward above 0 and up to 1 is needed")
     return arguments

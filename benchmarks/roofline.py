@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import flops
 from benchmarks.circumstances import busy_warning, circumstances
+from benchmarks.options import add_threads, require_threads
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
 from benchmarks.roofline_report import counted_table, timing_tables
@@ -117,15 +117,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=sorted(WORKLOADS),
         help="only this one; may be repeated",
     )
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="all cores unless given")
+    add_threads(parser)
     parser.add_argument("--only-count", action="store_true", help="count operations, time nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
     options = parser.parse_args(arguments)
     if options.cycles < 1:
         parser.error(f"--cycles {options.cycles} must be at least 1")
-    if not 1 <= options.threads <= cores:
-        parser.error(f"--threads {options.threads} must lie in 1 to {cores}, the cores here")
+    require_threads(parser, options.threads)
     return options
 
 

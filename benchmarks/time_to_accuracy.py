@@ -14,7 +14,6 @@ interrupted study goes on with the seeds and sides that are missing.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from benchmarks.accuracy_report import SIDES, draw, print_table, summary
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
+from benchmarks.options import add_threads, require_at_least_one, require_threads
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.worker import Worker, WorkerFailed
 from benchmarks.workloads import Workload
@@ -76,17 +76,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=24, help="most, and the schedule's length")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="on both sides")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="all cores unless given")
+    add_threads(parser)
     arguments = parser.parse_args(argv)
     if not 0 < arguments.target <= 1:
         parser.error(f"--target is {arguments.target}; an accuracy above 0 and up to 1 is needed")
-    for name in ("items", "every_rounds", "rounds"):
-        value = vars(arguments)[name]
-        if value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
-    if not 1 <= arguments.threads <= cores:
-        parser.error(f"--threads {arguments.threads} must lie in 1 to {cores}, the cores here")
+    counts = {name: vars(arguments)[name] for name in ("items", "every_rounds", "rounds")}
+    require_at_least_one(parser, **counts)
+    require_threads(parser, arguments.threads)
     return arguments
 
 

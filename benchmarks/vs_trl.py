@@ -31,6 +31,7 @@ from benchmarks.comparison import (
 )
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
+from benchmarks.options import require_at_least_one
 from benchmarks.ratios import UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
@@ -107,8 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="in place of the workload's: a name or a folder")
     arguments = parser.parse_args(argv)
-    if arguments.pairs < 1:
-        parser.error(f"--pairs is {arguments.pairs}; at least 1 is needed")
+    require_at_least_one(parser, pairs=arguments.pairs)
     if arguments.live_shares < 0:
         parser.error(f"--live-shares is {arguments.live_shares}; 0 or more is needed")
     if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
+from benchmarks.options import add_threads, require_threads
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import VLLM, is_finished, make_environment, python_of
 from gmpo.policy.load import load_tokenizer, model_folder
@@ -168,7 +169,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only this one; may be repeated",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of gmpo's draws")
-    parser.add_argument("--threads", type=int, help="on both sides; all cores unless given")
+    add_threads(parser, what="on both sides; all cores unless given")
     parser.add_argument(
         "--block-size",
         type=int,
@@ -183,11 +184,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.pairs < LEAST_PAIRS:
         parser.error(f"--pairs {options.pairs} must be at least {LEAST_PAIRS}")
-    cores = len(os.sched_getaffinity(0))
-    if options.threads is None:
-        options.threads = cores
-    if not 1 <= options.threads <= cores:
-        parser.error(f"--threads {options.threads} must lie in 1 to {cores}, the cores here")
+    require_threads(parser, options.threads)
     return options
 
 

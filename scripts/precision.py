@@ -13,7 +13,6 @@ already is not run again.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from benchmarks.exchange import Scratch, write_start
+from benchmarks.options import add_threads, require_at_least_one, require_threads
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.spread import Spread, spread
 from benchmarks.worker import Worker, WorkerFailed
@@ -65,13 +65,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", required=True, type=Path, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each precision")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="all cores unless given")
+    add_threads(parser)
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats is {arguments.repeats}; at least 1 is needed")
-    if not 1 <= arguments.threads <= cores:
-        parser.error(f"--threads {arguments.threads} must lie in 1 to {cores}, the cores here")
+    require_at_least_one(parser, repeats=arguments.repeats)
+    require_threads(parser, arguments.threads)
     return arguments
 
 
