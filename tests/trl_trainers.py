@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.exchange import Scratch, write_start
+from benchmarks.trl_side import TrlSetup, TrlSide, keep_rows_in_order
+from benchmarks.workloads import Workload
 from datasets import Dataset
 from scripts.replay import Rounds, random_groups
-from tests.models import character_tokenizer, tiny_model
+from tests.models import character_tokenizer, save_tiny, tiny_model
 from tests.rollout_groups import VOCABULARY
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig
+from trl.trainer import grpo_trainer
 
 # TRL hands transformers an argument by a name that will be renamed.
 tolerated = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -81,3 +86,25 @@ def trainer_of(
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     return trainer
+
+
+def trl_side_of_sums(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, max_new_tokens: int
+) -> tuple[TrlSide, Workload, Scratch]:
+    """The benchmarks' TRL side over a tiny model, which keeps its rows in order."""
+    # TRL's own is put back afterwards.
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)
+    keep_rows_in_order()
+    workload = Workload(
+        name="tiny",
+        prompts="sums",
+        group_size=4,
+        prompts_per_round=4,
+        max_new_tokens=max_new_tokens,
+        model=save_tiny(folder / "model"),
+        learning_rate=1e-3,
+    )
+    scratch = Scratch(folder=folder)
+    write_start(workload.model, scratch.start)
+    setup = TrlSetup(precision="fp32", rollouts="generate")
+    return TrlSide(workload, setup, scratch, str(folder / "trl")), workload, scratch

@@ -12,12 +12,10 @@ from benchmarks import time_to_accuracy
 from benchmarks.accuracy_report import draw, print_table, summary
 from benchmarks.exchange import Scratch, load_weights, write_start
 from benchmarks.time_to_accuracy import learner, parse, recipe_of, request
-from benchmarks.trl_side import TrlSetup, TrlSide, keep_rows_in_order
-from benchmarks.workloads import Workload, patterned_rewards
+from benchmarks.workloads import patterned_rewards
 from rich.console import Console
 from tests.models import save_tiny
-from tests.trl_trainers import tolerated
-from trl.trainer import grpo_trainer
+from tests.trl_trainers import tolerated, trl_side_of_sums
 
 
 def run(side: str, seed: int, *, seconds: float, is_reached: bool = True) -> dict[str, Any]:
@@ -106,21 +104,7 @@ def test_both_sides_get_the_recipes_step_sizes_and_go_on_from_their_own_weights(
 def test_trl_takes_the_step_sizes_it_is_handed_and_keeps_its_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)
-    keep_rows_in_order()
-    workload = Workload(
-        name="tiny",
-        prompts="sums",
-        group_size=4,
-        prompts_per_round=4,
-        max_new_tokens=4,
-        model=save_tiny(tmp_path / "model"),
-        learning_rate=1e-3,
-    )
-    scratch = Scratch(folder=tmp_path)
-    write_start(workload.model, scratch.start)
-    setup = TrlSetup(precision="fp32", rollouts="generate")
-    side = TrlSide(workload, setup, scratch, str(tmp_path / "trl"))
+    side, _, scratch = trl_side_of_sums(tmp_path, monkeypatch, max_new_tokens=4)
 
     # A random model earns nothing from the task.
     def by_place(*, completions: list[Any], **_: Any) -> list[float]:

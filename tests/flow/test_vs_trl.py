@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 from benchmarks import vs_trl
 from benchmarks.comparison import Bench, Sides, run_pairs, setups_of, warm_up
-from benchmarks.exchange import SampledRows, Scratch, write_start
+from benchmarks.exchange import SampledRows
 from benchmarks.gmpo_side import GmpoSide
 from benchmarks.live_shares import run_live_shares
 from benchmarks.ratios import RATIOS, UpdatesDiffer
 from benchmarks.results import Results
-from benchmarks.trl_side import TrlSetup, TrlSide, keep_rows_in_order
-from benchmarks.workloads import Workload
+from benchmarks.trl_side import TrlSide
 from tests.models import save_tiny
-from tests.trl_trainers import tolerated
-from trl.trainer import grpo_trainer
+from tests.trl_trainers import tolerated, trl_side_of_sums
 
 from gmpo.objective import ObjectiveTerms, gmpo_terms
 
@@ -53,23 +51,9 @@ class Tiny:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:
-    # TRL's own is put back afterwards.
-    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", grpo_trainer.shuffle_sequence_dict)
-    keep_rows_in_order()
-    workload = Workload(
-        name="tiny",
-        prompts="sums",
-        group_size=4,
-        prompts_per_round=4,
-        max_new_tokens=6,
-        model=save_tiny(tmp_path / "model"),
-        learning_rate=1e-3,
-    )
-    scratch = Scratch(folder=tmp_path)
-    write_start(workload.model, scratch.start)
-    setup = TrlSetup(precision="fp32", rollouts="generate")
+    trl_side, workload, scratch = trl_side_of_sums(tmp_path, monkeypatch, max_new_tokens=6)
     gmpo_side = GmpoSide(workload, "fp32", scratch)
-    trl = Here(side=TrlSide(workload, setup, scratch, str(tmp_path / "trl")), asked=[])
+    trl = Here(side=trl_side, asked=[])
     gmpo = Here(side=gmpo_side, asked=[])
     yield Tiny(
         bench=Bench(workload=workload, dtype="fp32", threads=1, scratch=scratch, say=print),
