@@ -28,7 +28,7 @@ __all__ = [
     "decide",
 ]
 
-Action = Literal["warn", "skip_step", "roll_back", "stop"]
+Action = Literal["warn", "roll_back"]
 Severity = Literal["warning", "critical"]
 
 _WARM_UP_ROUNDS = 20
@@ -50,15 +50,6 @@ class Response:
 
 
 RESPONSES: Mapping[str, Response] = {
-    "non_finite": Response(
-        action="roll_back",
-        recommended_action="lower training.learning_rate; check the weights the run started from",
-    ),
-    "skipped_steps": Response(
-        action="skip_step",
-        recommended_action="if it goes on, lower training.learning_rate or look at the round's "
-        "texts for a reward that pays far too much",
-    ),
     "ratio_explosion": Response(
         action="roll_back",
         recommended_action="lower training.learning_rate, take fewer training.steps_per_round, or "
@@ -133,7 +124,7 @@ class GuardEvent:
     @property
     def severity(self) -> Severity:
         """Critical where going on from these weights is likely to waste the rest of the run."""
-        return "critical" if self.action in ("roll_back", "stop") else "warning"
+        return "critical" if self.action == "roll_back" else "warning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +259,8 @@ def decide(
     """The alarms that a round raises, each once while its cause goes on, and the next state.
 
     Args:
-        metrics: of the round, as logged; empty for a round that ended in a non-finite figure.
+        metrics: of the round, as logged. A round that ends in a non-finite figure has none: the
+            loop stops by itself.
         state: after the round before.
         round_number: counted from 1.
     """
@@ -322,18 +314,6 @@ def _moved_up(signal: _Signal, track: Track, baseline: Baseline) -> Track:
 def _events(
     metrics: Mapping[str, float | None], state: GuardState, round_number: int
 ) -> Iterator[GuardEvent]:
-    if not metrics:
-        yield _event("non_finite", round_number, metric="update/loss")
-        return
-    skipped = metrics.get("guard/skipped_steps_total") or 0.0
-    if skipped > 0:
-        yield _event(
-            "skipped_steps",
-            round_number,
-            metric="guard/skipped_steps_total",
-            value=skipped,
-            threshold=0.0,
-        )
     lost = _lost_share(metrics)
     if lost >= _LOST_SHARE:
         yield _event(
