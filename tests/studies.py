@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gmpo.comparison import Comparison
 from gmpo.stability import FIGURES, RunFigures
+from gmpo.study_comparison import Comparison
 from gmpo.study_plan import StudyPlan, make_plan
 from gmpo.study_report import ArmSummary, RunReport, StudyReport
 

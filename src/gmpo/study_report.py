@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gmpo.comparison import IMPROVEMENTS, Comparison, compare_arms, smallest_p_value
 from gmpo.errors import StudyError
 from gmpo.stability import FIGURES, RunFigures, common_target, run_figures, window_rounds
 from gmpo.study import attempts, cell_folder, ended_cells
+from gmpo.study_comparison import IMPROVEMENTS, Comparison, compare_arms, smallest_p_value
 from gmpo.study_plan import Cell, StudyPlan
 from gmpo.tracking import read_lines
 

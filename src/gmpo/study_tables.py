@@ -8,8 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gmpo.comparison import Comparison
 from gmpo.stability import FIGURES
+from gmpo.study_comparison import Comparison
 from gmpo.study_report import ArmSummary, StudyReport, limits
 
 __all__ = ["comparison_rows", "headline", "improvement_rows", "render_report", "stability_rows"]

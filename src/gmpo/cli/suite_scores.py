@@ -15,7 +15,7 @@ from gmpo.cli.conventions import model_name, warn
 from gmpo.errors import ConfigError, RunFolderError
 from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.recipe import apply_override, bundled_recipes, load_recipe, recipe_of_table
-from gmpo.scores import ScoreTable, metrics_of, score_table
+from gmpo.suite_scores import ScoreTable, metrics_of, score_table
 from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_items
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _folder_name(label: str) -> str:
 
 
 def _store(out: Path, result: dict[str, Any], tables: Sequence[ScoreTable]) -> None:
-    from gmpo.score_plots import plot_scores
+    from gmpo.suite_plots import plot_scores
 
     path = out / "results.json"
     try:
@@ -338,7 +338,7 @@ def _show(
     tables: Sequence[ScoreTable],
     out: Path | None,
 ) -> None:
-    from gmpo.score_tables import counts_table, gains_tables, scores_table
+    from gmpo.suite_tables import counts_table, gains_tables, scores_table
 
     for table in tables:
         console.print(scores_table(table))

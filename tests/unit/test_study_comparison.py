@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.comparison import (
+from gmpo.stability import FIGURES, RunFigures
+from gmpo.statistics import detectable_mean
+from gmpo.study_comparison import (
     IMPROVEMENTS,
     Comparison,
     compare_arms,
     compare_crashes,
     smallest_p_value,
 )
-from gmpo.stability import FIGURES, RunFigures
-from gmpo.statistics import detectable_mean
 
 
 def run(crash: str | None = None, **values: float | None) -> RunFigures:
