@@ -24,8 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["NamedModel", "SuiteOptions", "evaluate_suites", "named_model"]
 
 _TASK = "task"
-_SETTABLE = ("model.", "task.", "reward.timeout_seconds", "sampling.max_rows",
-             "sampling.stop_strings", "sampling.rollout", "training.engine")  # fmt: skip
+_SETTABLE = (
+    "model.",
+    "task.",
+    "reward.timeout_seconds",
+    "sampling.max_rows",
+    "sampling.stop_strings",
+    "sampling.rollout",
+    "training.engine",
+)
 """Keys that asking a suite heeds; of all others --set would do nothing."""
 
 
@@ -69,16 +76,20 @@ class SuiteOptions:
         Raises:
             ConfigError: the options contradict each other or are out of range.
         """
-        for name, value in (("items", self.items), ("samples", self.samples),
-                            ("max-tokens", self.max_tokens)):  # fmt: skip
+        for name, value in (
+            ("items", self.items),
+            ("samples", self.samples),
+            ("max-tokens", self.max_tokens),
+        ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
         if self.samples is None:
             if not self.greedy:
                 raise ConfigError("--no-greedy leaves nothing to ask; give --samples too")
             if self.temperature is not None or self.seed is not None:
-                raise ConfigError("--temperature and --seed are of sampled completions; give "
-                                  "--samples too")  # fmt: skip
+                raise ConfigError(
+                    "--temperature and --seed are of sampled completions; give --samples too"
+                )
             if self.ks:
                 raise ConfigError(
                     f"k = {self.ks[0]} needs sampled completions; give --samples {max(self.ks)}"
