@@ -56,9 +56,8 @@ class StepPlan:
         to_groups: for each prompt, key head and place the row and key head it comes from; places
             beyond a prompt's rows repeat its first.
         to_rows: for each row and key head the place among those above.
-        num_prompts: prompts that rows follow.
-        prompt_positions: of the longest prompt.
-        own_positions: of the row with most tokens of its own, the new one included.
+        own: of each layer, keys and values of the rows' own positions, the new one included.
+        prompts: of each layer, keys and values of the prompts that rows follow.
     """
 
     mask: Float[Tensor, "RK 1 LS"]
@@ -66,9 +65,8 @@ class StepPlan:
     own_places: Int[Tensor, " R"]
     to_groups: Int[Tensor, " PKG"]
     to_rows: Int[Tensor, " RK"]
-    num_prompts: int
-    prompt_positions: int
-    own_positions: int
+    own: Sequence[tuple[Float[Tensor, "RK S D"], Float[Tensor, "RK S D"]]]
+    prompts: Sequence[tuple[Float[Tensor, "PK L D"], Float[Tensor, "PK L D"]]]
 
 
 class SharedCache:
@@ -151,9 +149,8 @@ class SharedCache:
             own_places=own_lengths,
             to_groups=to_groups,
             to_rows=to_rows,
-            num_prompts=len(self._states),
-            prompt_positions=prompt_mask.shape[1],
-            own_positions=own_positions,
+            own=_by_layer(self._own, self.num_rows, own_positions),
+            prompts=_by_layer(self._prompts, len(self._states), prompt_mask.shape[1]),
         )
 
     def attend(
@@ -169,25 +166,18 @@ class SharedCache:
         sum_s softmax_s(q . key_s / sqrt(D)) value_s.
         """
         assert self._own is not None
-        assert self._prompts is not None
         rows, heads, dim = queries.shape
         pairs, per_key = rows * self._num_key_heads, heads // self._num_key_heads
         self._own[layer][:, plan.row_index, :, plan.own_places] = keys_values.view(
             rows, 2, self._num_key_heads, dim
         )
-        own_keys, own_values = (
-            part[:rows, :, : plan.own_positions].reshape(pairs, plan.own_positions, dim)
-            for part in self._own[layer]
-        )
-        prompt_keys, prompt_values = (
-            part[: plan.num_prompts, :, : plan.prompt_positions].flatten(0, 1)
-            for part in self._prompts[layer]
-        )
-        groups = len(prompt_keys)
+        own_keys, own_values = plan.own[layer]
+        prompt_keys, prompt_values = plan.prompts[layer]
+        groups, prompt_positions = prompt_keys.shape[:2]
         by_row = queries.reshape(pairs, per_key * dim)
         by_group = by_row.index_select(0, plan.to_groups).view(groups, -1, dim)
         prompt_scores = torch.bmm(by_group, prompt_keys.transpose(1, 2))
-        prompt_scores = prompt_scores.view(-1, per_key * plan.prompt_positions)
+        prompt_scores = prompt_scores.view(-1, per_key * prompt_positions)
         scores = torch.cat(
             (
                 prompt_scores.index_select(0, plan.to_rows).view(pairs, per_key, -1),
@@ -197,11 +187,11 @@ class SharedCache:
         )
         weights = torch.add(plan.mask, scores, alpha=dim**-0.5).softmax(dim=-1)
         of_groups = weights.index_select(0, plan.to_groups).view(groups, -1, weights.shape[-1])
-        from_prompts = torch.bmm(of_groups[..., : plan.prompt_positions], prompt_values)
+        from_prompts = torch.bmm(of_groups[..., :prompt_positions], prompt_values)
         from_prompts = from_prompts.view(-1, per_key * dim).index_select(0, plan.to_rows)
         attended = torch.baddbmm(
             from_prompts.view(pairs, per_key, dim),
-            weights[..., plan.prompt_positions :],
+            weights[..., prompt_positions:],
             own_values,
         )
         return attended.view(rows, heads, dim)
@@ -299,6 +289,15 @@ def _without(count: int, dropped: set[int]) -> tuple[list[int], dict[int, int]]:
     movers = [place for place in order if place >= len(order)]
     moves = dict(zip(holes, movers, strict=True))
     return [moves.get(place, place) for place in range(len(order))], moves
+
+
+def _by_layer(
+    part: Float[Tensor, "N 2 X K C D"] | None, count: int, positions: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, [count * K, positions, D], of every layer: views, all made at once."""
+    assert part is not None, "no row was added yet"
+    used = part[:, :, :count, :, :positions].flatten(2, 3).flatten(0, 1).unbind(0)
+    return list(zip(used[::2], used[1::2], strict=True))
 
 
 def _as_added(unseen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -30,9 +29,13 @@ from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
-_FEWEST_ROWS = 16
+_ENOUGH_ROWS = 16
 """Rows running at once from which reordered weights earn the time it takes to reorder them: on two
 cores about 90 ms in bf16 and 150 ms in fp32, for 15 and 30 ms a step of 64 rows."""
+_ENOUGH_STEPS = 6
+"""Steps of fewer rows after which bf16 weights are reordered too: what those took longer then makes
+up for it, so that a short answer never costs much more than it must, and a long one neither. fp32's
+order is for `_ENOUGH_ROWS` and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ class LlamaDecoder:
         self.body = body
         self._plain = unprepared_body(body)
         self._prepared: PreparedBody | None = None
+        self._unprepared_steps = 0
         self._cache = SharedCache(
             max_rows=max_rows,
             num_layers=len(body.layers),
@@ -228,10 +232,7 @@ class LlamaDecoder:
     @torch.no_grad()
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Append one token to every row's own part and attend to what the row sees."""
-        rows = len(token_ids)
-        if self._prepared is None and rows >= _FEWEST_ROWS:
-            self._prepared = prepare_body(self.body, rows=rows)
-        linear = self._prepared or self._plain
+        linear = self._linear(len(token_ids))
         body, plan = self.body, self._cache.begin_step()
         hidden = body.embed(token_ids[:, None])[:, 0]
         rotary = self._rotary(hidden)
@@ -241,11 +242,18 @@ class LlamaDecoder:
             attended = self._cache.attend(number, plan, queries, keys_values)
             # The stream is this step's own.
             hidden += prepared.output(attended.flatten(1).to(projected.dtype))
-            gate_up = prepared.gate_up(body.feed_forward_norm(layer, hidden))
-            gate, up = gate_up.chunk(2, dim=-1)
-            hidden += prepared.down(functional.silu(gate).mul_(up))
+            hidden += prepared.down(prepared.gated(body.feed_forward_norm(layer, hidden)))
         self._cache.end_step()
         return linear.head(body.final_norm(hidden))
+
+    def _linear(self, rows: int) -> PreparedBody:
+        """The model's linear layers for a step of so many rows, reordered where that pays."""
+        if self._prepared is None:
+            is_bf16 = self.body.model.dtype == torch.bfloat16
+            if rows >= _ENOUGH_ROWS or (is_bf16 and self._unprepared_steps >= _ENOUGH_STEPS):
+                self._prepared = prepare_body(self.body, rows=rows)
+        self._unprepared_steps += 1
+        return self._prepared or self._plain
 
     def _rotary(self, hidden: Float[Tensor, "R M"]) -> tuple[Tensor, Tensor]:
         """cos and sin of the rows' new positions, [R, 1, D], the first half of sin negated."""
@@ -275,7 +283,7 @@ class LlamaDecoder:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
         order = self._cache.drop(rows)
         if not order:
-            self._prepared = None
+            self._prepared, self._unprepared_steps = None, 0
         return order
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
