@@ -90,6 +90,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "inspection",
         "run_tables",
         "terminal",
+        "serving",
         "cli",
     ),
     # Last, so that nothing imports them: whoever has neither TRL nor verl never meets them.
@@ -162,6 +163,8 @@ TORCH_FREE = (
     "gmpo.study_comparison",
     "gmpo.inspection",
     "gmpo.run_tables",
+    "gmpo.serving",
+    "gmpo.serving.backend",
 )
 
 

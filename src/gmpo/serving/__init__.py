@@ -1,0 +1,1 @@
+"""An OpenAI-compatible gateway over the embedded engine and over upstream servers."""
