@@ -165,6 +165,10 @@ TORCH_FREE = (
     "gmpo.run_tables",
     "gmpo.serving",
     "gmpo.serving.backend",
+    "gmpo.serving.engine_answer",
+    "gmpo.serving.engine_options",
+    "gmpo.serving.sampling_thread",
+    "gmpo.serving.text",
 )
 
 

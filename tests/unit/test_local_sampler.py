@@ -183,6 +183,12 @@ def test_prompt_and_top_logprobs_are_those_of_the_full_forward(family: str, engi
     logprobs = full_logits(model_of(family), everything).log_softmax(dim=-1)
     expected = [logprobs[place, token].item() for place, token in enumerate([33, 50, 7])]
     assert completion.prompt_logprobs == pytest.approx(expected, abs=AGAINST_MODULE)
+    assert len(completion.prompt_top_logprobs) == 3
+    for place, alternatives in enumerate(completion.prompt_top_logprobs):
+        best = logprobs[place].topk(3)
+        assert [a.token_id for a in alternatives] == best.indices.tolist()
+        values = [a.logprob for a in alternatives]
+        assert values == pytest.approx(best.values.tolist(), abs=AGAINST_MODULE)
     assert len(completion.top_logprobs) == 4
     for place, alternatives in enumerate(completion.top_logprobs):
         best = logprobs[3 + place].topk(3)
@@ -422,8 +428,9 @@ def test_weights_of_another_model_are_refused_with_a_name(engine: str):
         ),
         ({"max_tokens": 0}, r"max_tokens 0 and num_completions 1 must be at least 1"),
         ({"num_completions": 0}, r"max_tokens 10 and num_completions 0 must be at least 1"),
-        ({"temperature": -0.5}, r"temperature -0.5 must be 0 or more"),
-        ({"temperature": float("nan")}, r"temperature nan must be 0 or more"),
+        ({"temperature": -0.5}, r"temperature -0.5 must be 0, which is greedy, or at least 0.0001"),
+        ({"temperature": 9e-5}, r"temperature 9e-05 must be 0, which is greedy, or at least"),
+        ({"temperature": float("nan")}, r"temperature nan must be 0, which is greedy, or"),
         ({"top_p": 0.0}, r"top_p 0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.2}, r"top_p 1.2 must lie in \(0, 1\]"),
         ({"top_k": -1}, r"top_k -1 must be 0 \(off\) or more"),

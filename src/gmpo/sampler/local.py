@@ -24,6 +24,18 @@ _PREFILL_TOKENS = 2048
 """Prompt tokens run in one prefill, padding included."""
 _STOP_TAIL_MARGIN = 8
 """Tokens decoded to look for a stop string, beyond one for each of its bytes."""
+_LEAST_TEMPERATURE = 1e-4
+"""Logits divided by less may overflow in fp32, which would end every running completion."""
+_SCORED_AT_ONCE = 128
+"""Prompt positions whose probabilities exist together, beside their logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PromptScores:
+    """Log-probability of each prompt token but the first, given those before it."""
+
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[TokenAlternative, ...], ...] = ()
 
 
 @dataclass
@@ -34,7 +46,7 @@ class _Row:
     index: int
     uniforms: np.ndarray
     first_version: int
-    prompt_logprobs: tuple[float, ...]
+    prompt: _PromptScores
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampled_logprobs: list[float] = field(default_factory=list)
@@ -48,6 +60,7 @@ class _Pending:
     request: SampleRequest
     started: int = 0
     prefill: Prefill | None = None
+    scores: _PromptScores = _PromptScores()
 
 
 class LocalSampler:
@@ -167,7 +180,11 @@ class LocalSampler:
                 f"first_index {request.first_index} and first_position {request.first_position} "
                 "must be 0 or more",
             ),
-            (not request.temperature >= 0, f"temperature {request.temperature} must be 0 or more"),
+            (
+                not (request.temperature == 0 or request.temperature >= _LEAST_TEMPERATURE),
+                f"temperature {request.temperature} must be 0, which is greedy, or at least "
+                f"{_LEAST_TEMPERATURE}",
+            ),
             (not 0 < request.top_p <= 1, f"top_p {request.top_p} must lie in (0, 1]"),
             (request.top_k < 0, f"top_k {request.top_k} must be 0 (off) or more"),
             (
@@ -216,7 +233,7 @@ class LocalSampler:
             self._decoder.add_rows(pending.prefill, count)
             for index in range(pending.started, pending.started + count):
                 number = request.first_index + index
-                self._rows.append(self._new_row(request, number, pending.prefill))
+                self._rows.append(self._new_row(request, number, pending.scores))
             new_logits.append(pending.prefill.logits[-1:].expand(count, -1))
             pending.started += count
             if pending.started == request.num_completions:
@@ -241,9 +258,12 @@ class LocalSampler:
         prompts = [pending.request.token_ids for pending in chosen]
         prefills = self._decoder.prefill(prompts, all_logits=wants_all)
         for pending, prefill in zip(chosen, prefills, strict=True):
-            pending.prefill = prefill
+            pending.scores = _prompt_scores(pending.request, prefill)
+            # A copy: a view would keep the logits of the whole prompt.
+            last = prefill.logits[-1:].clone() if wants_all else prefill.logits
+            pending.prefill = Prefill(logits=last, state=prefill.state)
 
-    def _new_row(self, request: SampleRequest, index: int, prefill: Prefill) -> _Row:
+    def _new_row(self, request: SampleRequest, index: int, scores: _PromptScores) -> _Row:
         start = request.first_position
         stream = uniforms((*request.key, index), count=start + request.max_tokens)
         return _Row(
@@ -251,7 +271,7 @@ class LocalSampler:
             index=index,
             uniforms=stream[start:],
             first_version=self._version,
-            prompt_logprobs=_prompt_logprobs(request, prefill),
+            prompt=scores,
         )
 
     def _draw(self, logits: Tensor) -> Draw:
@@ -278,7 +298,8 @@ class LocalSampler:
             row.logprobs.append(logprobs[place])
             row.sampled_logprobs.append(sampled_logprobs[place])
             if row.request.top_logprobs:
-                row.top_logprobs.append(_alternatives(logits[place], row.request.top_logprobs))
+                wide = widened(logits[place]).log_softmax(dim=-1)
+                row.top_logprobs.append(_alternatives(wide, row.request.top_logprobs))
             if row.request.stream:
                 events.append(
                     SampledToken(
@@ -287,6 +308,7 @@ class LocalSampler:
                         position=len(row.token_ids) - 1,
                         token_id=token_ids[place],
                         logprob=logprobs[place],
+                        alternatives=row.top_logprobs[-1] if row.top_logprobs else (),
                     )
                 )
 
@@ -314,7 +336,8 @@ class LocalSampler:
             first_version=row.first_version,
             last_version=self._version,
             top_logprobs=tuple(row.top_logprobs),
-            prompt_logprobs=row.prompt_logprobs,
+            prompt_logprobs=row.prompt.logprobs,
+            prompt_top_logprobs=row.prompt.top_logprobs,
         )
 
     def _never_started(self, request: SampleRequest, index: int) -> Completion:
@@ -337,16 +360,22 @@ class LocalSampler:
             self._rows = [self._rows[place] for place in order]
 
 
-def _prompt_logprobs(request: SampleRequest, prefill: Prefill) -> tuple[float, ...]:
-    """Log-probability of each prompt token but the first, given those before it."""
+def _prompt_scores(request: SampleRequest, prefill: Prefill) -> _PromptScores:
     if not request.prompt_logprobs:
-        return ()
+        return _PromptScores()
     token_ids = torch.tensor(list(request.token_ids)[1:], device=prefill.logits.device)
-    logprobs = prefill.logits[:-1].log_softmax(dim=-1)
-    return tuple(logprobs.gather(-1, token_ids[:, None])[:, 0].tolist())
+    logprobs: list[float] = []
+    top_logprobs: list[tuple[TokenAlternative, ...]] = []
+    for first in range(0, len(token_ids), _SCORED_AT_ONCE):
+        targets = token_ids[first : first + _SCORED_AT_ONCE]
+        some = prefill.logits[first : first + len(targets)].log_softmax(dim=-1)
+        logprobs += some.gather(-1, targets[:, None])[:, 0].tolist()
+        if request.top_logprobs:
+            top_logprobs += [_alternatives(of_one, request.top_logprobs) for of_one in some]
+    return _PromptScores(logprobs=tuple(logprobs), top_logprobs=tuple(top_logprobs))
 
 
-def _alternatives(logits: Tensor, count: int) -> tuple[TokenAlternative, ...]:
-    top = widened(logits).log_softmax(dim=-1).topk(count)
+def _alternatives(logprobs: Tensor, count: int) -> tuple[TokenAlternative, ...]:
+    top = logprobs.topk(count)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return tuple(TokenAlternative(token_id=token, logprob=logprob) for token, logprob in pairs)

@@ -24,7 +24,7 @@ class SampleRequest:
         media: inputs of other modalities; the local sampler takes none.
         num_completions: how many to draw.
         max_tokens: longest completion, the stop token included.
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 is greedy, and nothing lies between that and 1e-4.
         top_p: smallest set of tokens with this probability is sampled from; 1 is all.
         top_k: the k likeliest tokens are sampled from; 0 is all.
         stop_ids: token ids that end a completion; the one sampled stays in it.
@@ -34,7 +34,8 @@ class SampleRequest:
         first_position: number of the first token drawn in its completion, above 0 where
             `token_ids` end in a completion's beginning.
         top_logprobs: likeliest alternatives reported at each position.
-        prompt_logprobs: whether to report log-probabilities of the prompt's own tokens.
+        prompt_logprobs: whether to report log-probabilities of the prompt's own tokens, with
+            as many alternatives.
         stream: whether each token is reported when it is drawn.
     """
 
@@ -73,6 +74,7 @@ class SampledToken:
     position: int
     token_id: int
     logprob: float
+    alternatives: tuple[TokenAlternative, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Completion:
 
     `logprobs` are those of the unmodified model at temperature 1, `sampled_logprobs` those of the
     distribution that was sampled (temperature, top-p and top-k applied; 0 when greedy), in nats.
+    `prompt_logprobs` and `prompt_top_logprobs` are those of the prompt's second token and on.
     """
 
     request_id: str
@@ -93,6 +96,7 @@ class Completion:
     last_version: int
     top_logprobs: tuple[tuple[TokenAlternative, ...], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[tuple[TokenAlternative, ...], ...] = ()
 
 
 @runtime_checkable
