@@ -1,0 +1,195 @@
+"""Bodies of requests in OpenAI's form, and what they ask of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from gmpo.serving.backend import GenerationRequest
+
+__all__ = ["Asker", "ChatBody", "CompletionBody", "chat_requests", "completion_requests"]
+
+_MAX_LOGPROBS = 20
+_MAX_CHOICES = 128
+_LARGEST_SEED = 2**63 - 1
+_DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's own default of the plain endpoint."""
+
+
+def _whole(text: str) -> str:
+    """Refuse what JSON can say and no encoding can: a tokenizer would fail on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair; send whole characters") from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class _Body(BaseModel):
+    # Fields that are not named here go to the backend, which follows or refuses them.
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class _TextPart(BaseModel):
+    """A part of a message; text is the only kind."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: _Text
+
+
+class _ChatMessage(_Body):
+    """One turn of a chat."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: _Text | list[_TextPart]
+
+
+class _StreamOptions(_Body):
+    """What a stream tells besides the answer."""
+
+    include_usage: bool | None = None
+
+
+class _Common(_Body):
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-_LARGEST_SEED, le=_LARGEST_SEED)] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatBody(_Common):
+    """Of `/v1/chat/completions`."""
+
+    messages: Annotated[list[_ChatMessage], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+
+
+class CompletionBody(_Common):
+    """Of `/v1/completions`."""
+
+    prompt: (
+        _Text
+        | Annotated[list[_Text], Field(min_length=1, max_length=_MAX_CHOICES)]
+        | Annotated[list[_TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[_TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=_MAX_CHOICES),
+        ]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [tuple(token for token in self.prompt if isinstance(token, int))]
+        return [one if isinstance(one, str) else tuple(_ids(one)) for one in self.prompt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """Who asks, beside what is asked.
+
+    Attributes:
+        id: of the request.
+        unit: whom an experiment assigns; empty for the body's user, or else the request itself.
+        session: name of the conversation, if it has one.
+    """
+
+    id: str
+    unit: str = ""
+    session: str | None = None
+
+
+def chat_requests(body: ChatBody, raw: Mapping[str, Any], asker: Asker) -> list[GenerationRequest]:
+    """The one request that a chat is."""
+    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    wants_logprobs = bool(body.logprobs)
+    return [
+        GenerationRequest(
+            id=asker.id,
+            route="chat",
+            messages=tuple(_turn(message) for message in body.messages),
+            max_tokens=limit,
+            logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+            body=raw,
+            **_common(body, asker),
+        )
+    ]
+
+
+def completion_requests(
+    body: CompletionBody, raw: Mapping[str, Any], asker: Asker
+) -> list[GenerationRequest]:
+    """One request for each prompt."""
+    prompts = body.prompts
+    common = _common(body, asker)
+    return [
+        GenerationRequest(
+            id=asker.id if len(prompts) == 1 else f"{asker.id}-{place}",
+            route="completions",
+            prompt=prompt,
+            max_tokens=_DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            echo=bool(body.echo),
+            body={**raw, "prompt": prompt if isinstance(prompt, str) else list(prompt)},
+            **common,
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _common(body: _Common, asker: Asker) -> dict[str, Any]:
+    stop = body.stop
+    return {
+        "model": body.model,
+        "n": body.n or 1,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_k": max(0, body.top_k or 0),  # -1 is a common way to say "all"
+        "stop": () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
+        "seed": body.seed,
+        "stream": bool(body.stream),
+        "unit": asker.unit or body.user or asker.id,
+        "session": asker.session,
+    }
+
+
+def _turn(message: _ChatMessage) -> dict[str, Any]:
+    """A turn with its text in one piece."""
+    content = message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return {**message.model_dump(), "content": text}
+
+
+def _ids(prompt: object) -> list[int]:
+    assert isinstance(prompt, list)
+    return prompt

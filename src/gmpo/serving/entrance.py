@@ -1,0 +1,169 @@
+"""What every request passes before it is looked at: drain, key, size and speed of its body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gmpo.serving.access import ApiKeys
+from gmpo.serving.faults import ApiError, error_response
+
+__all__ = ["Entrance", "EntranceLimits"]
+
+_PROTECTED = "/v1/"
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/feedback")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntranceLimits:
+    """Attributes:
+    max_body_bytes: longest body.
+    body_seconds: longest time that a body may take to arrive.
+    """
+
+    max_body_bytes: int = 1 << 20
+    body_seconds: float = 20.0
+
+
+class Entrance:
+    """Middleware that turns requests away, or hands them on with their whole body.
+
+    Args:
+        app: what comes behind.
+        keys: who may ask; without any, everybody.
+        limits: of bodies.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, limits: EntranceLimits) -> None:
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self.is_draining = False
+        """Whether new requests are turned away because the server is about to end."""
+        self.num_active = 0
+        """Requests being answered, the last byte of their responses included."""
+        self.turned_away: Counter[str] = Counter()
+        """Requests turned away here, by reason."""
+        self.statuses: Counter[tuple[str, int]] = Counter()
+        """Responses begun, by route and status; paths that are no routes count as "other"."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or have it answered."""
+        if scope["type"] != "http" or not scope["path"].startswith(_PROTECTED):
+            await self._app(scope, receive, send)
+            return
+        self.num_active += 1
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"]
+                route = path if path in _ROUTES else "other"
+                self.statuses[route, message["status"]] += 1
+            await send(message)
+
+        try:
+            body = await self._admit(scope, receive)
+            await self._app(scope, _replayed(body, receive), counted)
+        except ApiError as error:
+            headers = {"connection": "close"} if error.status in (408, 413, 503) else {}
+            if error.status == 401:
+                headers["www-authenticate"] = "Bearer"
+            await error_response(error, headers)(scope, receive, counted)
+        except _ClientGone:
+            self.turned_away["client_gone"] += 1
+        finally:
+            self.num_active -= 1
+
+    async def _admit(self, scope: Scope, receive: Receive) -> bytes:
+        headers = Headers(scope=scope)
+        if self.is_draining:
+            self.turned_away["draining"] += 1
+            raise ApiError(
+                503,
+                "the server is ending and takes no new requests; ask again, or another server",
+                code="draining",
+                retry_after_seconds=5.0,
+            )
+        if self._keys and not self._keys.accept(_key(headers)):
+            self.turned_away["api_key"] += 1
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
+        return await self._body(headers, receive)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        limit = self._limits.max_body_bytes
+        announced = headers.get("content-length", "0")
+        waits_for_leave = headers.get("expect", "").lower() == "100-continue"
+        if waits_for_leave and announced.isdigit() and int(announced) > limit:
+            raise self._too_large(announced)
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                return await self._read(receive)
+        except TimeoutError:
+            self.turned_away["slow_body"] += 1
+            raise ApiError(
+                408,
+                f"the body did not arrive within {self._limits.body_seconds:g} seconds; send it "
+                "faster",
+                code="body_timeout",
+                retry_after_seconds=1.0,
+            ) from None
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The body; one that is too large is read a little further before it is refused.
+
+        A client that is still sending would lose the refusal with its connection.
+        """
+        limit, parts, size = self._limits.max_body_bytes, list[bytes](), 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGone
+            size += len(message.get("body", b""))
+            if size <= limit:
+                parts.append(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
+            if size > limit and (is_whole or size > 16 * limit):
+                raise self._too_large(f"{size} or more")
+            if is_whole:
+                return b"".join(parts)
+
+    def _too_large(self, size: str) -> ApiError:
+        self.turned_away["body_too_large"] += 1
+        return ApiError(
+            413,
+            f"the body has {size} bytes, and at most {self._limits.max_body_bytes} are taken; "
+            "send less",
+            code="body_too_large",
+            retry_after_seconds=1.0,
+        )
+
+
+class _ClientGone(Exception):
+    """Nobody is left to answer."""
+
+
+def _key(headers: Headers) -> bytes:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """The body in one message; after it whatever the server says, as that the client left."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

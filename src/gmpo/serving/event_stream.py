@@ -1,0 +1,89 @@
+"""Responses that end when their client does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from gmpo.serving.answering import RunningAnswer
+
+__all__ = ["EventStream", "unless_client_leaves"]
+
+_Result = TypeVar("_Result")
+
+
+async def unless_client_leaves(
+    request: Request, work: Coroutine[Any, Any, _Result]
+) -> _Result | None:
+    """What the work gives, or None if the client left first, which cancels it."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events; a client that leaves ends what they are made of.
+
+    Args:
+        events: text of each.
+        answer: what they are made of.
+        headers: sent besides.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        answer: RunningAnswer,
+        headers: Mapping[str, str],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._answer = answer
+        self.body = b""
+        self.init_headers({**headers, "cache-control": "no-store"})
+        del self.headers["content-length"]
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as they come."""
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await self._events.aclose()
+            await self._answer.close()
+
+    async def _send(self, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

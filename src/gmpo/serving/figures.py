@@ -1,0 +1,106 @@
+"""Figures of the gateway itself, for `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from gmpo.serving.admission import Admission
+from gmpo.serving.answer_record import AnswerRecord
+from gmpo.serving.entrance import Entrance
+
+__all__ = ["GatewayFigures"]
+
+
+class GatewayFigures(Collector):
+    """Counts of one gateway.
+
+    Args:
+        registry: where they are exposed, with whatever else is in it; None makes one.
+        events: counts of the events written and lost, by what became of them.
+    """
+
+    media_type = CONTENT_TYPE_LATEST
+
+    def __init__(
+        self,
+        *,
+        registry: CollectorRegistry | None = None,
+        events: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        self.created = int(time.time())
+        self._registry = registry or CollectorRegistry()
+        self._events = events
+        self._tokens: Counter[str] = Counter()
+        self._admission: Admission | None = None
+        self._entrance: Entrance | None = None
+        self._registry.register(self)
+
+    def watch(self, admission: Admission, entrance: Entrance) -> None:
+        """Tell of these."""
+        self._admission, self._entrance = admission, entrance
+
+    def observe(self, record: AnswerRecord) -> None:
+        """Count an answer that is over."""
+        if record.usage is not None:
+            self._tokens["prompt"] += record.usage.prompt_tokens
+            self._tokens["completion"] += record.usage.completion_tokens
+
+    def exposition(self) -> bytes:
+        """All figures of the registry in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def as_dict(self) -> dict[str, object]:
+        """Those that tell how the gateway fares."""
+        running, queued, active = self._gauges()
+        return {
+            "active_requests": active,
+            "running_completions": running,
+            "queued_requests": queued,
+            "turned_away": {} if self._entrance is None else dict(self._entrance.turned_away),
+            "events": dict(self._events()),
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        """Figures for Prometheus."""
+        requests = CounterMetricFamily(
+            "gmpo_gateway_responses", "Responses begun", labels=("route", "status")
+        )
+        turned_away = CounterMetricFamily(
+            "gmpo_gateway_turned_away", "Requests turned away at the entrance", labels=("reason",)
+        )
+        if self._entrance is not None:
+            for (route, status), count in list(self._entrance.statuses.items()):
+                requests.add_metric((route, str(status)), count)
+            for reason, count in list(self._entrance.turned_away.items()):
+                turned_away.add_metric((reason,), count)
+        tokens = CounterMetricFamily(
+            "gmpo_gateway_tokens", "Tokens read and given", labels=("kind",)
+        )
+        for kind, count in list(self._tokens.items()):
+            tokens.add_metric((kind,), count)
+        events = CounterMetricFamily(
+            "gmpo_gateway_events", "Events for the store, by what became of them", labels=("fate",)
+        )
+        for fate, count in self._events().items():
+            events.add_metric((fate,), count)
+        yield from (requests, turned_away, tokens, events)
+        named = ("running_completions", "queued_requests", "active_requests")
+        for name, value in zip(named, self._gauges(), strict=True):
+            yield GaugeMetricFamily(
+                f"gmpo_gateway_{name}", f"{name.replace('_', ' ').capitalize()} now", value=value
+            )
+
+    def _gauges(self) -> tuple[int, int, int]:
+        running = queued = active = 0
+        if self._admission is not None:
+            running, queued = self._admission.num_running, self._admission.num_queued
+        if self._entrance is not None:
+            active = self._entrance.num_active
+        return running, queued, active

@@ -1,0 +1,150 @@
+"""The gateway on a port: signals, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from gmpo.errors import ConfigError
+from gmpo.serving.entrance import Entrance
+from gmpo.serving.protocol import protocol_with
+
+__all__ = ["GatewayServer", "ServerSettings", "bound_socket"]
+
+_TICK_SECONDS = 0.02
+_CUT_SECONDS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Attributes:
+    head_seconds: longest time for the head of a request.
+    keep_alive_seconds: how long a connection may be idle between requests.
+    drain_seconds: how long running requests may go on after SIGTERM.
+    """
+
+    head_seconds: float = 10.0
+    keep_alive_seconds: int = 15
+    drain_seconds: float = 30.0
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A listening place; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is not ours, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host} cannot be used: {error.strerror}") from None
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen at {host}:{port}: {error.strerror}; choose another --port, or 0 for a "
+            "free one"
+        ) from None
+    return bound
+
+
+class GatewayServer(uvicorn.Server):
+    """uvicorn's server, which on SIGTERM or SIGINT first lets running requests end.
+
+    Meanwhile new ones get 503. A second signal ends at once.
+
+    Args:
+        entrance: the application.
+        settings: time limits.
+        reload: called on SIGHUP.
+    """
+
+    def __init__(
+        self,
+        entrance: Entrance,
+        *,
+        settings: ServerSettings,
+        reload: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                entrance,
+                http=protocol_with(
+                    head_seconds=settings.head_seconds, turned_away=entrance.turned_away
+                ),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=settings.keep_alive_seconds,
+                timeout_graceful_shutdown=_CUT_SECONDS,
+            )
+        )
+        self._entrance = entrance
+        self._settings = settings
+        self._reload = reload
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.ended_by: int | None = None
+        """Signal that ended it."""
+        self.num_cut = 0
+        """Requests that had not ended when the time for draining was over."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Take signals on the event loop, in place of uvicorn, which would raise them again."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain, number)
+        if self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    def drain(self, number: int | None = None) -> None:
+        """Take no new requests, let running ones end, then end; at once if asked twice."""
+        if self._entrance.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.ended_by = number
+        self._entrance.is_draining = True
+        self._soon(self._end_when_idle())
+
+    async def _end_when_idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.drain_seconds
+        while self._entrance.num_active and loop.time() < deadline:
+            await asyncio.sleep(_TICK_SECONDS)
+        self.num_cut = self._entrance.num_active
+        self.should_exit = True
+
+    def _reload_soon(self) -> None:
+        if self._reload is not None:
+            self._soon(self._reload())
+
+    def _soon(self, work: Awaitable[None]) -> None:
+        async def done() -> None:
+            await work
+
+        task = asyncio.get_running_loop().create_task(done())
+        # The loop alone would let go of a task that nobody holds.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,101 @@
+"""A real gateway on a loopback port, over a tiny model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx2
+
+from gmpo.config import ModelConfig
+from gmpo.serving.access import ApiKeys
+from gmpo.serving.answering import Observer
+from gmpo.serving.app import GatewayLimits, build_gateway
+from gmpo.serving.backend import Backend, OneBackendRouter
+from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
+from gmpo.serving.entrance import Entrance
+from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
+
+ENGINE_LIMITS = EngineLimits(max_rows=8, max_prompt_tokens=120, max_tokens=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningGateway:
+    """Where it listens, and what it is made of."""
+
+    url: str
+    port: int
+    backend: Backend
+    entrance: Entrance
+    server: GatewayServer
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, **more) -> httpx2.Client:
+        return httpx2.Client(**{"base_url": self.url, "timeout": 30, **more})
+
+    def drain(self) -> None:
+        self.loop.call_soon_threadsafe(self.server.drain)
+
+
+def tiny_backend(folder: str, *, limits: EngineLimits = ENGINE_LIMITS) -> EmbeddedBackend:
+    return EmbeddedBackend(served(folder, limits=limits), name="tiny", limits=limits)
+
+
+def served(folder: str, *, limits: EngineLimits = ENGINE_LIMITS) -> ServedModel:
+    return load_served_model(ModelConfig(name=folder, dtype="fp32"), max_rows=limits.max_rows)
+
+
+@contextmanager
+def running_gateway(
+    make_backend: Callable[[], Backend],
+    *,
+    limits: GatewayLimits | None = None,
+    keys: Sequence[str] = (),
+    settings: ServerSettings | None = None,
+    observers: Sequence[Observer] = (),
+) -> Iterator[RunningGateway]:
+    """Serve on a thread of its own until the block ends."""
+    bound = bound_socket("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    backend = make_backend()
+    entrance = build_gateway(
+        OneBackendRouter(backend),
+        limits=limits or GatewayLimits(),
+        keys=ApiKeys(keys),
+        observers=observers,
+    )
+    server = GatewayServer(entrance, settings=settings or ServerSettings(drain_seconds=5))
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        loop.run_until_complete(server.serve(sockets=[bound]))
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, thread)
+        yield RunningGateway(
+            url=url, port=port, backend=backend, entrance=entrance, server=server, loop=loop
+        )
+    finally:
+        if not loop.is_closed() and not entrance.is_draining:
+            loop.call_soon_threadsafe(server.drain)
+        thread.join()
+
+
+def _wait_until_ready(url: str, thread: threading.Thread) -> None:
+    for _ in range(1000):
+        assert thread.is_alive(), "the gateway ended while it started"
+        try:
+            if httpx2.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx2.TransportError:
+            pass
+        threading.Event().wait(0.01)
+    raise AssertionError("the gateway was not ready within 10 seconds")
