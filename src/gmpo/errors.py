@@ -4,6 +4,7 @@ import traceback
 from pathlib import Path
 
 __all__ = [
+    "ChampionMoved",
     "CheckpointError",
     "ConfigError",
     "DamagedCheckpointError",
@@ -16,6 +17,9 @@ __all__ = [
     "NonFiniteError",
     "RunFolderError",
     "RunStopped",
+    "StoreError",
+    "StoreFull",
+    "StoreLocked",
     "StudyError",
     "what_was_raised",
 ]
@@ -73,6 +77,37 @@ class GuardStopped(GmpoError):
 
 class StudyError(GmpoError):
     """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
+
+
+class StoreError(GmpoError):
+    """The store cannot be opened, reached, read or written."""
+
+
+class StoreLocked(StoreError):
+    """Another process held the store until the time-out; nothing was written."""
+
+
+class StoreFull(StoreError):
+    """The store's disk is full; nothing of the write was kept."""
+
+
+class ChampionMoved(StoreError):
+    """A champion was to be replaced that is the champion no longer.
+
+    Attributes:
+        name: of the model.
+        expected: version that the caller believed to serve; None for none.
+        found: version that serves; None for none.
+    """
+
+    def __init__(self, name: str, *, expected: str | None, found: str | None) -> None:
+        super().__init__(
+            f"the champion of {name!r} is {found or 'none yet'}, not {expected or 'none yet'} as "
+            "expected; nothing was changed; look at the new champion and decide again"
+        )
+        self.name = name
+        self.expected = expected
+        self.found = found
 
 
 def what_was_raised(error: BaseException) -> str:

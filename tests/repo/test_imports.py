@@ -151,6 +151,7 @@ TORCH_FREE = (
     "gmpo.config",
     "gmpo.recipe",
     "gmpo.named_functions",
+    "gmpo.store",
     "gmpo.geometric",
     "gmpo.statistics",
     "gmpo.detectors",

@@ -1,0 +1,367 @@
+"""The open store."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import ColumnElement, Connection, Engine, Table, func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from gmpo.errors import ChampionMoved, ConfigError, DataError, StoreError
+from gmpo.store.faults import faults_named
+from gmpo.store.records import AlertRow, Champion, Event, Experiment, ModelVersion
+from gmpo.store.tables import (
+    ALERTS,
+    CHAMPIONS,
+    EVENTS,
+    EXPERIMENTS,
+    MODEL_VERSIONS,
+    row_of,
+    to_alert,
+    to_champion,
+    to_event,
+    to_experiment,
+    to_model_version,
+)
+
+__all__ = ["EVENT_LOCK", "Store"]
+
+EVENT_LOCK = 0x676D706F
+"""Key of the PostgreSQL lock under which events are numbered ("gmpo" in ASCII)."""
+
+
+class Store:
+    """Events, model versions, champions, experiments and alerts; made by `open_store`.
+
+    Any number of threads may share one, and any number of processes may each open their own.
+    Every method is one transaction: it happens whole or not at all.
+
+    Raises:
+        StoreLocked: another process held the store for longer than the time-out.
+        StoreFull: the disk is full; nothing of the call was kept.
+        StoreError: the store is closed, unreachable or damaged, or a write was asked of one that
+            was opened read-only.
+    """
+
+    def __init__(self, engine: Engine, *, where: str, read_only: bool) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(writes=True)
+        self._process = os.getpid()
+        self._closed = False
+        self.where = where
+        """Path or URL, without its password."""
+        self.read_only = read_only
+
+    def add_events(self, events: Sequence[Event]) -> None:
+        """Append all of them, or none.
+
+        Readers see events in the order of their ids: whoever has read up to one id misses nothing
+        by asking for what comes after it.
+
+        Raises:
+            DataError: an event that a database cannot hold; it is named and none is written.
+        """
+        rows = [row_of(event) for event in events]
+        if not rows:
+            return
+        with self._writing() as connection:
+            if connection.dialect.name == "postgresql":
+                # It numbers rows when they are inserted and shows them when they are committed;
+                # without the lock a reader could pass a smaller id that is not yet there.
+                connection.execute(select(func.pg_advisory_xact_lock(EVENT_LOCK)))
+            connection.execute(insert(EVENTS), rows)
+
+    def events(
+        self,
+        *,
+        kinds: Sequence[str] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        after_id: int | None = None,
+        model_version: str | None = None,
+        experiment: str | None = None,
+        request_id: str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> list[Event]:
+        """Events that pass every filter given, by id.
+
+        Args:
+            kinds: any of these.
+            since: at this time or later, in unix seconds.
+            until: before this time, in unix seconds.
+            after_id: written after the event of this id.
+            model_version: of this model.
+            experiment: of this experiment.
+            request_id: of this request.
+            limit: at most so many, at least 1.
+            newest_first: by falling id, so that a limit keeps the newest.
+        """
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all")
+        query = select(EVENTS).where(
+            *_conditions(
+                kinds=kinds,
+                since=since,
+                until=until,
+                after_id=after_id,
+                named={
+                    "model_version": model_version,
+                    "experiment": experiment,
+                    "request_id": request_id,
+                },
+            )
+        )
+        query = query.order_by(EVENTS.c.id.desc() if newest_first else EVENTS.c.id).limit(limit)
+        with self._reading() as connection:
+            return [to_event(row) for row in connection.execute(query)]
+
+    def count_events(
+        self,
+        *,
+        kinds: Sequence[str] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        after_id: int | None = None,
+        model_version: str | None = None,
+        experiment: str | None = None,
+        request_id: str | None = None,
+    ) -> int:
+        """How many events pass every filter given; the filters are those of `events`."""
+        conditions = _conditions(
+            kinds=kinds,
+            since=since,
+            until=until,
+            after_id=after_id,
+            named={
+                "model_version": model_version,
+                "experiment": experiment,
+                "request_id": request_id,
+            },
+        )
+        query = select(func.count()).select_from(EVENTS).where(*conditions)
+        with self._reading() as connection:
+            return connection.execute(query).scalar_one()
+
+    def put_model_version(self, version: ModelVersion) -> None:
+        """Register a version; registering the same again changes nothing.
+
+        Raises:
+            DataError: that version is there already and says something else.
+        """
+        row = row_of(version)
+        with self._writing() as connection:
+            connection.execute(_insert(connection, MODEL_VERSIONS).on_conflict_do_nothing(), row)
+            query = select(MODEL_VERSIONS).where(MODEL_VERSIONS.c.version == row["version"])
+            there = row_of(to_model_version(connection.execute(query).one()))
+        # Two gateways that load one model both register it, a moment apart.
+        wrong = [name for name, value in row.items() if name != "created" and there[name] != value]
+        if wrong:
+            raise DataError(
+                f"model version {version.version} is registered with another {wrong[0]}: "
+                f"{there[wrong[0]]}, not {row[wrong[0]]}; a version never changes, so other "
+                "weights need another one"
+            )
+
+    def model_versions(self, name: str | None = None) -> list[ModelVersion]:
+        """All versions, or those of one model, oldest first."""
+        query = select(MODEL_VERSIONS).order_by(MODEL_VERSIONS.c.created, MODEL_VERSIONS.c.version)
+        if name is not None:
+            query = query.where(MODEL_VERSIONS.c.name == name)
+        with self._reading() as connection:
+            return [to_model_version(row) for row in connection.execute(query)]
+
+    def model_version(self, version: str) -> ModelVersion | None:
+        """The version by that digest, or None."""
+        query = select(MODEL_VERSIONS).where(MODEL_VERSIONS.c.version == version)
+        with self._reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else to_model_version(row)
+
+    def champion(self, name: str) -> Champion | None:
+        """The version of that model that serves now, or None."""
+        with self._reading() as connection:
+            return _champion(connection, name)
+
+    def champion_history(self, name: str) -> list[Champion]:
+        """Every champion that the model had, oldest first; the last one serves now."""
+        query = select(CHAMPIONS).where(CHAMPIONS.c.name == name).order_by(CHAMPIONS.c.revision)
+        with self._reading() as connection:
+            return [to_champion(row) for row in connection.execute(query)]
+
+    def set_champion(
+        self, name: str, *, expected: str | None, version: str, reason: dict[str, Any]
+    ) -> Champion:
+        """Make a version the champion, if the champion is still the expected one.
+
+        Args:
+            name: of the model.
+            expected: version that the caller believes to serve; None for none yet.
+            version: to serve from now on; it must be registered under `name`.
+            reason: kept in the history.
+
+        Raises:
+            ChampionMoved: another version serves, so that the caller decided on old knowledge.
+            DataError: the version is not registered under that name, or serves already.
+        """
+        if version == expected:
+            raise DataError(f"{version} is given as the champion of {name!r} before and after")
+        wanted = Champion(
+            name=name,
+            version=version,
+            previous=expected,
+            revision=1,
+            since=time.time(),
+            reason=reason,
+        )
+        row_of(wanted)  # refuse what cannot be stored before anything is read
+        try:
+            with self._writing() as connection:
+                now = _champion(connection, name)
+                found = now.version if now else None
+                if found != expected:
+                    raise ChampionMoved(name, expected=expected, found=found)
+                _refuse_other_models(connection, name, version)
+                made = replace(wanted, revision=now.revision + 1 if now else 1)
+                connection.execute(insert(CHAMPIONS), row_of(made))
+                return made
+        except IntegrityError:
+            # PostgreSQL let another writer in between reading and inserting; that one has won.
+            now = self.champion(name)
+            found = now.version if now else None
+            raise ChampionMoved(name, expected=expected, found=found) from None
+
+    def put_experiment(self, experiment: Experiment) -> None:
+        """Add an experiment, or replace the one of that name."""
+        self._put(EXPERIMENTS, row_of(experiment), key="name")
+
+    def experiment(self, name: str) -> Experiment | None:
+        """The experiment of that name, or None."""
+        with self._reading() as connection:
+            row = connection.execute(
+                select(EXPERIMENTS).where(EXPERIMENTS.c.name == name)
+            ).one_or_none()
+        return None if row is None else to_experiment(row)
+
+    def experiments(self) -> list[Experiment]:
+        """All experiments, oldest first."""
+        query = select(EXPERIMENTS).order_by(EXPERIMENTS.c.created, EXPERIMENTS.c.name)
+        with self._reading() as connection:
+            return [to_experiment(row) for row in connection.execute(query)]
+
+    def put_alert(self, alert: AlertRow) -> None:
+        """Add an alert, or replace the one of that fingerprint."""
+        self._put(ALERTS, row_of(alert), key="fingerprint")
+
+    def alerts(self, status: str | None = None) -> list[AlertRow]:
+        """Alerts as they stand, or those of one status, by the time they began."""
+        query = select(ALERTS).order_by(ALERTS.c.starts_at, ALERTS.c.fingerprint)
+        if status is not None:
+            query = query.where(ALERTS.c.status == status)
+        with self._reading() as connection:
+            return [to_alert(row) for row in connection.execute(query)]
+
+    def close(self) -> None:
+        """Give the connections back; the store cannot be used afterwards."""
+        self._closed = True
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _put(self, table: Table, row: Mapping[str, Any], *, key: str) -> None:
+        with self._writing() as connection:
+            statement = _insert(connection, table)
+            changed = {name: statement.excluded[name] for name in row if name != key}
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=[key], set_=changed), row
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        self._refuse_misuse()
+        with faults_named(self.where), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        self._refuse_misuse()
+        if self.read_only:
+            raise StoreError(f"store {self.where} was opened read-only; nothing can be written")
+        with faults_named(self.where), self._writer.begin() as connection:
+            yield connection
+
+    def _refuse_misuse(self) -> None:
+        if self._closed:
+            raise StoreError(f"store {self.where} was closed; open it again")
+        # A connection that two processes share mixes up their transactions.
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"store {self.where} was opened by process {self._process}, not by this one, "
+                f"{os.getpid()}; open it again after the fork"
+            )
+
+
+def _conditions(
+    *,
+    kinds: Sequence[str] | None,
+    since: float | None,
+    until: float | None,
+    after_id: int | None,
+    named: Mapping[str, str | None],
+) -> list[ColumnElement[bool]]:
+    if isinstance(kinds, str):
+        raise ConfigError(f"kinds is the string {kinds!r}; it must be a list of kinds")
+    columns = EVENTS.c
+    return [
+        *([] if kinds is None else [columns.kind.in_(kinds)]),
+        *([] if since is None else [columns.time >= since]),
+        *([] if until is None else [columns.time < until]),
+        *([] if after_id is None else [columns.id > after_id]),
+        *(columns[name] == value for name, value in named.items() if value is not None),
+    ]
+
+
+def _champion(connection: Connection, name: str) -> Champion | None:
+    newest = (
+        select(CHAMPIONS)
+        .where(CHAMPIONS.c.name == name)
+        .order_by(CHAMPIONS.c.revision.desc())
+        .limit(1)
+    )
+    row = connection.execute(newest).one_or_none()
+    return None if row is None else to_champion(row)
+
+
+def _refuse_other_models(connection: Connection, name: str, version: str) -> None:
+    query = select(MODEL_VERSIONS.c.name).where(MODEL_VERSIONS.c.version == version)
+    registered = connection.execute(query).scalar_one_or_none()
+    if registered is None:
+        raise DataError(f"model version {version} is not registered; put it into the store first")
+    if registered != name:
+        raise DataError(
+            f"model version {version} is one of {registered!r}, so it cannot be the champion "
+            f"of {name!r}"
+        )
+
+
+def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that knows ON CONFLICT, which each dialect has for itself."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.insert(table)
+    return postgresql.insert(table)

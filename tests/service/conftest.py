@@ -1,0 +1,38 @@
+"""Servers that tests start for real."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from tests.service.postgres import postgres_programs, running_postgres
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    programs = postgres_programs()
+    if programs is None:
+        problem = "no PostgreSQL server here; on Debian and Ubuntu: apt-get install postgresql"
+        if "CI" in os.environ:
+            pytest.fail(problem)
+        pytest.skip(problem)
+    with running_postgres(programs) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store may be made: a file, or a new database of a running server."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    server: str = request.getfixturevalue("postgres_server")
+    name = f"store_{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.removesuffix("postgres") + name
