@@ -179,6 +179,7 @@ TORCH_FREE = (
     "gmpo.serving.faults",
     "gmpo.serving.figures",
     "gmpo.serving.protocol",
+    "gmpo.serving.recording",
     "gmpo.serving.responses",
     "gmpo.serving.sampling_thread",
     "gmpo.serving.server",

@@ -11,6 +11,7 @@ from gmpo.cli.contamination import contamination
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
+from gmpo.cli.serve import serve
 from gmpo.cli.train import train
 
 __all__ = ["app", "main"]
@@ -21,7 +22,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (train, compare, evaluate, contamination, sample, export, inspect, models):
+for _command in (
+    train,
+    compare,
+    evaluate,
+    contamination,
+    sample,
+    serve,
+    export,
+    inspect,
+    models,
+):
     app.command()(_command)
 
 

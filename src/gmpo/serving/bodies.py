@@ -70,7 +70,8 @@ class _Common(_Body):
     seed: Annotated[int, Field(ge=-_LARGEST_SEED, le=_LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
+    # It is recorded, and databases take no NUL.
+    user: Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")] | None = None
 
     @property
     def includes_usage(self) -> bool:

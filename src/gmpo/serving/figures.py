@@ -58,11 +58,8 @@ class GatewayFigures(Collector):
 
     def as_dict(self) -> dict[str, object]:
         """Those that tell how the gateway fares."""
-        running, queued, active = self._gauges()
         return {
-            "active_requests": active,
-            "running_completions": running,
-            "queued_requests": queued,
+            **self.gauges(),
             "turned_away": {} if self._entrance is None else dict(self._entrance.turned_away),
             "events": dict(self._events()),
         }
@@ -88,19 +85,21 @@ class GatewayFigures(Collector):
         events = CounterMetricFamily(
             "gmpo_gateway_events", "Events for the store, by what became of them", labels=("fate",)
         )
-        for fate, count in self._events().items():
+        counts = dict(self._events())
+        waiting = counts.pop("waiting", 0)
+        for fate, count in counts.items():
             events.add_metric((fate,), count)
         yield from (requests, turned_away, tokens, events)
-        named = ("running_completions", "queued_requests", "active_requests")
-        for name, value in zip(named, self._gauges(), strict=True):
+        for name, value in {**self.gauges(), "waiting_events": waiting}.items():
             yield GaugeMetricFamily(
                 f"gmpo_gateway_{name}", f"{name.replace('_', ' ').capitalize()} now", value=value
             )
 
-    def _gauges(self) -> tuple[int, int, int]:
-        running = queued = active = 0
-        if self._admission is not None:
-            running, queued = self._admission.num_running, self._admission.num_queued
-        if self._entrance is not None:
-            active = self._entrance.num_active
-        return running, queued, active
+    def gauges(self) -> dict[str, int]:
+        """How much is going on."""
+        admission, entrance = self._admission, self._entrance
+        return {
+            "running_completions": 0 if admission is None else admission.num_running,
+            "queued_requests": 0 if admission is None else admission.num_queued,
+            "active_requests": 0 if entrance is None else entrance.num_active,
+        }

@@ -69,6 +69,7 @@ class GatewayServer(uvicorn.Server):
         entrance: the application.
         settings: time limits.
         reload: called on SIGHUP.
+        started: called once it listens.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class GatewayServer(uvicorn.Server):
         *,
         settings: ServerSettings,
         reload: Callable[[], Awaitable[None]] | None = None,
+        started: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -96,11 +98,17 @@ class GatewayServer(uvicorn.Server):
         self._entrance = entrance
         self._settings = settings
         self._reload = reload
+        self._started = started
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended_by: int | None = None
         """Signal that ended it."""
         self.num_cut = 0
         """Requests that had not ended when the time for draining was over."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._started()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -1,0 +1,132 @@
+"""`gmpo serve` as a process of its own: it answers, changes its weights, drains, ends."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from tests.commands import COMMAND, refusal
+from tests.models import save_tiny
+
+from gmpo.serving.server import bound_socket
+from gmpo.store import open_store
+
+ASKED = {"model": "tiny", "prompt": "12+3=", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+    """The command, once it has said where it serves."""
+    process = subprocess.Popen(
+        [COMMAND, "serve", *arguments, "--port", "0", "--dtype", "fp32"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said.startswith("serving tiny (version "), (said, process.stderr)
+        with httpx2.Client(base_url=said.split()[-1], timeout=60) as client:
+            yield process, client
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_it_answers_and_ends_with_0_after_the_requests_that_run(folder: str, tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    with serving(folder, "--store", path) as (process, client):
+        whole = client.post("/completions", json=ASKED).json()
+        asked = {**ASKED, "max_tokens": 200, "stream": True, "temperature": 1.0, "n": 8, "seed": 1}
+        with client.stream("POST", "/completions", json=asked) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert process.wait(120) == 0
+        assert whole["choices"][0]["text"]
+    # What was answered is in the store, the stream that ran when the signal came included.
+    store = open_store(path, read_only=True)
+    first, second = store.events(kinds=["answer"])
+    store.close()
+    assert first.request_id == whole["id"] == whole["gmpo"]["request_id"]
+    assert first.model_version == second.model_version == whole["system_fingerprint"]
+    assert first.payload["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert (first.payload["status"], second.payload["status"]) == (200, 200)
+    assert first.payload["first_token_s"] is None
+    assert 0 < second.payload["first_token_s"] < second.payload["latency_s"]
+
+
+def test_hangup_loads_the_model_anew_and_a_broken_one_changes_nothing(folder: str, tmp_path: Path):
+    served = tmp_path / "tiny"
+    shutil.copytree(folder, served)
+    path = str(tmp_path / "store.db")
+    with serving(str(served), "--store", path) as (process, client):
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        first = client.get("/models").json()["data"][0]["model_version"]
+        save_tiny(served, seed=1)
+        process.send_signal(signal.SIGHUP)
+        said = next(line for line in lines if "serves in place of" in line)
+        second = client.get("/models").json()["data"][0]["model_version"]
+        assert first != second and first in said and second in said
+        (served / "config.json").write_text("{")
+        process.send_signal(signal.SIGHUP)
+        said = next(line for line in lines if "goes on serving" in line)
+        assert said.startswith("error: ") and second in said
+        assert client.post("/completions", json=ASKED).json()["system_fingerprint"] == second
+        threading.Thread(target=lambda: list(lines), daemon=True).start()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    store = open_store(path, read_only=True)
+    (swap,) = store.events(kinds=["swap"])
+    store.close()
+    assert swap.payload["previous"] == first and swap.payload["version"] == second
+    assert swap.model_version == second and swap.payload["seconds"] > 0
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(folder: str, tmp_path: Path):
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert "choose another --port" in refusal("serve", folder, "--port", port)
+    assert "cannot load model" in refusal("serve", str(tmp_path / "nothing"), "--port", "0")
+    assert "allowed: fp32" in refusal("serve", folder, "--port", "0", "--dtype", "fp16")
+    empty = tmp_path / "keys"
+    empty.write_text("# none\n\n")
+    assert "has no API key" in refusal("serve", folder, "--api-keys", str(empty))
+    missing = refusal("serve", folder, "--api-keys", str(tmp_path / "none"))
+    assert "cannot be read" in missing
+
+
+def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nsk-file\n")
+    monkeypatch.setenv("GMPO_API_KEYS", "sk-a, sk-b")
+    assert "not from both" in refusal("serve", folder, "--api-keys", str(file))
+    with serving(folder) as (_, client):
+        assert client.get("/models").status_code == 401
+        for key, status in (("sk-b", 200), ("sk-file", 401), ("", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert client.get("/models", headers=headers).status_code == status
+    monkeypatch.delenv("GMPO_API_KEYS")
+    with serving(folder, "--api-keys", str(file)) as (_, client):
+        headers = {"authorization": "Bearer sk-file"}
+        assert client.get("/models", headers=headers).status_code == 200

@@ -1,0 +1,173 @@
+"""Events reach the store in order, whatever it does meanwhile, and nobody waits for it."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gmpo.serving.answer_record import AnswerBook
+from gmpo.serving.backend import AnswerReport, Chunk, GenerationRequest, Usage
+from gmpo.serving.recording import EventWriter
+from gmpo.store import Event, open_store
+
+
+def event(number: int, **payload: object) -> Event:
+    return Event(kind="answer", time=float(number), payload={"number": number, **payload})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def numbers(path: Path) -> list[int]:
+    store = open_store(str(path), read_only=True)
+    found = [one.payload["number"] for one in store.events(kinds=["answer"])]
+    store.close()
+    return found
+
+
+def test_what_was_put_before_the_end_is_written_in_order(tmp_path: Path):
+    path = tmp_path / "store.db"
+    store = open_store(str(path))
+    writer = EventWriter(store)
+    for number in range(1000):
+        writer.put(event(number))
+    writer.close()
+    writer.put(event(1000))
+    store.close()
+    assert numbers(path) == list(range(1000))
+    assert writer.counts() == {
+        "written": 1000,
+        "waiting": 0,
+        "lost": 1,
+        "refused": 0,
+        "failed_writes": 0,
+    }
+
+
+def test_a_locked_store_delays_nobody_and_loses_only_what_finds_no_room(tmp_path: Path):
+    path = tmp_path / "store.db"
+    store = open_store(str(path), timeout_seconds=0.05)
+    writer = EventWriter(store, capacity=20)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    began = time.perf_counter()
+    for number in range(25):
+        writer.put(event(number))
+    assert time.perf_counter() - began < 0.05
+    wait_for(lambda: writer.num_failures > 0)
+    assert writer.num_lost == 5 and writer.num_written == 0
+    other.execute("ROLLBACK")
+    other.close()
+    wait_for(lambda: writer.num_written == 20)
+    writer.close()
+    store.close()
+    assert numbers(path) == list(range(20))
+
+
+def test_a_full_disk_is_tried_again_until_there_is_room(tmp_path: Path):
+    path = tmp_path / "store.db"
+    store = open_store(str(path))
+    writer = EventWriter(store)
+    writer.put(event(0))
+    wait_for(lambda: writer.num_written == 1)
+    # SQLite counts pages against this limit as it would against a disk.
+    with store._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    writer.put(event(1, text="x" * 100_000))
+    wait_for(lambda: writer.num_failures > 0)
+    with store._engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 1000}")
+    wait_for(lambda: writer.num_written == 2)
+    writer.close()
+    store.close()
+    assert numbers(path) == [0, 1]
+
+
+def test_an_event_that_no_store_can_hold_does_not_stop_the_others(tmp_path: Path):
+    path = tmp_path / "store.db"
+    store = open_store(str(path))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = EventWriter(store)
+    for number in range(3):
+        writer.put(event(number, **({"value": float("nan")} if number == 1 else {})))
+    other.execute("ROLLBACK")
+    other.close()
+    wait_for(lambda: writer.num_written == 2)
+    writer.close()
+    store.close()
+    assert writer.num_refused == 1 and numbers(path) == [0, 2]
+
+
+def test_what_is_never_taken_is_lost_when_the_time_for_closing_is_over(tmp_path: Path):
+    store = open_store(str(tmp_path / "store.db"), timeout_seconds=0.05)
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = EventWriter(store)
+    writer.put(event(0))
+    began = time.perf_counter()
+    writer.close(timeout_seconds=0.3)
+    assert time.perf_counter() - began < 5
+    other.close()
+    store.close()
+    assert writer.num_lost == 1 and writer.num_written == 0
+
+
+def test_figures_of_the_process_are_sampled(tmp_path: Path):
+    store = open_store(str(tmp_path / "store.db"))
+    writer = EventWriter(store, sample=lambda: {"memory_bytes": 5.0}, sample_seconds=0.05)
+    wait_for(lambda: writer.num_written >= 2)
+    writer.close()
+    samples = store.events(kinds=["metric"])
+    store.close()
+    assert [one.payload for one in samples[:2]] == [{"memory_bytes": 5.0}] * 2
+    assert samples[1].time > samples[0].time
+
+
+def test_an_answers_event_has_every_field_of_its_kind(tmp_path: Path):
+    request = GenerationRequest(
+        id="r", route="chat", model="m", prompt="a", n=2, unit="u", session="s", stream=True
+    )
+    book = AnswerBook(request)
+    book.report = AnswerReport(backend="m", model_version="v", experiment="e", quality=0.5)
+    book.add(Chunk(index=0, text="a", finish_reason="stop"))
+    assert not book.is_whole
+    usage = Usage(prompt_tokens=3, completion_tokens=8)
+    book.add(Chunk(index=1, finish_reason="length", usage=usage))
+    assert book.is_whole
+    store = open_store(str(tmp_path / "store.db"))
+    writer = EventWriter(store)
+    writer.observe(book.close(200, None))
+    writer.close()
+    (kept,) = store.events()
+    store.close()
+    assert (kept.kind, kept.model_version, kept.experiment) == ("answer", "v", "e")
+    assert (kept.unit, kept.request_id) == ("u", "r")
+    payload = kept.payload
+    assert payload["tokens_per_s"] == 8 / payload["latency_s"]
+    assert payload.pop("latency_s") >= payload.pop("first_token_s") >= 0
+    assert payload.pop("tokens_per_s") > 0
+    assert payload == {
+        "route": "chat",
+        "assigned_variant": None,
+        "served_variant": None,
+        "backend": "m",
+        "fell_back": False,
+        "fallback_reason": None,
+        "status": 200,
+        "finish_reason": "length",
+        "prompt_tokens": 3,
+        "completion_tokens": 8,
+        "quality": 0.5,
+        "mean_logprob": None,
+        "quality_components": {},
+        "error": None,
+        "session": "s",
+    }
