@@ -123,7 +123,7 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
     assert "not from both" in refusal("serve", folder, "--api-keys", str(file))
     with serving(folder) as (_, client):
         assert client.get("/models").status_code == 401
-        for key, status in (("sk-b", 200), ("sk-file", 401), ("", 401)):
+        for key, status in (("sk-b", 200), ("sk-file", 401), ("sk-", 401)):
             headers = {"authorization": f"Bearer {key}"}
             assert client.get("/models", headers=headers).status_code == status
     monkeypatch.delenv("GMPO_API_KEYS")

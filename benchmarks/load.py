@@ -1,0 +1,307 @@
+"""The gateway under load: what is answered, how fast beside the offline sampler, what it adds.
+
+Clients in a process of their own ask for S seconds, each again as soon as it was answered. Before
+and after, the offline sampler works off the same prompts with as many in flight, so that a machine
+whose speed drifts does not favour either. Then one client asks for single tokens, over HTTP and
+straight from the engine in turns: the difference is what the gateway adds.
+
+    python -m benchmarks.load --json docs/results/load.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+
+from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
+from benchmarks.options import add_threads, require_at_least_one, require_threads
+from gmpo.config import ModelConfig
+from gmpo.sampler.requests import Completion, SampleRequest
+from gmpo.serving.access import ApiKeys
+from gmpo.serving.app import GatewayLimits, build_gateway
+from gmpo.serving.backend import GenerationRequest, OneBackendRouter
+from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
+from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
+
+NAME = "model"
+NEEDED_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked."""
+
+    clients: int
+    seconds: float
+    rows: int
+    max_tokens: int
+    num_prompts: int
+    latency_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offline:
+    """The sampler's speed without a gateway, and the texts that it gives."""
+
+    tokens_per_second: float
+    texts: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the clients saw."""
+
+    statuses: dict[int, int]
+    tokens_per_second: float
+    median_seconds: float
+    p99_seconds: float
+    num_compared: int
+    num_equal: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What the gateway adds to an answer, in milliseconds: percentile less percentile."""
+
+    p50: float
+    p99: float
+    direct_p50: float
+    pairs: int
+
+
+def prompts_of(load: Load) -> list[str]:
+    """Prompts that are all different, so that an answer tells whose it is."""
+    return [f"Tell a short story about the number {n}." for n in range(load.num_prompts)]
+
+
+def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
+    """Work off the prompts with as many in flight as there are clients."""
+    prompts = prompts_of(load)
+    ids = [tuple(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    sampler = model.source.sampler
+    numbers = itertools.count()
+
+    def submit() -> None:
+        number = next(numbers)
+        sampler.submit(
+            SampleRequest(
+                id=str(number),
+                token_ids=ids[number % len(ids)],
+                max_tokens=load.max_tokens,
+                temperature=0.0,
+                stop_ids=model.stop_ids,
+            )
+        )
+
+    for _ in range(load.clients):
+        submit()
+    texts: dict[int, str] = {}
+    num_tokens, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        for event in sampler.step():
+            if isinstance(event, Completion):
+                num_tokens += len(event.token_ids)
+                place = int(event.request_id) % len(ids)
+                texts[place] = model.texts.of_completion(event.token_ids.tolist())
+                submit()
+    model.source.renew()  # leaves the rows that were not finished
+    return Offline(tokens_per_second=num_tokens / passed, texts=texts)
+
+
+@contextmanager
+def gateway(
+    backend: EmbeddedBackend, load: Load
+) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """Serve on a thread of this process; the URL, and the event loop that serves."""
+    bound = bound_socket("127.0.0.1", 0)
+    entrance = build_gateway(OneBackendRouter(backend), limits=GatewayLimits(), keys=ApiKeys(()))
+    is_started = threading.Event()
+    server = GatewayServer(
+        entrance, settings=ServerSettings(drain_seconds=60), started=is_started.set
+    )
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([bound])))
+    thread.start()
+    is_started.wait()
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1", loop
+    finally:
+        loop.call_soon_threadsafe(server.drain)
+        thread.join()
+        loop.close()
+
+
+def run_clients(url: str, load: Load, offline: Offline) -> Served:
+    """Let the clients ask, and compare what they got with the sampler's own."""
+    job = {
+        "url": url,
+        "model": NAME,
+        "prompts": prompts_of(load),
+        "clients": load.clients,
+        "seconds": load.seconds,
+        "max_tokens": load.max_tokens,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load_clients"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
+    )
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    good = [answer for answer in answers if answer["status"] == 200]
+    in_time = sum(answer["tokens"] for answer in good if answer["in_time"])
+    compared = [answer for answer in good if answer["place"] in offline.texts]
+    equal = [one for one in compared if one["text"] == offline.texts[one["place"]]]
+    seconds = np.array([answer["seconds"] for answer in good] or [np.nan])
+    return Served(
+        statuses=dict(Counter(answer["status"] for answer in answers)),
+        tokens_per_second=in_time / load.seconds,
+        median_seconds=float(np.median(seconds)),
+        p99_seconds=float(np.quantile(seconds, 0.99)),
+        num_compared=len(compared),
+        num_equal=len(equal),
+    )
+
+
+def added_latency(
+    backend: EmbeddedBackend, url: str, loop: asyncio.AbstractEventLoop, pairs: int
+) -> Added:
+    """One client's single tokens, through the gateway and straight from the engine in turns."""
+    asked: dict[str, Any] = {"prompt": "1 + 1 =", "max_tokens": 1, "temperature": 0.0}
+
+    async def direct(number: int) -> float:
+        request = GenerationRequest(id=f"direct-{number}", route="completions", model=NAME, **asked)
+        began = time.perf_counter()
+        async for _ in backend.generate(request):
+            pass
+        return time.perf_counter() - began
+
+    straight, through = [], []
+    with httpx2.Client(base_url=url, timeout=60) as client:
+        for number in range(pairs + 5):
+            measured = asyncio.run_coroutine_threadsafe(direct(number), loop).result()
+            began = time.perf_counter()
+            client.post("/completions", json={"model": NAME, **asked}).raise_for_status()
+            if number >= 5:  # the first ones open the connection
+                straight.append(measured)
+                through.append(time.perf_counter() - began)
+    both = [1000 * np.quantile(times, [0.5, 0.99]) for times in (straight, through)]
+    p50, p99 = (both[1] - both[0]).tolist()
+    return Added(p50=p50, p99=p99, direct_p50=float(both[0][0]), pairs=pairs)
+
+
+def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
+    """All figures of one run."""
+    served = load_served_model(ModelConfig(name=model, dtype=dtype), max_rows=load.rows)
+    before = run_offline(served, load, load.seconds / 2)
+    limits = EngineLimits(max_rows=load.rows, max_tokens=load.max_tokens)
+    backend = EmbeddedBackend(served, name=NAME, limits=limits)
+    with gateway(backend, load) as (url, loop):
+        through = run_clients(url, load, before)
+        added = added_latency(backend, url, loop, load.latency_pairs)
+    served.source.renew()
+    after = run_offline(served, load, load.seconds / 2)
+    offline = (before.tokens_per_second + after.tokens_per_second) / 2
+    num_answers = sum(through.statuses.values())
+    return {
+        "load": asdict(load),
+        "answers": num_answers,
+        "answered_200": through.statuses.get(200, 0) / num_answers,
+        "answered_429": through.statuses.get(429, 0) / num_answers,
+        "served": asdict(through),
+        "offline_tokens_per_second": [before.tokens_per_second, after.tokens_per_second],
+        "goodput": through.tokens_per_second / offline,
+        "added_milliseconds": asdict(added),
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures in lines."""
+    served, added = figures["served"], figures["added_milliseconds"]
+    before, after = figures["offline_tokens_per_second"]
+    return "\n".join(
+        (
+            f"{figures['answers']} answers: {figures['answered_200']:.1%} with 200, "
+            f"{figures['answered_429']:.1%} with 429; all statuses {served['statuses']}",
+            f"{served['num_equal']} of {served['num_compared']} texts equal the offline sampler's",
+            f"latency {served['median_seconds']:.2f} s median, {served['p99_seconds']:.2f} s p99",
+            f"{served['tokens_per_second']:.0f} tokens/s through the gateway, offline "
+            f"{before:.0f} before and {after:.0f} after: goodput {figures['goodput']:.2f}",
+            f"the gateway adds {added['p50']:.2f} ms at p50 and {added['p99']:.2f} ms at p99 to "
+            f"{added['direct_p50']:.1f} ms ({added['pairs']} pairs, one client)",
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--latency-pairs", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    add_threads(parser)
+    options = parser.parse_args(arguments)
+    require_threads(parser, options.threads)
+    require_at_least_one(
+        parser,
+        clients=options.clients,
+        seconds=options.seconds,
+        rows=options.rows,
+        max_tokens=options.max_tokens,
+        prompts=options.prompts,
+        latency_pairs=options.latency_pairs,
+    )
+    torch.set_num_threads(options.threads)
+    under = circumstances(*NEEDED_PACKAGES)
+    if warning := busy_warning(under["load_before"]):
+        print(warning, file=sys.stderr)
+    load = Load(
+        clients=options.clients,
+        seconds=options.seconds,
+        rows=options.rows,
+        max_tokens=options.max_tokens,
+        num_prompts=options.prompts,
+        latency_pairs=options.latency_pairs,
+    )
+    figures = measure(options.model, options.dtype, load)
+    print(report(figures))
+    if options.json is not None:
+        whole = {
+            "model": options.model,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "circumstances": under,
+            **figures,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Clients that ask again as soon as they were answered; a process of its own, without torch.
+
+Reads {url, clients, seconds, prompts, max_tokens, model} from standard input and writes every
+answer to standard output, so that nothing it does runs in the server's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+import httpx2
+
+
+async def ask_until(
+    client: httpx2.AsyncClient, job: dict[str, Any], first: int, end: float
+) -> list[dict[str, Any]]:
+    """One client's answers, begun before the end; those that come after it count no tokens."""
+    answers = []
+    number = first
+    while (began := time.perf_counter()) < end:
+        place = number % len(job["prompts"])
+        number += job["clients"]
+        response = await client.post(
+            "/completions",
+            json={
+                "model": job["model"],
+                "prompt": job["prompts"][place],
+                "max_tokens": job["max_tokens"],
+                "temperature": 0,
+            },
+        )
+        ended = time.perf_counter()
+        answer: dict[str, Any] = {
+            "place": place,
+            "status": response.status_code,
+            "seconds": ended - began,
+            "in_time": ended <= end,
+        }
+        if response.status_code == 200:
+            body = response.json()
+            answer["text"] = body["choices"][0]["text"]
+            answer["tokens"] = body["usage"]["completion_tokens"]
+        else:
+            await asyncio.sleep(float(response.headers.get("retry-after", "0.1")))
+        answers.append(answer)
+    return answers
+
+
+async def run(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """All clients' answers."""
+    limits = httpx2.Limits(max_connections=job["clients"], max_keepalive_connections=None)
+    async with httpx2.AsyncClient(base_url=job["url"], timeout=120, limits=limits) as client:
+        end = time.perf_counter() + job["seconds"]
+        each = await asyncio.gather(
+            *(ask_until(client, job, first, end) for first in range(job["clients"]))
+        )
+    return [answer for of_one in each for answer in of_one]
+
+
+if __name__ == "__main__":
+    json.dump(asyncio.run(run(json.load(sys.stdin))), sys.stdout)
