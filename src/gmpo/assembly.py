@@ -50,6 +50,7 @@ __all__ = [
     "assemble",
     "build_decoder",
     "build_evaluator",
+    "build_loss",
     "build_parts",
     "build_sampler",
     "open_evaluator",
@@ -164,7 +165,7 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
         grader=grader,
         rewards=rewards,
         sampling=sampling,
-        loss=_loss(config),
+        loss=build_loss(config),
         grpo_loss=LossSettings(
             objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
             temperature=config.sampling.temperature,
@@ -379,7 +380,8 @@ def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:
     )
 
 
-def _loss(config: RunConfig) -> LossSettings:
+def build_loss(config: RunConfig) -> LossSettings:
+    """What a recipe's `[objective]` table minimises."""
     objective = config.objective
     return LossSettings(
         objective=bind_objective(

@@ -107,10 +107,11 @@ class CallbackEvents:
 
     def report(self, report: Report) -> None:
         """What the loop reports, as events; transformers knows none for a forecast."""
-        if report.stage == "start":
-            # Not 0 where a run is resumed.
+        if report.stage in ("start", "rolled_back"):
+            # Not 0 where a run is resumed, and fewer than before after a roll-back.
             self._state.global_step, self._state.epoch = report.step, report.epoch
-            self._call(lambda each: each.on_train_begin)
+            if report.stage == "start":
+                self._call(lambda each: each.on_train_begin)
         elif report.stage == "round":
             self._steps(report)
         elif report.stage == "checkpoint":

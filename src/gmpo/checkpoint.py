@@ -23,6 +23,7 @@ from gmpo.policy.score import Policy
 
 __all__ = [
     "TrainingState",
+    "begin_attempt",
     "checkpoint_model",
     "checkpoint_round",
     "checkpoints_newest_first",
@@ -30,6 +31,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_newest_checkpoint",
+    "remove_newer_checkpoints",
     "remove_old_checkpoints",
     "save_checkpoint",
     "save_tokenizer",
@@ -55,6 +57,8 @@ class TrainingState:
         recipe_digest: of the resolved recipe; another recipe's checkpoint is refused.
         version: of gmpo.
         guard: what the guard remembers, as JSON holds it; empty before the first judged round.
+        norms: what `guard.skip_steps` remembers of gradients, likewise.
+        attempt: how often the guard has rolled the run back.
     """
 
     round: int
@@ -64,6 +68,8 @@ class TrainingState:
     recipe_digest: str
     version: str
     guard: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 0
 
 
 def save_checkpoint(
@@ -236,13 +242,60 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(iter(checkpoints_newest_first(folder)), None)
 
 
-def remove_old_checkpoints(folder: Path, *, keep: int) -> list[Path]:
+def begin_attempt(path: Path, *, attempt: int) -> None:
+    """Have a checkpoint be the beginning of this attempt; everything else in it stays.
+
+    Its `state.json` is replaced at once, so that a process killed here leaves the old or the new.
+
+    Raises:
+        DamagedCheckpointError: it has no readable `state.json`.
+        RunFolderError: it cannot be written; the checkpoint is as it was.
+    """
+    file, partial = path / "state.json", path / ".state.json.partial"
+    try:
+        content = {**json.loads(file.read_text(encoding="utf-8")), "attempt": attempt}
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedCheckpointError(
+            f"checkpoint {path} has no readable state.json: {error}{_REMEDY}"
+        ) from None
+    try:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        flush_folder(path)
+        partial.replace(file)
+        _flush_one(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"{file} cannot be written: {error.strerror}; free space, then continue with --resume"
+        ) from None
+
+
+def remove_newer_checkpoints(folder: Path, *, than: int) -> list[Path]:
+    """Remove the checkpoints after round `than`, oldest first; returns what was removed.
+
+    Each loses its name before its files, so that a process killed here leaves no half checkpoint.
+    """
+    newer = [path for path in _folders(folder) if checkpoint_round(path) > than]
+    for path in newer:
+        nameless = folder / f".{path.name}.partial"
+        shutil.rmtree(nameless, ignore_errors=True)
+        path.rename(nameless)
+        shutil.rmtree(nameless)
+    return newer
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int, spares_first: bool = False) -> list[Path]:
     """Remove all that is older than the newest `keep` whole checkpoints; returns what was removed.
 
     What a process that was killed had begun to write goes too.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many stay.
+        spares_first: whether the one from before the first round stays besides.
     """
     kept = checkpoints_newest_first(folder)[:keep]
-    removed = [path for path in _folders(folder) if kept and path.name < kept[-1].name]
+    old = [path for path in _folders(folder) if kept and path.name < kept[-1].name]
+    removed = [path for path in old if checkpoint_round(path) or not spares_first]
     removed += sorted(folder.glob(f".{_PREFIX}*.partial"))
     for path in removed:
         shutil.rmtree(path)

@@ -14,12 +14,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from gmpo.guard_config import GuardConfig
 from gmpo.task_config import Table, TaskConfig
 
 __all__ = [
     "CheckpointConfig",
     "EvaluationConfig",
-    "GuardConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -407,14 +407,6 @@ class TrackingConfig(Table):
         return self
 
 
-class GuardConfig(Table):
-    """What is done about a run that goes wrong; a non-finite loss stops it in every mode."""
-
-    mode: Literal["off", "warn", "stop"] = "warn"
-    """off judges nothing; warn notes each alarm and writes it to events.jsonl; stop does that too,
-    and ends the run after a checkpoint when an alarm is critical."""
-
-
 class RunConfig(Table):
     """A whole recipe."""
 
@@ -439,7 +431,7 @@ class RunConfig(Table):
             "description": "",
             "training": training,
             "tracking": TrackingConfig(),
-            "guard": GuardConfig(),
+            "guard": self.guard.deciding(),
         }
         return self.model_copy(update=changes)
 
@@ -463,6 +455,21 @@ class RunConfig(Table):
                 f"optimizer steps: the step size ends at {steps / training.warmup_steps:.0%} of "
                 "training.learning_rate; lower warmup_steps if that is not meant"
             )
+
+    @model_validator(mode="after")
+    def _can_mend(self) -> RunConfig:
+        guard, keep = self.guard, self.checkpoint.keep
+        if guard.mends and keep < 2:
+            raise ValueError(
+                f"guard.mode = 'mend' goes back behind the newest checkpoint, and checkpoint.keep "
+                f"= {keep} keeps that one alone; set checkpoint.keep to 2 or more"
+            )
+        if guard.clip_factor != 1 and not self.objective.clips():
+            raise ValueError(
+                f"guard.clip_factor = {guard.clip_factor} narrows a clip, and objective.name = "
+                f"{self.objective.name!r} has none; remove it, or set guard.learning_rate_factor"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_groups_per_step(self) -> RunConfig:

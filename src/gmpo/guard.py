@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from gmpo.detectors import Baseline, Direction, drift_onset, drifts, robust_baseline, scaled
+from gmpo.spikes import StepVerdict
 
 __all__ = [
     "RESPONSES",
@@ -26,9 +27,11 @@ __all__ = [
     "Severity",
     "Track",
     "decide",
+    "non_finite_event",
+    "skipped_step_event",
 ]
 
-Action = Literal["warn", "roll_back"]
+Action = Literal["warn", "skip_step", "roll_back"]
 Severity = Literal["warning", "critical"]
 
 _WARM_UP_ROUNDS = 20
@@ -89,6 +92,15 @@ RESPONSES: Mapping[str, Response] = {
         action="warn",
         recommended_action="read `error` in rollouts.jsonl: a reward function fails or returns NaN",
     ),
+    "non_finite": Response(
+        action="roll_back",
+        recommended_action="lower training.learning_rate; go on from a checkpoint before it",
+    ),
+    "gradient_spike": Response(
+        action="skip_step",
+        recommended_action="a single one needs nothing; if they come again, look at the texts of "
+        "these rounds, or lower training.learning_rate",
+    ),
 }
 """Every alarm there is."""
 
@@ -108,6 +120,7 @@ class GuardEvent:
         threshold: that was passed.
         test: "bound", "Page-Hinkley" or "ADWIN".
         recommended_action: for a person.
+        step: optimizer step that it is about; None where it is about a round.
     """
 
     alarm: str
@@ -120,6 +133,7 @@ class GuardEvent:
     threshold: float | None
     test: str
     recommended_action: str
+    step: int | None = None
 
     @property
     def severity(self) -> Severity:
@@ -259,8 +273,8 @@ def decide(
     """The alarms that a round raises, each once while its cause goes on, and the next state.
 
     Args:
-        metrics: of the round, as logged. A round that ends in a non-finite figure has none: the
-            loop stops by itself.
+        metrics: of the round, as logged. A round that ends in a non-finite figure has none, and
+            `non_finite_event` in their place.
         state: after the round before.
         round_number: counted from 1.
     """
@@ -273,6 +287,24 @@ def decide(
     events = tuple(_events(metrics, seen, round_number))
     new = tuple(event for event in events if event.alarm not in state.raised)
     return new, replace(seen, raised=tuple(event.alarm for event in events))
+
+
+def non_finite_event(round_number: int) -> GuardEvent:
+    """The alarm of a round that a value which is not finite has ended."""
+    return _event("non_finite", round_number, metric="update/loss")
+
+
+def skipped_step_event(verdict: StepVerdict, *, round_number: int, step: int) -> GuardEvent:
+    """The event of an optimizer step that was left out."""
+    event = _event(
+        "gradient_spike",
+        round_number,
+        metric="update/gradient_norm",
+        value=verdict.norm,
+        baseline=verdict.baseline,
+        threshold=verdict.threshold,
+    )
+    return replace(event, step=step)
 
 
 def _followed(

@@ -82,7 +82,10 @@ class RunSummary:
         failed_rollouts_total: rollouts that failed and were not used.
         tracker_errors_total: calls of trackers that failed.
         tracker_dropped_total: rows that trackers were not given.
-        alarms: how often the guard raised each alarm.
+        alarms: how often the guard raised each alarm, in rounds that were given up too.
+        rollbacks: how often the guard took the run back to a checkpoint; the rounds that were given
+            up are in no other figure.
+        skipped_steps_total: optimizer steps that the guard left out; None where it judged none.
         non_finite_total: logged figures that were NaN or infinite and are in no figure above.
     """
 
@@ -117,6 +120,8 @@ class RunSummary:
     tracker_errors_total: int | None
     tracker_dropped_total: int | None
     alarms: dict[str, int]
+    rollbacks: int
+    skipped_steps_total: int | None
     non_finite_total: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,6 +148,7 @@ def summarize_run(path: str | Path) -> RunSummary:
         )
     config = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
     rewards = [line.get("rollout/reward") for line in rounds]
+    events = list(read_lines(folder, "events.jsonl"))
     return RunSummary(
         folder=str(folder),
         **_recipe_figures(config),
@@ -170,7 +176,9 @@ def summarize_run(path: str | Path) -> RunSummary:
         failed_rollouts_total=_count(rounds, "rollout/errors_total"),
         tracker_errors_total=_count(rounds, "tracking/errors_total"),
         tracker_dropped_total=_count(rounds, "tracking/dropped_total"),
-        alarms=dict(Counter(line["alarm"] for line in read_lines(folder, "events.jsonl"))),
+        alarms=dict(Counter(event["alarm"] for event in events)),
+        rollbacks=len({e["attempt"] for e in events if e.get("taken") == "roll_back"}),
+        skipped_steps_total=_count(rounds, "update/skipped_steps_total"),
         non_finite_total=_count_nulls(lines),
     )
 

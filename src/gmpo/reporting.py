@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,18 @@ from gmpo.steps import RoundUpdate, StepResult, advantages_of
 
 __all__ = ["num_completion_tokens", "peak_memory_gib", "rollout_records", "round_metrics"]
 
+_COMBINED: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "ratio/min": min,
+    "ratio/max": max,
+    "update/skipped_steps_total": sum,
+}
+"""How a round's figure comes from its steps', where it is not their mean."""
+
 
 def round_metrics(
     parts: TrainingParts, sampled: SampledRound, update: RoundUpdate
 ) -> dict[str, float]:
-    """The round's figures: of its rollouts, and its steps' figures averaged (extremes kept).
+    """The round's figures: of its rollouts, and its steps' figures averaged or summed up.
 
     Groups that a refilled round sampled and does not train on count like the others: without them
     the reward would be that of chosen groups.
@@ -63,8 +70,7 @@ def round_metrics(
         metrics["rollout/mismatch_max"] = update.mismatch.max
     for name in sorted({name for step in update.steps for name in step.metrics}):
         series = [step.metrics[name] for step in update.steps if name in step.metrics]
-        combine = {"ratio/min": min, "ratio/max": max}.get(name, _mean)
-        metrics[name] = combine(series)
+        metrics[name] = _COMBINED.get(name, _mean)(series)
     return metrics
 
 

@@ -24,7 +24,7 @@ from gmpo.recipe import dump_recipe, load_recipe
 from gmpo.saved_rounds import forget_rounds
 from gmpo.tracking import RunFolder, provenance, read_lines
 
-__all__ = ["begin_or_resume", "inputs_of_run", "tidy_checkpoints"]
+__all__ = ["begin_or_resume", "inputs_of_run", "restored", "tidy_checkpoints"]
 
 
 def inputs_of_run(
@@ -68,18 +68,9 @@ def begin_or_resume(
     if resume:
         _warn_if_made_elsewhere(run, warn)
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
-    state = load_newest_checkpoint(
-        run.checkpoints,
-        policy=parts.policy,
-        optimizer=parts.optimizer.adamw,
-        recipe_digest=digest,
-        warn=warn,
-    )
+    state = restored(run, parts, recipe_digest=digest, warn=warn)
     run.write_text("recipe.toml", dump_recipe(parts.config))
     if state is not None:
-        tidy_checkpoints(run, keep=parts.config.checkpoint.keep)
-        parts.publish_weights(state.step)
-        run.forget_after(state.round)
         return state
     _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
     # A run that died before its first checkpoint left lines, but nothing to go on from.
@@ -95,10 +86,39 @@ def begin_or_resume(
     )
 
 
-def tidy_checkpoints(run: RunFolder, *, keep: int) -> None:
-    """Remove what newer checkpoints make needless, also where a killed run did not come to it."""
-    remove_old_checkpoints(run.checkpoints, keep=keep)
-    oldest = checkpoints_newest_first(run.checkpoints)[-1]
+def restored(
+    run: RunFolder, parts: TrainingParts, *, recipe_digest: str, warn: Callable[[str], None]
+) -> TrainingState | None:
+    """The run as its newest checkpoint has it, lines and sampler included; None without one.
+
+    Raises:
+        CheckpointError: the checkpoints are damaged, or of another recipe.
+        RunFolderError: the folder cannot be written.
+    """
+    state = load_newest_checkpoint(
+        run.checkpoints,
+        policy=parts.policy,
+        optimizer=parts.optimizer.adamw,
+        recipe_digest=recipe_digest,
+        warn=warn,
+    )
+    if state is None:
+        return None
+    tidy_checkpoints(run, parts.config)
+    parts.publish_weights(state.step)
+    run.forget_after(state.round, attempt=state.attempt)
+    return state
+
+
+def tidy_checkpoints(run: RunFolder, config: RunConfig) -> None:
+    """Remove what newer checkpoints make needless, also where a killed run did not come to it.
+
+    A run that mends keeps the checkpoint from before its first round: there is always one to go
+    back to.
+    """
+    keep = config.checkpoint.keep
+    remove_old_checkpoints(run.checkpoints, keep=keep, spares_first=config.guard.mends)
+    oldest = checkpoints_newest_first(run.checkpoints)[:keep][-1]
     forget_rounds(run.rounds, up_to=checkpoint_round(oldest))
 
 

@@ -66,8 +66,11 @@ def _scored(
 ) -> tuple[ScoredGroups, tuple[float, float]]:
     """Groups of these prompts with rewards, and the seconds of sampling and of rewarding."""
     seed = parts.config.training.seed
+    key: tuple[int | str, ...] = (seed, state.round)
+    # After a roll-back the same draws would lead to the same trouble.
+    key += ("attempt", state.attempt) if state.attempt else ()
     # A prompt that comes again in a refill of the same round draws anew.
-    key = (seed, state.round, "refill", refill) if refill else (seed, state.round)
+    key += ("refill", refill) if refill else ()
     started = time.perf_counter()
     groups = parts.sample(prompts, settings=parts.sampling, key=key)
     sampled = time.perf_counter()

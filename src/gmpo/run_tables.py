@@ -101,6 +101,7 @@ def _cost_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("rollouts that failed", _figure(summary.failed_rollouts_total, "{}")),
         *_tracker_rows(summary),
         ("alarms of the guard", _alarms(summary.alarms)),
+        *_mending_rows(summary),
         ("figures not finite, left out", str(summary.non_finite_total)),
     ]
 
@@ -108,6 +109,15 @@ def _cost_rows(summary: RunSummary) -> list[tuple[str, str]]:
 def _alarms(counts: Mapping[str, int]) -> str:
     shown = (f"{visible(name)} {count}" for name, count in counts.items())
     return f"{sum(counts.values())} ({', '.join(shown)})" if counts else "none"
+
+
+def _mending_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    rows = []
+    if summary.rollbacks:
+        rows.append(("roll-backs by the guard", str(summary.rollbacks)))
+    if summary.skipped_steps_total is not None:
+        rows.append(("steps left out by the guard", str(summary.skipped_steps_total)))
+    return rows
 
 
 def _tracker_rows(summary: RunSummary) -> list[tuple[str, str]]:

@@ -47,10 +47,11 @@ class SampledRound:
         return tuple(self.scored.groups[place] for place in self.trained)
 
 
-def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
+def save_round(folder: Path, round_number: int, sampled: SampledRound, *, attempt: int = 0) -> Path:
     """Write `folder/round-NNNNNN.npz`, whole or not at all, and return it.
 
-    Of a prompt only the id is kept: the task gives the rest again.
+    Of a prompt only the id is kept: the task gives the rest again. A later attempt at the same
+    round has a file of its own, `round-NNNNNN.attempt-K.npz`.
 
     Raises:
         RunFolderError: it cannot be written.
@@ -66,7 +67,7 @@ def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
             for group in scored.groups
         ],
     }
-    path = _path(folder, round_number)
+    path = _path(folder, round_number, attempt)
     partial = path.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,18 +90,21 @@ def save_round(folder: Path, round_number: int, sampled: SampledRound) -> Path:
     return path
 
 
-def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> SampledRound | None:
+def load_round(
+    folder: Path, round_number: int, prompts: Sequence[Prompt], *, attempt: int = 0
+) -> SampledRound | None:
     """The saved round, bit for bit, or None if there is none.
 
     Args:
         folder: as given to `save_round`.
         round_number: counted from 1.
         prompts: of the round, in its order; those that it did not take may follow.
+        attempt: as given to `save_round`.
 
     Raises:
         CheckpointError: the file is damaged, or of other prompts.
     """
-    path = _path(folder, round_number)
+    path = _path(folder, round_number, attempt)
     if not path.is_file():
         return None
     try:
@@ -129,19 +133,23 @@ def load_round(folder: Path, round_number: int, prompts: Sequence[Prompt]) -> Sa
 
 
 def forget_rounds(folder: Path, *, up_to: int) -> list[Path]:
-    """Remove saved rounds that no kept checkpoint needs any more; returns what was removed."""
+    """Remove saved rounds that no kept checkpoint needs any more; returns what was removed.
+
+    Those of every attempt at a round go together.
+    """
     removed = [path for path in sorted(folder.glob("round-*.npz")) if _number(path) <= up_to]
     for path in removed:
         path.unlink()
     return removed
 
 
-def _path(folder: Path, round_number: int) -> Path:
-    return folder / f"round-{round_number:06d}.npz"
+def _path(folder: Path, round_number: int, attempt: int) -> Path:
+    of_attempt = f".attempt-{attempt}" if attempt else ""
+    return folder / f"round-{round_number:06d}{of_attempt}.npz"
 
 
 def _number(path: Path) -> int:
-    return int(path.stem.removeprefix("round-"))
+    return int(path.name.removeprefix("round-").partition(".")[0])
 
 
 def _about(rollout: Rollout) -> dict[str, Any]:

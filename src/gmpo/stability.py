@@ -176,9 +176,10 @@ class RunFigures:
     could_collapse: bool
 
 
-def run_figures(
+def run_figures(  # noqa: PLR0913 - all by keyword, and each is its own concern
     lines: Sequence[_Line],
     *,
+    start: float | None = None,
     held_out_end: float | None,
     target: float | None,
     rounds: int,
@@ -189,6 +190,8 @@ def run_figures(
 
     Args:
         lines: of its `metrics.jsonl`.
+        start: a reward that the untrained policy earns at least, for `has_collapsed`; None where
+            it is not known.
         held_out_end: greedy accuracy or reward after training.
         target: reward that `rounds_to_target` waits for; None for no target.
         rounds: that the recipe asks for.
@@ -206,7 +209,7 @@ def run_figures(
     quantile_01, quantile_99 = _mean_of(later, "ratio/log_q01"), _mean_of(later, "ratio/log_q99")
     clipped = [line["clip/low_fraction"] + line["clip/high_fraction"] for line in later]
     divergences = _column(of_rounds, "kl_ref/k3")
-    collapse = has_collapsed(rewards)
+    collapse = has_collapsed(rewards, start=start)
     values = {
         "loss_variance": _square(_deviation(_column(live, "update/loss"))),
         "gradient_norm_deviation": deviation,
@@ -256,19 +259,27 @@ def common_target(runs: Sequence[Sequence[float]], *, rounds: int) -> float | No
     return (first + last) / 2
 
 
-def has_collapsed(rewards: Sequence[float]) -> bool | None:
+def has_collapsed(rewards: Sequence[float], *, start: float | None = None) -> bool | None:
     """Whether the reward fell and stayed down; None for a run too short to tell, under 20 rounds.
 
     B is the best mean of ten rounds in a row, E the mean of the last ten. Collapsed is
     B - E > |B| / 2 and B - E > 3 standard errors of that difference. For rewards from 0 up the
     first means: less than half of the best is left.
+
+    Args:
+        rewards: of every round.
+        start: a reward that the untrained policy earns at least. Ten rounds of it are put before
+            the first, so that a run that collapses in its first rounds has something to have fallen
+            from, and ten rounds are enough to tell. None where it is not known: then a collapse
+            within the first five rounds or so looks like a task that was never learned.
     """
     size = _COLLAPSE_WINDOW
-    if len(rewards) < 2 * size:
+    known = [*([] if start is None else [start] * size), *rewards]
+    if len(known) < 2 * size:
         return None
-    starts = range(len(rewards) - size + 1)
-    best = max((rewards[start : start + size] for start in starts), key=statistics.fmean)
-    end = rewards[-size:]
+    firsts = range(len(known) - size + 1)
+    best = max((known[first : first + size] for first in firsts), key=statistics.fmean)
+    end = known[-size:]
     top = statistics.fmean(best)
     fall = top - statistics.fmean(end)
     error = math.sqrt((statistics.variance(best) + statistics.variance(end)) / size)

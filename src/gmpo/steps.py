@@ -10,9 +10,11 @@ import torch
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
 from gmpo.batch import StepBatch, build_step, reward_table, split_steps
+from gmpo.errors import NonFiniteError
 from gmpo.objective import step_diagnostics
 from gmpo.records import Group
 from gmpo.schedules import learning_rate_factor
+from gmpo.spikes import MOST_NON_FINITE, NormHistory, StepVerdict, judge_step
 from gmpo.update import (
     Mismatch,
     StepMeasures,
@@ -32,24 +34,35 @@ __all__ = [
 ]
 
 
+_NO_NORMS = NormHistory()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step: what its gradient was made of, and its figures by metric name."""
+    """One optimizer step: what its gradient was made of, and its figures by metric name.
+
+    `verdict` is None where steps are not judged.
+    """
 
     measures: StepMeasures
     metrics: dict[str, float]
+    verdict: StepVerdict | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundUpdate:
-    """A round's steps, with how far sampler and trainer were apart (None without a live row)."""
+    """A round's steps, with how far sampler and trainer were apart (None without a live row).
+
+    `norms` is what is remembered of gradients; as it was given where steps are not judged.
+    """
 
     steps: tuple[StepResult, ...]
     mismatch: Mismatch | None
     used_sampler_logprobs: bool
+    norms: NormHistory
 
 
-def update_policy(
+def update_policy(  # noqa: PLR0913 - all by keyword, and each is its own concern
     parts: TrainingParts,
     groups: Sequence[Group],
     *,
@@ -57,6 +70,7 @@ def update_policy(
     may_trust_sampler: bool,
     measures_cosine: bool,
     measures_kl_ref: bool = False,
+    norms: NormHistory = _NO_NORMS,
 ) -> RoundUpdate:
     """Move the policy by the round's optimizer steps, whose old policy is the one at its start.
 
@@ -68,6 +82,7 @@ def update_policy(
         measures_cosine: whether to measure the gradient's cosine to GRPO's on the last step.
         measures_kl_ref: whether to measure the KL to the starting model on the last step, if there
             is no KL term, which measures it on all.
+        norms: of the gradients before, for `guard.skip_steps`.
     """
     steps = _with_reference(parts, build_steps(parts, groups), measures_kl_ref=measures_kl_ref)
     trusts_sampler = (
@@ -84,6 +99,7 @@ def update_policy(
         first_step=first_step,
         measures_cosine=measures_cosine,
         trusts_sampler=trusts_sampler,
+        norms=norms,
     )
 
 
@@ -127,6 +143,7 @@ def run_steps(
     first_step: int,
     measures_cosine: bool,
     trusts_sampler: bool,
+    norms: NormHistory = _NO_NORMS,
 ) -> RoundUpdate:
     """Gradient and AdamW step of each batch.
 
@@ -160,11 +177,16 @@ def run_steps(
                     first_step=first_step,
                     measures_cosine=measures_cosine,
                     trusts_sampler=False,
+                    norms=norms,
                 )
-        metrics = _apply_step(parts, measures, first_step + number) | extra
-        results.append(StepResult(measures=measures, metrics=metrics))
+        result = _apply_step(parts, measures, first_step + number, norms)
+        norms = result.verdict.history if result.verdict else norms
+        results.append(replace(result, metrics=result.metrics | extra))
     return RoundUpdate(
-        steps=tuple(results), mismatch=mismatch, used_sampler_logprobs=trusts_sampler
+        steps=tuple(results),
+        mismatch=mismatch,
+        used_sampler_logprobs=trusts_sampler,
+        norms=norms,
     )
 
 
@@ -177,8 +199,10 @@ def advantages_of(parts: TrainingParts, groups: Sequence[Group]) -> torch.Tensor
     )
 
 
-def _apply_step(parts: TrainingParts, measures: StepMeasures, step_number: int) -> dict[str, float]:
-    """Move the weights; the step's figures."""
+def _apply_step(
+    parts: TrainingParts, measures: StepMeasures, step_number: int, norms: NormHistory
+) -> StepResult:
+    """Move the weights, unless the step is left out; the step's figures."""
     training = parts.config.training
     learning_rate = training.learning_rate * learning_rate_factor(
         step_number,
@@ -187,9 +211,19 @@ def _apply_step(parts: TrainingParts, measures: StepMeasures, step_number: int) 
         schedule=training.schedule,
         final_fraction=training.final_learning_rate_fraction,
     )
+    verdicts: list[StepVerdict] = []
+
+    def is_wanted(norm: float) -> bool:
+        verdicts.append(judge_step(norm, norms))
+        _require_an_end(verdicts[-1].history)
+        return verdicts[-1].is_taken
+
     norm = parts.optimizer.apply_step(
-        learning_rate=learning_rate, clip_norm=training.gradient_clip_norm
+        learning_rate=learning_rate,
+        clip_norm=training.gradient_clip_norm,
+        is_wanted=is_wanted if parts.config.guard.skip_steps else lambda _: True,
     )
+    verdict = verdicts[0] if verdicts else None
     metrics = {
         "update/loss": measures.loss,
         "update/gradient_norm": norm,
@@ -202,7 +236,19 @@ def _apply_step(parts: TrainingParts, measures: StepMeasures, step_number: int) 
         metrics["kl_ref/k3"] = measures.kl_ref_k3
     if measures.entropy is not None:
         metrics["update/entropy"] = measures.entropy
-    return metrics
+    if verdict is not None:
+        metrics["update/skipped_steps_total"] = float(not verdict.is_taken)
+    return StepResult(measures=measures, metrics=metrics, verdict=verdict)
+
+
+def _require_an_end(history: NormHistory) -> None:
+    """Skipping is for accidents: a policy whose gradients stay broken has to be looked at."""
+    if history.non_finite_in_a_row > MOST_NON_FINITE:
+        raise NonFiniteError(
+            f"the gradients of {history.non_finite_in_a_row} steps in a row are not finite, and "
+            f"guard.skip_steps leaves out at most {MOST_NON_FINITE}; the weights were not moved. "
+            "Resume from the last checkpoint with a lower learning rate"
+        )
 
 
 def _gradient_cosine(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gmpo.config import RunConfig
 from gmpo.errors import StudyError
 from gmpo.stability import FIGURES, RunFigures, common_target, run_figures, window_rounds
 from gmpo.study import attempts, cell_folder, ended_cells
@@ -167,6 +168,7 @@ def build_report(study: Path, plan: StudyPlan) -> StudyReport:
     figures = {
         cell.name: run_figures(
             lines[cell.name],
+            start=_start(cell_folder(study, cell), cell.recipe),
             held_out_end=_held_out(cell_folder(study, cell)),
             target=target,
             rounds=total_rounds,
@@ -258,7 +260,10 @@ def limits(report: StudyReport) -> list[str]:
             "to the last, over all runs of all arms alike; --target-reward sets another."
         )
     if not any(run.figures.could_collapse for run in report.runs if run.figures):
-        found.append("No run has 20 rounds, so that a collapse could not be told.")
+        found.append(
+            "No run was long enough for a collapse to be told: 20 rounds, or 10 where the "
+            "untrained policy's sampled reward is known."
+        )
     crashed = sum(arm.crashes for arm in report.arms)
     if crashed:
         found.append(
@@ -277,6 +282,26 @@ def limits(report: StudyReport) -> list[str]:
 
 def _rounds(count: int) -> str:
     return "round" if count == 1 else f"{count} rounds"
+
+
+def _start(run: Path, recipe: RunConfig) -> float | None:
+    """A reward that the untrained policy earns at least: the lower end of its sampled evaluation.
+
+    None where that was not measured, or measured something else than the round's reward.
+    """
+    reward, sampling, evaluation = recipe.reward, recipe.sampling, recipe.evaluation
+    is_accuracy = (reward.weights, reward.truncated) == ({"correct": 1.0}, "score")
+    is_alike = (
+        sampling.temperature == 1
+        and evaluation.max_new_tokens in (None, sampling.max_new_tokens)
+        and (evaluation.measure == "reward" or (is_accuracy and reward.combine == "sum"))
+    )
+    for record in read_lines(run, "evaluations.jsonl"):
+        for result in record["results"]:
+            if is_alike and record["stage"] == "before" and result["name"] == "sampled":
+                lower_end: float | None = result["interval_95"][0]
+                return lower_end
+    return None
 
 
 def _held_out(run: Path) -> float | None:

@@ -70,7 +70,7 @@ class TrainingDisplay:
             self._show_round(report)
         elif report.stage == "forecast":
             self._console.print(report.sentence, soft_wrap=True)
-        elif report.stage in ("start", "checkpoint"):
+        elif report.stage in ("start", "checkpoint", "rolled_back"):
             pass  # a line would say nothing that a user waits for
         elif report.stage == "evaluation":
             self._held_out = f"held-out {report.evaluations[0].mean:.2f}"

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ METRICS: Mapping[str, str] = {
     "update/loss": "mean loss of the step's rollouts",
     "update/gradient_norm": "gradient norm before clipping",
     "update/learning_rate": "step size",
+    "update/skipped_steps_total": "steps not taken because their gradient was out of the ordinary",
     "update/live_rollouts": "rollouts the step was computed on; fast leaves out advantage 0",
     "update/gradient_cosine_grpo": "cosine between this objective's gradient and GRPO's",
     "update/entropy": "mean token entropy of the step's rollouts, measured with an entropy bonus",
@@ -72,6 +73,10 @@ METRIC_FAMILIES: Mapping[str, str] = {
     "reward_metric/": "what a reward function logged by this name, averaged over its calls",
 }
 """Beginnings of metrics that end in a name of the recipe's or of a reward function's."""
+
+
+_BY_ROUND = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
+"""Files whose lines are of a round."""
 
 
 class RunFolder:
@@ -146,6 +151,10 @@ class RunFolder:
         """Let `receive` have every later row of `metrics.jsonl`, once it is written."""
         self._followers.append(receive)
 
+    def unfollow(self, receive: Callable[[Mapping[str, Any]], None]) -> None:
+        """Let `receive`, which followed, have no more of them."""
+        self._followers.remove(receive)
+
     def log_metrics(self, kind: str, values: Mapping[str, float], **position: int) -> None:
         """Append one line to `metrics.jsonl`.
 
@@ -176,18 +185,52 @@ class RunFolder:
         """
         self._write(name, json.dumps(record) + "\n", mode="a")
 
-    def forget_after(self, round_number: int) -> None:
-        """Drop lines of rounds after `round_number`, which a resumed run will write again."""
-        names = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "events.jsonl")
-        for name in names:
+    def log_event(self, record: Mapping[str, Any]) -> None:
+        """Append one JSON line to `events.jsonl`, which is on the disk when this returns.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        self._write("events.jsonl", json.dumps(record) + "\n", mode="a", is_durable=True)
+
+    def set_aside(self, *, after: int, attempt: int) -> None:
+        """Copy the lines of rounds after `after` to `abandoned/attempt-K/`, file by file.
+
+        Each file is written whole or not at all, so doing it again does no harm. `forget_after`
+        takes the lines out of the run's own files, which then hold those that count alone.
+
+        Raises:
+            RunFolderError: they cannot be written.
+        """
+        aside = RunFolder(self.path / "abandoned" / f"attempt-{attempt}")
+        for name in _BY_ROUND:
+            lines = [line for line in read_lines(self.path, name) if line["round"] > after]
+            if lines:
+                aside.write_text(name, _text(lines))
+
+    def forget_after(self, round_number: int, *, attempt: int = 0) -> None:
+        """Drop lines of rounds after `round_number`, which a resumed run will write again.
+
+        Events of earlier attempts stay, whatever their round.
+        """
+        for name in _BY_ROUND:
             kept = [line for line in read_lines(self.path, name) if line["round"] <= round_number]
             if (self.path / name).is_file():
-                self.write_text(name, "".join(json.dumps(line) + "\n" for line in kept))
+                self.write_text(name, _text(kept))
+        if (self.path / "events.jsonl").is_file():
+            events = read_lines(self.path, "events.jsonl")
+            past = [
+                e for e in events if (e.get("attempt", 0), e["round"]) <= (attempt, round_number)
+            ]
+            self.write_text("events.jsonl", _text(past))
 
-    def _write(self, name: str, text: str, *, mode: str) -> None:
+    def _write(self, name: str, text: str, *, mode: str, is_durable: bool = False) -> None:
         try:
             with (self.path / name).open(mode, encoding="utf-8") as file:
                 file.write(text)
+                if is_durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise RunFolderError(
                 f"{self.path / name} cannot be written: {error.strerror}; "
@@ -252,6 +295,10 @@ def _commit() -> str | None:
         check=False,
     )
     return reply.stdout.strip() or None
+
+
+def _text(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _finite(value: float) -> float | None:

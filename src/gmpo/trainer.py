@@ -24,6 +24,7 @@ from gmpo.policy.load import given_model, load_model, load_tokenizer
 from gmpo.records import Group
 from gmpo.rewards import RewardFunction
 from gmpo.rollout_functions import RolloutFunction
+from gmpo.spikes import NormHistory
 from gmpo.steps import update_policy
 from gmpo.tasks import Task
 from gmpo.tasks.rows import ReadRows, Row, RowForm, read_rows
@@ -160,6 +161,7 @@ class GMPOTrainer:
         self._own_loop: TrainingParts | None = None
         self._own_steps = 0
         self._own_mismatch_is_small = True
+        self._own_norms = NormHistory()
         self._recipe(rounds=1)  # refuses settings that do not fit together now, not in train()
 
     def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
@@ -279,7 +281,9 @@ class GMPOTrainer:
             first_step=self._own_steps,
             may_trust_sampler=self._own_mismatch_is_small,
             measures_cosine=False,
+            norms=self._own_norms,
         )
+        self._own_norms = update.norms
         self._own_steps += len(update.steps)
         if update.mismatch is not None:
             self._own_mismatch_is_small = update.mismatch.is_small

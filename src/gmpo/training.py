@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gmpo.assembly import TrainingParts, assemble
@@ -18,19 +16,21 @@ from gmpo.checkpoint import (
     save_checkpoint,
 )
 from gmpo.config import RunConfig
-from gmpo.errors import GuardStopped, RunStopped
+from gmpo.errors import GuardStopped, NonFiniteError, RunStopped
 from gmpo.evaluation import Evaluation
 from gmpo.inputs import Given
 from gmpo.outlook import Outlook
-from gmpo.recipe import recipe_values
 from gmpo.reporting import rollout_records, round_metrics
 from gmpo.resumption import begin_or_resume, inputs_of_run, tidy_checkpoints
+from gmpo.rollback import mended, mended_recipe, roll_back
 from gmpo.rounds import prompts_of_round, sample_round
 from gmpo.saved_rounds import SampledRound, load_round, save_round
+from gmpo.spikes import NormHistory, StepVerdict
 from gmpo.steps import RoundUpdate, update_policy
-from gmpo.trackers import TrackedRun, Trackers, require_packages
+from gmpo.tracked_attempts import TrackedAttempts
+from gmpo.trackers import Trackers, require_packages
 from gmpo.tracking import RunFolder, read_lines
-from gmpo.watch import reason_to_stop, watch_round
+from gmpo.watch import Watched, watch_non_finite, watch_round
 
 __all__ = ["Report", "TrainingResult", "train"]
 
@@ -40,12 +40,13 @@ class Report:
     """What the loop tells its caller as it happens.
 
     Attributes:
-        stage: "start", "forecast", "before", "round", "evaluation", "checkpoint" or "after".
-        round: rounds done; after a resume not 0 at the start.
-        step: optimizer steps done (stages "start" and "round").
+        stage: "start", "forecast", "before", "round", "evaluation", "checkpoint", "rolled_back" or
+            "after".
+        round: rounds done; after a resume not 0 at the start, and fewer after a roll-back.
+        step: optimizer steps done (stages "start", "round" and "rolled_back").
         metrics: the round's figures, steps averaged (stage "round").
         steps: the figures of each of its optimizer steps (stage "round").
-        epoch: passes over the prompts done (stages "start" and "round").
+        epoch: passes over the prompts done (stages "start", "round" and "rolled_back").
         evaluations: results of the stage.
         sentence: for people (stage "forecast").
     """
@@ -96,7 +97,8 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
 
     Raises:
         RunStopped: `should_stop` said so; the run was saved.
-        GuardStopped: a critical alarm in mode "stop"; the run was saved.
+        GuardStopped: a critical alarm in mode "stop", or in mode "mend" after its last roll-back;
+            the run was saved.
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
     run = RunFolder(folder)
@@ -108,18 +110,23 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
             state = begin_or_resume(run, parts, resume=resume, warn=warn)
             _tell(report, outlook.announce(parts, state), round_number=state.round)
             report(_standing("start", parts, state))
+            _save_the_beginning(run, parts, state)
             before = _evaluated_before(run, parts, state, report)
             _stop_if(should_stop, run, parts, state)
-            with closing(_trackers(run, parts.config, warn)) as trackers:
+            with closing(TrackedAttempts(run, parts.config, warn=warn)) as trackers:
+                trackers.of(state.attempt, mended_recipe(parts.config, attempt=state.attempt))
                 while state.round < config.training.rounds:
-                    state, done = _run_round(run, parts, trackers, state)
-                    report(done)
-                    state, alarms = watch_round(run, config.guard, state, done.metrics, warn=warn)
+                    watched, done = _watched_round(run, parts, trackers, state, report)
+                    state = watched.state
+                    if watched.to_round is not None:
+                        state = roll_back(run, parts, state, to_round=watched.to_round, warn=warn)
+                        report(_standing("rolled_back", parts, state))
+                        continue
                     compared = outlook.compare(done.metrics, round_number=done.round)
                     _tell(report, compared, round_number=done.round)
                     _evaluate_during(run, parts, state, report)
                     _checkpoint_if_due(run, parts, state, report)
-                    _stop_on(reason_to_stop(config.guard, alarms), run, parts, state)
+                    _stop_on(watched, run, parts)
                     _stop_if(should_stop, run, parts, state)
             # A finished run that is resumed has its answer already.
             after = _recorded_evaluations(run, "after") or _evaluate_fully(
@@ -130,9 +137,32 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
     return TrainingResult(folder=run.path, checkpoint=checkpoint, before=before, after=after)
 
 
+def _watched_round(
+    run: RunFolder,
+    parts: TrainingParts,
+    trackers: TrackedAttempts,
+    state: TrainingState,
+    report: Callable[[Report], None],
+) -> tuple[Watched, Report]:
+    """The next round as the run's attempt trains it, and what the guard says of it."""
+    parts = mended(parts, attempt=state.attempt)
+    guard, warn = parts.config.guard, parts.warn
+    try:
+        of_attempt = trackers.of(state.attempt, parts.config)
+        after, done, verdicts = _run_round(run, parts, of_attempt, state)
+    except NonFiniteError:
+        watched = watch_non_finite(run, guard, state=state, warn=warn)
+        if watched.to_round is None:
+            raise
+        return watched, _standing("round", parts, state)
+    report(done)
+    watched = watch_round(run, guard, state=after, metrics=done.metrics, steps=verdicts, warn=warn)
+    return watched, done
+
+
 def _run_round(
     run: RunFolder, parts: TrainingParts, trackers: Trackers, state: TrainingState
-) -> tuple[TrainingState, Report]:
+) -> tuple[TrainingState, Report, tuple[StepVerdict | None, ...]]:
     """Sample once, reward, update several times, publish the weights; what there is to tell."""
     sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
@@ -144,6 +174,7 @@ def _run_round(
         may_trust_sampler=state.mismatch_is_small is not False,
         measures_cosine=_is_due(done, training.gradient_cosine_every),
         measures_kl_ref=_is_due(done, training.kl_ref_every),
+        norms=NormHistory.from_record(state.norms),
     )
     state = _after(state, sampled, update)
     parts.publish_weights(state.step)
@@ -157,7 +188,8 @@ def _run_round(
     for record in rollout_records(parts, sampled, update, round_number=state.round):
         run.log_record("rollouts.jsonl", record)
     steps = tuple(step.metrics for step in update.steps)
-    return state, replace(_standing("round", parts, state), metrics=metrics, steps=steps)
+    told = replace(_standing("round", parts, state), metrics=metrics, steps=steps)
+    return state, told, tuple(step.verdict for step in update.steps)
 
 
 def _standing(stage: str, parts: TrainingParts, state: TrainingState) -> Report:
@@ -172,11 +204,12 @@ def _is_due(round_number: int, every: int) -> bool:
 
 def _rollouts(run: RunFolder, parts: TrainingParts, state: TrainingState) -> SampledRound:
     """The round's rewarded rollouts: those a killed run left, or new ones, saved before use."""
-    saved = load_round(run.rounds, state.round + 1, prompts_of_round(parts, state))
+    prompts, attempt = prompts_of_round(parts, state), state.attempt
+    saved = load_round(run.rounds, state.round + 1, prompts, attempt=attempt)
     if saved is not None:
         return saved
     sampled = sample_round(parts, state)
-    save_round(run.rounds, state.round + 1, sampled)
+    save_round(run.rounds, state.round + 1, sampled, attempt=attempt)
     return sampled
 
 
@@ -188,33 +221,13 @@ def _after(state: TrainingState, sampled: SampledRound, update: RoundUpdate) -> 
         step=state.step + len(update.steps),
         prompts_taken=state.prompts_taken + len(sampled.scored.groups),
         mismatch_is_small=state.mismatch_is_small if mismatch is None else mismatch.is_small,
+        norms=asdict(update.norms) if update.norms.is_begun else {},
     )
 
 
 def _tell(report: Callable[[Report], None], sentence: str | None, *, round_number: int) -> None:
     if sentence is not None:
         report(Report(stage="forecast", round=round_number, sentence=sentence))
-
-
-def _trackers(run: RunFolder, config: RunConfig, warn: Callable[[str], None]) -> Trackers:
-    """The recipe's trackers, which from now on get every row of `metrics.jsonl`."""
-    identity = run.path / "tracking.json"
-    if config.tracking.to and not identity.exists():
-        run.write_text(identity.name, json.dumps({"id": uuid.uuid4().hex}))
-    trackers = Trackers(
-        config.tracking.to,
-        TrackedRun(
-            id=json.loads(identity.read_text())["id"] if config.tracking.to else "",
-            name=config.tracking.name or run.path.resolve().name,
-            project=config.tracking.project,
-            folder=run.path,
-            parameters=recipe_values(config),
-        ),
-        earlier=read_lines(run.path, "metrics.jsonl"),
-        warn=warn,
-    )
-    run.follow(trackers.send)
-    return trackers
 
 
 def _evaluated_before(
@@ -295,17 +308,24 @@ def _stop_if(
     )
 
 
-def _stop_on(
-    reason: str | None, run: RunFolder, parts: TrainingParts, state: TrainingState
-) -> None:
+def _stop_on(watched: Watched, run: RunFolder, parts: TrainingParts) -> None:
     """End a run that the guard gave up, which a person may still go on with."""
-    if reason is None:
+    if watched.answer != "stop":
         return
+    state = watched.state
     _save_if_new(run, parts, state)
+    tried = f" after {state.attempt} roll-backs" if state.attempt else ""
     raise GuardStopped(
-        f"the guard stopped the run after round {state.round} of {parts.config.training.rounds}, "
-        f"which is saved: {reason}; to go on as it is: gmpo train --run {run.path} --resume"
+        f"the guard stopped the run{tried} after round {state.round} of "
+        f"{parts.config.training.rounds}, which is saved: {watched.reason}; to go on as it is: "
+        f"gmpo train --run {run.path} --resume"
     )
+
+
+def _save_the_beginning(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
+    """A run that mends has to have untrained weights to go back to."""
+    if parts.config.guard.mends and not state.round:
+        _save_if_new(run, parts, state)
 
 
 def _save_if_new(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
@@ -322,4 +342,4 @@ def _save(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
         tokenizer=parts.tokenizer,
         state=state,
     )
-    tidy_checkpoints(run, keep=parts.config.checkpoint.keep)
+    tidy_checkpoints(run, parts.config)

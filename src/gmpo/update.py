@@ -173,19 +173,35 @@ class PolicyOptimizer:
         """Forget accumulated gradients."""
         _forget_gradients(self._weights)
 
-    def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
+    def apply_step(
+        self,
+        *,
+        learning_rate: float,
+        clip_norm: float,
+        is_wanted: Callable[[float], bool] = lambda _: True,
+    ) -> float:
         """Clip the gradient, step, publish the weights; returns the norm before clipping.
 
         A weight without a gradient has a gradient of zero: a step whose groups are all dead still
         steps, by AdamW's moments and decay.
 
+        Args:
+            learning_rate: of this step.
+            clip_norm: longer gradients are scaled down to it.
+            is_wanted: asked with the norm before anything moves; on False the gradient is
+                forgotten, and weights and moments stay as they are.
+
         Raises:
-            NonFiniteError: the gradient is NaN or infinite; the weights have not moved.
+            NonFiniteError: the gradient of a step that is wanted is NaN or infinite; the weights
+                have not moved.
         """
         for weight in self._weights:
             weight.grad = _gradient(weight)
         norm_tensor = nn.utils.get_total_norm([_gradient(weight) for weight in self._weights])
         norm = float(norm_tensor)
+        if not is_wanted(norm):
+            self.zero_gradients()
+            return norm
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm is {norm}; the weights were not moved. Lower the learning rate "

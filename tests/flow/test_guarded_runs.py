@@ -86,9 +86,10 @@ def test_stop_saves_the_round_and_says_how_to_go_on(model: str, tmp_path: Path):
     assert said.endswith(f"to go on as it is: gmpo train --run {stopped} --resume")
     assert latest_checkpoint(stopped / "checkpoints").name == f"round-{first['round']:06d}"
     assert len(metric_lines(stopped, "round")) == first["round"]
+    assert events(stopped)[0]["taken"] == "stop"
     # The mode decides no weight, so it may be changed when the run goes on.
     train(exploding(model), folder=stopped, resume=True, warn=lambda _: None)
-    assert events(stopped) == events(warned)
+    assert [event | {"taken": "warn"} for event in events(stopped)] == events(warned)
     assert same_weights(*(latest_checkpoint(each / "checkpoints") for each in (stopped, warned)))
 
 

@@ -56,6 +56,10 @@ evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round tracking.to tracking.project tracking.name
 lora.rank lora.alpha lora.targets
 guard.mode
+guard.skip_steps
+guard.learning_rate_factor
+guard.clip_factor
+guard.most_rollbacks
 """
 KEYS = KEY_TABLE.split()
 

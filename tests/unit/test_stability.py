@@ -191,3 +191,14 @@ def test_divergence_is_the_crash_that_is_named():
     lines = [round_line(number, float(number <= 20)) for number in range(1, 41)]
     assert figures_of(lines, rounds=40).crash == "collapsed"
     assert figures_of(lines, rounds=40, diverged=True).crash == "diverged"
+
+
+def test_a_run_that_collapses_in_its_first_rounds_is_told_by_where_it_started():
+    # Half of what the untrained policy earned is gone by round 3 and stays away.
+    rewards = [0.4, 0.2, *[0.0] * 10]
+    assert has_collapsed(rewards, start=0.4) is True
+    assert has_collapsed(rewards) is None
+    assert has_collapsed([0.4] * 12, start=0.4) is False
+    # Without it a long run looks like a task that was never learned.
+    assert has_collapsed([0.4, *[0.0] * 30]) is False
+    assert has_collapsed([0.4, *[0.0] * 30], start=0.4) is True

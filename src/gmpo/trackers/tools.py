@@ -36,6 +36,7 @@ class TrackedRun:
         project: what the run is filed under (MLflow: experiment).
         folder: of the run.
         parameters: the resolved recipe, by `table.key`.
+        attempt: how often the run was rolled back; what is written to `folder` is kept apart by it.
     """
 
     id: str
@@ -43,6 +44,7 @@ class TrackedRun:
     project: str
     folder: Path
     parameters: Mapping[str, Any]
+    attempt: int = 0
 
 
 class Tracker(Protocol):
@@ -198,6 +200,8 @@ class _TensorBoard:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder = run.folder / "tensorboard"
+        if run.attempt:
+            folder /= f"attempt-{run.attempt}"
         is_new = not folder.exists()
         self._held = set(_held_events(folder))
         self._writer = EventFileWriter(str(folder))
@@ -236,7 +240,8 @@ class _Wandb:
 
         # W&B itself refuses a mode that it does not know.
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self._given = run.folder / "wandb" / "given.txt"
+        of_attempt = f"-{run.attempt}" if run.attempt else ""
+        self._given = run.folder / "wandb" / f"given{of_attempt}.txt"
         self._given.parent.mkdir(exist_ok=True)
         lines = self._given.read_text().splitlines() if self._given.exists() else []
         self._held = set(lines)
