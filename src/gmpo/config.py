@@ -378,6 +378,8 @@ class EvaluationConfig(Table):
     """Held-out items of an evaluation during training."""
     items: int | None = Field(default=None, ge=1)
     """Held-out items used at all; None takes every one."""
+    skip_items: int = Field(default=0, ge=0)
+    """Held-out items passed over before those that are used: an earlier choice has seen them."""
     few_shot: int = Field(default=3, ge=0)
     """Worked examples of the few-shot evaluation before and after; 0 leaves it out."""
     sampled: bool = True

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.config import ModelConfig, RunConfig
+from gmpo.errors import DataError
 from gmpo.evaluation import require_fit
 from gmpo.policy.load import choose_device, choose_dtype, load_tokenizer
 from gmpo.records import Prompt
@@ -140,9 +141,14 @@ def read_inputs(
 
 def notes_of_evaluation(config: RunConfig, task: Task) -> Iterator[str]:
     """What the recipe asks of its evaluation beyond what the task has."""
-    asked, there = config.evaluation.items, len(task.held_out)
+    asked, skipped = config.evaluation.items, config.evaluation.skip_items
+    there = len(task.held_out) - skipped
     if asked is not None and asked > there:
-        yield f"evaluation.items is {asked}, and task {task.name!r} holds out {there}: all are used"
+        after = f" after the {skipped} that are skipped" if skipped else ""
+        yield (
+            f"evaluation.items is {asked}, and task {task.name!r} holds out {there}{after}: all "
+            "are used"
+        )
     examples, rows = config.evaluation.few_shot, len(task.train)
     if examples > rows:
         yield f"evaluation.few_shot is {examples}, and task {task.name!r} has {rows} rows to show"
@@ -168,6 +174,16 @@ def prompt_renderer(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def held_out_items(config: RunConfig, task: Task) -> tuple[Prompt, ...]:
-    """The held-out items used, in an order of no meaning, so that the first n are a fair sample."""
-    order = np.random.default_rng(config.task.split_seed).permutation(len(task.held_out))
+    """The held-out items used, in an order of no meaning, so that the first n are a fair sample.
+
+    Raises:
+        DataError: the recipe skips all that there are.
+    """
+    skipped, there = config.evaluation.skip_items, len(task.held_out)
+    if skipped and skipped >= there:
+        raise DataError(
+            f"evaluation.skip_items is {skipped}, and task {task.name!r} holds out {there} items, "
+            "so none is left to ask; lower it"
+        )
+    order = np.random.default_rng(config.task.split_seed).permutation(there)[skipped:]
     return tuple(task.held_out[int(place)] for place in order[: config.evaluation.items])

@@ -231,10 +231,9 @@ def _items_during(data: _RunData) -> int | None:
     if data.config is None:
         return None
     evaluation = data.config.evaluation
-    limits = [
-        evaluation.items_during,
-        data.config.task.held_out_items or evaluation.items_during,
-    ]
+    limits = [evaluation.items_during]
+    if data.config.task.held_out_items:
+        limits.append(data.config.task.held_out_items - evaluation.skip_items)
     if evaluation.items is not None:
         limits.append(evaluation.items)
     limits += [result["items"] for result in data.before]

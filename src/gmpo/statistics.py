@@ -16,6 +16,7 @@ __all__ = [
     "PairedDifference",
     "average_interval",
     "bootstrap_interval",
+    "crossed_interval",
     "detectable_mean",
     "holm",
     "mcnemar",
@@ -73,6 +74,43 @@ def paired_t_interval(
     spread = float(values.std(ddof=1)) / math.sqrt(len(values))
     half = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) * spread
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def crossed_interval(
+    table: Float[np.ndarray, "rows columns"], *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """t interval of the mean of a table whose rows and whose columns are both drawn by chance.
+
+    Rows are seeds, say, and columns items: other seeds and other items would have given another
+    mean. With R rows, C columns and the sample variances of their means,
+
+        mean +- t(f) * sqrt(a + b),   a = var(row means) / R,   b = var(column means) / C
+
+    and f by Welch and Satterthwaite, (a + b)^2 / (a^2 / (R - 1) + b^2 / (C - 1)). What one row
+    does to one column alone is in both terms, so that the interval is too wide by that, never too
+    narrow. Without any spread it has no width.
+
+    Args:
+        table: one value a row and column, differences of pairs for instance.
+        confidence: probability that the interval claims, between 0 and 1.
+
+    Raises:
+        ValueError: fewer than two rows or columns, or a value that is not finite.
+    """
+    if table.ndim != 2 or min(table.shape) < 2 or not np.isfinite(table).all():
+        raise ValueError(
+            f"need a table of at least two rows and two columns, all finite, got {table.shape}; a "
+            "single row or column says nothing about chance"
+        )
+    rows, columns = table.shape
+    of_rows = float(table.mean(axis=1).var(ddof=1)) / rows
+    of_columns = float(table.mean(axis=0).var(ddof=1)) / columns
+    mean, variance = float(table.mean()), of_rows + of_columns
+    if not variance:
+        return mean, mean
+    freedom = variance**2 / (of_rows**2 / (rows - 1) + of_columns**2 / (columns - 1))
+    half = float(stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(variance)
+    return mean - half, mean + half
 
 
 def sign_flip_p_value(differences: Sequence[float]) -> float:

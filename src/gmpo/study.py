@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 from gmpo.errors import RunFolderError, RunStopped, StudyError
-from gmpo.recipe import dump_recipe
+from gmpo.run_process import (
+    MOST_TRIES,
+    Attempt,
+    RunProcess,
+    attempts,
+    death,
+    drop_weights,
+    is_trained_in,
+    try_lock,
+)
 from gmpo.study_plan import Cell, StudyPlan, load_plan, plan_differences, resolve_plan
-from gmpo.tracking import RunFolder, provenance, read_lines
+from gmpo.tracking import RunFolder, provenance
 
-__all__ = [
-    "MOST_TRIES",
-    "Attempt",
-    "attempts",
-    "cell_folder",
-    "ended_cells",
-    "open_study",
-    "run_study",
-]
-
-_Outcome = Literal["finished", "diverged", "died", "stopped", "refused"]
-
-MOST_TRIES = 3
-"""Processes that may die on one cell in one call, before the study goes on without the cell."""
-
-_OUTCOMES: Mapping[int, _Outcome] = {0: "finished", 2: "refused", 3: "diverged", 130: "stopped"}
-"""By exit code of `gmpo train`; any other, a signal's among them, is that of a dead process."""
+__all__ = ["cell_folder", "ended_cells", "open_study", "run_study"]
 
 _POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One process of one cell, as `attempts.jsonl` keeps it.
-
-    Attributes:
-        cell: name of the cell.
-        outcome: "finished" and "diverged" end a cell; a process that "died" is followed by another.
-        exit_code: of the process; minus the signal's number if one killed it.
-        seconds: that it ran.
-        message: what it said last on stderr; empty if it finished.
-    """
-
-    cell: str
-    outcome: _Outcome
-    exit_code: int
-    seconds: float
-    message: str
 
 
 def cell_folder(study: Path, cell: Cell) -> Path:
@@ -69,11 +36,6 @@ def cell_folder(study: Path, cell: Cell) -> Path:
 def ended_cells(study: Path) -> dict[str, Attempt]:
     """The cells that have their result, finished or diverged, by name."""
     return {a.cell: a for a in attempts(study) if a.outcome in ("finished", "diverged")}
-
-
-def attempts(study: Path) -> list[Attempt]:
-    """Every process that the study has had, in order of their ends."""
-    return [Attempt(**line) for line in read_lines(study, "attempts.jsonl")]
 
 
 def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], None]) -> StudyPlan:
@@ -167,7 +129,8 @@ class _Crew:
         self._plan = plan
         self._say = say
         self._keeps = keep_checkpoints
-        self._running: dict[str, _Worker] = {}
+        self._cells = {cell.name: cell for cell in plan.cells()}
+        self._running: dict[str, RunProcess] = {}
         self._deaths: dict[str, int] = {}
         self.given_up: list[str] = []
 
@@ -180,7 +143,7 @@ class _Crew:
             for cell in [cell for cell in waiting if len(self._running) < jobs]:
                 if len(self._running) >= jobs:
                     break
-                if _is_trained_in(cell_folder(self._folder.path, cell)):
+                if is_trained_in(cell_folder(self._folder.path, cell)):
                     # Left by a call that was killed: its work counts, so let it finish.
                     if cell.name not in announced:
                         self._say(
@@ -191,33 +154,35 @@ class _Crew:
                 waiting.remove(cell)
                 self._start(cell)
             time.sleep(_POLL_SECONDS)
-            for worker in [w for w in self._running.values() if w.process.poll() is not None]:
+            for worker in [w for w in self._running.values() if w.has_ended]:
                 if self._ended(worker):
-                    waiting.insert(0, worker.cell)
+                    waiting.insert(0, self._cells[worker.name])
 
     def kill(self) -> None:
         """End what is still running at once; a later call goes on from its checkpoints."""
         for worker in self._running.values():
-            worker.process.kill()
-            worker.process.wait()
+            worker.kill()
 
     def _start(self, cell: Cell) -> None:
-        number = list(self._plan.cells()).index(cell) + 1
-        total = len(self._plan.arms) * len(self._plan.seeds)
-        self._running[cell.name] = _Worker.start(self._folder.path, cell, self._plan.threads)
-        self._say(f"run {number} of {total}: {cell.arm}, seed {cell.seed}")
+        number = list(self._cells).index(cell.name) + 1
+        self._running[cell.name] = RunProcess.start(
+            self._folder.path,
+            cell.name,
+            cell.recipe,
+            run=cell_folder(self._folder.path, cell),
+            threads=self._plan.threads,
+        )
+        self._say(f"run {number} of {len(self._cells)}: {cell.arm}, seed {cell.seed}")
 
-    def _ended(self, worker: _Worker) -> bool:
+    def _ended(self, worker: RunProcess) -> bool:
         """Write down how a process ended; whether its cell has to be tried again."""
-        del self._running[worker.cell.name]
+        del self._running[worker.name]
         attempt = worker.attempt()
         self._folder.log_record("attempts.jsonl", asdict(attempt))
-        cell = worker.cell
+        cell = self._cells[worker.name]
         if attempt.outcome in ("finished", "diverged"):
-            run = cell_folder(self._folder.path, cell)
             if not self._keeps:
-                for name in ("checkpoints", "rounds"):
-                    shutil.rmtree(run / name, ignore_errors=True)
+                drop_weights(cell_folder(self._folder.path, cell))
             ended = "" if attempt.outcome == "finished" else f": diverged ({attempt.message})"
             self._say(f"{cell.name} took {attempt.seconds:.0f} s{ended}")
             return False
@@ -231,7 +196,7 @@ class _Crew:
         deaths = self._deaths[cell.name] = self._deaths.get(cell.name, 0) + 1
         again = deaths < MOST_TRIES
         self._say(
-            f"{cell.name}'s process died ({_death(attempt.exit_code)}) after {attempt.seconds:.0f} "
+            f"{cell.name}'s process died ({death(attempt.exit_code)}) after {attempt.seconds:.0f} "
             f"s, {deaths} of at most {MOST_TRIES} times; "
             + ("it is started again from its newest checkpoint" if again else "given up for now")
         )
@@ -242,7 +207,7 @@ class _Crew:
     def _stop(self) -> None:
         """Let every running process finish its round and save, as Ctrl-C on it would."""
         for worker in self._running.values():
-            worker.process.send_signal(signal.SIGINT)
+            worker.interrupt()
         for worker in self._running.values():
             worker.process.wait()
             attempt = worker.attempt()
@@ -253,69 +218,6 @@ class _Crew:
         raise RunStopped(f"the study was stopped; {_go_on(self._folder.path)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Worker:
-    """A process that trains one cell."""
-
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    log: Path
-    started: float
-
-    @classmethod
-    def start(cls, study: Path, cell: Cell, threads: int) -> _Worker:
-        recipe, log = study / "recipes" / f"{cell.name}.toml", study / "logs" / f"{cell.name}.log"
-        run = cell_folder(study, cell)
-        try:
-            for path in (recipe, log):
-                path.parent.mkdir(exist_ok=True)
-            recipe.write_text(dump_recipe(cell.recipe), encoding="utf-8")
-            file = log.open("ab")
-        except OSError as error:
-            raise RunFolderError(
-                f"study folder {study} cannot be written: {error.strerror}; free space, then give "
-                "the same command again"
-            ) from None
-        command = [sys.executable, "-m", "gmpo.cli", "train", recipe, "--run", run, "--no-plots"]
-        if (run / "recipe.toml").is_file():
-            command.append("--resume")
-        with file:
-            process = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"},
-                # Ctrl-C in the terminal is for this process, which passes it on once.
-                start_new_session=True,
-            )
-        return cls(cell=cell, process=process, log=log, started=time.monotonic())
-
-    def attempt(self) -> Attempt:
-        """What became of the process, which has ended."""
-        code = self.process.returncode
-        outcome = _OUTCOMES.get(code, "died")
-        return Attempt(
-            cell=self.cell.name,
-            outcome=outcome,
-            exit_code=code,
-            seconds=round(time.monotonic() - self.started, 1),
-            message="" if outcome == "finished" else _last_line(self.log),
-        )
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    return last.removeprefix("error: ").strip()
-
-
-def _death(exit_code: int) -> str:
-    if exit_code < 0:
-        return signal.Signals(-exit_code).name
-    return f"exit code {exit_code}"
-
-
 def _go_on(study: Path) -> str:
     return f"what is done is kept; go on with: gmpo compare --study {study}"
 
@@ -324,25 +226,8 @@ def _go_on(study: Path) -> str:
 def _only_one(folder: RunFolder) -> Iterator[None]:
     """Keep a second process off the study."""
     with (folder.path / ".lock").open("a", encoding="utf-8") as file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             raise RunFolderError(
                 f"study {folder.path} is being run by another process; wait for it or stop it"
             )
         yield
-
-
-def _is_trained_in(run: Path) -> bool:
-    """Whether a process holds the run folder."""
-    lock = run / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open("a", encoding="utf-8") as file:
-        return not _try_lock(file.fileno())
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

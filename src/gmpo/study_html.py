@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from gmpo.run_process import MOST_TRIES
 from gmpo.stability import FIGURES
-from gmpo.study import MOST_TRIES
 from gmpo.study_comparison import IMPROVEMENTS
 from gmpo.study_report import StudyReport, limits, sentence
 from gmpo.study_tables import comparison_rows, headline, improvement_rows, stability_rows

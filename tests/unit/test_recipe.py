@@ -52,7 +52,7 @@ training.max_tokens_per_micro_batch training.engine training.seed training.gradi
 training.kl_ref_every training.gradient_checkpointing training.refuse_beyond_memory
 checkpoint.every_rounds checkpoint.keep
 evaluation.measure evaluation.every_rounds evaluation.items_during evaluation.items
-evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
+evaluation.skip_items evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round tracking.to tracking.project tracking.name
 lora.rank lora.alpha lora.targets
 guard.mode

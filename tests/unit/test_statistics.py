@@ -9,10 +9,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import t as student_t
 
 from gmpo.statistics import (
     average_interval,
     bootstrap_interval,
+    crossed_interval,
     detectable_mean,
     holm,
     mcnemar,
@@ -88,6 +90,44 @@ def test_the_paired_t_interval_is_scipys(differences):
     assume(np.std(differences) > 1e-6)
     expected = ttest_1samp(differences, 0).confidence_interval(0.95)
     assert paired_t_interval(differences) == pytest.approx(tuple(expected), rel=1e-6, abs=1e-9)
+
+
+def test_the_crossed_interval_has_hand_computed_values():
+    # Row means 1.5 and 3.5: 2 / 2 = 1. Column means 2 and 3: 0.5 / 2 = 0.25. Together 1.25 with
+    # 1.25^2 / (1 + 0.0625) = 1.4706 degrees of freedom, whose t is 6.2053.
+    table = np.array([[1.0, 2.0], [3.0, 4.0]])
+    half = student_t.ppf(0.975, 1.25**2 / 1.0625) * math.sqrt(1.25)
+    assert crossed_interval(table) == pytest.approx((2.5 - half, 2.5 + half))
+    assert crossed_interval(np.full((2, 3), 0.5)) == (0.5, 0.5)
+
+
+def test_the_crossed_interval_without_a_column_effect_is_that_of_the_rows():
+    rows = np.array([1.0, 2.0, 3.0])
+    table = np.repeat(rows[:, None], 5, axis=1)
+    assert crossed_interval(table) == pytest.approx(paired_t_interval(list(rows)))
+    assert crossed_interval(table.T) == pytest.approx(paired_t_interval(list(rows)))
+
+
+def test_the_crossed_interval_covers_where_rows_alone_would_not():
+    rng = np.random.default_rng(0)
+    covered = by_rows = 0
+    for _ in range(400):
+        seeds, items = rng.normal(0, 0.2, (5, 1)), rng.normal(0, 1.0, (1, 30))
+        table = seeds + items + rng.normal(0, 0.5, (5, 30))
+        low, high = crossed_interval(table)
+        covered += low <= 0 <= high
+        low, high = paired_t_interval(list(table.mean(axis=1)))
+        by_rows += low <= 0 <= high
+    assert covered >= 0.93 * 400
+    assert by_rows < 0.85 * 400
+
+
+@pytest.mark.parametrize(
+    "table", [np.ones((1, 5)), np.ones((5, 1)), np.ones(4), [[1, math.nan]] * 2]
+)
+def test_a_table_that_says_nothing_about_chance_is_refused(table):
+    with pytest.raises(ValueError, match="at least two rows and two columns"):
+        crossed_interval(np.asarray(table, dtype=float))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
 from gmpo.cli.serve import serve
 from gmpo.cli.train import train
+from gmpo.cli.tune import tune
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 for _command in (
     train,
     compare,
+    tune,
     evaluate,
     contamination,
     sample,

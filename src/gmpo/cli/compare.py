@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, SetOption, refuses_clearly, warn
+from gmpo.cli.conventions import (
+    JsonOption,
+    SetOption,
+    refuses_clearly,
+    threads_of_each,
+    warn,
+)
 from gmpo.errors import ConfigError
 from gmpo.tracking import RunFolder, fresh_folder
 
@@ -73,7 +78,7 @@ def compare(
             arm_overrides=arm_overrides or (),
             quick=quick,
             target_reward=target_reward,
-            threads=_threads(jobs),
+            threads=threads_of_each(jobs),
         )
     elif overrides or arm_overrides or quick or target_reward is not None:
         raise ConfigError(f"{folder} has its own plan; to change it, name the recipe as well")
@@ -105,12 +110,6 @@ def _run(
             say=lambda sentence: console.print(Text(sentence), soft_wrap=True),
             should_stop=should_stop,
         )
-
-
-def _threads(jobs: int) -> int:
-    """Of each run: what the environment says, else an equal share of the cores."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else max(1, (os.cpu_count() or 1) // jobs)
 
 
 def _announce(console: Console, folder: Path, plan: StudyPlan) -> None:

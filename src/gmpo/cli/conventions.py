@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,15 @@ from rich.text import Text
 
 from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped
 
-__all__ = ["JsonOption", "SetOption", "model_name", "refuses_clearly", "say", "warn"]
+__all__ = [
+    "JsonOption",
+    "SetOption",
+    "model_name",
+    "refuses_clearly",
+    "say",
+    "threads_of_each",
+    "warn",
+]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -62,6 +71,14 @@ def model_name(model: str) -> str:
     if checkpoint is None:
         raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
     return str(checkpoint_model(checkpoint))
+
+
+def threads_of_each(processes: int) -> int:
+    """CPU threads of each run: what the environment says, else an equal share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def warn(message: str) -> None:

@@ -1,0 +1,47 @@
+"""Does `gmpo tune` find a better recipe for a small policy that half knows sums?
+
+The recipe of `scripts/tiny_policy.py` is tuned as a user would tune it, by the command; a study that
+was ended goes on where it was. The report goes into one JSON file:
+
+    python -m scripts.tuning_study --trials 20 --json docs/results/tuning.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.tiny_policy import sums_recipe, warm_policy
+
+from gmpo.recipe import dump_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="the report goes here")
+    parser.add_argument("--runs", type=Path, default=Path("runs/tuning_study"))
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    recipe = arguments.runs / "sums.toml"
+    policy = warm_policy(arguments.runs / "policy")
+    # 169 sums: 89 to train on, 40 to choose by and 40 to judge by.
+    tuned = sums_recipe(
+        policy, task__held_out_items=80, training__rounds=40, evaluation__every_rounds=10
+    )
+    recipe.write_text(dump_recipe(tuned), encoding="utf-8")
+    study = arguments.runs / "study"
+    options = ["--study", study, "--trials", arguments.trials, "--processes", arguments.processes]
+    command = [sys.executable, "-m", "gmpo.cli", "tune", recipe, *options]
+    code = subprocess.run([str(part) for part in command], check=False).returncode
+    if code == 0:
+        shutil.copyfile(study / "report.json", arguments.json)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

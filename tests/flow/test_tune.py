@@ -1,0 +1,267 @@
+"""`gmpo tune` on a tiny model: real trials and deaths, and a comparison on items none has seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.commands import gmpo, process, refusal
+from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
+
+from gmpo.recipe import load_recipe
+from gmpo.tracking import read_lines
+from gmpo.tuning import run_trials
+from gmpo.tuning_plan import TuningOptions, make_tuning_plan, open_tuning
+from gmpo.tuning_report import build_tuning_report
+from gmpo.tuning_score import Score
+from gmpo.tuning_search import Search
+
+SPACE = """
+replace = true
+[training.learning_rate]
+low = 1e-4
+high = 1e-2
+log = true
+[objective.clip_low]
+low = 0.1
+high = 0.8
+"""
+OPTIONS = ("--trials", "2", "--seeds", "5,6", "--top", "1", "--no-prune")
+
+
+@pytest.fixture(scope="module")
+def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    recipe = tiny_recipe(
+        model,
+        training__rounds=4,
+        task__held_out_items=8,
+        checkpoint={"every_rounds": 1},
+        evaluation__every_rounds=2,
+    )
+    write_recipe(folder / "small.toml", recipe)
+    (folder / "space.toml").write_text(SPACE)
+    return folder
+
+
+def tune(small: Path, study: Path, *more: str) -> subprocess.CompletedProcess:
+    return process(
+        "tune",
+        small / "small.toml",
+        "--space",
+        small / "space.toml",
+        "--study",
+        study,
+        *OPTIONS,
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing disturbed."""
+    study = tmp_path_factory.mktemp("studies") / "whole"
+    done = tune(small, study)
+    assert done.returncode == 0, done.stderr
+    assert "winner.toml" in done.stdout
+    return study
+
+
+def report_in(study: Path) -> dict[str, Any]:
+    return json.loads((study / "report.json").read_text())
+
+
+def test_trials_choose_and_other_items_judge(whole: Path):
+    report = report_in(whole)
+    assert [trial["outcome"] for trial in report["trials"]] == ["scored"] * 2
+    assert report["own"] == 0  # the recipe itself is the first trial
+    trials, judged = whole / "trials", whole / "judged" / "runs"
+    chosen_on, judged_on = asked_in(trials), asked_in(judged)
+    assert len(chosen_on) == len(judged_on) == 4
+    assert not chosen_on & judged_on
+    assert [arm["number"] for arm in report["judged"]] == [None, 1]
+    assert [arm["runs"] for arm in report["judged"]] == [2, 2]
+    recipes = [load_recipe(str(run / "recipe.toml"), []) for run in judged.iterdir()]
+    assert sorted(recipe.training.seed for recipe in recipes) == [5, 5, 6, 6]
+
+
+def asked_in(runs: Path) -> set[str]:
+    """Names of the held-out items that runs were asked."""
+    return {
+        name
+        for run in runs.iterdir()
+        for record in read_lines(run, "evaluations.jsonl")
+        for result in record["results"]
+        for name in result["outcomes"]
+    }
+
+
+def test_the_winning_recipe_is_one_and_says_why(whole: Path, small: Path):
+    report = report_in(whole)
+    text = (whole / "winner.toml").read_text()
+    assert text.startswith(f"# {report['verdict']}")
+    own = load_recipe(str(small / "small.toml"), [])
+    made = load_recipe(str(whole / "winner.toml"), [])
+    # A random model answers no sum, so that nothing can be better at it.
+    assert report["winner"] is None
+    assert "No trial beat the recipe" in report["verdict"]
+    assert made.training == own.training
+    for picture in ("history.png", "importance.png", "front.png"):
+        assert (whole / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_study_is_told_again_without_a_run(whole: Path, tmp_path: Path):
+    study = tmp_path / "again"
+    shutil.copytree(whole, study)
+    told = gmpo("tune", "--study", study, "--json")
+    assert told.exit_code == 0, told.stderr
+    assert json.loads(told.stdout) == report_in(whole)
+    assert (study / "attempts.jsonl").read_text() == (whole / "attempts.jsonl").read_text()
+
+
+@pytest.mark.verify
+def test_the_same_study_again_gives_the_same_numbers(whole: Path, small: Path, tmp_path: Path):
+    again = tmp_path / "again"
+    assert tune(small, again).returncode == 0
+    assert report_in(whole) == report_in(again)
+
+
+def test_a_killed_trial_is_tried_again_and_nothing_is_lost(
+    whole: Path, small: Path, tmp_path: Path
+):
+    search = begun(small, tmp_path / "killed")
+    said: list[str] = []
+    killer = threading.Thread(target=kill_the_trainer_of, args=(search.folder / "trials" / "0001",))
+    killer.start()
+    assert run_trials(search, trials=2, say=said.append) == []
+    killer.join()
+    assert "trial 1's process died (SIGKILL), 1 of at most 3 times" in "\n".join(said)
+    outcomes = [(a["cell"], a["outcome"]) for a in read_lines(search.folder, "attempts.jsonl")]
+    assert outcomes == [("0000", "finished"), ("0001", "died"), ("0001", "finished")]
+    undisturbed = report_in(whole)["trials"]
+    assert build_tuning_report(search).as_dict()["trials"] == undisturbed
+
+
+def begun(small: Path, study: Path, **changes: Any) -> Search:
+    """A new study in this process, as the command begins it."""
+    settings = {"space": small / "space.toml", "seeds": (5, 6), "top": 1, "prunes": False}
+    options = TuningOptions(**{**settings, **changes})
+    plan = make_tuning_plan(str(small / "small.toml"), options)
+    plan, _ = open_tuning(study, plan, trials=2, warn=print)
+    return Search(study, plan)
+
+
+def kill_the_trainer_of(run: Path) -> None:
+    """Kill the process that trains a run once it has a round behind it."""
+    for _ in range(1200):
+        rounds = metric_lines(run, "round") if (run / "metrics.jsonl").exists() else []
+        found = trainer_of(run)
+        if rounds and found is not None:
+            os.kill(found, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def trainer_of(run: Path) -> int | None:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it ended meanwhile
+            if b"train" in words and str(run).encode() in words:
+                return int(entry.name)
+    return None
+
+
+def test_two_calls_share_one_study_and_two_objectives(small: Path, tmp_path: Path):
+    one = begun(small, tmp_path / "shared", is_pareto=True)
+    other = Search(one.folder, one.plan)
+    claimed = [search.claim_next(trials=3) for search in (one, other, one)]
+    assert [trial.number for trial in claimed if trial is not None] == [0, 1, 2]
+    assert other.claim_next(trials=3) is None
+    for number, trial in enumerate(claimed):
+        assert trial is not None
+        if number == 2:
+            trial.release()
+        else:
+            trial.scored(Score(accuracy=0.1 * number, stability=1.0 - 0.5 * number))
+    # What a call that ended had begun is taken over with its values.
+    left = other.claim_next(trials=3)
+    assert left is not None
+    assert claimed[2] is not None
+    assert (left.number, left.values) == (2, claimed[2].values)
+    left.scored(Score(accuracy=0.05, stability=0.5))
+    assert one.front() == [0, 1]
+    assert [record.outcome for record in one.records()] == ["scored"] * 3
+
+
+def test_a_trial_that_is_behind_is_told_to_end(small: Path, tmp_path: Path):
+    search = begun(small, tmp_path / "pruned", prunes=None)
+    good, bad = search.claim_next(trials=2), search.claim_next(trials=2)
+    assert good is not None
+    assert bad is not None
+    assert not good.falls_behind(2, Score(accuracy=0.9, stability=0.9))
+    assert bad.falls_behind(2, Score(accuracy=0.1, stability=0.9))
+    bad.pruned()
+    good.scored(Score(accuracy=0.9, stability=0.9))
+    assert [record.outcome for record in search.records()] == ["scored", "pruned"]
+
+
+def test_a_dry_run_shows_space_and_plan(small: Path, tmp_path: Path):
+    shown = gmpo("tune", small / "small.toml", "--study", tmp_path / "none", "--dry-run")
+    assert shown.exit_code == 0
+    assert "50 trials of 4 rounds" in shown.stdout
+    assert "training.learning_rate" in shown.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--trials", "0"), "--trials 0 must be at least 1"),
+        (("--pareto", "--prune"), "leave out one of the two"),
+        (("--seeds", "0,1"), "the seed of all trials"),
+        (("--seeds", "4"), "must name at least two"),
+        (("--top", "0"), "--top 0 must be 1 to 10"),
+        (("--set", "task.held_out_items=3"), "a study needs at least 2"),
+        (("--set", "evaluation.measure=reward"), "set it to 'accuracy'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(small: Path, tmp_path: Path, words, said: str):
+    study = tmp_path / "none"
+    assert said in refusal("tune", small / "small.toml", "--study", study, *words)
+    assert not study.exists()
+
+
+def test_another_recipe_or_space_is_refused_in_a_study_folder(whole: Path, small: Path):
+    recipe, space = small / "small.toml", small / "space.toml"
+    other = refusal(
+        "tune",
+        recipe,
+        "--space",
+        space,
+        "--study",
+        whole,
+        *OPTIONS,
+        "--set",
+        "training.learning_rate=0.5",
+    )
+    assert "is of another study" in other
+    assert "training.learning_rate: 0.001 there, 0.5 here" in other
+    wider = refusal("tune", recipe, "--study", whole, *OPTIONS)
+    assert "space: objective.clip_high: not set there" in wider
+    assert "has its own plan" in refusal("tune", "--study", whole, "--top", "2")
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path):
+    assert "holds no tuning study" in refusal("tune", "--study", tmp_path)
+    assert "name a recipe" in refusal("tune")
