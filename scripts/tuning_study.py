@@ -1,7 +1,7 @@
 """Does `gmpo tune` find a better recipe for a small policy that half knows sums?
 
-The recipe of `scripts/tiny_policy.py` is tuned as a user would tune it, by the command; a study that
-was ended goes on where it was. The report goes into one JSON file:
+The recipe of `scripts/tiny_policy.py` is tuned as a user would tune it, by the command; a study
+that was ended goes on where it was. The report goes into one JSON file:
 
     python -m scripts.tuning_study --trials 20 --json docs/results/tuning.json
 """
