@@ -83,18 +83,17 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """Search a recipe's hyper-parameters, then hold the best trials against it on unseen items."""
-    from gmpo.tuning_search import Search
-
     console = Console(stderr=as_json)
     asked = _Asked(
         is_pareto=pareto, stability=stability, prune=prune, space=space, seeds=seeds, top=top
     )
-    folder, plan = _asked_plan(recipe, study, asked, overrides or [], processes=processes)
     _require_trials(trials)
+    folder, plan = _asked_plan(recipe, study, asked, overrides or [], processes=processes)
     if dry_run:
         _show_plan(console, folder, plan, trials, as_json=as_json)
         return
     from gmpo.tuning_plan import open_tuning
+    from gmpo.tuning_search import Search
 
     plan, count = open_tuning(folder, plan, trials=trials, warn=warn)
     search = Search(folder, plan)
