@@ -276,6 +276,34 @@ def test_a_client_that_leaves_ends_the_work_and_frees_its_turn():
             assert client.post("/v1/completions", json=ASKED).status_code == 200
 
 
+class Flood(Slow):
+    """A backend that says more than any buffer on the way holds."""
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        try:
+            for _ in range(100):
+                yield Chunk(text="a" * 1_000_000, model_version="v")
+        finally:
+            self.num_ended += 1
+
+
+def test_a_client_that_does_not_read_its_stream_loses_it():
+    backend, records = Flood(), list[AnswerRecord]()
+    limits = GatewayLimits(send_seconds=0.3, admission=AdmissionLimits(max_running=1))
+    with running_gateway(lambda: backend, limits=limits, observers=[records.append]) as gateway:
+        body = json.dumps({**ASKED, "stream": True}).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.sendall(head.encode() + body)
+            wait_for(lambda: records)
+        assert backend.num_ended == 1 and records[0].status == 499
+        with gateway.client() as client:
+            assert client.get("/health").json()["running_completions"] == 0
+
+
 def test_an_answer_that_takes_too_long_is_ended():
     backend = Slow()
     limits = GatewayLimits(request_seconds=0.3)
@@ -302,7 +330,12 @@ def test_a_cut_stream_is_never_passed_off_as_a_finished_answer():
         events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
         assert json.loads(events[-1])["error"]["type"] == "upstream_disconnect"
         assert "[DONE]" not in text and '"finish_reason":"' not in text
-    assert [record.status for record in records] == [502, 502]
+        # Of several prompts one that breaks off breaks the answer.
+        several = client.post("/v1/completions", json={**ASKED, "prompt": ["a", "broken", "b"]})
+        assert error_of(several, 502)["type"] == "upstream_disconnect"
+        assert client.post("/v1/completions", json={**ASKED, "prompt": ["a", "b"]}).is_success
+    assert [record.status for record in records] == [502] * 5 + [200] * 2
+    assert backend.num_running == 0 and backend.num_ended == 7
 
 
 def test_drain_lets_running_requests_end_and_turns_new_ones_away():

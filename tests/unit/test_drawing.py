@@ -171,6 +171,15 @@ def test_a_set_that_reaches_top_p_exactly_is_large_enough(top_p: float, kept: in
     assert truncated[0].isfinite().tolist() == [token < kept for token in range(4)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_smallest_top_p_keeps_the_likeliest_token(dtype: torch.dtype):
+    # 5e-324 is above 0, and rounds to it in fp32.
+    logits = random_logits(3, 50).to(dtype)
+    result = draw(logits, [0.0, 0.5, JUST_BELOW_ONE], top_p=5e-324)
+    assert torch.equal(result.token_ids, logits.argmax(dim=-1))
+    assert result.sampled_logprobs.tolist() == [0.0] * 3
+
+
 @given(
     seed=st.integers(0, 2**20),
     vocabulary=st.sampled_from([1, 2, 255, 256, 257, 600, 1024]),

@@ -93,7 +93,9 @@ def truncate_logits(
     kept = rank[None] < limit[:, None]
     probabilities = torch.where(kept, ordered, -torch.inf).softmax(dim=-1)
     likelier = probabilities.cumsum(dim=-1) - probabilities
-    kept &= (likelier < top_p[:, None].to(logits.dtype)) | (top_p == 1)[:, None]
+    # The smallest top_p round to 0 here, and the likeliest token stays for them too.
+    in_set = (likelier < top_p[:, None].to(logits.dtype)) | (rank == 0)[None]
+    kept &= in_set | (top_p == 1)[:, None]
     ordered = torch.where(kept, ordered, -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import accumulate
 
@@ -83,9 +84,10 @@ class RunningAnswer:
         firsts = list(accumulate((book.request.n for book in self._books), initial=0))
         status, error = 500, "the server failed"
         try:
-            async for place, chunk in self._merged():
-                self._books[place].add(chunk)
-                yield firsts[place] + chunk.index, chunk
+            async with aclosing(self._merged()) as merged:
+                async for place, chunk in merged:
+                    self._books[place].add(chunk)
+                    yield firsts[place] + chunk.index, chunk
             if not all(book.is_whole for book in self._books):
                 raise BackendError(
                     "the backend ended its answer before each choice had ended", fault="broken"
@@ -115,30 +117,29 @@ class RunningAnswer:
     async def _merged(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Chunks of all prompts as they come, with the prompt's place."""
         if len(self._routed) == 1:
-            async for chunk in self._within_time(self._routed[0].chunks):
-                yield 0, chunk
+            async with aclosing(self._within_time(self._routed[0].chunks)) as chunks:
+                async for chunk in chunks:
+                    yield 0, chunk
             return
-        arrived: asyncio.Queue[tuple[int, Chunk | BackendError | None]] = asyncio.Queue(maxsize=64)
+        arrived: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue()
 
-        async def pump(place: int, chunks: AsyncGenerator[Chunk, None]) -> None:
+        async def pump(place: int, one: RoutedAnswer) -> None:
             try:
-                async for chunk in self._within_time(chunks):
-                    await arrived.put((place, chunk))
-                await arrived.put((place, None))
-            except BackendError as error:
-                await arrived.put((place, error))
+                async with aclosing(self._within_time(one.chunks)) as chunks:
+                    async for chunk in chunks:
+                        arrived.put_nowait((place, chunk))
+            finally:
+                arrived.put_nowait((place, None))
 
-        tasks = [
-            asyncio.create_task(pump(place, one.chunks)) for place, one in enumerate(self._routed)
-        ]
+        tasks = [asyncio.create_task(pump(place, one)) for place, one in enumerate(self._routed)]
         try:
             num_open = len(tasks)
             while num_open:
                 place, item = await arrived.get()
-                if isinstance(item, BackendError):
-                    raise item
-                num_open -= item is None
-                if item is not None:
+                if item is None:
+                    num_open -= 1
+                    await tasks[place]  # raises what ended it, if anything did
+                else:
                     yield place, item
         finally:
             for task in tasks:

@@ -52,11 +52,13 @@ class GatewayLimits:
     entrance: of bodies.
     admission: of what runs at once.
     request_seconds: longest time for an answer, the wait for its turn not included.
+    send_seconds: how long a client may leave a piece of a stream unread.
     """
 
     entrance: EntranceLimits = field(default_factory=EntranceLimits)
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     request_seconds: float = 600.0
+    send_seconds: float = 30.0
 
 
 def build_gateway(
@@ -98,14 +100,16 @@ def build_gateway(
         redoc_url=None,
     )
     faults.install(app)
-    _add_answers(app, router, answering)
+    _add_answers(app, router, answering, send_seconds=limits.send_seconds)
     entrance = Entrance(app, keys=keys, limits=limits.entrance)
     figures.watch(admission, entrance)
     _add_state(app, router, entrance, figures)
     return entrance
 
 
-def _add_answers(app: FastAPI, router: Router, answering: Answering) -> None:
+def _add_answers(
+    app: FastAPI, router: Router, answering: Answering, *, send_seconds: float
+) -> None:
     @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a chat."""
@@ -133,9 +137,8 @@ def _add_answers(app: FastAPI, router: Router, answering: Answering) -> None:
             answer = await unless_client_leaves(request, answering.begin(requests))
             if answer is None:
                 return Response(status_code=499)
-            return EventStream(
-                _events(answer, envelope, includes_usage=body.includes_usage), answer, headers
-            )
+            events = _events(answer, envelope, includes_usage=body.includes_usage)
+            return EventStream(events, answer, headers, send_seconds=send_seconds)
         whole = await unless_client_leaves(request, _whole(answering, requests, envelope))
         if whole is None:
             return Response(status_code=499)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gmpo.serving.answering import RunningAnswer
 
@@ -38,6 +39,7 @@ class EventStream(Response):
         events: text of each.
         answer: what they are made of.
         headers: sent besides.
+        send_seconds: how long the client may leave a piece unread before it counts as gone.
     """
 
     def __init__(
@@ -45,11 +47,14 @@ class EventStream(Response):
         events: AsyncGenerator[str, None],
         answer: RunningAnswer,
         headers: Mapping[str, str],
+        *,
+        send_seconds: float,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._answer = answer
+        self._send_seconds = send_seconds
         self.body = b""
         self.init_headers({**headers, "cache-control": "no-store"})
         del self.headers["content-length"]
@@ -62,7 +67,8 @@ class EventStream(Response):
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                sending.result()
+                with suppress(TimeoutError):
+                    sending.result()
         finally:
             sending.cancel()
             leaving.cancel()
@@ -71,16 +77,21 @@ class EventStream(Response):
             await self._answer.close()
 
     async def _send(self, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
+        start = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        await self._send_in_time(send, start)
         async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            body = {"type": "http.response.body", "body": event.encode(), "more_body": True}
+            await self._send_in_time(send, body)
+        await self._send_in_time(send, {"type": "http.response.body", "body": b""})
+
+    async def _send_in_time(self, send: Send, message: Message) -> None:
+        # Without a limit a client that stops reading would keep its turn for ever.
+        async with asyncio.timeout(self._send_seconds):
+            await send(message)
 
 
 async def _left(receive: Receive) -> None:
