@@ -13,10 +13,11 @@ from pathlib import Path
 import httpx2
 import pytest
 from tests.commands import COMMAND, refusal
+from tests.gateways import served
 from tests.models import save_tiny
 
 from gmpo.serving.server import bound_socket
-from gmpo.store import open_store
+from gmpo.store import ModelVersion, open_store
 
 ASKED = {"model": "tiny", "prompt": "12+3=", "max_tokens": 8, "temperature": 0}
 
@@ -100,6 +101,47 @@ def test_hangup_loads_the_model_anew_and_a_broken_one_changes_nothing(folder: st
     assert swap.model_version == second and swap.payload["seconds"] > 0
 
 
+def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    other = save_tiny(tmp_path / "other", seed=1)
+    with (
+        open_store(path) as store,
+        serving(folder, "--store", path, "--follow", "tiny") as (
+            process,
+            client,
+        ),
+    ):
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        first = client.get("/models").json()["data"][0]["model_version"]
+        versions = [served(other).version, "0" * 16]
+        for version in versions:
+            store.put_model_version(
+                ModelVersion(
+                    version=version,
+                    created=1.0,
+                    name="tiny",
+                    path=other,
+                    parent=None,
+                    lineage={},
+                    metrics={},
+                )
+            )
+        store.set_champion("tiny", expected=None, version=versions[0], reason={})
+        said = next(line for line in lines if "serves in place of" in line)
+        assert versions[0] in said and first in said
+        answer = client.post("/completions", json=ASKED).json()
+        assert answer["system_fingerprint"] == versions[0]
+        store.set_champion("tiny", expected=versions[0], version=versions[1], reason={})
+        said = next(line for line in lines if line.startswith("error"))
+        assert f"champion {versions[1]}" in said and "somebody changed them" in said
+        assert client.get("/models").json()["data"][0]["model_version"] == versions[0]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+        (swap,) = store.events(kinds=["swap"])
+        assert (swap.payload["previous"], swap.payload["version"]) == (first, versions[0])
+
+
 def test_what_cannot_be_served_is_refused_in_one_line(folder: str, tmp_path: Path):
     with bound_socket("127.0.0.1", 0) as taken:
         taken.listen()
@@ -110,6 +152,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder: str, tmp_path: Pat
     empty = tmp_path / "keys"
     empty.write_text("# none\n\n")
     assert "has no API key" in refusal("serve", folder, "--api-keys", str(empty))
+    assert "say which with --store" in refusal("serve", folder, "--follow", "tiny")
     missing = refusal("serve", folder, "--api-keys", str(tmp_path / "none"))
     assert "cannot be read" in missing
 

@@ -194,6 +194,7 @@ TORCH_FREE = (
     "gmpo.serving.event_stream",
     "gmpo.serving.faults",
     "gmpo.serving.figures",
+    "gmpo.serving.following",
     "gmpo.serving.protocol",
     "gmpo.serving.recording",
     "gmpo.serving.responses",

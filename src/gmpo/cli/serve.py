@@ -7,9 +7,9 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ import typer
 
 from gmpo.cli.conventions import model_name, refuses_clearly, say, warn
 from gmpo.config import ModelConfig
-from gmpo.errors import ConfigError, DependencyError, GmpoError
+from gmpo.errors import ConfigError, DependencyError, GmpoError, ModelError
 from gmpo.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -27,43 +27,57 @@ if TYPE_CHECKING:
     from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel
     from gmpo.serving.entrance import Entrance
     from gmpo.serving.figures import GatewayFigures
+    from gmpo.serving.following import ChampionFollower
     from gmpo.serving.recording import EventWriter
+    from gmpo.store import ModelVersion, Store
 
 __all__ = ["serve"]
 
 _INTERRUPTED = 130
 
 
+_Name = Annotated[
+    str | None, typer.Option(help="What clients call it; default: the last part of MODEL.")
+]
+_Keys = Annotated[
+    Path | None, typer.Option(help="File of API keys, one a line; default: GMPO_API_KEYS.")
+]
+_StoreUrl = Annotated[
+    str | None, typer.Option(help="Where answers are recorded: a SQLite file or a PostgreSQL URL.")
+]
+_Follow = Annotated[
+    str | None,
+    typer.Option(help="Model of --store whose champion is served, once it is not MODEL."),
+]
+_Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or auto; default: the run's own, or auto.")
+]
+_MaxRunning = Annotated[
+    int, typer.Option(min=1, help="Completions taken at once; other requests wait.")
+]
+_DrainSeconds = Annotated[
+    float, typer.Option(min=0.0, help="How long requests may go on after SIGTERM.")
+]
+
+
 @refuses_clearly
 def serve(
     model: Annotated[str, typer.Argument(help="Model name, model folder, or run folder.")],
-    name: Annotated[
-        str | None, typer.Option(help="What clients call it; default: the last part of MODEL.")
-    ] = None,
+    name: _Name = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8000,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys, one a line; default: GMPO_API_KEYS.")
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(help="Where answers are recorded: a SQLite file or a PostgreSQL URL."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or auto; default: the run's own, or auto.")
-    ] = None,
+    api_keys: _Keys = None,
+    store: _StoreUrl = None,
+    follow: _Follow = None,
+    dtype: _Dtype = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 32,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
-    max_running: Annotated[
-        int, typer.Option(min=1, help="Completions taken at once; other requests wait.")
-    ] = 64,
+    max_running: _MaxRunning = 64,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 256,
     queue_seconds: Annotated[float, typer.Option(min=0.0, help="Longest wait.")] = 30.0,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest answer.")] = 600.0,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long requests may go on after SIGTERM.")
-    ] = 30.0,
+    drain_seconds: _DrainSeconds = 30.0,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Longest body.")] = 1 << 20,
 ) -> None:
     """Serve a model to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads MODEL anew."""
@@ -88,12 +102,19 @@ def serve(
     engine = EngineLimits(
         max_rows=max_rows, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
     )
-    with bound_socket(host, port) as bound, _recording(store) as (figures, events):
-        load = _loader(model, dtype, engine)
-        backend = _backend(load, name or _last_part(model), engine)
-        gateway = _gateway(backend, limits, keys, figures, events)
-        reload = partial(_reload, backend, load, events)
-        _run(gateway, bound, reload, drain_seconds, partial(_announce, backend, host))
+    if follow is not None and store is None:
+        raise ConfigError("--follow names a model of the store; say which with --store")
+    with bound_socket(host, port) as bound, _recording(store) as records:
+        changes = _Changes(
+            backend=_backend(model, dtype, name or _last_part(model), engine),
+            model=model,
+            dtype=dtype,
+            max_rows=max_rows,
+            events=records.events,
+        )
+        gateway = _gateway(changes.backend, limits, keys, records)
+        follower = None if follow is None else _follower(records, follow, changes)
+        _run(gateway, bound, changes, follower, drain_seconds)
 
 
 def _require_packages() -> None:
@@ -104,18 +125,27 @@ def _require_packages() -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Records:
+    """The gateway's figures, and its store with what writes to it, where there is one."""
+
+    figures: GatewayFigures
+    events: EventWriter | None = None
+    store: Store | None = None
+
+
 @contextmanager
-def _recording(store: str | None) -> Iterator[tuple[GatewayFigures, EventWriter | None]]:
-    """The gateway's figures, and what writes its events where there is a store for them."""
+def _recording(url: str | None) -> Iterator[_Records]:
+    """Open the store, and write what waits before it is closed."""
     from gmpo.host_memory import resident_bytes
     from gmpo.serving.figures import GatewayFigures
     from gmpo.serving.recording import EventWriter
     from gmpo.store import open_store
 
-    if store is None:
-        yield GatewayFigures(), None
+    if url is None:
+        yield _Records(figures=GatewayFigures())
         return
-    opened = open_store(store)
+    opened = open_store(url)
     figures: GatewayFigures | None = None
 
     def sample() -> dict[str, float]:
@@ -125,7 +155,7 @@ def _recording(store: str | None) -> Iterator[tuple[GatewayFigures, EventWriter 
     writer = EventWriter(opened, sample=sample)
     figures = GatewayFigures(events=writer.counts)
     try:
-        yield figures, writer
+        yield _Records(figures=figures, events=writer, store=opened)
     finally:
         writer.close()
         opened.close()
@@ -136,28 +166,16 @@ def _recording(store: str | None) -> Iterator[tuple[GatewayFigures, EventWriter 
             )
 
 
-def _loader(model: str, dtype: str | None, limits: EngineLimits) -> Callable[[], ServedModel]:
-    from gmpo.serving.engine import load_served_model
+def _backend(model: str, dtype: str | None, name: str, limits: EngineLimits) -> EmbeddedBackend:
+    from gmpo.serving.engine import EmbeddedBackend, load_served_model
 
-    def load() -> ServedModel:
-        config = _model_config(model, dtype)
-        return load_served_model(config, max_rows=limits.max_rows, warn=warn)
-
-    return load
-
-
-def _backend(load: Callable[[], ServedModel], name: str, limits: EngineLimits) -> EmbeddedBackend:
-    from gmpo.serving.engine import EmbeddedBackend
-
-    return EmbeddedBackend(load(), name=name, limits=limits)
+    config = _model_config(model, dtype)
+    loaded = load_served_model(config, max_rows=limits.max_rows, warn=warn)
+    return EmbeddedBackend(loaded, name=name, limits=limits)
 
 
 def _gateway(
-    backend: EmbeddedBackend,
-    limits: GatewayLimits,
-    keys: ApiKeys,
-    figures: GatewayFigures,
-    events: EventWriter | None,
+    backend: EmbeddedBackend, limits: GatewayLimits, keys: ApiKeys, records: _Records
 ) -> Entrance:
     from gmpo.serving.app import build_gateway
     from gmpo.serving.backend import OneBackendRouter
@@ -166,17 +184,89 @@ def _gateway(
         OneBackendRouter(backend),
         limits=limits,
         keys=keys,
-        observers=() if events is None else (events.observe,),
-        figures=figures,
+        observers=() if records.events is None else (records.events.observe,),
+        figures=records.figures,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changes:
+    """Changes of the weights that serve."""
+
+    backend: EmbeddedBackend
+    model: str
+    dtype: str | None
+    max_rows: int
+    events: EventWriter | None
+
+    async def reload(self) -> None:
+        """Load the model anew; if that fails, the old one goes on serving."""
+        before = self.backend.model_version
+        try:
+            await self._swap(lambda: self._load(_model_config(self.model, self.dtype)))
+        except GmpoError as error:
+            self.complain(f"{error}; version {before} goes on serving")
+            return
+        if self.backend.model_version == before:
+            warn(f"the weights are still version {before}; nothing changed")
+
+    async def serve(self, version: ModelVersion) -> None:
+        """Serve a registered version, prompted as the model is."""
+
+        def load() -> ServedModel:
+            config = _model_config(self.model, self.dtype).model_copy(update={"name": version.path})
+            loaded = self._load(config)
+            if loaded.version != version.version:
+                raise ModelError(
+                    f"the weights at {version.path} are version {loaded.version}; somebody changed "
+                    "them: restore them, or register them as what they are"
+                )
+            return loaded
+
+        await self._swap(load)
+
+    def complain(self, message: str) -> None:
+        """Say on stderr what could not be done."""
+        say("error", message, style="red")
+
+    def _load(self, config: ModelConfig) -> ServedModel:
+        from gmpo.serving.engine import load_served_model
+
+        return load_served_model(config, max_rows=self.max_rows)
+
+    async def _swap(self, load: Callable[[], ServedModel]) -> None:
+        swap = await self.backend.swap(load)
+        if swap.version == swap.previous:
+            return
+        warn(f"version {swap.version} serves in place of {swap.previous}")
+        if self.events is not None:
+            from gmpo.store import Event
+
+            payload = {"previous": swap.previous, "version": swap.version, "seconds": swap.seconds}
+            self.events.put(
+                Event(kind="swap", time=time.time(), payload=payload, model_version=swap.version)
+            )
+
+
+def _follower(records: _Records, name: str, changes: _Changes) -> ChampionFollower:
+    from gmpo.serving.following import ChampionFollower
+
+    assert records.store is not None
+    return ChampionFollower(
+        records.store,
+        name,
+        serve=changes.serve,
+        served=lambda: changes.backend.model_version,
+        tell=changes.complain,
     )
 
 
 def _run(
     gateway: Entrance,
     bound: socket.socket,
-    reload: Callable[[], Awaitable[None]],
+    changes: _Changes,
+    follower: ChampionFollower | None,
     drain_seconds: float,
-    announce: Callable[[int], None],
 ) -> None:
     """Serve until a signal ends it."""
     from gmpo.serving.server import GatewayServer, ServerSettings
@@ -184,8 +274,9 @@ def _run(
     server = GatewayServer(
         gateway,
         settings=ServerSettings(drain_seconds=drain_seconds),
-        reload=reload,
-        started=lambda: announce(bound.getsockname()[1]),
+        reload=changes.reload if follower is None else follower.look_again,
+        started=lambda: _announce(changes.backend, bound),
+        beside=() if follower is None else (follower.run,),
     )
     asyncio.run(server.serve(sockets=[bound]))
     if server.num_cut:
@@ -219,31 +310,10 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _announce(backend: EmbeddedBackend, host: str, port: int) -> None:
+def _announce(backend: EmbeddedBackend, bound: socket.socket) -> None:
+    host, port = bound.getsockname()[:2]
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     print(
         f"serving {backend.name} (version {backend.model_version}) at http://{where}/v1",
         flush=True,
     )
-
-
-async def _reload(
-    backend: EmbeddedBackend, load: Callable[[], ServedModel], events: EventWriter | None
-) -> None:
-    """Load the model anew; if that fails, the old one goes on serving."""
-    try:
-        swap = await backend.swap(load)
-    except GmpoError as error:
-        say("error", f"{error}; version {backend.model_version} goes on serving", style="red")
-        return
-    if swap.version == swap.previous:
-        warn(f"the weights are still version {swap.version}; nothing changed")
-        return
-    warn(f"version {swap.version} serves in place of {swap.previous}")
-    if events is not None:
-        from gmpo.store import Event
-
-        payload = {"previous": swap.previous, "version": swap.version, "seconds": swap.seconds}
-        events.put(
-            Event(kind="swap", time=time.time(), payload=payload, model_version=swap.version)
-        )

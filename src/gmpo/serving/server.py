@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,6 +70,7 @@ class GatewayServer(uvicorn.Server):
         settings: time limits.
         reload: called on SIGHUP.
         started: called once it listens.
+        beside: work that runs while it serves, and is cancelled when it ends.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class GatewayServer(uvicorn.Server):
         settings: ServerSettings,
         reload: Callable[[], Awaitable[None]] | None = None,
         started: Callable[[], None] = lambda: None,
+        beside: Sequence[Callable[[], Awaitable[None]]] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -99,6 +101,7 @@ class GatewayServer(uvicorn.Server):
         self._settings = settings
         self._reload = reload
         self._started = started
+        self._beside = beside
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended_by: int | None = None
         """Signal that ended it."""
@@ -108,7 +111,16 @@ class GatewayServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
+        for work in self._beside:
+            self._soon(work())
         self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what runs beside, then serve no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
