@@ -22,16 +22,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx2
 import numpy as np
 import torch
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
 from benchmarks.options import add_threads, require_at_least_one, require_threads
 from gmpo.config import ModelConfig
+from gmpo.records import Message, Prompt
 from gmpo.sampler.requests import Completion, SampleRequest
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.app import GatewayLimits, build_gateway
@@ -86,14 +88,15 @@ class Added:
 
 
 def prompts_of(load: Load) -> list[str]:
-    """Prompts that are all different, so that an answer tells whose it is."""
-    return [f"Tell a short story about the number {n}." for n in range(load.num_prompts)]
+    """Turns that are all different, so that an answer tells whose it is."""
+    return [f"Tell a long story about the number {n}." for n in range(load.num_prompts)]
 
 
 def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
     """Work off the prompts with as many in flight as there are clients."""
-    prompts = prompts_of(load)
-    ids = [tuple(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    turns = [(Message(role="user", content=turn),) for turn in prompts_of(load)]
+    rendered = model.renderer.render_all([Prompt(id="", messages=turn) for turn in turns])
+    ids = [prompt.token_ids or () for prompt in rendered]
     sampler = model.source.sampler
     numbers = itertools.count()
 
@@ -194,15 +197,28 @@ def added_latency(
             pass
         return time.perf_counter() - began
 
+    body = json.dumps({"model": NAME, **asked})
+    address = urlsplit(url)
+    connection = HTTPConnection(address.hostname or "", address.port)
+
+    def over_http() -> float:
+        began = time.perf_counter()
+        connection.request(
+            "POST", f"{address.path}/completions", body, {"content-type": "application/json"}
+        )
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200, response.status
+        return time.perf_counter() - began
+
     straight, through = [], []
-    with httpx2.Client(base_url=url, timeout=60) as client:
-        for number in range(pairs + 5):
-            measured = asyncio.run_coroutine_threadsafe(direct(number), loop).result()
-            began = time.perf_counter()
-            client.post("/completions", json={"model": NAME, **asked}).raise_for_status()
-            if number >= 5:  # the first ones open the connection
-                straight.append(measured)
-                through.append(time.perf_counter() - began)
+    for number in range(pairs + 5):
+        measured = asyncio.run_coroutine_threadsafe(direct(number), loop).result()
+        measured_too = over_http()
+        if number >= 5:  # the first ones open the connection
+            straight.append(measured)
+            through.append(measured_too)
+    connection.close()
     both = [1000 * np.quantile(times, [0.5, 0.99]) for times in (straight, through)]
     p50, p99 = (both[1] - both[0]).tolist()
     return Added(p50=p50, p99=p99, direct_p50=float(both[0][0]), pairs=pairs)

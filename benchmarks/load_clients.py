@@ -25,10 +25,10 @@ async def ask_until(
         place = number % len(job["prompts"])
         number += job["clients"]
         response = await client.post(
-            "/completions",
+            "/chat/completions",
             json={
                 "model": job["model"],
-                "prompt": job["prompts"][place],
+                "messages": [{"role": "user", "content": job["prompts"][place]}],
                 "max_tokens": job["max_tokens"],
                 "temperature": 0,
             },
@@ -42,7 +42,7 @@ async def ask_until(
         }
         if response.status_code == 200:
             body = response.json()
-            answer["text"] = body["choices"][0]["text"]
+            answer["text"] = body["choices"][0]["message"]["content"]
             answer["tokens"] = body["usage"]["completion_tokens"]
         else:
             await asyncio.sleep(float(response.headers.get("retry-after", "0.1")))
