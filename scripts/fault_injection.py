@@ -270,7 +270,7 @@ def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     A run has recovered if it was finished, and its reward of the last ten rounds is not below that
     of the worst run without a fault.
     """
-    healthy = [each["final_reward"] for each in outcomes if each["fault"] == "none"]
+    healthy = {each["seed"]: each["final_reward"] for each in outcomes if each["fault"] == "none"}
     cells: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         cells.setdefault((outcome["fault"], outcome["guard"]), []).append(outcome)
@@ -278,15 +278,20 @@ def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def _row(
-    fault: str, guard: str, runs: Sequence[Outcome], healthy: Sequence[float]
+    fault: str, guard: str, runs: Sequence[Outcome], healthy: Mapping[int, float]
 ) -> dict[str, Any]:
     delays = [each["rounds_to_alarm"] for each in runs if each["rounds_to_alarm"] is not None]
     found = sum(delay <= FOUND_WITHIN for delay in delays)
     finals = [each["final_reward"] for each in runs if each["final_reward"] is not None]
     recovered = [
-        each["ended"] == "finished" and each["final_reward"] >= min(healthy)
+        each["ended"] == "finished" and each["final_reward"] >= min(healthy.values())
         for each in runs
         if healthy and each["final_reward"] is not None
+    ]
+    behind = [
+        healthy[each["seed"]] - each["final_reward"]
+        for each in runs
+        if each["seed"] in healthy and each["final_reward"] is not None
     ]
     return {
         "fault": fault,
@@ -300,6 +305,7 @@ def _row(
         "skipped_steps": [each["skipped_steps"] for each in runs],
         "ended": dict(Counter(each["ended"] for each in runs)),
         "final_reward": [min(finals), fmean(finals), max(finals)] if finals else None,
+        "behind_healthy_same_seed": fmean(behind) if behind else None,
         "recovered": sum(recovered) if healthy else None,
     }
 
@@ -307,17 +313,19 @@ def _row(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| fault | guard | found within 30 rounds | rounds to the alarm | first alarm | roll-backs "
-        "| ended | final reward | recovered |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| ended | final reward | behind its healthy twin | recovered |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         delay, final = row["rounds_to_alarm"], row["final_reward"]
+        behind = row["behind_healthy_same_seed"]
         lines.append(
             f"| {row['fault']} | {row['guard']} | {row['found']} of {row['runs']} "
             f"| {'-' if delay is None else f'{delay[1]:g} ({delay[0]} to {delay[2]})'} "
             f"| {_counted(row['first_alarms']) or '-'} | {', '.join(map(str, row['rollbacks']))} "
             f"| {_counted(row['ended'])} "
             f"| {'-' if final is None else f'{final[1]:.3f} ({final[0]:.3f} to {final[2]:.3f})'} "
+            f"| {'-' if behind is None else f'{behind:+.3f}'} "
             f"| {row['recovered']} of {row['runs']} |"
         )
     return "\n".join(lines)

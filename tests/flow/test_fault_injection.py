@@ -89,8 +89,9 @@ def test_a_fault_that_stays_ends_the_run(policy: str, tmp_path: Path):
     assert measured(tmp_path, ended, first_round=2)["rollbacks"] == 3
 
 
-def outcome(fault: str, *, final: float | None, **changes: Any) -> dict[str, Any]:
+def outcome(fault: str, seed: int, *, final: float | None, **changes: Any) -> dict[str, Any]:
     return {
+        "seed": seed,
         "fault": fault,
         "guard": "mend",
         "ended": "finished",
@@ -107,18 +108,20 @@ def test_the_table_counts_what_was_found_and_what_recovered():
     soon = late | {"rounds_to_alarm": 5}
     healthy, broken = table(
         [
-            outcome("none", final=0.5),
-            outcome("none", final=0.7),
-            outcome("weights", final=0.5, **soon),
-            outcome("weights", final=0.4, **late),
-            outcome("weights", final=0.9, ended="stopped by the guard", **soon),
-            outcome("weights", final=None, ended="not finite"),
+            outcome("none", 0, final=0.5),
+            outcome("none", 1, final=0.7),
+            outcome("weights", 0, final=0.5, **soon),
+            outcome("weights", 1, final=0.4, **late),
+            outcome("weights", 2, final=0.9, ended="stopped by the guard", **soon),
+            outcome("weights", 3, final=None, ended="not finite"),
         ]
     )
     assert (healthy["found"], healthy["recovered"], healthy["rounds_to_alarm"]) == (0, 2, None)
     assert (broken["runs"], broken["found"], broken["recovered"]) == (4, 2, 1)
     assert broken["rounds_to_alarm"] == [5, 5, 31]
     assert broken["first_alarms"] == {"reward_drop": 3}
+    # Two of them have a healthy run of the same seed: 0.5 - 0.5 and 0.7 - 0.4.
+    assert broken["behind_healthy_same_seed"] == pytest.approx(0.15)
     assert broken["final_reward"] == pytest.approx([0.4, 0.6, 0.9])
     assert "| weights | mend | 2 of 4 | 5 (5 to 31) | reward_drop 3 | 1, 1, 1, 0 |" in markdown(
         [healthy, broken]
