@@ -89,9 +89,18 @@ def main() -> int:
     rows = table(outcomes)
     print(markdown(rows))
     if arguments.json:
-        report = {"made_with": provenance(), "settings": settings(), "table": rows}
+        commits = ", ".join(sorted({str(each["commit"]) for each in outcomes}))
+        report = {
+            "made_with": {**provenance(), "commit": commits},
+            "settings": settings(),
+            "table": rows,
+            "runs": [
+                {key: value for key, value in each.items() if key not in ("settings", "commit")}
+                for each in outcomes
+            ],
+        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**report, "runs": outcomes}, indent=1, allow_nan=False)
+        text = json.dumps(report, indent=1, allow_nan=False)
         arguments.json.write_text(text + "\n")
     return 0
 
