@@ -115,16 +115,17 @@ def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
     for _ in range(load.clients):
         submit()
     texts: dict[int, str] = {}
-    num_tokens, began = 0, time.perf_counter()
-    while (passed := time.perf_counter() - began) < seconds:
+    # Up to the last completion: what is running then counts neither tokens nor time.
+    num_tokens, last, began = 0, 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds or not num_tokens:
         for event in sampler.step():
             if isinstance(event, Completion):
-                num_tokens += len(event.token_ids)
+                num_tokens, last = num_tokens + len(event.token_ids), time.perf_counter() - began
                 place = int(event.request_id) % len(ids)
                 texts[place] = model.texts.of_completion(event.token_ids.tolist())
                 submit()
     model.source.renew()  # leaves the rows that were not finished
-    return Offline(tokens_per_second=num_tokens / passed, texts=texts)
+    return Offline(tokens_per_second=num_tokens / last, texts=texts)
 
 
 @contextmanager
@@ -170,13 +171,14 @@ def run_clients(url: str, load: Load, offline: Offline) -> Served:
     )
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     good = [answer for answer in answers if answer["status"] == 200]
-    in_time = sum(answer["tokens"] for answer in good if answer["in_time"])
+    in_time = [answer for answer in good if answer["ended"] <= load.seconds] or good
     compared = [answer for answer in good if answer["place"] in offline.texts]
     equal = [one for one in compared if one["text"] == offline.texts[one["place"]]]
     seconds = np.array([answer["seconds"] for answer in good] or [np.nan])
     return Served(
         statuses=dict(Counter(answer["status"] for answer in answers)),
-        tokens_per_second=in_time / load.seconds,
+        tokens_per_second=sum(answer["tokens"] for answer in in_time)
+        / max((answer["ended"] for answer in in_time), default=load.seconds),
         median_seconds=float(np.median(seconds)),
         p99_seconds=float(np.quantile(seconds, 0.99)),
         num_compared=len(compared),
