@@ -24,7 +24,8 @@ from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
 
 from gmpo.config import RunConfig
-from gmpo.guard import GuardEvent, GuardState, decide
+from gmpo.guard import GuardState, decide
+from gmpo.guard_events import GuardEvent
 from gmpo.statistics import wilson_interval
 from gmpo.tracking import provenance, read_lines
 from gmpo.training import train

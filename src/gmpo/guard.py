@@ -13,27 +13,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from gmpo.detectors import Baseline, Direction, drift_onset, drifts, robust_baseline, scaled
+from gmpo.guard_events import RESPONSES, GuardEvent
 from gmpo.spikes import StepVerdict
 
 __all__ = [
-    "RESPONSES",
-    "Action",
-    "GuardEvent",
     "GuardState",
-    "Response",
-    "Severity",
+    "Measured",
     "Track",
     "decide",
+    "judge_evaluation",
     "non_finite_event",
     "skipped_step_event",
 ]
 
-Action = Literal["warn", "skip_step", "roll_back"]
-Severity = Literal["warning", "critical"]
-
+_HELD_OUT_ERRORS = 4.5
 _WARM_UP_ROUNDS = 20
 """Rounds of the baseline; 80 optimizer steps with 4 a round."""
 _RECENT_ROUNDS = 5
@@ -42,103 +38,6 @@ _MOST_VALUES = 200
 _DEAD_SHARE = 0.9
 _LOST_SHARE = 0.5
 _TINY = 1e-12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Response:
-    """What an alarm leads to, and what a person should do about its cause."""
-
-    action: Action
-    recommended_action: str
-
-
-RESPONSES: Mapping[str, Response] = {
-    "ratio_explosion": Response(
-        action="roll_back",
-        recommended_action="lower training.learning_rate, take fewer training.steps_per_round, or "
-        "narrow objective.clip_low and clip_high",
-    ),
-    "gradient_growth": Response(
-        action="roll_back", recommended_action="lower training.learning_rate or let it decay"
-    ),
-    "reward_drop": Response(
-        action="roll_back",
-        recommended_action="look at the texts before and after; lower training.learning_rate, or "
-        "find out whether the reward function changed",
-    ),
-    "entropy_surge": Response(
-        action="roll_back",
-        recommended_action="lower training.learning_rate or add objective.kl_coefficient",
-    ),
-    "entropy_collapse": Response(
-        action="warn",
-        recommended_action="lower training.learning_rate or add a small "
-        "objective.entropy_coefficient",
-    ),
-    "length_runaway": Response(
-        action="warn",
-        recommended_action="set reward.truncated = 'zero', or look for a reward that pays length",
-    ),
-    "dead_groups": Response(
-        action="warn",
-        recommended_action="take easier or harder items, raise sampling.group_size, or set "
-        "sampling.dynamic = 'refill'",
-    ),
-    "sampler_mismatch": Response(
-        action="roll_back",
-        recommended_action="sampler and trainer do not run the same weights; report it",
-    ),
-    "reward_missing": Response(
-        action="warn",
-        recommended_action="read `error` in rollouts.jsonl: a reward function fails or returns NaN",
-    ),
-    "non_finite": Response(
-        action="roll_back",
-        recommended_action="lower training.learning_rate; go on from a checkpoint before it",
-    ),
-    "gradient_spike": Response(
-        action="skip_step",
-        recommended_action="a single one needs nothing; if they come again, look at the texts of "
-        "these rounds, or lower training.learning_rate",
-    ),
-}
-"""Every alarm there is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardEvent:
-    """One alarm with its evidence.
-
-    Attributes:
-        alarm: a key of `RESPONSES`.
-        action: what is to be done now.
-        round: in which it was raised.
-        onset: round with which the trouble most likely began; a healthy checkpoint is older.
-        metric: that shows it.
-        value: of the metric, recent rounds together; None if there is no number.
-        baseline: where it lay while healthy; None for a bound that needs none.
-        threshold: that was passed.
-        test: "bound", "Page-Hinkley" or "ADWIN".
-        recommended_action: for a person.
-        step: optimizer step that it is about; None where it is about a round.
-    """
-
-    alarm: str
-    action: Action
-    round: int
-    onset: int
-    metric: str
-    value: float | None
-    baseline: float | None
-    threshold: float | None
-    test: str
-    recommended_action: str
-    step: int | None = None
-
-    @property
-    def severity(self) -> Severity:
-        """Critical where going on from these weights is likely to waste the rest of the run."""
-        return "critical" if self.action == "roll_back" else "warning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +58,15 @@ class Track:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Held-out accuracy, in 0..1, of the weights after a round, on so many items."""
+
+    round: int
+    accuracy: float
+    items: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardState:
     """What the guard remembers between rounds: plain numbers.
 
@@ -166,11 +74,13 @@ class GuardState:
         tracks: by alarm.
         dead_rounds: rounds in a row in which nearly all groups were dead.
         raised: alarms whose cause goes on; each is told once.
+        best: held-out evaluation, the best since the last alarm about one; None before the first.
     """
 
     tracks: Mapping[str, Track] = field(default_factory=dict)
     dead_rounds: int = 0
     raised: tuple[str, ...] = ()
+    best: Measured | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> GuardState:
@@ -184,7 +94,13 @@ class GuardState:
                 baseline=None if baseline is None else Baseline(**baseline),
                 first_center=track["first_center"],
             )
-        return cls(tracks=tracks, dead_rounds=record["dead_rounds"], raised=tuple(record["raised"]))
+        best = record["best"]
+        return cls(
+            tracks=tracks,
+            dead_rounds=record["dead_rounds"],
+            raised=tuple(record["raised"]),
+            best=None if best is None else Measured(**best),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +203,40 @@ def decide(
     events = tuple(_events(metrics, seen, round_number))
     new = tuple(event for event in events if event.alarm not in state.raised)
     return new, replace(seen, raised=tuple(event.alarm for event in events))
+
+
+def judge_evaluation(
+    measured: Measured, state: GuardState
+) -> tuple[tuple[GuardEvent, ...], GuardState]:
+    """The alarm that a held-out evaluation raises, if it does, and the next state.
+
+    The reward says what training pays for, held-out accuracy whether that is what was meant. It has
+    dropped if it lies more than 4.5 standard errors of a difference of two shares below the best
+    one, with n the smaller number of items and m the mean of both:
+
+        best - now > 4.5 sqrt(2 m (1 - m) / n)
+
+    Both ask the same items, so their difference scatters less than that. After an alarm the lower
+    accuracy is what the next one is measured from.
+    """
+    best = state.best
+    if best is None or measured.accuracy >= best.accuracy:
+        return (), replace(state, best=measured)
+    middle = (best.accuracy + measured.accuracy) / 2
+    error = math.sqrt(2 * middle * (1 - middle) / min(best.items, measured.items))
+    if best.accuracy - measured.accuracy <= _HELD_OUT_ERRORS * error:
+        return (), state
+    event = _event(
+        "held_out_drop",
+        measured.round,
+        metric="evaluation/accuracy",
+        value=measured.accuracy,
+        baseline=best.accuracy,
+        threshold=best.accuracy - _HELD_OUT_ERRORS * error,
+        # The weights after the best evaluation's round are healthy, and so is the round after it.
+        onset=best.round + 2,
+    )
+    return (event,), replace(state, best=measured)
 
 
 def non_finite_event(round_number: int) -> GuardEvent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from gmpo.checkpoint import (
 from gmpo.config import RunConfig
 from gmpo.errors import GuardStopped, NonFiniteError, RunStopped
 from gmpo.evaluation import Evaluation
+from gmpo.guard import Measured
 from gmpo.inputs import Given
 from gmpo.outlook import Outlook
 from gmpo.reporting import rollout_records, round_metrics
@@ -30,7 +31,7 @@ from gmpo.steps import RoundUpdate, update_policy
 from gmpo.tracked_attempts import TrackedAttempts
 from gmpo.trackers import Trackers, require_packages
 from gmpo.tracking import RunFolder, read_lines
-from gmpo.watch import Watched, watch_non_finite, watch_round
+from gmpo.watch import Watched, watch_evaluation, watch_non_finite, watch_round
 
 __all__ = ["Report", "TrainingResult", "train"]
 
@@ -117,14 +118,15 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
                 trackers.of(state.attempt, mended_recipe(parts.config, attempt=state.attempt))
                 while state.round < config.training.rounds:
                     watched, done = _watched_round(run, parts, trackers, state, report)
+                    if watched.to_round is None:
+                        compared = outlook.compare(done.metrics, round_number=done.round)
+                        _tell(report, compared, round_number=done.round)
+                        watched = _watched_evaluation(run, parts, watched, before, report)
                     state = watched.state
                     if watched.to_round is not None:
                         state = roll_back(run, parts, state, to_round=watched.to_round, warn=warn)
                         report(_standing("rolled_back", parts, state))
                         continue
-                    compared = outlook.compare(done.metrics, round_number=done.round)
-                    _tell(report, compared, round_number=done.round)
-                    _evaluate_during(run, parts, state, report)
                     _checkpoint_if_due(run, parts, state, report)
                     _stop_on(watched, run, parts)
                     _stop_if(should_stop, run, parts, state)
@@ -247,17 +249,44 @@ def _recorded_evaluations(run: RunFolder, stage: str) -> tuple[Evaluation, ...]:
     return ()
 
 
+def _watched_evaluation(
+    run: RunFolder,
+    parts: TrainingParts,
+    watched: Watched,
+    before: Sequence[Evaluation],
+    report: Callable[[Report], None],
+) -> Watched:
+    """The held-out evaluation of this round, if it is due, and what the guard says of it."""
+    result = _evaluate_during(run, parts, watched.state, report)
+    if result is None or result.measure != "accuracy":
+        return watched
+    untrained = next((each for each in before if each.name == "greedy"), None)
+    return watch_evaluation(
+        run,
+        parts.config.guard,
+        watched=watched,
+        measured=_measured(result, watched.state.round),
+        untrained=_measured(untrained, 0) if untrained else None,
+        warn=parts.warn,
+    )
+
+
+def _measured(evaluation: Evaluation, round_number: int) -> Measured:
+    return Measured(round=round_number, accuracy=evaluation.mean, items=evaluation.num_items)
+
+
 def _evaluate_during(
     run: RunFolder, parts: TrainingParts, state: TrainingState, report: Callable[[Report], None]
-) -> None:
+) -> Evaluation | None:
     evaluation = parts.config.evaluation
     if not parts.held_out or not evaluation.every_rounds or state.round % evaluation.every_rounds:
-        return
+        return None
     evaluator = parts.evaluator_at(step=state.step, prompts_taken=state.prompts_taken)
     result = evaluator.greedy(parts.held_out[: evaluation.items_during])
     metrics = {f"evaluation/{result.measure}": result.mean}
     run.log_metrics("evaluation", metrics, round=state.round, step=state.step)
     report(Report(stage="evaluation", round=state.round, metrics=metrics, evaluations=(result,)))
+    return result
 
 
 def _evaluate_fully(

@@ -11,8 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gmpo.checkpoint import TrainingState, checkpoint_round, checkpoints_newest_first
-from gmpo.guard import GuardEvent, GuardState, decide, non_finite_event, skipped_step_event
+from gmpo.guard import (
+    GuardState,
+    Measured,
+    decide,
+    judge_evaluation,
+    non_finite_event,
+    skipped_step_event,
+)
 from gmpo.guard_config import GuardConfig
+from gmpo.guard_events import GuardEvent
 from gmpo.spikes import StepVerdict
 from gmpo.tracking import RunFolder
 
@@ -22,6 +30,7 @@ __all__ = [
     "alarm_sentence",
     "answer_to",
     "round_to_go_back_to",
+    "watch_evaluation",
     "watch_non_finite",
     "watch_round",
 ]
@@ -84,6 +93,39 @@ def watch_round(
     alarms, remembered = decide(metrics, remembered, round_number=state.round)
     state = replace(state, guard=asdict(remembered))
     return _answered(run, guard, state, [*skipped, *alarms], warn)
+
+
+def watch_evaluation(
+    run: RunFolder,
+    guard: GuardConfig,
+    *,
+    watched: Watched,
+    measured: Measured,
+    untrained: Measured | None,
+    warn: Callable[[str], None],
+) -> Watched:
+    """What the guard says of a round once its weights have been evaluated.
+
+    Args:
+        run: the run's folder.
+        guard: the recipe's table.
+        watched: what it said of the round itself.
+        measured: held-out accuracy after that round.
+        untrained: likewise, before the first; None if it is not known.
+        warn: told each event.
+
+    Raises:
+        RunFolderError: a line cannot be written.
+    """
+    if guard.mode == "off":
+        return watched
+    remembered = GuardState.from_record(watched.state.guard)
+    if remembered.best is None:
+        remembered = replace(remembered, best=untrained)
+    events, remembered = judge_evaluation(measured, remembered)
+    state = replace(watched.state, guard=asdict(remembered))
+    answered = _answered(run, guard, state, events, warn)
+    return answered if watched.answer == "go_on" else replace(watched, state=state)
 
 
 def watch_non_finite(

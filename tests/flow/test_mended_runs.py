@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts.tiny_policy import sums_recipe, warm_policy
 from tests import guard_rewards
 from tests.commands import process
 from tests.killed_runs import Death, digest, run_in_process
@@ -175,3 +176,25 @@ def test_without_a_spike_nothing_is_left_out_and_the_weights_are_the_same(
     assert summarize_run(without).skipped_steps_total is None
     left, right = (digest(latest_checkpoint(f / "checkpoints")) for f in (with_rule, without))
     assert left == right
+
+
+def test_a_policy_that_unlearns_what_was_meant_is_taken_back(model: str, tmp_path: Path):
+    """The reward pays for another thing than the held-out answers: it rises and they fall."""
+    policy = warm_policy(tmp_path / "policy", steps=250)
+    config = sums_recipe(
+        policy,
+        task__held_out_items=60,
+        reward={"weights": {"format": 1.0}, "format_pattern": r"0.*"},
+        training={"rounds": 12, "steps_per_round": 4, "learning_rate": 1e-3, "seed": 0},
+        checkpoint={"every_rounds": 2, "keep": 3},
+        evaluation={"every_rounds": 4, "items_during": 60, "few_shot": 0, "sampled": False},
+        guard={"mode": "mend", "learning_rate_factor": 0.001, "most_rollbacks": 2},
+    )
+    train(config, folder=tmp_path / "run", warn=lambda _: None)
+    (event,) = [e for e in events(tmp_path / "run") if e["alarm"] == "held_out_drop"]
+    assert event["taken"] == "roll_back"
+    assert event["to_round"] == event["onset"] - 2  # whose weights were evaluated as healthy
+    assert event["value"] < event["threshold"] < event["baseline"]
+    evaluations = metric_lines(tmp_path / "run", "evaluation")
+    assert [line["round"] for line in evaluations] == [4, 8, 12]
+    assert all(line["evaluation/accuracy"] > event["threshold"] for line in evaluations)

@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "records",
         "task_config",
         "guard_config",
+        "guard_events",
         "config",
         "recipe",
         "named_functions",

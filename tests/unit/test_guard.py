@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gmpo.guard import RESPONSES, GuardEvent, GuardState, decide
+from gmpo.guard import GuardState, Measured, decide, judge_evaluation
+from gmpo.guard_events import RESPONSES, GuardEvent
 
 Metrics = dict[str, float | None]
 
@@ -140,3 +141,48 @@ def test_deciding_changes_nothing_it_was_given():
     before = (dict(metrics), asdict(state))
     decide(metrics, state, round_number=1)
     assert (metrics, asdict(state)) == before
+
+
+def evaluated(round_number: int, accuracy: float, items: int = 100) -> Measured:
+    return Measured(round=round_number, accuracy=accuracy, items=items)
+
+
+def test_a_held_out_drop_has_a_hand_computed_threshold():
+    state = GuardState(best=evaluated(10, 0.8))
+    # Mean 0.645 at 0.49: 4.5 sqrt(2 * 0.645 * 0.355 / 100) = 0.3045, less than 0.31.
+    (event,), after = judge_evaluation(evaluated(20, 0.49), state)
+    assert event.threshold == pytest.approx(0.8 - 0.3045, abs=1e-4)
+    assert (event.alarm, event.action, event.severity) == ("held_out_drop", "roll_back", "critical")
+    assert (event.round, event.onset, event.baseline, event.value) == (20, 12, 0.8, 0.49)
+    # It is told once; from then on the lower accuracy counts.
+    assert judge_evaluation(evaluated(30, 0.48), after) == ((), after)
+    # Mean 0.65 at 0.5: 0.3035, more than 0.3.
+    assert judge_evaluation(evaluated(20, 0.5), state) == ((), state)
+
+
+def test_a_better_evaluation_is_what_the_next_is_held_against():
+    _, first = judge_evaluation(evaluated(10, 0.4), GuardState())
+    assert first.best == evaluated(10, 0.4)
+    _, second = judge_evaluation(evaluated(20, 0.9), first)
+    assert second.best == evaluated(20, 0.9)
+    assert judge_evaluation(evaluated(30, 0.8), second) == ((), second)
+
+
+def test_evaluations_of_a_steady_policy_raise_few_alarms():
+    """Fifty evaluations each of 200 policies that stay at 0.7, on items drawn anew each time."""
+    rng = np.random.default_rng(0)
+    alarmed = 0
+    for _ in range(200):
+        state, found = GuardState(), 0
+        for number in range(50):
+            events, state = judge_evaluation(
+                evaluated(10 * number, rng.binomial(100, 0.7) / 100), state
+            )
+            found += len(events)
+        alarmed += found > 0
+    assert alarmed <= 4
+
+
+def test_the_best_evaluation_survives_json():
+    state = GuardState(best=evaluated(10, 0.8))
+    assert GuardState.from_record(json.loads(json.dumps(asdict(state)))) == state

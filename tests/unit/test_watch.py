@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from gmpo.errors import ConfigError
-from gmpo.guard import GuardEvent, non_finite_event
+from gmpo.guard import non_finite_event
 from gmpo.guard_config import GuardConfig
+from gmpo.guard_events import GuardEvent
 from gmpo.recipe import load_recipe
 from gmpo.rollback import mended_recipe
 from gmpo.watch import answer_to, round_to_go_back_to
