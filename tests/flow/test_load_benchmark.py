@@ -26,6 +26,7 @@ def test_a_short_load_is_measured_from_end_to_end(
     assert figures["answered_200"] == 1 and figures["answered_429"] == 0
     served = figures["served"]
     assert served["num_equal"] == served["num_compared"] == figures["answers"]
+    assert served["num_mixed_up"] == 0
     assert served["tokens_per_second"] > 0 and min(figures["offline_tokens_per_second"]) > 0
     assert 0 < figures["goodput"] < 1.5
     assert figures["added_milliseconds"]["pairs"] == 5
