@@ -9,6 +9,7 @@ __all__ = [
     "ConfigError",
     "DamagedCheckpointError",
     "DataError",
+    "DeliveryError",
     "DependencyError",
     "ExportError",
     "GmpoError",
@@ -89,6 +90,18 @@ class StoreLocked(StoreError):
 
 class StoreFull(StoreError):
     """The store's disk is full; nothing of the write was kept."""
+
+
+class DeliveryError(GmpoError):
+    """A receiver of alerts did not take one.
+
+    Attributes:
+        may_pass: whether it may take it when asked again.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class ChampionMoved(StoreError):

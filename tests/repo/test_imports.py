@@ -50,6 +50,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "host_memory",
         "tracking",
         "trackers",
+        "monitoring",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -181,6 +182,9 @@ TORCH_FREE = (
     "gmpo.tuning_score",
     "gmpo.inspection",
     "gmpo.run_tables",
+    "gmpo.monitoring",
+    "gmpo.monitoring.alerts",
+    "gmpo.monitoring.delivery",
     "gmpo.serving",
     "gmpo.serving.access",
     "gmpo.serving.admission",
