@@ -75,6 +75,9 @@ def roll_back(
         if checkpoint_round(path) == to_round:
             begin_attempt(path, attempt=attempt)
     remove_newer_checkpoints(run.checkpoints, than=to_round)
+    # A value that is not finite stops a round anywhere, with half of a gradient or of its rollouts.
+    parts.optimizer.zero_gradients()
+    parts.sampler.forget()
     back = restored(run, parts, recipe_digest=state.recipe_digest, warn=warn)
     assert back is not None, "a run that mends keeps the checkpoint from before its first round"
     config = mended_recipe(parts.config, attempt=attempt)

@@ -256,18 +256,28 @@ def _watched_evaluation(
     before: Sequence[Evaluation],
     report: Callable[[Report], None],
 ) -> Watched:
-    """The held-out evaluation of this round, if it is due, and what the guard says of it."""
-    result = _evaluate_during(run, parts, watched.state, report)
+    """The held-out evaluation of this round, if it is due, and what the guard says of it.
+
+    Weights that the round's last step has broken show it here first.
+    """
+    guard, warn = parts.config.guard, parts.warn
+    try:
+        result = _evaluate_during(run, parts, watched.state, report)
+    except NonFiniteError:
+        broken = watch_non_finite(run, guard, state=watched.state, warn=warn)
+        if broken.to_round is None:
+            raise
+        return broken
     if result is None or result.measure != "accuracy":
         return watched
     untrained = next((each for each in before if each.name == "greedy"), None)
     return watch_evaluation(
         run,
-        parts.config.guard,
+        guard,
         watched=watched,
         measured=_measured(result, watched.state.round),
         untrained=_measured(untrained, 0) if untrained else None,
-        warn=parts.warn,
+        warn=warn,
     )
 
 

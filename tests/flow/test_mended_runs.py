@@ -124,6 +124,48 @@ def test_after_the_last_roll_back_a_critical_alarm_ends_the_run(model: str, tmp_
     assert [event["taken"] for event in events(tmp_path)][:2] == ["roll_back", "stop"]
 
 
+@pytest.mark.parametrize(
+    ("learning_rate", "steps_per_round", "every_rounds", "found_in"),
+    [
+        pytest.param(1e20, 4, 0, 1, id="gradient"),
+        pytest.param(1e38, 4, 0, 1, id="log-probabilities"),
+        pytest.param(1e38, 1, 0, 2, id="sampling"),
+        pytest.param(1e38, 1, 1, 2, id="evaluation"),
+    ],
+)
+def test_a_value_that_is_not_finite_takes_the_run_back_wherever_it_shows(
+    model: str,
+    tmp_path: Path,
+    learning_rate: float,
+    steps_per_round: int,
+    every_rounds: int,
+    found_in: int,
+):
+    """The next attempt begins with no gradient and no request of the one before."""
+    config = mending(
+        model,
+        training__learning_rate=learning_rate,
+        training__steps_per_round=steps_per_round,
+        evaluation__every_rounds=every_rounds,
+        guard={"mode": "mend", "learning_rate_factor": 1e-3 / learning_rate},
+    )
+    broken = tmp_path / "broken"
+    train(config, folder=broken, warn=lambda _: None)
+    (alarm,) = events(broken)
+    assert (alarm["alarm"], alarm["round"]) == ("non_finite", found_in)
+    assert (alarm["taken"], alarm["to_round"]) == ("roll_back", 0)
+    rounds = metric_lines(broken, "round")
+    assert [line["round"] for line in rounds] == [1, 2, 3]
+    # A process that is killed once the second attempt has begun has nothing of the first in memory.
+    whole = run_in_process(config, tmp_path / "whole")
+    assert whole.exit_code == 0
+    killed = tmp_path / "killed"
+    assert run_in_process(config, killed, Death(touches=whole.touches * 3 // 4)).exit_code != 0
+    assert run_in_process(config, killed).exit_code == 0
+    left, right = (digest(latest_checkpoint(f / "checkpoints")) for f in (broken, killed))
+    assert left == right
+
+
 def test_the_command_tells_the_roll_back(model: str, tmp_path: Path):
     recipe = write_recipe(tmp_path / "recipe.toml", mending(model))
     done = process("train", recipe, "--run", tmp_path / "run")

@@ -387,6 +387,23 @@ def test_new_weights_are_sampled_from_and_stamped(family: str, engine: str):
     assert after.token_ids.tolist() == expected.token_ids.tolist() != before.token_ids.tolist()
 
 
+@pytest.mark.parametrize("engine", ["transformers", "llama"])
+def test_after_forgetting_nothing_runs_and_the_next_request_draws_what_it_draws_alone(engine: str):
+    alone = only(sampler_of(engine=engine, max_rows=2), request("later"))
+    sampler = sampler_of(engine=engine, max_rows=2)
+    for name in ("running", "waiting"):
+        sampler.submit(request(name, num_completions=2))
+    sampler.step()
+    sampler.cancel("waiting")
+    sampler.forget()
+    assert sampler.is_idle
+    assert sampler.step() == []
+    sampler.load_weights(1, model_of("llama").named_parameters())
+    after = only(sampler, request("later"))
+    assert after.token_ids.tolist() == alone.token_ids.tolist()
+    assert after.logprobs.tolist() == alone.logprobs.tolist()
+
+
 def test_new_weights_are_refused_while_completions_run():
     sampler = sampler_of(model=tiny_model(dtype=F64))
     sampler.submit(request(num_completions=2))

@@ -117,6 +117,12 @@ class LocalSampler:
         if request_id in self._ids_in_flight():
             self._cancelled.add(request_id)
 
+    def forget(self) -> None:
+        """Drop every request, unanswered: what is left to do after `step` has raised."""
+        self._queue.clear()
+        self._cancelled.clear()
+        self._drop(list(range(len(self._rows))))
+
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Sample from these weights from now on; no completion may be running.
 
