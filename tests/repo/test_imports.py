@@ -185,6 +185,7 @@ TORCH_FREE = (
     "gmpo.monitoring",
     "gmpo.monitoring.alerts",
     "gmpo.monitoring.delivery",
+    "gmpo.monitoring.serving_metrics",
     "gmpo.serving",
     "gmpo.serving.access",
     "gmpo.serving.admission",

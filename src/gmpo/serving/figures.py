@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from gmpo.monitoring.serving_metrics import ServingMetrics
 from gmpo.serving.admission import Admission
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.entrance import Entrance
@@ -41,6 +42,7 @@ class GatewayFigures(Collector):
         self._admission: Admission | None = None
         self._entrance: Entrance | None = None
         self._registry.register(self)
+        self._answers = ServingMetrics(self._registry)
 
     def watch(self, admission: Admission, entrance: Entrance) -> None:
         """Tell of these."""
@@ -48,6 +50,8 @@ class GatewayFigures(Collector):
 
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
+        version = None if record.report is None else record.report.model_version
+        self._answers.answered(record.payload(), model_version=version)
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens
             self._tokens["completion"] += record.usage.completion_tokens

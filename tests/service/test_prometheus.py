@@ -1,0 +1,163 @@
+"""The files in deploy/ against what a gateway exposes, and against Debian's Prometheus."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from prometheus_client import CollectorRegistry, start_http_server
+
+from gmpo.serving.answer_record import AnswerRecord
+from gmpo.serving.backend import AnswerReport, GenerationRequest, Usage
+from gmpo.serving.figures import GatewayFigures
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+RULES = DEPLOY / "prometheus" / "rules.yml"
+
+
+def answer(*, status: int = 200) -> AnswerRecord:
+    return AnswerRecord(
+        request=GenerationRequest(id="1", route="chat", model="m", prompt="1+1=", stream=True),
+        report=AnswerReport(
+            backend="engine", model_version="ab12", quality=0.9, mean_logprob=-0.5, fell_back=True
+        ),
+        time=time.time(),
+        status=status,
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=5, completion_tokens=7),
+        latency_seconds=1.5,
+        first_token_seconds=0.2,
+        error=None,
+    )
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"\bgmpo_\w+", text))
+
+
+def test_every_metric_that_the_rules_and_the_dashboard_name_is_exposed():
+    figures = GatewayFigures(events=lambda: {"lost": 0})
+    figures.observe(answer())
+    exposed = names_in(figures.exposition().decode())
+    assert "gmpo_process_resident_memory_bytes" in exposed
+    dashboard = json.loads((DEPLOY / "grafana" / "serving.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) >= len(dashboard["panels"]) > 5
+    for text in (RULES.read_text(), *expressions):
+        assert names_in(text)
+        assert names_in(text) <= exposed
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def test_promtool_accepts_the_rules_and_the_configuration():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    config = DEPLOY / "prometheus" / "prometheus.yml"
+    done = subprocess.run(
+        [promtool, "check", "config", str(config)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 rules found" in done.stdout
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[GatewayFigures, int]]:
+    """Figures of a gateway, exposed on a port."""
+    registry = CollectorRegistry()
+    figures = GatewayFigures(registry=registry, events=lambda: {"lost": 0})
+    port = free_port()
+    server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    yield figures, port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def prometheus(gateway: tuple[GatewayFigures, int], tmp_path: Path) -> Iterator[str]:
+    """A Prometheus that looks each half second; its rules are the shipped ones, impatient."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed")
+    impatient = re.sub(r"^( +for:) .*$", r"\1 0s", RULES.read_text(), flags=re.MULTILINE)
+    (tmp_path / "rules.yml").write_text(impatient)
+    (tmp_path / "prometheus.yml").write_text(
+        json.dumps(
+            {
+                "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
+                "rule_files": ["rules.yml"],
+                "scrape_configs": [
+                    {
+                        "job_name": "gmpo",
+                        "static_configs": [{"targets": [f"127.0.0.1:{gateway[1]}"]}],
+                    }
+                ],
+            }
+        )
+    )
+    port = free_port()
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                program,
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
+    try:
+        answer = httpx2.get(f"{prometheus}/api/v1/query", params={"query": expression})
+    except httpx2.TransportError:
+        return []
+    if answer.status_code == 503:  # it is still starting
+        return []
+    results: list[dict[str, Any]] = answer.raise_for_status().json()["data"]["result"]
+    return results
+
+
+def soon(prometheus: str, expression: str) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 60
+    while not (found := query(prometheus, expression)):
+        assert time.monotonic() < deadline, f"nothing came of {expression}"
+        time.sleep(0.1)
+    return found
+
+
+def test_prometheus_scrapes_a_gateway_and_a_rule_fires(
+    gateway: tuple[GatewayFigures, int], prometheus: str
+):
+    figures, _ = gateway
+    figures.observe(answer())
+    figures.observe(answer(status=500))
+    answers = 'gmpo_answers_total{model_version="ab12"}'
+    assert len(soon(prometheus, answers)) == 2
+    assert query(prometheus, 'ALERTS{alertname="GmpoAnswersFail"}') == []
+    figures.observe(answer())
+    figures.observe(answer(status=500))
+    (alert,) = soon(prometheus, 'ALERTS{alertname="GmpoAnswersFail", alertstate="firing"}')
+    assert alert["metric"]["model_version"] == "ab12"
+    assert alert["metric"]["severity"] == "critical"
