@@ -102,6 +102,10 @@ class TrainingParts:
         reward = partial(self.score, step=step, prompts_taken=prompts_taken)
         return replace(self.evaluator, reward=reward)
 
+    def under(self, config: RunConfig) -> TrainingParts:
+        """These parts with the step size, clips and reward rule of a recipe that is else alike."""
+        return replace(self, config=config, loss=build_loss(config))
+
     def publish_weights(self, version: int) -> None:
         """Hand the policy's weights to the sampler, which runs the policy's own module."""
         self.sampler.load_weights(version, self.policy.own_weights())

@@ -59,6 +59,8 @@ class TrainingState:
         guard: what the guard remembers, as JSON holds it; empty before the first judged round.
         norms: what `guard.skip_steps` remembers of gradients, likewise.
         attempt: how often the guard has rolled the run back.
+        adapted: settings of the next round and what their controllers remember, as JSON holds them;
+            empty where all settings are constant, and before the first round.
     """
 
     round: int
@@ -70,6 +72,7 @@ class TrainingState:
     guard: Mapping[str, Any] = field(default_factory=dict)
     norms: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 0
+    adapted: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(

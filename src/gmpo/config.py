@@ -1,8 +1,8 @@
 """One TOML recipe a run, parsed into frozen models; every key is documented under its definition.
 
 A recipe has the tables `[model] [task] [reward] [sampling] [objective] [training] [checkpoint]
-[evaluation] [tracking] [lora] [guard]`. Unknown keys are refused with the nearest valid name;
-`--set table.key=value` is the only override.
+[evaluation] [tracking] [lora] [guard] [adaptive]`. Unknown keys are refused with the nearest
+valid name; `--set table.key=value` is the only override.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from gmpo.adaptive_config import AdaptiveConfig
 from gmpo.guard_config import GuardConfig
 from gmpo.task_config import Table, TaskConfig
 
@@ -425,6 +426,7 @@ class RunConfig(Table):
     tracking: TrackingConfig = TrackingConfig()
     lora: LoraConfig = LoraConfig()
     guard: GuardConfig = GuardConfig()
+    adaptive: AdaptiveConfig = AdaptiveConfig()
 
     def deciding(self) -> RunConfig:
         """This recipe with everything at its default that cannot change the weights of a run."""
@@ -457,6 +459,7 @@ class RunConfig(Table):
                 f"optimizer steps: the step size ends at {steps / training.warmup_steps:.0%} of "
                 "training.learning_rate; lower warmup_steps if that is not meant"
             )
+        yield from self.adaptive.notes(self)
 
     @model_validator(mode="after")
     def _can_mend(self) -> RunConfig:
@@ -483,4 +486,9 @@ class RunConfig(Table):
                 f"training.steps_per_round = {steps}, and a step takes whole groups; allowed "
                 f"steps_per_round for {prompts} prompts: {allowed}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_settings_that_fit(self) -> RunConfig:
+        self.adaptive.require_fit(self)
         return self

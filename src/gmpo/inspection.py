@@ -86,6 +86,7 @@ class RunSummary:
         rollbacks: how often the guard took the run back to a checkpoint; the rounds that were given
             up are in no other figure.
         skipped_steps_total: optimizer steps that the guard left out; None where it judged none.
+        adaptations: how often each adaptive setting moved, in rounds that were given up too.
         non_finite_total: logged figures that were NaN or infinite and are in no figure above.
     """
 
@@ -122,6 +123,7 @@ class RunSummary:
     alarms: dict[str, int]
     rollbacks: int
     skipped_steps_total: int | None
+    adaptations: dict[str, int]
     non_finite_total: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,9 +178,10 @@ def summarize_run(path: str | Path) -> RunSummary:
         failed_rollouts_total=_count(rounds, "rollout/errors_total"),
         tracker_errors_total=_count(rounds, "tracking/errors_total"),
         tracker_dropped_total=_count(rounds, "tracking/dropped_total"),
-        alarms=dict(Counter(event["alarm"] for event in events)),
+        alarms=_counts(events, "alarm"),
         rollbacks=len({e["attempt"] for e in events if e.get("taken") == "roll_back"}),
         skipped_steps_total=_count(rounds, "update/skipped_steps_total"),
+        adaptations=_counts(events, "setting"),
         non_finite_total=_count_nulls(lines),
     )
 
@@ -279,6 +282,11 @@ def _count_nulls(lines: Sequence[Mapping[str, Any]]) -> int:
         for line in lines
         for name, value in line.items()
     )
+
+
+def _counts(events: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
+    """How often each value of a field is there; events of another kind lack the field."""
+    return dict(Counter(event[name] for event in events if name in event))
 
 
 def _mean(values: Sequence[float]) -> float | None:

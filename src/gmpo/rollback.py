@@ -9,9 +9,8 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
-from gmpo.assembly import TrainingParts, build_loss
+from gmpo.assembly import TrainingParts
 from gmpo.checkpoint import (
     TrainingState,
     begin_attempt,
@@ -48,8 +47,7 @@ def mended(parts: TrainingParts, *, attempt: int) -> TrainingParts:
     """What the attempt after so many roll-backs trains with; the model is the same one."""
     if not attempt:
         return parts
-    config = mended_recipe(parts.config, attempt=attempt)
-    return replace(parts, config=config, loss=build_loss(config))
+    return parts.under(mended_recipe(parts.config, attempt=attempt))
 
 
 def roll_back(

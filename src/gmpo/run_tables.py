@@ -100,13 +100,21 @@ def _cost_rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("answers whose grading timed out", _figure(summary.timeouts_total, "{}")),
         ("rollouts that failed", _figure(summary.failed_rollouts_total, "{}")),
         *_tracker_rows(summary),
-        ("alarms of the guard", _alarms(summary.alarms)),
+        ("alarms of the guard", _tally(summary.alarms)),
         *_mending_rows(summary),
+        *_adaptation_rows(summary),
         ("figures not finite, left out", str(summary.non_finite_total)),
     ]
 
 
-def _alarms(counts: Mapping[str, int]) -> str:
+def _adaptation_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    if not summary.adaptations:
+        return []
+    named = {name.removeprefix("adaptive/"): n for name, n in summary.adaptations.items()}
+    return [("changes of adaptive settings", _tally(named))]
+
+
+def _tally(counts: Mapping[str, int]) -> str:
     shown = (f"{visible(name)} {count}" for name, count in counts.items())
     return f"{sum(counts.values())} ({', '.join(shown)})" if counts else "none"
 

@@ -29,7 +29,13 @@ _FEWEST_STEPS = 4
 _MOST_SEEDS = 40
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CLIPS = ("clip_low", "clip_high", "clip_negative_high")
-_MAY_DIFFER = ("objective.", "training.learning_rate", "training.gradient_clip_norm")
+_MAY_DIFFER = (
+    "objective.",
+    "training.learning_rate",
+    "training.gradient_clip_norm",
+    "adaptive.clip",
+    "adaptive.learning_rate",
+)
 """Beginnings of keys that arms may differ in: anything else would unpair them."""
 
 
@@ -327,8 +333,9 @@ def _by_arm(arm_overrides: Sequence[str], objectives: Sequence[str]) -> dict[str
             )
         if not key.startswith(_MAY_DIFFER) or key == "objective.name":
             raise ConfigError(
-                f"--set-for {text!r}: arms may differ in objective.*, training.learning_rate and "
-                "training.gradient_clip_norm; anything else would unpair them: use --set for all"
+                f"--set-for {text!r}: arms may differ in objective.*, adaptive.clip*, "
+                "adaptive.learning_rate*, training.learning_rate and training.gradient_clip_norm; "
+                "anything else would unpair them: use --set for all"
             )
         found[label].append(override)
     return found
@@ -349,6 +356,8 @@ def _arms(
         if objective != base.objective.name:
             for clip in _CLIPS:
                 table["objective"].pop(clip, None)
+            for bound in ("clip_min", "clip_max"):
+                table["adaptive"].pop(bound, None)
         table["objective"]["name"] = objective
         for override in overrides[label]:
             apply_override(table, override)

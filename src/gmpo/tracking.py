@@ -60,6 +60,11 @@ METRICS: Mapping[str, str] = {
     "clip/high_fraction": "share of counted tokens that the upper clip changed",
     "kl_old/k1": "k1 estimate of KL(old || policy)",
     "kl_ref/k3": "k3 estimate of KL(policy || reference)",
+    "adaptive/clip_low": "lower half-width of the clip in the round",
+    "adaptive/clip_high": "upper half-width of the clip in the round",
+    "adaptive/learning_rate_factor": "factor on the scheduled step size in the round",
+    "adaptive/reward_floor": "floor of geometrically combined rewards in the round",
+    "adaptive/reward_at_first_floor": "mean reward, had the floor stayed where the recipe begins",
     "evaluation/accuracy": "share of held-out items answered correctly, greedy, during training",
     "evaluation/reward": "mean reward of held-out items, greedy, during training",
 }

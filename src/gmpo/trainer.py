@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from gmpo.adaptation import constant_recipe
 from gmpo.assembly import TrainingParts, build_parts
 from gmpo.callbacks import CallbackEvents, PrintProgress
 from gmpo.checkpoint import latest_checkpoint
@@ -298,11 +299,8 @@ class GMPOTrainer:
 
     def _own_loop_parts(self) -> TrainingParts:
         if self._own_loop is None:
-            recipe = self._recipe(rounds=1)
-            constant = recipe.training.model_copy(update={"schedule": "constant"})
-            self._own_loop = build_parts(
-                recipe.model_copy(update={"training": constant}), warn=self._warn, given=self._given
-            )
+            recipe = constant_recipe(self._recipe(rounds=1))
+            self._own_loop = build_parts(recipe, warn=self._warn, given=self._given)
         return self._own_loop
 
     def _recipe(self, *, rounds: int, save_every: int = 1, evaluate_every: int = 0) -> RunConfig:

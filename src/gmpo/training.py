@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from gmpo.adaptation import adapt_round, adapted_parts, adaptive_metrics, judged_metrics
 from gmpo.assembly import TrainingParts, assemble
 from gmpo.checkpoint import (
     TrainingState,
@@ -158,7 +159,10 @@ def _watched_round(
             raise
         return watched, _standing("round", parts, state)
     report(done)
-    watched = watch_round(run, guard, state=after, metrics=done.metrics, steps=verdicts, warn=warn)
+    judged = judged_metrics(done.metrics)
+    watched = watch_round(run, guard, state=after, metrics=judged, steps=verdicts, warn=warn)
+    if watched.to_round is None:
+        watched = replace(watched, state=adapt_round(run, parts.config, watched.state, judged))
     return watched, done
 
 
@@ -166,6 +170,7 @@ def _run_round(
     run: RunFolder, parts: TrainingParts, trackers: Trackers, state: TrainingState
 ) -> tuple[TrainingState, Report, tuple[StepVerdict | None, ...]]:
     """Sample once, reward, update several times, publish the weights; what there is to tell."""
+    recipe, parts = parts.config, adapted_parts(parts, state)
     sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
     training, done = parts.config.training, state.round + 1
@@ -178,12 +183,13 @@ def _run_round(
         measures_kl_ref=_is_due(done, training.kl_ref_every),
         norms=NormHistory.from_record(state.norms),
     )
+    adaptive = adaptive_metrics(recipe, state, sampled.scored.groups)
     state = _after(state, sampled, update)
     parts.publish_weights(state.step)
     metrics = round_metrics(parts, sampled, update) | {
         "time/update_seconds": time.perf_counter() - started
     }
-    metrics |= trackers.new_counts()
+    metrics |= adaptive | trackers.new_counts()
     for number, step in enumerate(update.steps, start=state.step - len(update.steps) + 1):
         run.log_metrics("step", step.metrics, round=state.round, step=number)
     run.log_metrics("round", metrics, round=state.round, step=state.step)

@@ -60,6 +60,10 @@ guard.skip_steps
 guard.learning_rate_factor
 guard.clip_factor
 guard.most_rollbacks
+adaptive.clip adaptive.clip_min adaptive.clip_max adaptive.clip_share_min adaptive.clip_share_max
+adaptive.clip_gain adaptive.clip_average_rounds adaptive.learning_rate adaptive.learning_rate_min
+adaptive.learning_rate_gain adaptive.learning_rate_tolerance adaptive.warm_up_rounds
+adaptive.reward_floor_end
 """
 KEYS = KEY_TABLE.split()
 

@@ -153,5 +153,6 @@ def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
         print(json.dumps({"recipe": recipe, "forecast": needs.as_dict()}))
         return
     print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
-    print(f"# {config.objective.clip_description()}")
+    for line in (config.objective.clip_description(), *config.adaptive.descriptions(config)):
+        print(f"# {line}")
     Console().print(forecast_table(needs))
