@@ -171,7 +171,7 @@ def test_what_was_not_measured_is_none_and_what_is_not_finite_is_counted(tmp_pat
     summary = summarize_run(tmp_path)
     assert summary.non_finite_total == 2
     measured = {name for name, value in summary.as_dict().items() if value not in (None, (), {})}
-    assert measured == {"folder", "rounds_done", "non_finite_total"}
+    assert measured == {"folder", "rounds_done", "rollbacks", "non_finite_total"}
     text = figures_of(shown(render_summary(summary)))
     assert text["model"] == "not known"
     assert text["sampled reward, first round"] == "not measured"
