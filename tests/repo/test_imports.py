@@ -52,6 +52,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tracking",
         "trackers",
         "monitoring",
+        "abtest",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -173,6 +174,7 @@ TORCH_FREE = (
     "gmpo.detectors",
     "gmpo.spikes",
     "gmpo.guard",
+    "gmpo.abtest.assignment",
     "gmpo.tasks",
     "gmpo.grading",
     "gmpo.rewards",

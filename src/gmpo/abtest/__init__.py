@@ -1,0 +1,1 @@
+"""Two models on split traffic: who is assigned what, what it shows, and what to do about it."""
