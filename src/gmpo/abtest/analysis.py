@@ -79,7 +79,8 @@ def analyse(
     """
     plan = plan_of(experiment.config)
     if now is None:
-        now = max([experiment.created, *(one.time for one in (*exposures, *outcomes))])
+        times = [one.time for one in exposures] + [one.time for one in outcomes]
+        now = max([experiment.created, *times])
     traffic = collect(plan, exposures, outcomes)
     look = look_at(traffic, plan, time=now)
     ratio = check_ratio(look.arms, {arm: plan.weights[arm] for arm in ("control", "candidate")})

@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from gmpo.cli.ab import ab
 from gmpo.cli.compare import compare
 from gmpo.cli.contamination import contamination
 from gmpo.cli.evaluate import evaluate
@@ -36,6 +37,7 @@ for _command in (
     models,
 ):
     app.command()(_command)
+app.add_typer(ab, name="ab")
 
 
 def main() -> None:

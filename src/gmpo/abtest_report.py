@@ -1,0 +1,143 @@
+"""An experiment's report for a terminal and as a picture."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gmpo.abtest.report import ArmSummary, ExperimentReport, MetricResult
+from gmpo.abtest.sequences import Interval
+from gmpo.abtest.wording import NAMES, value_words
+from gmpo.errors import RunFolderError
+
+__all__ = ["plot_experiment", "render_experiment"]
+
+# Okabe and Ito's palette, which any common colour blindness tells apart.
+_BLUE, _GREY = "#0072B2", "#777777"
+
+
+def render_experiment(report: ExperimentReport) -> RenderableType:
+    """Recommendation, arms, metrics and what was left out."""
+    plan, ratio = report.plan, report.ratio
+    parts: list[RenderableType] = [
+        Text(report.recommendation),
+        Text(),
+        Text(
+            f"{report.name}: control {plan.models['control']}, candidate "
+            f"{plan.models['candidate']}; {report.num_units} units in {report.hours:.1f} hours, "
+            f"at most {plan.max_units}"
+        ),
+        Text(
+            "units "
+            + ", ".join(f"{arm} {ratio.counts[arm]}" for arm in ratio.counts)
+            + f"; other shares than asked for: {'YES' if ratio.alarm else 'no'} "
+            f"(p = {ratio.p_value:.2g})"
+        ),
+        Text(),
+        _metrics(report),
+    ]
+    parts += [Text(f"note: {warning}") for warning in report.warnings]
+    if report.counts:
+        counted = ", ".join(f"{name} {count}" for name, count in sorted(report.counts.items()))
+        parts.append(Text(f"counted: {counted}"))
+    return Group(*parts)
+
+
+def plot_experiment(report: ExperimentReport, path: Path) -> Path:
+    """The primary metric's confidence sequence over the units.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    ax = figure.add_subplot()
+    result = report.primary
+    is_ratio = result.scale == "ratio"
+    ax.set_title(
+        f"{report.name}: {NAMES[result.metric]}, candidate "
+        f"{'over' if is_ratio else 'less'} control",
+        loc="left",
+        fontweight="bold",
+    )
+    ax.axhline(1.0 if is_ratio else 0.0, color="black", linewidth=1, linestyle="--")
+    points = [p for p in report.path if math.isfinite(p.interval.low + p.interval.high)]
+    if points:
+        units = [point.num_units for point in points]
+        low = [point.interval.low for point in points]
+        high = [point.interval.high for point in points]
+        ax.fill_between(units, low, high, color=_BLUE, alpha=0.2, linewidth=0)
+        ax.plot(units, [point.estimate for point in points], color=_BLUE, linewidth=2)
+    else:
+        ax.text(
+            0.5, 0.5, "not judged yet", transform=ax.transAxes, ha="center", color=_GREY, size=14
+        )
+    ax.set_xlabel("units of both arms")
+    ax.set_ylabel(f"{100 * (1 - result.alpha):g} % confidence sequence")
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the version that draws it, the same report gives the same bytes.
+        figure.savefig(path, metadata={"Software": None})
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _metrics(report: ExperimentReport) -> Table:
+    at = datetime.fromtimestamp(report.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    table = Table(
+        title=Text(f"at {at}, valid at every look"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for head in ("metric", "role"):
+        table.add_column(head)
+    for head in ("control", "candidate", "difference", "interval", "says"):
+        table.add_column(head, justify="right")
+    for result in (report.primary, *report.guardrails, *report.shadow):
+        table.add_row(*_row(result))
+    return table
+
+
+def _row(result: MetricResult) -> list[str]:
+    role: str = result.role
+    if result.margin is not None:
+        unit = "%" if result.scale == "ratio" else "points"
+        role = f"guardrail, margin {100 * result.margin:g} {unit}"
+    return [
+        NAMES[result.metric],
+        role,
+        _arm(result.metric, result.control),
+        _arm(result.metric, result.candidate),
+        _shown(result, result.estimate),
+        _interval(result, result.interval),
+        result.state,
+    ]
+
+
+def _arm(metric: str, arm: ArmSummary) -> str:
+    return f"{value_words(metric, arm.value)} ({arm.num_units})"
+
+
+def _interval(result: MetricResult, interval: Interval | None) -> str:
+    if interval is None:
+        return "burn-in"
+    return f"{_shown(result, interval.low)} to {_shown(result, interval.high)}"
+
+
+def _shown(result: MetricResult, value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    change = value - 1 if result.scale == "ratio" else value
+    return f"{100 * change:+.2f}{' %' if result.scale == 'ratio' else ''}"

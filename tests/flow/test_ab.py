@@ -1,0 +1,88 @@
+"""`gmpo ab` over a real store, from the first unit to the decision."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tests.commands import gmpo, process, refusal
+
+from gmpo.abtest.assignment import assign
+from gmpo.store import Event, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    path = tmp_path / "store.db"
+    began = gmpo(
+        "ab", "start", "greeting", "--store", path, "--control", "old", "--candidate", "new",
+        "--guardrail", "latency_p95=0.5", "--set", "tuned_for=300", "--json",
+    )  # fmt: skip
+    assert began.exit_code == 0, began.stderr
+    plan = json.loads(began.stdout)["plan"]
+    chance = random.Random(0)
+    events = []
+    for number in range(600):
+        unit = f"user-{number}"
+        arm = assign("greeting", plan["salt"], unit, plan["weights"])
+        about = {"experiment": "greeting", "unit": unit, "request_id": f"r{number}"}
+        events.append(
+            Event(
+                kind="exposure",
+                time=float(number),
+                payload={"variant": arm, "weight": 0.5},
+                **about,
+            )
+        )
+        success = int(chance.random() < (0.8 if arm == "candidate" else 0.5))
+        payload = {"variant": arm, "success": success, "quality": None, "latency_s": 1.0}
+        events.append(Event(kind="outcome", time=number + 0.5, payload=payload, **about))
+    with open_store(str(path)) as opened:
+        opened.add_events(events)
+    return str(path)
+
+
+def test_an_experiment_is_looked_at_and_ended(store: str, tmp_path: Path):
+    status = process("ab", "status", "--store", store)
+    assert status.returncode == 0, status.stderr
+    assert "greeting (running): Promote the candidate (new)" in status.stdout
+    picture = tmp_path / "sequence.png"
+    shown = gmpo("ab", "report", "greeting", "--store", store, "--plot", picture)
+    assert shown.exit_code == 0, shown.stderr
+    assert "success rate" in shown.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(gmpo("ab", "report", "greeting", "--store", store, "--json").stdout)
+    assert report["num_units"] == 600
+    assert report["decision"]["action"] == "promote"
+    stopped = gmpo("ab", "stop", "greeting", "--store", store)
+    assert "greeting is stopped. Promote" in stopped.stdout
+    with open_store(store) as opened:
+        kept = opened.experiment("greeting")
+        assert kept is not None
+        assert kept.status == "stopped"
+        assert kept.decision is not None
+        assert kept.decision["decision"]["action"] == "promote"
+        assert opened.count_events(kinds=["decision"], experiment="greeting") == 1
+    assert "was stopped already" in refusal("ab", "stop", "greeting", "--store", store)
+    again = json.loads(gmpo("ab", "status", "--store", store, "--json").stdout)
+    assert again[0]["status"] == "stopped"
+
+
+def test_what_is_wrong_is_said_in_one_line(store: str, tmp_path: Path):
+    begin = ("ab", "start", "other", "--store", store, "--control", "a", "--candidate", "b")
+    assert "already" in refusal("ab", "start", "greeting", *begin[3:])
+    assert "there are: greeting" in refusal("ab", "report", "nothing", "--store", store)
+    assert "an arm without units" in refusal(*begin, "--share", "0")
+    assert "must be METRIC=MARGIN" in refusal(*begin, "--guardrail", "latency")
+    assert "must be KEY=VALUE" in refusal(*begin, "--set", "alpha")
+    assert "alpha" in refusal(*begin, "--set", "alhpa=0.1")
+    assert "there is no store" in refusal("ab", "status", "--store", tmp_path / "none.db")
+
+
+def test_the_size_of_an_experiment():
+    shown = gmpo("ab", "size", "--base", "0.7", "--effect", "0.05", "--json")
+    found = json.loads(shown.stdout)
+    assert 3000 < found["median_units"] * 2 < 2 * found["units"] < 14_000
+    assert "must lie between 0 and 1" in refusal("ab", "size", "--base", "0.7", "--effect", "0.4")

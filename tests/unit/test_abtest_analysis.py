@@ -1,0 +1,250 @@
+"""From exposures and outcomes to a decision, by hand and against the simulation's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scripts.abtest_simulation import crossings, rate
+
+from gmpo.abtest.analysis import analyse, analyse_records
+from gmpo.abtest.decision import Decision, Evidence, decide
+from gmpo.abtest.plan import plan_of
+from gmpo.abtest.records import Exposure, Outcome, read_records
+from gmpo.errors import ConfigError
+from gmpo.store import Event, Experiment
+
+CONFIG: dict[str, Any] = {
+    "salt": "s",
+    "models": {"control": "old", "candidate": "new"},
+    "weights": {"control": 0.5, "candidate": 0.5},
+    "tuned_for": 400,
+    "max_units": 5000,
+}
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment(name="e", created=0.0, status="running", config={**CONFIG, **changes})
+
+
+def traffic(
+    rates: tuple[float, float], *, units: int = 400, seed: int = 0, seconds: tuple = (1.0, 1.0)
+) -> tuple[list[Exposure], list[Outcome]]:
+    """Units that alternate between the arms and ask once each."""
+    rng = np.random.default_rng(seed)
+    exposures, outcomes = [], []
+    for number in range(units):
+        arm = number % 2
+        name = ("control", "candidate")[arm]
+        unit = f"u{number}"
+        exposures.append(Exposure(time=float(number), unit=unit, variant=name, weight=0.5))
+        outcomes.append(
+            Outcome(
+                time=number + 0.5,
+                unit=unit,
+                success=int(rng.random() < rates[arm]),
+                quality=None,
+                latency_seconds=float(seconds[arm] * math.exp(rng.normal(0, 0.3))),
+                request_id=f"r{number}",
+            )
+        )
+    return exposures, outcomes
+
+
+def test_a_clear_gain_is_promoted_and_a_clear_loss_rolled_back():
+    better = analyse(experiment(), *traffic((0.4, 0.8)))
+    assert better.decision == Decision(action="promote", rule="primary_better")
+    assert better.recommendation.startswith("Promote the candidate (new): success rate is better")
+    assert better.primary.exact is not None
+    assert len(better.path) > 10
+    assert better.path[-1].num_units == 400
+    worse = analyse(experiment(), *traffic((0.8, 0.4)))
+    assert (worse.decision.action, worse.decision.rule) == ("roll_back", "primary_worse")
+    alike = analyse(experiment(), *traffic((0.6, 0.6)))
+    assert alike.decision.action == "keep_running"
+    ended = analyse(experiment(max_units=400), *traffic((0.6, 0.6)))
+    assert ended.decision.rule == "all_units_seen"
+    timed = analyse(experiment(end_after_hours=0.1), *traffic((0.6, 0.6)))
+    assert timed.decision.rule == "time_is_up"
+
+
+def test_a_burn_in_judges_nothing():
+    early = analyse(experiment(), *traffic((0.0, 1.0), units=80))
+    assert early.primary.interval is None
+    assert early.primary.state == "unclear"
+    assert "not judged yet, with 40 and 40 units" in early.recommendation
+
+
+def test_guardrails_are_judged_within_their_margin():
+    plan = {"guardrails": [{"metric": "latency", "margin": 0.1}]}
+    slow = analyse(experiment(**plan), *traffic((0.4, 0.8), seconds=(1.0, 2.0)))
+    assert (slow.decision.action, slow.decision.because) == ("roll_back", ("latency",))
+    assert slow.guardrails[0].estimate == pytest.approx(2.0, rel=0.15)
+    assert slow.guardrails[0].alpha == 0.05
+    fast = analyse(experiment(**plan), *traffic((0.4, 0.8), seconds=(1.0, 0.7)))
+    assert fast.guardrails[0].state == "safe"
+    assert fast.decision.action == "promote"
+    tight = {"guardrails": [{"metric": "latency", "margin": 0.001}]}
+    proven = {**tight, "guardrails_proven": True}
+    open_one = analyse(experiment(**proven), *traffic((0.4, 0.8)))
+    assert open_one.guardrails[0].state == "unclear"
+    assert open_one.decision.rule == "guardrails_open"
+    tail = {"guardrails": [{"metric": "latency_p95", "margin": 0.1}]}
+    slow_tail = analyse(experiment(**tail), *traffic((0.5, 0.5), units=4000, seconds=(1.0, 2.0)))
+    assert slow_tail.guardrails[0].state == "harmed"
+
+
+def test_wrong_shares_block_every_decision():
+    exposures, outcomes = traffic((0.1, 0.9), units=4000)
+    kept = [e for e in exposures if e.variant == "control" or int(e.unit[1:]) % 4 == 1]
+    names = {e.unit for e in kept}
+    found = analyse(experiment(), kept, [o for o in outcomes if o.unit in names])
+    assert found.decision == Decision(action="blocked", rule="ratio_mismatch")
+    assert "Decide nothing" in found.recommendation
+
+
+def test_the_unit_counts_where_it_was_assigned_whoever_served_it():
+    exposures, outcomes = traffic((0.5, 0.5))
+    # Later exposures to the other arm, and outcomes of strangers, change nothing but the counts.
+    moved = [replace(exposures[0], time=999.0, variant="candidate")]
+    strangers = [replace(outcomes[0], unit="nobody", request_id="x")]
+    plain = analyse(experiment(), exposures, outcomes)
+    odd = analyse(experiment(), exposures + moved, outcomes + strangers, now=plain.time)
+    assert odd.primary == plain.primary
+    assert odd.counts["requests_of_units_never_exposed"] == 1
+    assert "moved_units" in odd.counts
+
+
+def test_a_request_that_was_never_answered_is_a_failure():
+    exposures, outcomes = traffic((1.0, 1.0))
+    answered = [one for one in outcomes if int(one.unit[1:]) % 4 != 1]  # half of the candidate's
+    found = analyse(experiment(), exposures, answered, now=10_000.0)
+    assert found.counts["unanswered_units"] == 100
+    assert found.primary.candidate.value == pytest.approx(0.5)
+    assert found.decision.action == "roll_back"
+
+
+def test_units_under_other_weights_are_left_out():
+    exposures, outcomes = traffic((0.5, 0.5))
+    early = [replace(e, weight=0.1) if int(e.unit[1:]) < 100 else e for e in exposures]
+    found = analyse(experiment(), early, outcomes)
+    assert found.num_units == 300
+    assert found.counts["units_under_other_weights"] == 100
+    assert found.counts["requests_of_left_out_units"] == 100
+
+
+@pytest.mark.parametrize(
+    ("evidence", "action"),
+    [
+        ({"ratio_alarm": True, "primary": "better"}, "blocked"),
+        ({"primary": "better", "guardrails": {"latency": "harmed"}}, "roll_back"),
+        ({"primary": "worse", "guardrails": {"latency": "safe"}}, "roll_back"),
+        ({"primary": "better", "guardrails": {"latency": "unclear"}}, "promote"),
+        ({"primary": "unclear", "num_units": 5000}, "stop_for_futility"),
+        ({"primary": "unclear"}, "keep_running"),
+    ],
+)
+def test_the_table_of_decisions(evidence, action):
+    settings = {"ratio_alarm": False, "guardrails": {}, "num_units": 10, "hours": 1.0, **evidence}
+    assert decide(Evidence(**settings), plan=plan_of(CONFIG)).action == action
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alpah": 0.1}, "alpha"),
+        ({"weights": {"control": 0.5, "candidate": 0.6}}, "weights"),
+        ({"weights": {"control": 1.0, "candidate": 0.0}}, "an arm without units"),
+        ({"models": {"control": "a", "candidate": "a"}}, "both arms are 'a'"),
+        ({"models": {"a": "x", "b": "y"}}, "must name"),
+        ({"guardrails": [{"metric": "success", "margin": 0.1}]}, "judged twice"),
+        ({"guardrails": [{"metric": "latency", "margin": -1}]}, "margin"),
+        ({"alpha": 0.9}, "alpha"),
+    ],
+)
+def test_a_wrong_plan_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        plan_of({**CONFIG, **changes})
+
+
+def events() -> list[Event]:
+    return [
+        Event(kind="exposure", time=1.0, unit="u", payload={"variant": "control", "weight": 0.5}),
+        Event(
+            kind="outcome",
+            time=2.0,
+            unit="u",
+            request_id="r",
+            payload={"variant": "control", "success": None, "quality": 0.4, "latency_s": 2.0},
+        ),
+        Event(kind="outcome", time=3.0, unit="u", request_id="r", payload={"success": 1}),
+        Event(
+            kind="shadow", time=2.5, unit="u", request_id="r",
+            payload={"variant": "candidate", "quality": 0.6, "latency_s": 1.0},
+        ),
+        Event(kind="shadow", time=2.5, request_id="lost", payload={"quality": 0.6}),
+        Event(kind="outcome", time=4.0, unit="u", payload={"success": 3}),
+        Event(kind="exposure", time=4.0, unit="u", payload={"variant": "", "weight": 0.5}),
+    ]  # fmt: skip
+
+
+def test_events_become_records_and_what_cannot_be_read_is_counted():
+    found = read_records(events())
+    assert len(found.exposures) == 1
+    (outcome,) = found.outcomes
+    assert (outcome.time, outcome.success, outcome.quality, outcome.latency_seconds) == (
+        2.0, 1, 0.4, 2.0,
+    )  # fmt: skip
+    (pair,) = found.shadow_pairs
+    assert (pair.served_quality, pair.shadow_quality) == (0.4, 0.6)
+    assert found.counts == {"malformed_events": 2, "merged_outcomes": 1, "unpaired_shadows": 1}
+    report = analyse_records(experiment(), found)
+    assert {result.metric for result in report.shadow} == {"quality", "latency"}
+    assert json.loads(json.dumps(report.as_dict()))["counts"]["malformed_events"] == 2
+
+
+@pytest.mark.parametrize("kind", ["rare", "latency", "sessions"])
+def test_looking_all_the_time_seldom_errs_where_a_fixed_test_often_does(kind):
+    found = crossings(kind, effect=0.0, simulations=300, units=2000)
+    assert rate(found.sequence)["share"] <= 0.06
+    assert rate(found.fixed)["share"] > 0.2
+    if kind == "sessions":
+        assert rate(found.by_request)["share"] > 0.06
+
+
+def test_the_simulation_computes_what_the_analysis_does():
+    """One experiment of sessions through both: the same estimate and error at the last look."""
+    from scripts import abtest_simulation as simulation
+
+    rng = np.random.default_rng(5)
+    control, candidate = (
+        simulation.draw("sessions", shift, rng, size=1, units=120) for shift in (0.0, 0.1)
+    )
+    exposures, outcomes = [], []
+    for place in range(120):
+        for arm, (sums, _, counts) in enumerate((control, candidate)):
+            name, unit = ("control", "candidate")[arm], f"{arm}-{place}"
+            now = float(2 * place + arm)
+            exposures.append(Exposure(time=now, unit=unit, variant=name, weight=0.5))
+            for request in range(int(counts[0, place])):
+                outcomes.append(
+                    Outcome(
+                        time=now + 0.1, unit=unit, success=int(request < sums[0, place]),
+                        quality=None, latency_seconds=1.0,
+                    )
+                )  # fmt: skip
+    report = analyse(experiment(tuned_for=1000), exposures, outcomes)
+    looks = np.array([119])
+    means = [a[0].sum() / a[2].sum() for a in (control, candidate)]
+    variance = sum(
+        simulation._variance(a[0], a[2], looks, np.array([[mean]]))[0, 0]
+        for a, mean in zip((control, candidate), means, strict=True)
+    )
+    assert report.primary.estimate == pytest.approx(means[1] - means[0])
+    half = math.sqrt(variance) * simulation.boundary(240, alpha=0.05, tuned_for=1000)
+    assert report.primary.interval is not None
+    assert report.primary.interval.high - report.primary.estimate == pytest.approx(half, rel=1e-9)
