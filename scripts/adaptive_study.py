@@ -1,0 +1,262 @@
+"""Do adaptive settings beat constant ones? The same seeds, prompts and weights with and without.
+
+A small policy that half knows sums is trained at two step sizes, one that suits it and one that is
+too large for it, with constant settings and with `adaptive.clip` and `adaptive.learning_rate` on.
+Everything else is alike, so runs of a seed are pairs. A run that has its `outcome.json` is read,
+one that was killed goes on, and the results hold every seed whose four runs are done:
+
+    python -m scripts.adaptive_study --seeds 0 1 2 3 4 5 --json docs/results/adaptive.json \
+        --plot docs/results/adaptive.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from scripts.tiny_policy import sums_recipe, warm_policy
+
+from gmpo.config import RunConfig
+from gmpo.errors import NonFiniteError
+from gmpo.statistics import paired_t_interval
+from gmpo.tracking import provenance, read_lines
+from gmpo.training import train
+
+ROUNDS = 100
+WARM_UP = 20
+FINAL_ROUNDS = 10
+RATES = {"suitable": 1e-4, "too large": 3e-4}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "constant": {},
+    "adaptive": {"clip": True, "learning_rate": True, "warm_up_rounds": WARM_UP},
+}
+BAND = (0.005, 0.02)
+CONFIDENCE = 0.975
+"""Of each interval, so that the two of an outcome hold together with 95 %."""
+OUTCOMES = {
+    "final_reward": "mean reward of the last ten rounds",
+    "kl": "mean of kl_old/k1, round 21 on, in nats",
+    "low_share": "mean of clip/low_fraction, round 21 on",
+    "high_share": "mean of clip/high_fraction, round 21 on",
+    "in_band": "share of sides and rounds, round 21 on, that cut 0.5 % to 2 % of the tokens",
+}
+CURVES = {
+    "reward": "rollout/reward",
+    "tokens cut above": "clip/high_fraction",
+    "clip_high": "adaptive/clip_high",
+    "step size factor": "adaptive/learning_rate_factor",
+}
+Outcome = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--runs", type=Path, default=Path("runs/adaptive"), help="of the runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw mean curves here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # another number would round sums otherwise
+    model = warm_policy(arguments.runs / "policy")
+    outcomes: list[Outcome] = []
+    for seed in sorted(set(arguments.seeds)):
+        outcomes += [
+            outcome_of(arguments.runs, model, rate=rate, arm=arm, seed=seed)
+            for rate in RATES
+            for arm in ARMS
+        ]
+        write(arguments, outcomes)
+    for line in markdown(comparisons(outcomes)):
+        print(line)
+    return 0
+
+
+def recipe(model: str, *, rate: str, arm: str, seed: int) -> RunConfig:
+    """Of one run; arms differ in `[adaptive]` alone."""
+    return sums_recipe(
+        model,
+        training={
+            "rounds": ROUNDS,
+            "steps_per_round": 4,
+            "learning_rate": RATES[rate],
+            "seed": seed,
+        },
+        checkpoint={"every_rounds": 20, "keep": 1},
+        evaluation={"every_rounds": 0, "few_shot": 0, "sampled": False},
+        adaptive=dict(ARMS[arm]),
+    )
+
+
+def outcome_of(runs: Path, model: str, *, rate: str, arm: str, seed: int) -> Outcome:
+    """A run's outcome, read if it is there."""
+    folder = runs / f"{rate.replace(' ', '-')}-{arm}-{seed}"
+    file = folder / "outcome.json"
+    if file.is_file():
+        stored: Outcome = json.loads(file.read_text())
+        return stored
+    ended = "finished"
+    try:
+        train(
+            recipe(model, rate=rate, arm=arm, seed=seed),
+            folder=folder,
+            resume=(folder / "recipe.toml").is_file(),
+            warn=lambda _: None,
+        )
+    except NonFiniteError:
+        ended = "not finite"
+    lines = [line for line in read_lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    events = list(read_lines(folder, "events.jsonl"))
+    outcome = {
+        "rate": rate,
+        "arm": arm,
+        "seed": seed,
+        "ended": ended,
+        "commit": provenance()["commit"],
+        **measured(lines),
+        "changes": sum("setting" in event for event in events),
+        "alarms": sorted(event["alarm"] for event in events if "alarm" in event),
+        "curves": {name: [line.get(metric) for line in lines] for name, metric in CURVES.items()},
+    }
+    file.write_text(json.dumps(outcome))
+    print(f"{folder.name}: {ended}, final reward {outcome['final_reward']:.3f}", flush=True)
+    return outcome
+
+
+def measured(rounds: Sequence[Mapping[str, Any]]) -> Outcome:
+    """The figures that arms are compared by.
+
+    A run has collapsed if its last ten rounds earn less than half of what its best ten in a row
+    did.
+    """
+    rewards = [line["rollout/reward"] for line in rounds]
+    final = fmean(rewards[-FINAL_ROUNDS:])
+    ends = range(min(FINAL_ROUNDS, len(rewards)), len(rewards) + 1)
+    best = max(fmean(rewards[max(0, end - FINAL_ROUNDS) : end]) for end in ends)
+    late = rounds[WARM_UP:]
+    low, high = (
+        [line[name] for line in late if line.get(name) is not None]
+        for name in ("clip/low_fraction", "clip/high_fraction")
+    )
+    kl = [line["kl_old/k1"] for line in late if line.get("kl_old/k1") is not None]
+    shares = low + high
+    return {
+        "final_reward": final,
+        "best_reward": best,
+        "collapsed": final < best / 2,
+        "kl": fmean(kl) if kl else None,
+        "low_share": fmean(low) if low else None,
+        "high_share": fmean(high) if high else None,
+        "in_band": fmean(BAND[0] <= share <= BAND[1] for share in shares) if shares else None,
+    }
+
+
+def comparisons(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Adaptive less constant, of each step size and outcome, paired over seeds."""
+    rows = []
+    for rate in RATES:
+        of_rate = {(run["arm"], run["seed"]): run for run in outcomes if run["rate"] == rate}
+        seeds = sorted({seed for _, seed in of_rate})
+        for name in OUTCOMES:
+            pairs = [tuple(of_rate[arm, seed][name] for arm in ARMS) for seed in seeds]
+            known = [pair for pair in pairs if None not in pair]
+            differences = [after - before for before, after in known]
+            rows.append(
+                {
+                    "rate": rate,
+                    "outcome": name,
+                    "seeds": len(known),
+                    "constant": fmean(pair[0] for pair in known) if known else None,
+                    "adaptive": fmean(pair[1] for pair in known) if known else None,
+                    "difference": fmean(differences) if known else None,
+                    "interval": _interval(differences),
+                }
+            )
+        collapses = {arm: sum(of_rate[arm, seed]["collapsed"] for seed in seeds) for arm in ARMS}
+        rows.append({"rate": rate, "outcome": "collapses", "seeds": len(seeds), **collapses})
+    return rows
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    if len(differences) < 2:
+        return None
+    return paired_t_interval(differences, confidence=CONFIDENCE)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The comparisons as a table."""
+    lines = [
+        "| step size | outcome | seeds | constant | adaptive | difference (97.5 % interval) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        difference = ""
+        if row.get("interval") is not None:
+            low, high = row["interval"]
+            difference = f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+        sides = ["" if row[arm] is None else f"{row[arm]:.4g}" for arm in ARMS]
+        lines.append(
+            f"| {row['rate']} | {row['outcome']} | {row['seeds']} | {' | '.join(sides)} "
+            f"| {difference} |"
+        )
+    return lines
+
+
+def write(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    """The results so far, where they are asked for."""
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "made_with": provenance(),
+            "rounds": ROUNDS,
+            "step_sizes": RATES,
+            "arms": {arm: dict(settings) for arm, settings in ARMS.items()},
+            "outcomes": OUTCOMES,
+            "comparisons": comparisons(outcomes),
+            "runs": [{key: run[key] for key in run if key != "curves"} for run in outcomes],
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.plot:
+        draw(outcomes, arguments.plot)
+
+
+def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Curves over rounds, the mean over seeds, one column a step size."""
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    grid = figure.subplots(len(CURVES), len(RATES), sharex=True, squeeze=False)
+    for column, rate in enumerate(RATES):
+        for row, curve in enumerate(CURVES):
+            axes = grid[row][column]
+            for arm in ARMS:
+                runs = [
+                    run["curves"][curve]
+                    for run in outcomes
+                    if (run["rate"], run["arm"]) == (rate, arm)
+                ]
+                means = [_mean(values) for values in zip(*runs, strict=False)]
+                if any(mean is not None for mean in means):
+                    axes.plot(range(1, len(means) + 1), _gaps(means), label=arm)
+            axes.set_ylabel(curve)
+            axes.set_title(f"step size {RATES[rate]:g} ({rate})" if row == 0 else "")
+        grid[0][column].legend()
+        grid[-1][column].set_xlabel("round")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
