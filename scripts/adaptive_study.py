@@ -232,7 +232,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     for column, rate in enumerate(RATES):
         for row, curve in enumerate(CURVES):
             axes = grid[row][column]
-            for arm in ARMS:
+            for color, arm in enumerate(ARMS):
                 runs = [
                     run["curves"][curve]
                     for run in outcomes
@@ -240,7 +240,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
                 ]
                 means = [_mean(values) for values in zip(*runs, strict=False)]
                 if any(mean is not None for mean in means):
-                    axes.plot(range(1, len(means) + 1), _gaps(means), label=arm)
+                    axes.plot(range(1, len(means) + 1), _gaps(means), f"C{color}", label=arm)
             axes.set_ylabel(curve)
             axes.set_title(f"step size {RATES[rate]:g} ({rate})" if row == 0 else "")
         grid[0][column].legend()
