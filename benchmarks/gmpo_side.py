@@ -264,12 +264,15 @@ class Sgd:
     def zero_gradients(self) -> None:
         self._sgd.zero_grad()
 
-    def apply_step(self, *, learning_rate: float, clip_norm: float) -> float:
-        """One step; the rate and the norm are AdamW's and are left aside."""
+    def apply_step(
+        self, *, learning_rate: float, clip_norm: float, is_wanted: Callable[[float], bool]
+    ) -> float:
+        """One step if it is wanted; the rate and the norm are AdamW's and are left aside."""
         del learning_rate, clip_norm
         norm = float(nn.utils.get_total_norm([w.grad for w in self._weights if w.grad is not None]))
-        self._sgd.step()
-        self._policy.publish_masters()
+        if is_wanted(norm):
+            self._sgd.step()
+            self._policy.publish_masters()
         self.zero_gradients()
         return norm
 

@@ -343,7 +343,7 @@ def test_a_run_is_sampled_with_the_system_turn_it_was_trained_with(finished: Pat
     [
         (("-n", "0"), "num_completions 0 must be at least 1"),
         (("--max-tokens", "0"), "max_tokens 0 and num_completions 1 must be at least 1"),
-        (("--temperature", "-1"), "temperature -1.0 must be 0 or more"),
+        (("--temperature", "-1"), "temperature -1.0 must be 0, which is greedy, or"),
         (("--top-p", "0"), "top_p 0.0 must lie in (0, 1]"),
         (("--dtype", "fp16"), "--dtype is 'fp16'; allowed: fp32, bf16, auto"),
         (("--top-k", "-1"), "top_k -1 must be 0 (off) or more"),
@@ -391,8 +391,13 @@ def test_inspecting_as_json_has_the_same_figures(finished: Path):
 def test_every_figure_of_the_summary_is_one_that_a_run_logs(finished: Path):
     shown = json.loads(gmpo("inspect", finished, "--json").stdout)
     missing = {name for name, value in shown.items() if value is None}
-    # The tiny recipe measures no gradient cosine and has no trackers.
-    assert missing == {"cosine_to_grpo", "tracker_errors_total", "tracker_dropped_total"}
+    # The tiny recipe measures no gradient cosine, has no trackers and lets no step be left out.
+    assert missing == {
+        "cosine_to_grpo",
+        "skipped_steps_total",
+        "tracker_errors_total",
+        "tracker_dropped_total",
+    }
 
 
 def test_inspecting_a_group_shows_its_texts(finished: Path):
