@@ -12,6 +12,7 @@ from gmpo.cli.contamination import contamination
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
+from gmpo.cli.monitor import monitor
 from gmpo.cli.serve import serve
 from gmpo.cli.train import train
 from gmpo.cli.tune import tune
@@ -32,6 +33,7 @@ for _command in (
     contamination,
     sample,
     serve,
+    monitor,
     export,
     inspect,
     models,
