@@ -1,12 +1,14 @@
 """Errors a caller can act on: what is wrong, the value, what is allowed, what to do."""
 
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 
 __all__ = [
     "ChampionMoved",
     "CheckpointError",
     "ConfigError",
+    "CycleMoved",
     "DamagedCheckpointError",
     "DataError",
     "DeliveryError",
@@ -14,6 +16,7 @@ __all__ = [
     "ExportError",
     "GmpoError",
     "GuardStopped",
+    "LeaseHeld",
     "ModelError",
     "NonFiniteError",
     "RunFolderError",
@@ -121,6 +124,34 @@ class ChampionMoved(StoreError):
         self.name = name
         self.expected = expected
         self.found = found
+
+
+class CycleMoved(StoreError):
+    """A cycle was to be moved on that another process has moved meanwhile; nothing was changed."""
+
+
+class LeaseHeld(StoreError):
+    """Only one process may do this at a time, and another one does.
+
+    Attributes:
+        name: of the lease.
+        holder: who holds it; None if nobody does any more, so that it was lost.
+        until: unix seconds at which it ends by itself unless it is renewed.
+    """
+
+    def __init__(self, name: str, *, holder: str | None, until: float | None) -> None:
+        ends = "" if until is None else f" until {_clock(until)} unless it is renewed"
+        super().__init__(
+            f"lease {name!r} is held by {holder or 'nobody any more'}{ends}; nothing was changed; "
+            "wait for it to end, then try again"
+        )
+        self.name = name
+        self.holder = holder
+        self.until = until
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%H:%M:%S UTC")
 
 
 def what_was_raised(error: BaseException) -> str:

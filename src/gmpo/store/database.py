@@ -15,8 +15,24 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from gmpo.errors import ChampionMoved, ConfigError, DataError, StoreError
+from gmpo.store.cycles import (
+    begin_cycle,
+    cycles_of,
+    drop_lease,
+    lease_by_name,
+    move_cycle,
+    take_lease,
+)
 from gmpo.store.faults import faults_named
-from gmpo.store.records import AlertRow, Champion, Event, Experiment, ModelVersion
+from gmpo.store.records import (
+    AlertRow,
+    Champion,
+    Cycle,
+    Event,
+    Experiment,
+    Lease,
+    ModelVersion,
+)
 from gmpo.store.tables import (
     ALERTS,
     CHAMPIONS,
@@ -38,7 +54,7 @@ EVENT_LOCK = 0x676D706F
 
 
 class Store:
-    """Events, model versions, champions, experiments and alerts; made by `open_store`.
+    """Events, model versions, champions, experiments, alerts, cycles; made by `open_store`.
 
     Any number of threads may share one, and any number of processes may each open their own.
     Every method is one transaction: it happens whole or not at all.
@@ -267,6 +283,79 @@ class Store:
             query = query.where(ALERTS.c.status == status)
         with self._reading() as connection:
             return [to_alert(row) for row in connection.execute(query)]
+
+    def begin_cycle(
+        self, name: str, *, state: str, payload: dict[str, Any], lease: Lease | None = None
+    ) -> Cycle:
+        """Begin a model's next cycle.
+
+        Args:
+            name: of the model.
+            state: its first step.
+            payload: what it is asked to do.
+            lease: that must still be held.
+
+        Raises:
+            CycleMoved: a cycle of that model goes on.
+            LeaseHeld: the lease was lost.
+        """
+        with self._writing() as connection:
+            return begin_cycle(connection, name, state=state, payload=payload, lease=lease)
+
+    def move_cycle(
+        self,
+        cycle: Cycle,
+        *,
+        state: str,
+        payload: dict[str, Any],
+        ends: bool = False,
+        lease: Lease | None = None,
+    ) -> Cycle:
+        """Bring a cycle to its next state, if it is still as it was read.
+
+        Args:
+            cycle: as it was read.
+            state: that it comes to.
+            payload: in place of the one it has.
+            ends: whether the cycle is over.
+            lease: that must still be held.
+
+        Raises:
+            CycleMoved: somebody else moved it.
+            LeaseHeld: the lease was lost.
+        """
+        with self._writing() as connection:
+            moved = replace(cycle, state=state, payload=payload)
+            return move_cycle(connection, moved, ends=ends, lease=lease)
+
+    def cycles(self, name: str | None = None) -> list[Cycle]:
+        """All cycles, or those of one model, by name and number."""
+        with self._reading() as connection:
+            return cycles_of(connection, name)
+
+    def take_lease(self, name: str, *, holder: str, seconds: float) -> Lease:
+        """Take a lease that nobody holds, or renew one's own.
+
+        Args:
+            name: what the holder alone may do.
+            holder: who asks; no two may have one name.
+            seconds: how long it lasts unless it is renewed, above 0, by this machine's clock.
+
+        Raises:
+            LeaseHeld: another one holds it.
+        """
+        with self._writing() as connection:
+            return take_lease(connection, name, holder=holder, seconds=seconds)
+
+    def drop_lease(self, lease: Lease) -> None:
+        """Give a lease back; nothing happens if it is another's by now."""
+        with self._writing() as connection:
+            drop_lease(connection, lease)
+
+    def lease(self, name: str) -> Lease | None:
+        """The lease of that name, which may be over; None if nobody holds it."""
+        with self._reading() as connection:
+            return lease_by_name(connection, name)
 
     def close(self) -> None:
         """Give the connections back; the store cannot be used afterwards."""

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, insert, inspect, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy import make_url as parse_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
@@ -150,7 +161,7 @@ def _postgres_engine(url: URL, *, read_only: bool, timeout_seconds: float) -> En
 
 
 def _prepare(engine: Engine, where: str, *, read_only: bool, timeout_seconds: float) -> None:
-    """Make the tables where there are none; refuse those of a newer version."""
+    """Make the tables that are missing; refuse a store of a newer version."""
     if read_only:
         with engine.begin() as connection:
             version = _schema_version(connection)
@@ -166,6 +177,11 @@ def _prepare(engine: Engine, where: str, *, read_only: bool, timeout_seconds: fl
             if version is None:
                 TABLES.create_all(connection)
                 connection.execute(insert(SCHEMA), {"version": SCHEMA_VERSION})
+                version = SCHEMA_VERSION
+            elif version < SCHEMA_VERSION:
+                # Every change of the schema so far is a table more.
+                TABLES.create_all(connection)
+                connection.execute(update(SCHEMA).values(version=SCHEMA_VERSION))
                 version = SCHEMA_VERSION
     if version > SCHEMA_VERSION:
         raise StoreError(

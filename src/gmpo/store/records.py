@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["AlertRow", "Champion", "Event", "Experiment", "ExperimentStatus", "ModelVersion"]
+__all__ = [
+    "AlertRow",
+    "Champion",
+    "Cycle",
+    "Event",
+    "Experiment",
+    "ExperimentStatus",
+    "Lease",
+    "ModelVersion",
+]
 
 ExperimentStatus = Literal["running", "stopped"]
 
@@ -117,3 +126,43 @@ class AlertRow:
     starts_at: float
     ends_at: float | None
     payload: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """One pass of continual learning over new data, as far as it has come.
+
+    Attributes:
+        name: of the model.
+        number: of the cycle among those of the model, from 1.
+        state: the step that comes next, or what became of the cycle.
+        revision: changes of state so far.
+        created: unix seconds.
+        changed: unix seconds of the newest change.
+        ended: unix seconds; None while it goes on.
+        payload: what it was asked to do, what its steps reported, its result.
+    """
+
+    name: str
+    number: int
+    state: str
+    revision: int
+    created: float
+    changed: float
+    ended: float | None
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to be the only one that does something, until a time.
+
+    Attributes:
+        name: what the holder alone may do.
+        holder: who has it.
+        until: unix seconds at which it ends unless it is renewed.
+    """
+
+    name: str
+    holder: str
+    until: float

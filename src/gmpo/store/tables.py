@@ -26,13 +26,23 @@ from sqlalchemy import (
 )
 
 from gmpo.errors import DataError
-from gmpo.store.records import AlertRow, Champion, Event, Experiment, ModelVersion
+from gmpo.store.records import (
+    AlertRow,
+    Champion,
+    Cycle,
+    Event,
+    Experiment,
+    Lease,
+    ModelVersion,
+)
 
 __all__ = [
     "ALERTS",
     "CHAMPIONS",
+    "CYCLES",
     "EVENTS",
     "EXPERIMENTS",
+    "LEASES",
     "MODEL_VERSIONS",
     "SCHEMA",
     "SCHEMA_VERSION",
@@ -40,13 +50,14 @@ __all__ = [
     "row_of",
     "to_alert",
     "to_champion",
+    "to_cycle",
     "to_event",
     "to_experiment",
     "to_model_version",
 ]
 
-SCHEMA_VERSION = 1
-"""Of the tables below; a store of a newer one is refused."""
+SCHEMA_VERSION = 2
+"""Of the tables below; a newer store is refused, an older one gets the tables that it lacks."""
 
 TABLES = MetaData()
 
@@ -125,9 +136,30 @@ ALERTS = Table(
     Column("payload", Text, nullable=False),
 )
 
+CYCLES = Table(
+    "gmpo_cycles",
+    TABLES,
+    Column("name", Text, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("state", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("changed", Double, nullable=False),
+    Column("ended", Double),
+    Column("payload", Text, nullable=False),
+)
+
+LEASES = Table(
+    "gmpo_leases",
+    TABLES,
+    Column("name", Text, primary_key=True),
+    Column("holder", Text, nullable=False),
+    Column("until", Double, nullable=False),
+)
+
 
 def row_of(
-    record: Event | ModelVersion | Champion | Experiment | AlertRow,
+    record: Event | ModelVersion | Champion | Experiment | AlertRow | Cycle | Lease,
 ) -> dict[str, Any]:
     """A record's columns by name; an event's `id` is left to the database.
 
@@ -212,3 +244,9 @@ def to_alert(row: Row[Any]) -> AlertRow:
     """The alert that a row of `ALERTS` holds."""
     named = row._mapping
     return AlertRow(**{**named, "payload": json.loads(named["payload"])})
+
+
+def to_cycle(row: Row[Any]) -> Cycle:
+    """The cycle that a row of `CYCLES` holds."""
+    named = row._mapping
+    return Cycle(**{**named, "payload": json.loads(named["payload"])})
