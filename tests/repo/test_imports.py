@@ -219,6 +219,8 @@ TORCH_FREE = (
     "gmpo.serving.sampling_thread",
     "gmpo.serving.server",
     "gmpo.serving.text",
+    "gmpo.serving.upstream",
+    "gmpo.serving.upstream_events",
 )
 
 
