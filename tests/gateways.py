@@ -79,7 +79,7 @@ def running_gateway(
     thread.start()
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_served(url, thread)
+        _wait_until_ready(url, thread)
         yield RunningGateway(
             url=url, port=port, backend=backend, entrance=entrance, server=server, loop=loop
         )
@@ -89,13 +89,13 @@ def running_gateway(
         thread.join()
 
 
-def _wait_until_served(url: str, thread: threading.Thread) -> None:
+def _wait_until_ready(url: str, thread: threading.Thread) -> None:
     for _ in range(1000):
         assert thread.is_alive(), "the gateway ended while it started"
         try:
-            if httpx2.get(f"{url}/health").status_code == 200:
+            if httpx2.get(f"{url}/ready").status_code == 200:
                 return
         except httpx2.TransportError:
             pass
         threading.Event().wait(0.01)
-    raise AssertionError("the gateway did not answer within 10 seconds")
+    raise AssertionError("the gateway was not ready within 10 seconds")

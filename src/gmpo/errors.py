@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "RunFolderError",
     "RunStopped",
+    "ServerUnreachable",
     "StoreError",
     "StoreFull",
     "StoreLocked",
@@ -81,6 +82,10 @@ class GuardStopped(GmpoError):
 
 class StudyError(GmpoError):
     """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
+
+
+class ServerUnreachable(GmpoError):
+    """A model server does not answer, or answers what it should not."""
 
 
 class StoreError(GmpoError):

@@ -1,0 +1,195 @@
+"""What a cycle is to do: the recipe that trains, the suites that decide, limits, live servers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from gmpo.config import RunConfig
+from gmpo.errors import ConfigError, RunFolderError
+from gmpo.records import Prompt
+from gmpo.task_config import JsonlTask, Table
+from gmpo.tasks import jsonl_task
+from gmpo.tasks.jsonl import jsonl_rows
+
+__all__ = [
+    "LearnPlan",
+    "batch_digest",
+    "mixed_rows",
+    "plan_of",
+    "read_batch",
+    "small_recipe",
+    "suite_prompts",
+    "update_recipe",
+    "write_rows",
+]
+
+
+class LearnPlan(Table):
+    """How a model's cycles are done; kept with the cycle, so that one that goes on goes on alike.
+
+    Files hold rows of the usual form: `prompt` or `problem`, `answer`, maybe `id`.
+    """
+
+    recipe: RunConfig
+    """Trains; its model and task are replaced by the champion and the data."""
+    suites: dict[str, str] = Field(min_length=1)
+    """File of each suite's items, by name: old tasks and new ones."""
+    replay: tuple[str, ...] = ()
+    """Files of earlier data; data of promoted cycles join them."""
+    replay_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of earlier rows among those trained on, as far as there are so many."""
+    min_rows: int = Field(default=20, ge=2)
+    """Accepted rows that a batch needs."""
+    max_rejected_share: float = Field(default=0.5, ge=0, le=1)
+    """Rejected rows above this share of the batch refuse all of it."""
+    small_rows: int = Field(default=100, ge=2)
+    """Rows of the small update, as in the article."""
+    small_rounds: int = Field(default=2, ge=1)
+    """Rounds of the small update, at the full step size."""
+    safety_items: int = Field(default=200, ge=1)
+    """Items of each suite that the small update is asked, at most."""
+    samples: int = Field(default=1, ge=1)
+    """Completions an item; 1 asks greedily, more are sampled."""
+    degradation_limit: float = Field(default=0.05, gt=0, lt=1)
+    """Margin, in points of accuracy: what a candidate may be worse by."""
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    """Error rate of every decision."""
+    approval: Literal["manual", "auto"] = "manual"
+    """Whether a person has to say yes before a candidate serves."""
+    gateway: str | None = None
+    """Base URL of the server whose champion follows the store, e.g. http://127.0.0.1:8000/v1; None
+    leaves out the live test and the watch."""
+    traffic: str | None = None
+    """File of requests for the live test and the watch; None takes the suites' items."""
+    live_items: int = Field(default=200, ge=1)
+    """Requests that champion and candidate both answer in the live test."""
+    watch_items: int = Field(default=300, ge=1)
+    """Requests that the new champion answers where it serves."""
+    serve_seconds: float = Field(default=120.0, gt=0)
+    """Longest wait for a server to load a version."""
+
+    @model_validator(mode="after")
+    def _traffic_has_a_server(self) -> LearnPlan:
+        if self.traffic is not None and self.gateway is None:
+            raise ValueError("traffic is sent to a gateway, and none is named; set gateway")
+        return self
+
+
+def plan_of(table: Mapping[str, Any]) -> LearnPlan:
+    """The plan that a table is, as a cycle keeps it.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    try:
+        return LearnPlan.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"the plan's {where or 'settings'}: {first['msg']}") from None
+
+
+def read_batch(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of files, as they are.
+
+    Raises:
+        DataError: a file is missing or unreadable, or a line is no JSON object.
+    """
+    return [dict(row.columns) for row in jsonl_rows(list(paths))]
+
+
+def batch_digest(paths: Sequence[str]) -> str:
+    """16 hexadecimal digits of the files' rows: the same rows have the same ones."""
+    digest = hashlib.sha256()
+    for row in read_batch(paths):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def suite_prompts(path: str) -> tuple[Prompt, ...]:
+    """The items of a suite's file.
+
+    Raises:
+        DataError: the file is missing or a row is not usable.
+    """
+    return jsonl_task(path=path).train
+
+
+def mixed_rows(
+    new: Sequence[Mapping[str, Any]],
+    earlier: Sequence[Mapping[str, Any]],
+    *,
+    replay_share: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """New rows with earlier ones in between, each with an id of its own.
+
+    Args:
+        new: all of them are kept.
+        earlier: as many are drawn as make `replay_share` of the whole, or all if there are fewer.
+        replay_share: in [0, 1).
+        seed: of the draw.
+    """
+    wanted = round(len(new) * replay_share / (1 - replay_share))
+    drawn = random.Random(f"replay {seed}").sample(list(earlier), min(wanted, len(earlier)))
+    named = [{**row, "id": f"new-{place}"} for place, row in enumerate(new)]
+    return named + [{**row, "id": f"replay-{place}"} for place, row in enumerate(drawn)]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON Lines.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror}; free space or mend its rights, then give "
+            "the same command again"
+        ) from None
+
+
+def update_recipe(plan: LearnPlan, *, model: str, rows: Path, number: int) -> RunConfig:
+    """The plan's recipe, from a champion on a file of rows.
+
+    The gate asks the items, so the run itself asks none but the one that every task holds out.
+
+    Args:
+        plan: with the recipe.
+        model: folder of the champion.
+        rows: file to train on.
+        number: of the cycle: each draws with a seed of its own.
+    """
+    recipe = plan.recipe
+    task = JsonlTask(kind="jsonl", path=str(rows), held_out_items=1, split_seed=number)
+    quiet = {"every_rounds": 0, "few_shot": 0, "sampled": False, "items": 1}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": model}),
+            "task": task,
+            "training": recipe.training.model_copy(
+                update={"seed": recipe.training.seed + number, "gradient_cosine_every": 0}
+            ),
+            "evaluation": recipe.evaluation.model_copy(update=quiet),
+            "checkpoint": recipe.checkpoint.model_copy(update={"keep": 1}),
+        }
+    )
+
+
+def small_recipe(plan: LearnPlan, *, model: str, rows: Path, number: int) -> RunConfig:
+    """The update's recipe cut to a few rounds, at its full step size from the first step on."""
+    recipe = update_recipe(plan, model=model, rows=rows, number=number)
+    training = recipe.training.model_copy(
+        update={"rounds": plan.small_rounds, "warmup_steps": 0, "schedule": "constant"}
+    )
+    return recipe.model_copy(update={"training": training})

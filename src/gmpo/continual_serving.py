@@ -1,0 +1,92 @@
+"""A model version served by a process of its own for as long as a step needs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from gmpo.errors import ServerUnreachable
+
+__all__ = ["served_process"]
+
+_KEPT_LINES = 20
+
+
+@contextmanager
+def served_process(
+    model: str, *, arguments: Sequence[str] = (), threads: int, seconds: float
+) -> Iterator[str]:
+    """`gmpo serve` on a free port of this machine, and its base URL.
+
+    Args:
+        model: folder or name.
+        arguments: more of the command's options.
+        threads: CPU threads.
+        seconds: longest wait until it serves.
+
+    Raises:
+        ServerUnreachable: it does not serve within that time, or ends; its last line is told.
+    """
+    command = [sys.executable, "-m", "gmpo.cli", "serve", model, "--port", "0", *arguments]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"},
+        # Ctrl-C in the terminal is for this process, which ends the server itself.
+        start_new_session=True,
+    )
+    said = _Output(process)
+    try:
+        yield said.address(seconds)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        said.close()
+
+
+class _Output:
+    """Reads what the server says, so that its pipe never fills up."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._last: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._address: str | None = None
+        self._known = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="gmpo-server-output", daemon=True)
+        self._thread.start()
+
+    def address(self, seconds: float) -> str:
+        """Where it serves, once it says so."""
+        in_time = self._known.wait(seconds)
+        if self._address is not None:
+            return self._address
+        last = next((line for line in reversed(self._last) if line.strip()), "nothing").strip()
+        what = "ended" if in_time else f"was not ready within {seconds:g} seconds"
+        raise ServerUnreachable(f"the server of the candidate {what}; it said last: {last}")
+
+    def close(self) -> None:
+        """Wait for the last line."""
+        self._thread.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._last.append(line)
+            if line.startswith("serving ") and self._address is None:
+                self._address = line.split()[-1]
+                self._known.set()
+        self._known.set()

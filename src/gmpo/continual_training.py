@@ -1,0 +1,157 @@
+"""A cycle's training run, in a process of its own that a later call finds and goes on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gmpo.config import RunConfig
+from gmpo.errors import ConfigError, RunStopped, StudyError
+from gmpo.run_process import MOST_TRIES, Attempt, RunProcess, death, is_trained_in
+from gmpo.stability import run_figures
+from gmpo.tracking import read_lines
+from gmpo.tuning_score import stability
+
+__all__ = ["TrainedRun", "stability_metrics", "train_run", "trained_model"]
+
+_POLL_SECONDS = 0.1
+_FIGURES = (
+    "loss_variance",
+    "gradient_norm_deviation",
+    "log_ratio_range",
+    "clip_fraction",
+    "entropy_end",
+    "reward_end",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """What became of a run.
+
+    Attributes:
+        outcome: "diverged" where a value was not finite or the guard stopped it.
+        message: what it said last; empty if it finished.
+        folder: of the run.
+        seconds: that its last process ran.
+    """
+
+    outcome: Literal["finished", "diverged"]
+    message: str
+    folder: Path
+    seconds: float
+
+
+def train_run(
+    folder: Path,
+    recipe: RunConfig,
+    *,
+    threads: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainedRun:
+    """Train a recipe in FOLDER/run, or go on where a killed process left it.
+
+    Args:
+        folder: of the step; the run, its recipe and its log lie in it.
+        recipe: that is trained.
+        threads: CPU threads.
+        should_stop: asked a few times a second; once it says so, the run saves and ends.
+
+    Raises:
+        ConfigError: the recipe or the data are refused; the run's message is named.
+        RunStopped: `should_stop` said so.
+        StudyError: the process died again and again.
+    """
+    run = folder / "run"
+    for _ in range(MOST_TRIES):
+        attempt = _one_process(folder, recipe, run, threads=threads, should_stop=should_stop)
+        if attempt.outcome == "finished" or attempt.outcome == "diverged":
+            return TrainedRun(
+                outcome=attempt.outcome,
+                message=attempt.message,
+                folder=run,
+                seconds=attempt.seconds,
+            )
+        if attempt.outcome == "refused":
+            raise ConfigError(f"the update cannot be trained: {attempt.message}")
+        if attempt.outcome == "stopped":
+            raise RunStopped("the update was stopped; give the same command again to go on")
+        said = death(attempt.exit_code)
+    raise StudyError(
+        f"the update's process died {MOST_TRIES} times, the last time of {said}; its output is in "
+        f"{folder / 'logs'}; give the same command again to go on from its newest checkpoint"
+    )
+
+
+def _one_process(
+    folder: Path,
+    recipe: RunConfig,
+    run: Path,
+    *,
+    threads: int,
+    should_stop: Callable[[], bool],
+) -> Attempt:
+    while is_trained_in(run):
+        # Left by a controller that was killed: its work counts, so let it finish.
+        if should_stop():
+            raise RunStopped("the update is still trained by an earlier call, which goes on")
+        time.sleep(_POLL_SECONDS)
+    worker = RunProcess.start(folder, "update", recipe, run=run, threads=threads)
+    try:
+        while not worker.has_ended:
+            if should_stop():
+                worker.interrupt()
+                worker.process.wait()
+                raise RunStopped("the update was stopped; give the same command again to go on")
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if not worker.has_ended:
+            worker.kill()
+    return worker.attempt()
+
+
+def trained_model(run: Path) -> Path:
+    """Folder of the weights that a finished run ended with.
+
+    Raises:
+        CheckpointError: the newest checkpoint is damaged.
+    """
+    from gmpo.checkpoint import checkpoint_model, latest_checkpoint, verified_content
+
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None, "the last round writes a checkpoint"
+    verified_content(checkpoint)
+    return checkpoint_model(checkpoint)
+
+
+def stability_metrics(run: Path, recipe: RunConfig) -> dict[str, Any]:
+    """How steadily a run learned: 0..1 as `gmpo tune` takes it, its parts, the guard's alarms.
+
+    None stands for what was not measured, e.g. where no step had a gradient.
+
+    Raises:
+        DataError: a line of the run's metrics is damaged.
+    """
+    lines = list(read_lines(run, "metrics.jsonl"))
+    training = recipe.training
+    figures = run_figures(
+        lines,
+        held_out_end=None,
+        target=None,
+        rounds=training.rounds,
+        steps_per_round=training.steps_per_round,
+        diverged=False,
+    )
+    alarms = list(read_lines(run, "events.jsonl"))
+    return {
+        "stability": stability(lines, recipe=recipe, kind="meaningful", rounds=training.rounds),
+        **{name: figures.values[name] for name in _FIGURES},
+        "ratio_min": figures.ratio_min,
+        "ratio_max": figures.ratio_max,
+        "rounds": figures.rounds_done,
+        "crash": figures.crash,
+        "guard_events": len(alarms),
+    }

@@ -1,0 +1,79 @@
+"""When a cycle is due: enough new rows, enough time, or anomalies of what serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gmpo.errors import ConfigError
+from gmpo.store import Cycle, Store
+
+__all__ = ["Triggers", "due"]
+
+_DRIFT_LEVELS = ("warning", "critical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triggers:
+    """What begins a cycle; any of them does, and without any a cycle is always due.
+
+    Attributes:
+        min_rows: so many new rows; None does not look at them.
+        every_seconds: so long after the newest cycle began; None does not look at the time.
+        on_drift: an anomaly of level "warning" or "critical" since the newest cycle began.
+    """
+
+    min_rows: int | None = None
+    every_seconds: float | None = None
+    on_drift: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_rows", self.min_rows), ("every_seconds", self.every_seconds)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"the trigger {name} is {value}; it must be above 0")
+
+    @property
+    def any_is_set(self) -> bool:
+        """Whether there is one."""
+        return self.on_drift or self.min_rows is not None or self.every_seconds is not None
+
+
+def due(
+    store: Store, name: str, triggers: Triggers, *, num_rows: int, data_digest: str, now: float
+) -> str | None:
+    """Why a cycle is due now, in a sentence; None if none is.
+
+    With triggers, rows that a cycle had already begin no other one.
+
+    Args:
+        store: of cycles and anomalies.
+        name: of the model.
+        triggers: that are set.
+        num_rows: of the data there are.
+        data_digest: of these rows.
+        now: unix seconds.
+    """
+    if not triggers.any_is_set:
+        return "asked for"
+    cycles = store.cycles(name)
+    if any(cycle.payload["request"].get("data_digest") == data_digest for cycle in cycles):
+        return None
+    newest = cycles[-1] if cycles else None
+    if triggers.min_rows is not None and num_rows >= triggers.min_rows:
+        return f"{num_rows} new rows, at least {triggers.min_rows} wanted"
+    if triggers.every_seconds is not None:
+        waited = None if newest is None else now - newest.created
+        if waited is None:
+            return "no cycle has been run yet"
+        if waited >= triggers.every_seconds:
+            return f"{waited:.0f} seconds since cycle {cycles[-1].number}"
+    if triggers.on_drift:
+        return _drift(store, newest)
+    return None
+
+
+def _drift(store: Store, newest: Cycle | None) -> str | None:
+    since = None if newest is None else newest.created
+    for event in store.events(kinds=["anomaly"], since=since, newest_first=True):
+        if event.payload["level"] in _DRIFT_LEVELS:
+            return f"an anomaly of level {event.payload['level']}"
+    return None

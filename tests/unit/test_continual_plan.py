@@ -1,0 +1,97 @@
+"""What a cycle is to do: rows mixed, recipes derived, plans refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmpo.continual_plan import (
+    LearnPlan,
+    batch_digest,
+    mixed_rows,
+    plan_of,
+    read_batch,
+    small_recipe,
+    suite_prompts,
+    update_recipe,
+    write_rows,
+)
+from gmpo.errors import ConfigError, DataError
+from gmpo.recipe import load_recipe
+
+
+def rows(count: int, answer: str = "1") -> list[dict]:
+    return [
+        {"id": f"{answer}-{n}", "prompt": f"{answer}: {n}?", "answer": answer} for n in range(count)
+    ]
+
+
+def plan(**changes) -> LearnPlan:
+    return LearnPlan(recipe=load_recipe("quickstart"), suites={"old": "old.jsonl"}, **changes)
+
+
+def test_half_of_the_rows_are_earlier_ones():
+    mixed = mixed_rows(rows(6), rows(20, "2"), replay_share=0.5, seed=1)
+    assert [row["answer"] for row in mixed] == ["1"] * 6 + ["2"] * 6
+    assert len({row["id"] for row in mixed}) == 12
+    assert mixed == mixed_rows(rows(6), rows(20, "2"), replay_share=0.5, seed=1)
+    assert mixed != mixed_rows(rows(6), rows(20, "2"), replay_share=0.5, seed=2)
+
+
+@given(
+    new=st.integers(0, 30),
+    earlier=st.integers(0, 30),
+    share=st.floats(0, 0.9),
+)
+def test_new_rows_are_all_there_and_earlier_ones_at_most_their_share(new, earlier, share):
+    mixed = mixed_rows(rows(new), rows(earlier, "2"), replay_share=share, seed=0)
+    replayed = [row["prompt"] for row in mixed if row["answer"] == "2"]
+    assert len(mixed) - len(replayed) == new
+    assert len(set(replayed)) == len(replayed)
+    assert len(replayed) == min(earlier, round(new * share / (1 - share)))
+
+
+def test_rows_come_back_and_have_a_digest(tmp_path: Path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, rows(3))
+    write_rows(second, rows(3))
+    assert read_batch([str(first)]) == rows(3)
+    assert len(read_batch([str(first), str(second)])) == 6
+    assert batch_digest([str(first)]) == batch_digest([str(second)])
+    write_rows(second, rows(4))
+    assert batch_digest([str(first)]) != batch_digest([str(second)])
+    (prompt, *_) = suite_prompts(str(first))
+    assert (prompt.id, prompt.columns["answer"]) == ("1-0", "1")
+    with pytest.raises(DataError, match="does not exist"):
+        read_batch([str(tmp_path / "none.jsonl")])
+
+
+def test_the_update_is_the_recipe_on_the_champion_and_the_rows():
+    update = update_recipe(plan(), model="/models/a", rows=Path("/rows.jsonl"), number=3)
+    own = load_recipe("quickstart")
+    assert update.model.name == "/models/a"
+    assert update.task.kind == "jsonl"
+    assert update.task.path == "/rows.jsonl"
+    assert update.training.seed == own.training.seed + 3
+    assert update.training.learning_rate == own.training.learning_rate
+    assert update.training.rounds == own.training.rounds
+    assert update.evaluation.items == 1
+    small = small_recipe(plan(), model="/models/a", rows=Path("/rows.jsonl"), number=3)
+    assert (small.training.rounds, small.training.warmup_steps) == (2, 0)
+    assert small.training.schedule == "constant"
+    assert small.training.learning_rate == own.training.learning_rate
+
+
+def test_a_plan_survives_being_kept_and_a_wrong_one_is_named():
+    kept = json.loads(plan().model_dump_json())
+    assert plan_of(kept) == plan()
+    with pytest.raises(ConfigError, match="degradation_limit"):
+        plan_of({**kept, "degradation_limit": 2.0})
+    with pytest.raises(ConfigError, match="none is named; set gateway"):
+        plan_of({**kept, "traffic": "requests.jsonl"})
+    with pytest.raises(ConfigError, match="suites"):
+        plan_of({**kept, "suites": {}})
