@@ -5,17 +5,28 @@ frozen: a window that moves along would take a slow drift for granted. What foll
 cut at 4 deviations so that one heavy-tailed value cannot raise an alarm, and handed to two of
 River's tests. Page-Hinkley is the fast one (a shift of 4 deviations or more is found in about ten
 values after a baseline of 20), ADWIN the slow one for shifts that Page-Hinkley's delta swallows.
+A stream without an end, as serving has, takes a cumulative sum, which remembers one number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-__all__ = ["Baseline", "Direction", "drift_onset", "drifts", "robust_baseline", "scaled"]
+__all__ = [
+    "Baseline",
+    "Direction",
+    "cumulative_sum",
+    "drift_onset",
+    "drifts",
+    "robust_baseline",
+    "scaled",
+    "tail_decades",
+]
 
 Direction = Literal["up", "down"]
 
@@ -115,3 +126,29 @@ def drift_onset(z: Sequence[float] | np.ndarray, *, direction: Direction) -> int
         raise ValueError("a drift needs at least one value, got none")
     to_the_end = np.cumsum(beyond[::-1])[::-1]
     return int(np.argmax(to_the_end))
+
+
+def cumulative_sum(
+    before: float, z: float, *, direction: Direction, allowance: float = _PAGE_HINKLEY_DELTA
+) -> float:
+    """Page's cumulative sum after one more value: max(0, before + z - allowance).
+
+    Page-Hinkley's test with a frozen mean: it stays near 0 while z lies about 0, and grows by what
+    z exceeds the allowance by once it does not.
+
+    Args:
+        before: sum so far, 0 at first.
+        z: the value in deviations, as `scaled` returns.
+        direction: only values this way add to it.
+        allowance: in deviations, above 0.
+    """
+    return max(0.0, before + (z if direction == "up" else -z) - allowance)
+
+
+def tail_decades(total: float, *, allowance: float = _PAGE_HINKLEY_DELTA) -> float:
+    """How improbable a cumulative sum is while nothing has changed, as -log10 of a probability.
+
+    For standard normal z and at any one time P(sum >= total) <= exp(-2 allowance total): Lundberg's
+    inequality for a random walk with drift -allowance. 5 means one value in 100,000 or fewer.
+    """
+    return 2 * allowance * total / math.log(10)

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 
+from gmpo.serving.anomaly_watch import AnomalyWatch
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import AnswerReport, GenerationRequest, Usage
 from gmpo.serving.figures import GatewayFigures
@@ -47,6 +48,8 @@ def names_in(text: str) -> set[str]:
 def test_every_metric_that_the_rules_and_the_dashboard_name_is_exposed():
     figures = GatewayFigures(events=lambda: {"lost": 0})
     figures.observe(answer())
+    watch = AnomalyWatch(figures)
+    watch.look()
     exposed = names_in(figures.exposition().decode())
     assert "gmpo_process_resident_memory_bytes" in exposed
     dashboard = json.loads((DEPLOY / "grafana" / "serving.json").read_text())
@@ -71,7 +74,7 @@ def test_promtool_accepts_the_rules_and_the_configuration():
         [promtool, "check", "config", str(config)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "6 rules found" in done.stdout
+    assert "8 rules found" in done.stdout
 
 
 @pytest.fixture

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.detectors import Baseline, drift_onset, drifts, robust_baseline, scaled
+from gmpo.detectors import (
+    Baseline,
+    cumulative_sum,
+    drift_onset,
+    drifts,
+    robust_baseline,
+    scaled,
+    tail_decades,
+)
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6)
 
@@ -104,3 +112,26 @@ def test_one_outlier_long_ago_is_not_the_onset():
 def test_an_onset_without_values_is_refused():
     with pytest.raises(ValueError, match="at least one value"):
         drift_onset([], direction="up")
+
+
+def test_a_cumulative_sum_forgets_what_lies_the_other_way():
+    # 0 + 2 - 0.5 = 1.5; 1.5 - 3 - 0.5 is below 0; 0 + 1 - 0.5 = 0.5
+    total = cumulative_sum(0.0, 2.0, direction="up")
+    assert total == 1.5
+    total = cumulative_sum(total, -3.0, direction="up")
+    assert total == 0.0
+    assert cumulative_sum(total, 1.0, direction="up") == 0.5
+    assert cumulative_sum(0.0, -2.0, direction="down", allowance=1.0) == 1.0
+
+
+def test_decades_of_a_sum_bound_how_often_it_gets_there():
+    # exp(-2 0.5 ln 10) is one in ten.
+    assert tail_decades(np.log(10)) == pytest.approx(1.0)
+    chance = np.random.default_rng(0)
+    total, reached = 0.0, np.zeros(3)
+    for z in chance.standard_normal(100_000):
+        total = cumulative_sum(total, float(z), direction="up")
+        reached += tail_decades(total) >= np.array([1.0, 2.0, 3.0])
+    shares = reached / 100_000
+    assert (shares <= [0.1, 0.01, 0.001]).all()
+    assert shares[1] > 0.001

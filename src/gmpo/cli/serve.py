@@ -23,6 +23,7 @@ from gmpo.recipe import load_recipe
 
 if TYPE_CHECKING:
     from gmpo.serving.access import ApiKeys
+    from gmpo.serving.anomaly_watch import AnomalyWatch
     from gmpo.serving.app import GatewayLimits
     from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel
     from gmpo.serving.entrance import Entrance
@@ -36,6 +37,10 @@ __all__ = ["serve"]
 _INTERRUPTED = 130
 
 
+_LearnAnew = Annotated[
+    bool,
+    typer.Option("--learn-anew", help="Forget what --store says is usual for these models."),
+]
 _Name = Annotated[
     str | None, typer.Option(help="What clients call it; default: the last part of MODEL.")
 ]
@@ -78,6 +83,7 @@ def serve(
     queue_seconds: Annotated[float, typer.Option(min=0.0, help="Longest wait.")] = 30.0,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest answer.")] = 600.0,
     drain_seconds: _DrainSeconds = 30.0,
+    learn_anew: _LearnAnew = False,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Longest body.")] = 1 << 20,
 ) -> None:
     """Serve a model to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads MODEL anew."""
@@ -102,9 +108,10 @@ def serve(
     engine = EngineLimits(
         max_rows=max_rows, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
     )
-    if follow is not None and store is None:
-        raise ConfigError("--follow names a model of the store; say which with --store")
-    with bound_socket(host, port) as bound, _recording(store) as records:
+    if store is None and (follow is not None or learn_anew):
+        option = "--learn-anew" if follow is None else "--follow"
+        raise ConfigError(f"{option} is about what a store holds; say which with --store")
+    with bound_socket(host, port) as bound, _recording(store, learn_anew=learn_anew) as records:
         changes = _Changes(
             backend=_backend(model, dtype, name or _last_part(model), engine),
             model=model,
@@ -114,7 +121,7 @@ def serve(
         )
         gateway = _gateway(changes.backend, limits, keys, records)
         follower = None if follow is None else _follower(records, follow, changes)
-        _run(gateway, bound, changes, follower, drain_seconds)
+        _run(gateway, bound, changes, follower, records.watch, drain_seconds)
 
 
 def _require_packages() -> None:
@@ -130,32 +137,37 @@ class _Records:
     """The gateway's figures, and its store with what writes to it, where there is one."""
 
     figures: GatewayFigures
+    watch: AnomalyWatch
     events: EventWriter | None = None
     store: Store | None = None
 
 
 @contextmanager
-def _recording(url: str | None) -> Iterator[_Records]:
+def _recording(url: str | None, *, learn_anew: bool) -> Iterator[_Records]:
     """Open the store, and write what waits before it is closed."""
     from gmpo.host_memory import resident_bytes
+    from gmpo.serving.anomaly_watch import AnomalyWatch, stored_baselines
     from gmpo.serving.figures import GatewayFigures
     from gmpo.serving.recording import EventWriter
     from gmpo.store import open_store
 
     if url is None:
-        yield _Records(figures=GatewayFigures())
+        figures = GatewayFigures()
+        yield _Records(figures=figures, watch=AnomalyWatch(figures))
         return
     opened = open_store(url)
-    figures: GatewayFigures | None = None
+    baselines = {} if learn_anew else stored_baselines(opened)
+    gauges: GatewayFigures | None = None
 
     def sample() -> dict[str, float]:
-        going_on = {} if figures is None else figures.gauges()
+        going_on = {} if gauges is None else gauges.gauges()
         return {"memory_bytes": resident_bytes(), **going_on}
 
     writer = EventWriter(opened, sample=sample)
-    figures = GatewayFigures(events=writer.counts)
+    gauges = figures = GatewayFigures(events=writer.counts)
     try:
-        yield _Records(figures=figures, events=writer, store=opened)
+        watch = AnomalyWatch(figures, put=writer.put, baselines=baselines)
+        yield _Records(figures=figures, watch=watch, events=writer, store=opened)
     finally:
         writer.close()
         opened.close()
@@ -184,7 +196,10 @@ def _gateway(
         OneBackendRouter(backend),
         limits=limits,
         keys=keys,
-        observers=() if records.events is None else (records.events.observe,),
+        observers=(
+            records.watch.observe,
+            *(() if records.events is None else (records.events.observe,)),
+        ),
         figures=records.figures,
     )
 
@@ -266,6 +281,7 @@ def _run(
     bound: socket.socket,
     changes: _Changes,
     follower: ChampionFollower | None,
+    watch: AnomalyWatch,
     drain_seconds: float,
 ) -> None:
     """Serve until a signal ends it."""
@@ -276,7 +292,7 @@ def _run(
         settings=ServerSettings(drain_seconds=drain_seconds),
         reload=changes.reload if follower is None else follower.look_again,
         started=lambda: _announce(changes.backend, bound),
-        beside=() if follower is None else (follower.run,),
+        beside=(watch.run, *(() if follower is None else (follower.run,))),
     )
     asyncio.run(server.serve(sockets=[bound]))
     if server.num_cut:

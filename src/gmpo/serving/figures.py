@@ -11,7 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from gmpo.monitoring.anomaly_metrics import AnomalyMetrics
 from gmpo.monitoring.serving_metrics import ServingMetrics
+from gmpo.monitoring.serving_monitor import Judgement
 from gmpo.serving.admission import Admission
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.entrance import Entrance
@@ -43,6 +45,7 @@ class GatewayFigures(Collector):
         self._entrance: Entrance | None = None
         self._registry.register(self)
         self._answers = ServingMetrics(self._registry)
+        self._anomalies = AnomalyMetrics(self._registry)
 
     def watch(self, admission: Admission, entrance: Entrance) -> None:
         """Tell of these."""
@@ -55,6 +58,10 @@ class GatewayFigures(Collector):
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens
             self._tokens["completion"] += record.usage.completion_tokens
+
+    def judged(self, judgement: Judgement) -> None:
+        """Tell what was found out about answers."""
+        self._anomalies.judged(judgement)
 
     def exposition(self) -> bytes:
         """All figures of the registry in Prometheus' text format."""
