@@ -1,27 +1,44 @@
-"""What is wrong with a training run now, read from its folder: its guard's alarms as conditions."""
+"""What is wrong with a training run now, read from its folder: alarms of its guard, and ratios."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gmpo.errors import ConfigError, GmpoError
 from gmpo.guard import GuardState, decide
 from gmpo.guard_events import RESPONSES
+from gmpo.monitoring.actions import ACTIONS
 from gmpo.monitoring.alerts import Condition
+from gmpo.monitoring.severity import AnomalyReport, level_of
+from gmpo.monitoring.training_anomalies import RATIO_BOUNDS, TRAINING_DETECTORS, training_report
 from gmpo.tracking import read_lines
 
-__all__ = ["run_conditions", "unreadable_run"]
+__all__ = ["RunHealth", "run_health", "unreadable_run"]
 
 
-def run_conditions(folder: Path) -> list[Condition]:
-    """Alarms of a run whose cause goes on after its last round.
+@dataclass(frozen=True, kw_only=True)
+class RunHealth:
+    """A run after its last round.
+
+    Attributes:
+        conditions: what is wrong, each with what to do.
+        report: the same in families, with one severity.
+    """
+
+    conditions: Sequence[Condition]
+    report: AnomalyReport
+
+
+def run_health(folder: Path) -> RunHealth:
+    """What is wrong with a run after its last round.
 
     The guard writes an alarm once, so the rounds are judged anew to see which causes go on. Two
     alarms do not come from rounds: a value that was not finite lasts until that round is there, a
     drop of held-out accuracy until the next evaluation. What a roll-back has answered is over, and
-    a step left out needs nothing.
+    a step left out needs nothing: it is in the report of its round alone.
 
     Args:
         folder: of a run, also while it is written.
@@ -35,24 +52,28 @@ def run_conditions(folder: Path) -> list[Condition]:
         raise ConfigError(f"{folder} is no run folder: it holds no recipe.toml; check the path")
     state = GuardState()
     found: dict[str, Mapping[str, Any]] = {}
-    last_round = last_evaluation = 0
+    rounds: list[Mapping[str, Any]] = []
+    last_evaluation = 0
     for line in read_lines(folder, "metrics.jsonl"):
         if line["kind"] == "evaluation":
             last_evaluation = line["round"]
         elif line["kind"] == "round":
-            last_round = line["round"]
-            events, state = decide(line, state, round_number=last_round)
+            rounds.append(line)
+            events, state = decide(line, state, round_number=line["round"])
             found |= {event.alarm: vars(event) for event in events}
     found = {alarm: found[alarm] for alarm in state.raised}
+    last_round = rounds[-1]["round"] if rounds else 0
     for event in read_lines(folder, "events.jsonl"):
         goes_on = {
             "non_finite": last_round < event["round"],
             "held_out_drop": last_evaluation <= event["round"],
+            "gradient_spike": last_round <= event["round"],
         }
         alarm = event.get("alarm", "")  # events of other kinds are none
         if goes_on.get(alarm, False) and event["taken"] != "roll_back":
             found[alarm] = event
-    return [_condition(folder, event) for event in found.values()]
+    report = training_report(found, rounds)
+    return RunHealth(conditions=list(_conditions(folder, found, report)), report=report)
 
 
 def unreadable_run(folder: Path, error: GmpoError) -> Condition:
@@ -67,13 +88,46 @@ def unreadable_run(folder: Path, error: GmpoError) -> Condition:
     )
 
 
-def _condition(folder: Path, event: Mapping[str, Any]) -> Condition:
-    response = RESPONSES[event["alarm"]]
-    name = "".join(word.capitalize() for word in event["alarm"].split("_"))
+def _conditions(
+    folder: Path, alarms: Mapping[str, Mapping[str, Any]], report: AnomalyReport
+) -> Iterator[Condition]:
+    """Of each alarm and bound, and of all together where they are worse than each alone."""
+    is_critical = False
+    for name, event in alarms.items():
+        if RESPONSES[name].action != "skip_step":
+            is_critical |= RESPONSES[name].action == "roll_back"
+            yield _condition(folder, name, _summary(event))
+    for name, bound in RATIO_BOUNDS.items():
+        signal = report.signals.get(name)
+        if signal is not None and _alone(name, signal["score"] or 0.0) != "ok":
+            yield _condition(
+                folder, name, f"{bound.metric} is {signal['value']:.3g}, beyond {bound.nothing_at}"
+            )
+    if report.level == "critical" and not is_critical:
+        names = [name for scores in report.families.values() for name in scores]
+        yield Condition(
+            labels={"alertname": "GmpoAnomaly", "run": str(folder.absolute())},
+            severity="critical",
+            annotations={
+                "summary": f"severity {report.severity:.2f} of {', '.join(names)} together",
+                "action": report.recommended_actions[0],
+            },
+        )
+
+
+def _alone(name: str, score: float) -> str:
+    _, weight = TRAINING_DETECTORS[name]
+    return level_of(weight * score)
+
+
+def _condition(folder: Path, name: str, summary: str) -> Condition:
+    response = RESPONSES.get(name)
+    is_critical = response is not None and response.action == "roll_back"
+    words = "".join(word.capitalize() for word in name.split("_"))
     return Condition(
-        labels={"alertname": f"Gmpo{name}", "run": str(folder.absolute())},
-        severity="critical" if response.action == "roll_back" else "warning",
-        annotations={"summary": _summary(event), "action": response.recommended_action},
+        labels={"alertname": f"Gmpo{words}", "run": str(folder.absolute())},
+        severity="critical" if is_critical else "warning",
+        annotations={"summary": summary, "action": ACTIONS[name]},
     )
 
 

@@ -10,7 +10,7 @@ from tests.commands import jsonl
 
 from gmpo.errors import ConfigError
 from gmpo.guard_events import RESPONSES
-from gmpo.run_conditions import run_conditions, unreadable_run
+from gmpo.run_conditions import run_health, unreadable_run
 
 
 def round_line(number: int, **metrics: float) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def event(alarm: str, number: int, *, taken: str = "warn") -> dict[str, Any]:
         "onset": number,
         "metric": "update/loss",
         "value": None,
+        "baseline": None,
         "threshold": None,
         "taken": taken,
     }
@@ -38,7 +39,7 @@ def run_folder(path: Path, lines: list[dict[str, Any]], events: list[dict[str, A
 
 
 def names(folder: Path) -> list[str]:
-    return [one.labels["alertname"] for one in run_conditions(folder)]
+    return [one.labels["alertname"] for one in run_health(folder).conditions]
 
 
 def test_an_alarm_lasts_as_long_as_its_cause(tmp_path: Path):
@@ -48,7 +49,7 @@ def test_an_alarm_lasts_as_long_as_its_cause(tmp_path: Path):
     assert names(run_folder(run, healthy, [])) == []
     # The guard writes its alarm in round 2 alone; in round 3 the cause goes on.
     told = [event("sampler_mismatch", 2)]
-    (found,) = run_conditions(run_folder(run, [*healthy, *broken], told))
+    (found,) = run_health(run_folder(run, [*healthy, *broken], told)).conditions
     assert found.labels == {"alertname": "GmpoSamplerMismatch", "run": str(run)}
     assert found.severity == "critical"
     assert found.annotations["summary"].startswith("rollout/mismatch_mean is 9, beyond ")
@@ -86,7 +87,43 @@ def test_a_drop_of_held_out_accuracy_lasts_until_the_next_evaluation(tmp_path: P
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"holds no recipe\.toml") as refused:
-        run_conditions(tmp_path)
+        run_health(tmp_path)
     lost = unreadable_run(tmp_path, refused.value)
     assert (lost.labels["alertname"], lost.severity) == ("GmpoRunUnreadable", "critical")
     assert "no run folder" in lost.annotations["summary"]
+
+
+def test_a_step_left_out_is_in_the_report_of_its_round_alone(tmp_path: Path):
+    told = [event("gradient_spike", 3, taken="skip_step")]
+    lines = [round_line(number) for number in (1, 2, 3)]
+    report = run_health(run_folder(tmp_path / "run", lines, told)).report
+    assert report.families["statistical"] == {"gradient_spike": 1.0}
+    assert (report.severity, report.level) == (pytest.approx(0.3), "ok")
+    later = run_folder(tmp_path / "run", [*lines, round_line(4)], told)
+    assert run_health(later).report.severity == 0
+
+
+def test_ratios_that_spread_are_a_warning(tmp_path: Path):
+    # (0.8 - 0.56) / 0.3 = 0.8, times 0.6 is 0.48; at 0.65 it is 0.3 and not told.
+    wide = [round_line(n, **{"ratio/effective_sample_fraction": 0.56}) for n in range(1, 6)]
+    (found,) = run_health(run_folder(tmp_path / "run", wide, [])).conditions
+    assert (found.labels["alertname"], found.severity) == ("GmpoRatioSpread", "warning")
+    assert found.annotations["summary"] == "ratio/effective_sample_fraction is 0.56, beyond 0.8"
+    less = [round_line(n, **{"ratio/effective_sample_fraction": 0.65}) for n in range(1, 6)]
+    health = run_health(run_folder(tmp_path / "run", less, []))
+    assert list(health.conditions) == []
+    assert health.report.families["importance_ratio"] == {"ratio_spread": pytest.approx(0.5)}
+
+
+def test_warnings_that_are_critical_together_are_told_as_one(tmp_path: Path):
+    both = {"ratio/effective_sample_fraction": 0.5, "kl_old/k1": 0.5}
+    lines = [round_line(n, **both) for n in range(1, 6)]
+    health = run_health(run_folder(tmp_path / "run", lines, []))
+    # 1 - 0.4 0.4
+    assert health.report.severity == pytest.approx(0.84)
+    assert [(one.labels["alertname"], one.severity) for one in health.conditions] == [
+        ("GmpoRatioSpread", "warning"),
+        ("GmpoPolicyJump", "warning"),
+        ("GmpoAnomaly", "critical"),
+    ]
+    assert health.conditions[-1].annotations["summary"].startswith("severity 0.84 of ")

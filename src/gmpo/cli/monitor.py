@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gmpo.cli.conventions import refuses_clearly, warn
-from gmpo.errors import DeliveryError, GmpoError, RunStopped
+from gmpo.errors import ConfigError, DeliveryError, RunStopped
 
 if TYPE_CHECKING:
-    from gmpo.monitoring.alerts import Condition, Notification
+    from gmpo.monitored import Monitored
+    from gmpo.monitoring.alerts import Notification
     from gmpo.monitoring.delivery import Delivery, Sink
 
 __all__ = ["monitor"]
@@ -26,7 +27,13 @@ _CLOSING_SECONDS = 10.0
 
 @refuses_clearly
 def monitor(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, finished or still training.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, finished or still training.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Store whose anomalies of answers are sent, and where alerts are kept."),
+    ] = None,
     alertmanager: Annotated[
         str | None, typer.Option(help="Address of an Alertmanager, as http://127.0.0.1:9093.")
     ] = None,
@@ -42,38 +49,44 @@ def monitor(
     ] = 4.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
 ) -> None:
-    """Send the alarms of runs as alerts until SIGTERM or Ctrl-C; each is printed as well."""
+    """Send alarms of runs and anomalies of answers as alerts until SIGTERM or Ctrl-C."""
     from gmpo.monitoring.alerts import Alert, AlertTimes, Now, advance
-    from gmpo.run_conditions import run_conditions
 
-    for run in runs:
-        run_conditions(run)  # what is no run folder is refused before anything is followed
-    # The guard has waited already: an alarm of its own is no single bad round.
+    if not runs and store is None:
+        raise ConfigError("there is nothing to monitor; name a run folder, or a store by --store")
+    # Guard and gateway have waited already: what they say is no single bad round or minute.
     times = AlertTimes(fire_after=0, resolve_after=0, repeat_every=3600 * repeat_hours)
     alerts: dict[str, Alert] = {}
-    with _ending_quietly(), _delivering(_sinks(alertmanager, webhook, apprise or []), once) as to:
+    sinks = _sinks(alertmanager, webhook, apprise or [])
+    with _ending_quietly(), _monitoring(runs or [], store) as seen, _delivering(sinks, once) as to:
         while True:
             now = Now(monotonic=time.monotonic(), unix=time.time())
-            alerts, told = advance(alerts, _conditions(runs), now=now, times=times)
-            _tell(told)
+            alerts, told = advance(alerts, seen.look(now.unix), now=now, times=times)
             if to is not None:
                 to.send(told)
+            seen.keep(told)
+            _tell(told)  # last: who reads it may end this process
             if once:
                 return
             time.sleep(every)
 
 
-def _conditions(runs: Sequence[Path]) -> list[Condition]:
-    """Of all runs; one that cannot be read hides none of the others."""
-    from gmpo.run_conditions import run_conditions, unreadable_run
+@contextmanager
+def _monitoring(runs: Sequence[Path], url: str | None) -> Iterator[Monitored]:
+    """What is looked at, with its store open."""
+    from gmpo.monitored import Monitored
+    from gmpo.store import open_store
 
-    found: list[Condition] = []
-    for run in runs:
-        try:
-            found.extend(run_conditions(run))
-        except GmpoError as error:
-            found.append(unreadable_run(run, error))
-    return found
+    if url is None:
+        yield Monitored(runs, None)
+        return
+    # A store that is to be watched is there: a wrong path must not make an empty one.
+    open_store(url, read_only=True).close()
+    with open_store(url) as store:
+        seen = Monitored(runs, store)
+        yield seen
+        if seen.num_unwritten:
+            warn(f"{seen.num_unwritten} changes of alerts could not be written to {store.where}")
 
 
 def _sinks(
@@ -93,9 +106,10 @@ def _sinks(
 
 def _tell(notifications: Sequence[Notification]) -> None:
     for one in notifications:
+        of_what = [v for name, v in one.labels.items() if name not in ("alertname", "severity")]
         print(
             f"{one.status} {one.labels['severity']} {one.labels['alertname']} "
-            f"{one.labels['run']}: {one.annotations['summary']}; {one.annotations['action']}",
+            f"{' '.join(of_what)}: {one.annotations['summary']}; {one.annotations['action']}",
             flush=True,
         )
 

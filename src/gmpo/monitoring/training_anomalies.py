@@ -22,7 +22,7 @@ from gmpo.monitoring.severity import (
     report_of,
 )
 
-__all__ = ["TRAINING_DETECTORS", "RatioBound", "training_report"]
+__all__ = ["RATIO_BOUNDS", "TRAINING_DETECTORS", "RatioBound", "training_report"]
 
 _RECENT_ROUNDS = 5
 _CRITICAL, _WARNING, _NOTE = 0.8, 0.5, 0.3
@@ -61,12 +61,13 @@ class RatioBound:
         return min(1.0, max(0.0, share))
 
 
-_BOUNDS: Mapping[str, RatioBound] = {
+RATIO_BOUNDS: Mapping[str, RatioBound] = {
     "ratio_spread": RatioBound(
         metric="ratio/effective_sample_fraction", nothing_at=0.8, certain_at=0.5
     ),
     "policy_jump": RatioBound(metric="kl_old/k1", nothing_at=0.1, certain_at=0.5),
 }
+"""By detector."""
 
 
 def training_report(
@@ -82,7 +83,7 @@ def training_report(
         name: _finding(name, score=1.0, value=alarm["value"], baseline=alarm["baseline"])
         for name, alarm in alarms.items()
     }
-    for name, bound in _BOUNDS.items():
+    for name, bound in RATIO_BOUNDS.items():
         seen = _recent(rounds, bound.metric)
         if seen:
             value = median(seen)

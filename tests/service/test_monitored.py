@@ -1,0 +1,170 @@
+"""Runs and a real store looked at together: what is wrong, and what is kept of it."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.commands import gmpo, jsonl, refusal
+
+from gmpo.monitored import Monitored
+from gmpo.monitoring.alerts import Alert, AlertTimes, Condition, Notification, Now, advance
+from gmpo.store import Event, Store, open_store
+
+TIMES = AlertTimes(fire_after=0, resolve_after=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(str(tmp_path / "store.db"), timeout_seconds=0.05) as opened:
+        yield opened
+
+
+def anomaly(level: str, time: float, **changes: Any) -> Event:
+    payload = {
+        "level": level,
+        "severity": 0.8,
+        "families": {},
+        "signals": {
+            "quality_drop": {"value": 0.512, "baseline": 0.8, "score": 1.0},
+            "success_drop": {"value": 1.0, "baseline": 1.0, "score": 0.0},
+        },
+        "recommended_actions": ["read recent answers"],
+        "variant": "control",
+        "gateway": "g1",
+    }
+    return Event(kind="anomaly", time=time, payload=payload | changes, model_version="ab12")
+
+
+def labelled(conditions: list[Condition]) -> list[tuple[str, str]]:
+    return [(one.labels["alertname"], one.severity) for one in conditions]
+
+
+class Monitor:
+    """Looks, and keeps what it tells."""
+
+    def __init__(self, seen: Monitored) -> None:
+        self.seen = seen
+        self.alerts: dict[str, Alert] = {}
+
+    def look(self, now: float) -> list[Notification]:
+        at = Now(monotonic=now, unix=now)
+        self.alerts, told = advance(self.alerts, self.seen.look(now), now=at, times=TIMES)
+        self.seen.keep(told)
+        return told
+
+
+def test_an_anomaly_lasts_until_it_is_over_or_its_gateway_is_gone(store: Store):
+    seen = Monitored([], store)
+    store.add_events([anomaly("warning", 100.0)])
+    (found,) = seen.look(160.0)
+    assert found.labels == {
+        "alertname": "GmpoServingAnomaly",
+        "model_version": "ab12",
+        "variant": "control",
+    }
+    assert found.severity == "warning"
+    assert found.annotations["summary"] == "quality_drop: 0.512, usually 0.8"
+    assert found.annotations["action"] == "read recent answers"
+    # The same from another gateway; the more severe one counts when alerts are made of them.
+    store.add_events([anomaly("critical", 150.0, gateway="g2")])
+    assert {one.severity for one in seen.look(160.0)} == {"warning", "critical"}
+    store.add_events([anomaly("ok", 170.0, gateway="g2")])
+    assert [one.severity for one in seen.look(180.0)] == ["warning"]
+    # Not told again for over five minutes.
+    assert seen.look(401.0) == []
+
+
+def test_what_is_told_is_kept_as_it_stands_and_as_events(store: Store):
+    monitor = Monitor(Monitored([], store))
+    store.add_events([anomaly("critical", 100.0)])
+    monitor.look(110.0)
+    (row,) = store.alerts()
+    assert (row.status, row.severity, row.starts_at, row.ends_at) == (
+        "firing",
+        "critical",
+        110,
+        None,
+    )
+    assert row.payload["labels"]["variant"] == "control"
+    store.add_events([anomaly("ok", 120.0)])
+    monitor.look(130.0)
+    (row,) = store.alerts()
+    assert (row.status, row.ends_at) == ("resolved", 130.0)
+    changes = store.events(kinds=["alert"])
+    assert [one.payload["status"] for one in changes] == ["firing", "resolved"]
+    assert {one.model_version for one in changes} == {"ab12"}
+
+
+def test_a_monitor_that_starts_ends_what_another_left_firing_and_no_more(store: Store):
+    store.add_events([anomaly("critical", 100.0)])
+    Monitor(Monitored([], store)).look(110.0)
+    other = {"alertname": "GmpoRewardDrop", "run": "/another/run", "severity": "critical"}
+    monitor = Monitor(Monitored([], store))
+    monitor.seen.keep([])
+    assert [row.status for row in store.alerts()] == ["resolved"]
+    Monitor(Monitored([], store)).look(110.0)
+    assert [row.status for row in store.alerts()] == ["firing"]
+    kept = Notification(
+        status="firing", labels=other, annotations={}, starts_at=0.0, ends_at=None, valid_until=9e9
+    )
+    monitor.seen.keep([kept])
+    Monitor(Monitored([], store)).look(1000.0)
+    left = {row.payload["labels"]["alertname"]: row.status for row in store.alerts()}
+    assert left == {"GmpoRewardDrop": "firing", "GmpoServingAnomaly": "resolved"}
+
+
+def test_a_locked_store_loses_no_change(store: Store, tmp_path: Path):
+    monitor = Monitor(Monitored([], store))
+    store.add_events([anomaly("critical", 100.0)])
+    with sqlite3.connect(tmp_path / "store.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monitor.look(110.0)
+        assert (store.alerts(), monitor.seen.num_unwritten) == ([], 1)
+        assert labelled(monitor.seen.look(111.0)) == [
+            ("GmpoServingAnomaly", "critical"),
+            ("GmpoStoreUnusable", "critical"),
+        ]
+        other.execute("ROLLBACK")
+    other.close()
+    monitor.look(120.0)
+    assert monitor.seen.num_unwritten == 0
+    assert [row.status for row in store.alerts()] == ["firing"]
+    assert labelled(monitor.seen.look(121.0)) == [("GmpoServingAnomaly", "critical")]
+
+
+def test_a_runs_level_is_an_event_when_it_changes(store: Store, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").touch()
+    broken = {"kind": "round", "round": 1, "rollout/mismatch_mean": 9.0}
+    jsonl(run / "metrics.jsonl", [broken])
+    seen = Monitored([run], store)
+    for now in (1.0, 2.0):
+        assert labelled(seen.look(now)) == [("GmpoSamplerMismatch", "critical")]
+    jsonl(
+        run / "metrics.jsonl", [broken, {"kind": "round", "round": 2, "rollout/mismatch_mean": 0}]
+    )
+    assert seen.look(3.0) == []
+    events = store.events(kinds=["anomaly"])
+    assert [one.payload["level"] for one in events] == ["critical", "ok"]
+    assert events[0].payload["run"] == str(run)
+    assert events[0].payload["families"]["importance_ratio"] == {"sampler_mismatch": 1.0}
+
+
+def test_the_command_looks_at_a_store_and_refuses_what_is_none(store: Store, tmp_path: Path):
+    store.add_events([anomaly("critical", time.time())])
+    result = gmpo("monitor", "--store", store.where, "--once")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == (
+        "firing critical GmpoServingAnomaly ab12 control: quality_drop: 0.512, usually 0.8; "
+        "read recent answers\n"
+    )
+    assert [row.status for row in store.alerts()] == ["firing"]
+    assert "nothing to monitor" in refusal("monitor", "--once")
+    assert "there is no store at" in refusal("monitor", "--store", tmp_path / "no.db", "--once")
+    assert not (tmp_path / "no.db").exists()
