@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "guard_config",
         "guard_events",
         "adaptive_config",
+        "gate_policy",
+        "gate_records",
         "config",
         "recipe",
         "named_functions",
@@ -53,6 +55,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "trackers",
         "monitoring",
         "abtest",
+        "gate",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -195,6 +198,7 @@ TORCH_FREE = (
     "gmpo.detectors",
     "gmpo.spikes",
     "gmpo.guard",
+    "gmpo.gate",
     "gmpo.abtest.analysis",
     "gmpo.abtest.assignment",
     "gmpo.tasks",

@@ -1,0 +1,311 @@
+"""The gate before a release: is the candidate no worse than the champion, and can that be said?
+
+Both models answer the same items, so the test is paired. With d the candidate's success minus the
+champion's on an item, and the margin m a drop that would still be borne, the question is whether
+
+    mean d > -m                                       non-inferiority, one-sided at level alpha
+
+Three answers. *pass*: a drop as large as the margin is ruled out over all items together, and a
+drop of `suite_factor` margins on every single suite. *fail*: some drop is shown, by a test of mean
+d < 0 corrected by Holm over the suites and the whole, and the margin is not ruled out there; or a
+safety limit or guardrail is shown to be broken. *inconclusive*: neither, which is never a pass; the
+decision says how many items would decide it.
+
+A pass asks all its questions at once, so none of them needs a correction (any one of them alone
+keeps a bad model out at level alpha); a fail may come from any, so they are corrected.
+
+Dimensions: **N** items of a suite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import betaincinv, ndtri, stdtr, stdtrit
+
+from gmpo.errors import ConfigError
+from gmpo.gate_policy import GatePolicy
+from gmpo.gate_records import (
+    GateDecision,
+    Guardrail,
+    GuardrailResult,
+    PairedSuite,
+    SafetyCount,
+    SafetyResult,
+    SuiteResult,
+    Verdict,
+)
+from gmpo.statistics import holm
+
+__all__ = ["decide_gate"]
+
+_POWER = 0.8
+"""Chance of a pass at which the needed number of items is stated, if nothing has changed."""
+_OVERALL = "overall"
+
+_Row = SuiteResult | SafetyResult | GuardrailResult
+
+
+def decide_gate(
+    suites: Sequence[PairedSuite],
+    *,
+    policy: GatePolicy,
+    champion: str,
+    candidate: str,
+    safety: Sequence[SafetyCount] = (),
+    guardrails: Sequence[Guardrail] = (),
+) -> GateDecision:
+    """Whether a candidate may take the champion's place.
+
+    Args:
+        suites: both models' outcomes, item by item.
+        policy: margins, levels and limits.
+        champion: version that serves.
+        candidate: version that would.
+        safety: counts of the candidate on the safety sets. Sets that the policy limits and that
+            were not asked leave the gate inconclusive.
+        guardrails: latency and length of both models.
+
+    Raises:
+        ConfigError: there are no suites, two have one name or share items, or a safety set or
+            guardrail has no limit in the policy.
+    """
+    _require_sound(suites)
+    rows = _suite_results(suites, policy)
+    kept = [_safety_result(count, policy) for count in safety]
+    kept += [_not_asked(name, policy) for name in policy.safety_limits if name not in _names(kept)]
+    grown = [_guardrail_result(guardrail, policy) for guardrail in guardrails]
+    everything: list[_Row] = [*rows, *kept, *grown]
+    verdicts = [row.verdict for row in everything]
+    outcome: Verdict = "pass"
+    if "fail" in verdicts:
+        outcome = "fail"
+    elif "inconclusive" in verdicts:
+        outcome = "inconclusive"
+    decided = GateDecision(
+        outcome=outcome,
+        champion=champion,
+        candidate=candidate,
+        sentence="",
+        overall=rows[0],
+        suites=tuple(rows[1:]),
+        safety=tuple(kept),
+        guardrails=tuple(grown),
+        policy=policy.model_dump(mode="json"),
+    )
+    return GateDecision(**{**vars(decided), "sentence": _sentence(decided)})
+
+
+def _names(results: Sequence[SafetyResult]) -> set[str]:
+    return {result.name for result in results}
+
+
+def _require_sound(suites: Sequence[PairedSuite]) -> None:
+    if not suites:
+        raise ConfigError("the gate has no suite to judge by; give at least one")
+    names = [suite.suite for suite in suites]
+    if len(set(names)) < len(names) or _OVERALL in names:
+        raise ConfigError(f"suites {names} must have names of their own, none of them 'overall'")
+    ids = [item for suite in suites for item in set(suite.items)]
+    if len(set(ids)) < len(ids):
+        twice = sorted({item for item in ids if ids.count(item) > 1})[:3]
+        raise ConfigError(f"items {twice} stand in two suites; each counts once")
+
+
+def _suite_results(suites: Sequence[PairedSuite], policy: GatePolicy) -> list[SuiteResult]:
+    """All items together, then each suite; with one suite these are one question."""
+    whole = PairedSuite(
+        suite=_OVERALL,
+        champion=np.concatenate([suite.champion for suite in suites]),
+        candidate=np.concatenate([suite.candidate for suite in suites]),
+        samples=min(suite.samples for suite in suites),
+    )
+    asked = [(whole, policy.degradation_limit)]
+    if len(suites) == 1:
+        asked.append((suites[0], policy.degradation_limit))
+    else:
+        asked += [(suite, policy.degradation_limit * policy.suite_factor) for suite in suites]
+    drops = [_one_sided_p(suite, shift=0.0, worse=True) for suite, _ in asked]
+    corrected = [drops[0]] * 2 if len(suites) == 1 else holm(drops)
+    return [
+        _suite_result(suite, margin, drop_p, policy)
+        for (suite, margin), drop_p in zip(asked, corrected, strict=True)
+    ]
+
+
+def _suite_result(
+    suite: PairedSuite, margin: float, drop_p: float, policy: GatePolicy
+) -> SuiteResult:
+    difference = float((suite.candidate - suite.champion).mean())
+    count = len(suite.champion)
+    half = float(stdtrit(max(count - 1, 1), 1 - policy.alpha)) * _error(suite, margin)
+    worse_p = _one_sided_p(suite, shift=margin, worse=False)
+    verdict: Verdict = "inconclusive"
+    if worse_p < policy.alpha and count >= policy.min_items:
+        verdict = "pass"
+    elif drop_p < policy.alpha:
+        verdict = "fail"
+    return SuiteResult(
+        suite=suite.suite,
+        num_items=count,
+        champion=float(suite.champion.mean()),
+        candidate=float(suite.candidate.mean()),
+        difference=difference,
+        low=difference - half,
+        high=difference + half,
+        margin=margin,
+        worse_by_margin_p=worse_p,
+        drop_p=drop_p,
+        items_needed=max(_items_needed(suite, margin, policy.alpha), policy.min_items),
+        verdict=verdict,
+    )
+
+
+def _variance(suite: PairedSuite, margin: float) -> float:
+    """Variance of an item's difference, not below what a drop of the margin implies.
+
+    Were the mean difference -m in steps of 1/k (k samples an item), the variance would be at least
+    m/k - m^2. Without that floor a few items that all came out alike would prove anything.
+    """
+    differences = suite.candidate - suite.champion
+    seen = float(differences.var(ddof=1)) if len(differences) > 1 else 1.0
+    return max(seen, margin / suite.samples - margin**2)
+
+
+def _error(suite: PairedSuite, margin: float) -> float:
+    return math.sqrt(_variance(suite, margin) / len(suite.champion))
+
+
+def _one_sided_p(suite: PairedSuite, *, shift: float, worse: bool) -> float:
+    """p of mean d = -shift against a larger one, or against a smaller one where `worse`."""
+    error = _error(suite, shift)
+    distance = float((suite.candidate - suite.champion).mean()) + shift
+    if error == 0:
+        return 1.0 if distance == 0 or (distance < 0) is not worse else 0.0
+    score = -distance / error
+    return float(stdtr(max(len(suite.champion) - 1, 1), -score if worse else score))
+
+
+def _items_needed(suite: PairedSuite, margin: float, alpha: float) -> int:
+    """N at which an unchanged model passes with probability 0.8: (z_a + z_b)^2 var / m^2."""
+    reach = float(ndtri(1 - alpha) + ndtri(_POWER))
+    return math.ceil(reach**2 * _variance(suite, margin) / margin**2)
+
+
+def _safety_result(count: SafetyCount, policy: GatePolicy) -> SafetyResult:
+    limit = policy.safety_limits.get(count.name)
+    if limit is None:
+        raise ConfigError(
+            f"safety set {count.name!r} has no limit; the policy limits "
+            f"{', '.join(policy.safety_limits) or 'none'}: add safety_limits.{count.name}"
+        )
+    bad, all_asked = count.num_violations, count.num_prompts
+    upper = (
+        1.0 if bad == all_asked else float(betaincinv(bad + 1, all_asked - bad, 1 - policy.alpha))
+    )
+    lower = 0.0 if bad == 0 else float(betaincinv(bad, all_asked - bad + 1, policy.alpha))
+    verdict: Verdict = "inconclusive"
+    if lower > limit:
+        verdict = "fail"
+    elif upper <= limit and count.num_prompts >= policy.min_safety_prompts:
+        verdict = "pass"
+    return SafetyResult(
+        name=count.name,
+        num_prompts=count.num_prompts,
+        num_violations=bad,
+        upper=upper,
+        lower=lower,
+        limit=limit,
+        prompts_needed=_prompts_needed(limit, policy),
+        verdict=verdict,
+    )
+
+
+def _not_asked(name: str, policy: GatePolicy) -> SafetyResult:
+    return SafetyResult(
+        name=name,
+        num_prompts=0,
+        num_violations=0,
+        upper=1.0,
+        lower=0.0,
+        limit=policy.safety_limits[name],
+        prompts_needed=_prompts_needed(policy.safety_limits[name], policy),
+        verdict="inconclusive",
+    )
+
+
+def _prompts_needed(limit: float, policy: GatePolicy) -> int:
+    """n with 1 - alpha^(1/n) <= limit: none of n violating keeps the upper bound within it."""
+    needed = math.ceil(math.log(policy.alpha) / math.log1p(-limit)) if limit < 1 else 1
+    return max(needed, policy.min_safety_prompts)
+
+
+def _guardrail_result(guardrail: Guardrail, policy: GatePolicy) -> GuardrailResult:
+    limit = policy.growth_limits.get(guardrail.name)
+    if limit is None:
+        raise ConfigError(
+            f"guardrail {guardrail.name!r} has no limit; the policy limits "
+            f"{', '.join(policy.growth_limits) or 'none'}: add growth_limits.{guardrail.name}"
+        )
+    logs = np.log(guardrail.candidate) - np.log(guardrail.champion)
+    half = float(stdtrit(len(logs) - 1, 1 - policy.alpha)) * float(logs.std(ddof=1))
+    half /= math.sqrt(len(logs))
+    center = float(logs.mean())
+    upper, lower = math.exp(center + half), math.exp(center - half)
+    verdict: Verdict = "inconclusive"
+    if lower > limit:
+        verdict = "fail"
+    elif upper <= limit:
+        verdict = "pass"
+    return GuardrailResult(
+        name=guardrail.name,
+        growth=math.exp(center),
+        upper=upper,
+        lower=lower,
+        limit=limit,
+        verdict=verdict,
+    )
+
+
+def _sentence(decided: GateDecision) -> str:
+    """What was decided, and what by."""
+    overall = decided.overall
+    seen = (
+        f"{overall.difference * 100:+.1f} points ({overall.low * 100:+.1f} to "
+        f"{overall.high * 100:+.1f}) on {overall.num_items} items"
+    )
+    if decided.outcome == "pass":
+        return (
+            f"pass: {seen}; a drop of {overall.margin * 100:g} points is ruled out, "
+            "and every other limit is kept"
+        )
+    told = [_told(row) for row in _deciding(decided)]
+    return f"{decided.outcome}: {seen}; " + "; ".join(told)
+
+
+def _deciding(decided: GateDecision) -> list[_Row]:
+    """Rows with the outcome's verdict; a suite that is the only one is not told twice."""
+    suites = decided.suites if len(decided.suites) > 1 else ()
+    rows: list[_Row] = [decided.overall, *suites, *decided.safety, *decided.guardrails]
+    return [row for row in rows if row.verdict == decided.outcome]
+
+
+def _told(row: _Row) -> str:
+    if isinstance(row, SuiteResult):
+        if row.verdict == "fail":
+            return f"{row.suite}: a drop is shown (p {row.drop_p:.2g})"
+        return (
+            f"{row.suite}: a drop of {row.margin * 100:g} points is not ruled out by "
+            f"{row.num_items} items; about {row.items_needed} would do"
+        )
+    if isinstance(row, SafetyResult):
+        if not row.num_prompts:
+            return f"{row.name}: not asked; at least {row.prompts_needed} prompts are needed"
+        wanted = f"the limit is {row.limit:.1%}"
+        if row.verdict == "inconclusive":
+            wanted += f", and at least {row.prompts_needed} prompts are needed"
+        bound = f"at least {row.lower:.1%}" if row.verdict == "fail" else f"up to {row.upper:.1%}"
+        return f"{row.name}: {row.num_violations} of {row.num_prompts}, so {bound}; {wanted}"
+    return f"{row.name}: grown {row.growth:.2f} times (up to {row.upper:.2f}); limit {row.limit:g}"

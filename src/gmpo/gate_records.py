@@ -1,0 +1,223 @@
+"""What the gate is told, and what it answers with.
+
+Dimensions: **N** items of a suite, or answers of a guardrail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from gmpo.errors import ConfigError
+
+__all__ = [
+    "GateDecision",
+    "Guardrail",
+    "GuardrailResult",
+    "PairedSuite",
+    "SafetyCount",
+    "SafetyResult",
+    "SuiteResult",
+    "Verdict",
+]
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSuite:
+    """What both models made of one suite's items, in the same order.
+
+    Attributes:
+        suite: its name.
+        champion: share of correct answers an item, [N], in [0, 1].
+        candidate: the same of the candidate.
+        samples: answers of a model behind each share. More of them make an item's share less
+            noisy, but they are no more items.
+        items: their ids, where known; two suites must not hold the same ones.
+    """
+
+    suite: str
+    champion: Float[np.ndarray, " N"]
+    candidate: Float[np.ndarray, " N"]
+    samples: int = 1
+    items: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Right and wrong as booleans, or a list, are shares too.
+        object.__setattr__(self, "champion", np.asarray(self.champion, dtype=np.float64))
+        object.__setattr__(self, "candidate", np.asarray(self.candidate, dtype=np.float64))
+        if self.champion.ndim != 1 or self.champion.shape != self.candidate.shape:
+            raise ConfigError(
+                f"suite {self.suite!r} has {self.champion.shape} shares of the champion and "
+                f"{self.candidate.shape} of the candidate; both must have answered the same items"
+            )
+        if not len(self.champion):
+            raise ConfigError(f"suite {self.suite!r} has no items")
+        for shares in (self.champion, self.candidate):
+            if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
+                raise ConfigError(f"suite {self.suite!r} has shares outside [0, 1]")
+        if self.samples < 1 or (self.items and len(self.items) != len(self.champion)):
+            raise ConfigError(
+                f"suite {self.suite!r} says {self.samples} samples and {len(self.items)} ids for "
+                f"{len(self.champion)} items; at least 1 sample, and an id an item or none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyCount:
+    """How often a model did on a safety set what it must not.
+
+    Attributes:
+        name: of the set; the policy's limits go by it.
+        num_prompts: asked, drawn from every stratum of the set alike.
+        num_violations: of them.
+    """
+
+    name: str
+    num_prompts: int
+    num_violations: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_violations <= self.num_prompts or self.num_prompts == 0:
+            raise ConfigError(
+                f"safety set {self.name!r} has {self.num_violations} violations of "
+                f"{self.num_prompts} prompts; need 0 <= violations <= prompts and a prompt"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guardrail:
+    """A quantity that must not grow much: latency in seconds, length in tokens.
+
+    Attributes:
+        name: "latency" or "length"; the policy's limits go by it.
+        champion: one positive value an answer, [N].
+        candidate: the same answers' of the candidate, [N]: pairs.
+    """
+
+    name: str
+    champion: Float[np.ndarray, " N"]
+    candidate: Float[np.ndarray, " N"]
+
+    def __post_init__(self) -> None:
+        both = (self.champion, self.candidate)
+        if self.champion.shape != self.candidate.shape or len(self.champion) < 2:
+            raise ConfigError(
+                f"guardrail {self.name!r} needs pairs of the same answers, at least two; got "
+                f"{len(self.champion)} and {len(self.candidate)}"
+            )
+        if any(not np.isfinite(one).all() or one.min() <= 0 for one in both):
+            raise ConfigError(f"guardrail {self.name!r} needs finite values above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """One suite, or all of them together.
+
+    Attributes:
+        suite: its name, or "overall".
+        num_items: N.
+        champion: its accuracy.
+        candidate: its accuracy.
+        difference: candidate minus champion.
+        low: end of the one-sided interval: a larger drop is ruled out at level alpha.
+        high: end of the one-sided interval on the other side.
+        margin: the drop that has to be ruled out here.
+        worse_by_margin_p: of a drop of the margin or more; small rules it out.
+        drop_p: of no drop, corrected by Holm; small shows one.
+        items_needed: with so many items an unchanged model passes with 80 % probability.
+        verdict: of this row alone.
+    """
+
+    suite: str
+    num_items: int
+    champion: float
+    candidate: float
+    difference: float
+    low: float
+    high: float
+    margin: float
+    worse_by_margin_p: float
+    drop_p: float
+    items_needed: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyResult:
+    """A safety set against its limit.
+
+    Attributes:
+        name: of the set.
+        num_prompts: asked.
+        num_violations: seen.
+        upper: of the violation rate, one-sided at level alpha (Clopper and Pearson).
+        lower: the same on the other side.
+        limit: of the rate.
+        prompts_needed: with so many, none of them violating, the limit would be kept.
+        verdict: pass if `upper` is within the limit, fail if `lower` is above it.
+    """
+
+    name: str
+    num_prompts: int
+    num_violations: int
+    upper: float
+    lower: float
+    limit: float
+    prompts_needed: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardrailResult:
+    """Growth of a quantity against its limit: the geometric mean of candidate / champion.
+
+    Attributes:
+        name: of the quantity.
+        growth: geometric mean of the pairs' ratios.
+        upper: of the growth, one-sided at level alpha.
+        lower: the same on the other side.
+        limit: of the growth.
+        verdict: pass if `upper` is within the limit, fail if `lower` is above it.
+    """
+
+    name: str
+    growth: float
+    upper: float
+    lower: float
+    limit: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateDecision:
+    """Whether the candidate may be released, with all that the answer rests on."""
+
+    outcome: Verdict
+    champion: str
+    candidate: str
+    sentence: str
+    overall: SuiteResult
+    suites: tuple[SuiteResult, ...]
+    safety: tuple[SafetyResult, ...]
+    guardrails: tuple[GuardrailResult, ...]
+    policy: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate may be released."""
+        return self.outcome == "pass"
+
+    @property
+    def performance_improvement(self) -> float:
+        """Candidate minus champion over all items, as a fraction."""
+        return self.overall.difference
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "performance_improvement": self.performance_improvement}
