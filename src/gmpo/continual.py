@@ -151,7 +151,7 @@ def lease_name(name: str) -> str:
 
 def open_cycle(store: Store, name: str) -> Cycle | None:
     """The model's cycle that goes on, or None."""
-    return next((cycle for cycle in store.cycles(name) if cycle.ended is None), None)
+    return next(iter(store.cycles(name, open_only=True)), None)
 
 
 def run_cycle(

@@ -10,7 +10,6 @@ __all__ = [
     "ConfigError",
     "CycleMoved",
     "DamagedCheckpointError",
-    "DashboardError",
     "DataError",
     "DeliveryError",
     "DependencyError",
@@ -99,10 +98,6 @@ class StoreLocked(StoreError):
 
 class StoreFull(StoreError):
     """The store's disk is full; nothing of the write was kept."""
-
-
-class DashboardError(GmpoError):
-    """The page's server did not start, or ended by itself."""
 
 
 class DeliveryError(GmpoError):

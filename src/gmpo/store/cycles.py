@@ -32,17 +32,17 @@ def begin_cycle(
     """Insert the model's next cycle; the arguments and errors of `Store.begin_cycle`."""
     _alone(connection)
     _require(connection, lease)
-    found = cycles_of(connection, name)
-    going_on = [cycle for cycle in found if cycle.ended is None]
+    going_on = cycles_of(connection, name, open_only=True)
     if going_on:
         raise CycleMoved(
             f"cycle {going_on[0].number} of {name!r} goes on at {going_on[0].state!r}; bring it to "
             "its end before another begins"
         )
+    newest = select(func.max(CYCLES.c.number)).where(CYCLES.c.name == name)
     now = time.time()
     cycle = Cycle(
         name=name,
-        number=found[-1].number + 1 if found else 1,
+        number=(connection.execute(newest).scalar() or 0) + 1,
         state=state,
         revision=1,
         created=now,
@@ -74,11 +74,13 @@ def move_cycle(connection: Connection, cycle: Cycle, *, ends: bool, lease: Lease
     return moved
 
 
-def cycles_of(connection: Connection, name: str | None) -> list[Cycle]:
-    """All cycles, or those of one model, by name and number."""
+def cycles_of(connection: Connection, name: str | None, *, open_only: bool = False) -> list[Cycle]:
+    """All cycles, or those of one model, or only those that go on, by name and number."""
     query = select(CYCLES).order_by(CYCLES.c.name, CYCLES.c.number)
     if name is not None:
         query = query.where(CYCLES.c.name == name)
+    if open_only:
+        query = query.where(CYCLES.c.ended.is_(None))
     return [to_cycle(row) for row in connection.execute(query)]
 
 

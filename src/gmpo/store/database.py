@@ -328,10 +328,10 @@ class Store:
             moved = replace(cycle, state=state, payload=payload)
             return move_cycle(connection, moved, ends=ends, lease=lease)
 
-    def cycles(self, name: str | None = None) -> list[Cycle]:
-        """All cycles, or those of one model, by name and number."""
+    def cycles(self, name: str | None = None, *, open_only: bool = False) -> list[Cycle]:
+        """All cycles, or those of one model, or only those that go on, by name and number."""
         with self._reading() as connection:
-            return cycles_of(connection, name)
+            return cycles_of(connection, name, open_only=open_only)
 
     def take_lease(self, name: str, *, holder: str, seconds: float) -> Lease:
         """Take a lease that nobody holds, or renew one's own.

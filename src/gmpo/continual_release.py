@@ -1,0 +1,287 @@
+"""The steps that decide: gate, approval, promotion and roll-back, by the registry and its store."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gmpo.continual import CycleWaits, open_cycle
+from gmpo.continual_records import CycleFacts, StepReport
+from gmpo.errors import ChampionMoved, ConfigError, RunFolderError
+from gmpo.gate import decide_gate
+from gmpo.gate_policy import GatePolicy
+from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
+from gmpo.store import Champion, Event, ModelVersion, Store
+
+__all__ = [
+    "Compared",
+    "VersionRegistry",
+    "answer_approval",
+    "approve_step",
+    "gate_step",
+    "promote_step",
+    "read_compared",
+    "require_decidable",
+    "roll_back_step",
+    "write_compared",
+]
+
+_COMPARED = "compared.json"
+_APPROVAL = "approval"
+
+
+class VersionRegistry(Protocol):
+    """Where versions are kept, and the champion among them is changed."""
+
+    def add(
+        self,
+        path: Path,
+        *,
+        name: str,
+        parent: str | None,
+        lineage: dict[str, Any],
+        metrics: dict[str, Any],
+    ) -> ModelVersion:
+        """Keep a copy of a model's folder as a version; the same weights are the same version."""
+        ...
+
+    def promote(
+        self, name: str, *, expected_champion: str | None, candidate: str, evidence: dict[str, Any]
+    ) -> Champion:
+        """Make the candidate the champion, by a gate's decision that passed.
+
+        Raises:
+            ChampionMoved: another version serves than expected.
+            gmpo.errors.GmpoError: the evidence did not pass, or is about others.
+        """
+        ...
+
+    def rollback(self, name: str, *, expected_champion: str, reason: dict[str, Any]) -> Champion:
+        """Make the champion's predecessor serve again.
+
+        Raises:
+            ChampionMoved: another version serves than expected.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What champion and candidate made of the same items.
+
+    Attributes:
+        suites: their outcomes.
+        guardrails: their completions' lengths or latencies.
+        safety: the candidate's counts on safety sets.
+    """
+
+    suites: Sequence[PairedSuite]
+    guardrails: Sequence[Guardrail] = ()
+    safety: Sequence[SafetyCount] = ()
+
+
+def write_compared(folder: Path, compared: Compared) -> None:
+    """Write it into a step's folder; `read_compared` brings it back.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    record = {
+        "suites": [
+            {**_pair(suite), "suite": suite.suite, "samples": suite.samples, "items": suite.items}
+            for suite in compared.suites
+        ],
+        "guardrails": [{**_pair(one), "name": one.name} for one in compared.guardrails],
+        "safety": [vars(count) for count in compared.safety],
+    }
+    try:
+        (folder / _COMPARED).write_text(json.dumps(record), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"outcomes cannot be written to {folder}: {error.strerror}; free space, then give the "
+            "same command again"
+        ) from None
+
+
+def read_compared(folder: Path) -> Compared:
+    """What `write_compared` wrote there."""
+    record = json.loads((folder / _COMPARED).read_text(encoding="utf-8"))
+    return Compared(
+        suites=[
+            PairedSuite(**{**suite, **_arrays(suite), "items": tuple(suite["items"])})
+            for suite in record["suites"]
+        ],
+        guardrails=[Guardrail(**{**one, **_arrays(one)}) for one in record["guardrails"]],
+        safety=[SafetyCount(**count) for count in record["safety"]],
+    )
+
+
+def _pair(both: PairedSuite | Guardrail) -> dict[str, list[float]]:
+    return {"champion": both.champion.tolist(), "candidate": both.candidate.tolist()}
+
+
+def _arrays(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {side: np.array(record[side], dtype=float) for side in ("champion", "candidate")}
+
+
+def gate_step(facts: CycleFacts, *, policy: GatePolicy) -> StepReport:
+    """Decide by what `evaluate` wrote; what is inconclusive is not released."""
+    compared = read_compared(facts.files("evaluate"))
+    decision = decide_gate(
+        compared.suites,
+        policy=policy,
+        champion=facts.champion,
+        candidate=facts.candidate,
+        safety=compared.safety,
+        guardrails=compared.guardrails,
+    )
+    reason = None
+    if decision.outcome == "inconclusive":
+        reason = "Evidence is inconclusive"
+    elif any(result.verdict == "fail" for result in decision.safety):
+        reason = "Safety test failed"
+    return StepReport(
+        passed=decision.passed,
+        sentence=decision.sentence,
+        reason=reason,
+        details={
+            "decision": decision.as_dict(),
+            "performance_improvement": decision.performance_improvement,
+        },
+    )
+
+
+def require_decidable(
+    sizes: Mapping[str, int], *, policy: GatePolicy, samples: int
+) -> Mapping[str, int]:
+    """Refuse suites that could not show even an unchanged model to be no worse.
+
+    Args:
+        sizes: items of each suite.
+        policy: of the gate.
+        samples: completions an item.
+
+    Returns:
+        Items that are needed at least, overall and of each suite: for models that answer alike.
+
+    Raises:
+        ConfigError: there are too few items for the margin.
+    """
+    alike = [
+        PairedSuite(suite=name, champion=np.zeros(size), candidate=np.zeros(size), samples=samples)
+        for name, size in sizes.items()
+    ]
+    decision = decide_gate(alike, policy=policy, champion="this", candidate="the same")
+    if decision.outcome == "inconclusive" and not decision.safety:
+        raise ConfigError(
+            f"the suites are too small for the margin: {decision.sentence}, if both models answer "
+            "alike; add items, or raise degradation_limit"
+        )
+    return {row.suite: row.items_needed for row in (decision.overall, *decision.suites)}
+
+
+def approve_step(facts: CycleFacts, store: Store, *, is_automatic: bool) -> StepReport:
+    """Whether a person said yes, or nobody has to.
+
+    Raises:
+        CycleWaits: nobody has decided yet.
+    """
+    if is_automatic:
+        return StepReport(passed=True, sentence="nobody has to approve: approval is automatic")
+    champion = store.champion(facts.name)
+    if champion is not None and champion.version == facts.candidate:
+        return StepReport(passed=True, sentence="a person promoted the candidate already")
+    for event in store.events(kinds=[_APPROVAL], model_version=facts.candidate, newest_first=True):
+        if (event.payload["name"], event.payload["cycle"]) == (facts.name, facts.number):
+            said = "approved" if event.payload["approved"] else "refused"
+            return StepReport(
+                passed=event.payload["approved"],
+                sentence=f"{said} by {event.payload['by']}",
+                details=event.payload,
+            )
+    raise CycleWaits(
+        f"version {facts.candidate} passed the gate and waits for a person: approve it with "
+        "gmpo learn --approve, or refuse it with --refuse"
+    )
+
+
+def answer_approval(store: Store, name: str, *, approved: bool, by: str) -> str:
+    """Say yes or no to the candidate that waits, and give its version.
+
+    Args:
+        store: with the cycle.
+        name: of the model.
+        approved: the answer.
+        by: who answers.
+
+    Raises:
+        ConfigError: no candidate of that model waits.
+    """
+    cycle = open_cycle(store, name)
+    if cycle is None or cycle.state != "approve":
+        state = "none goes on" if cycle is None else f"cycle {cycle.number} is at {cycle.state!r}"
+        raise ConfigError(f"no candidate of {name!r} waits for approval: {state}")
+    candidate: str = cycle.payload["reports"]["update"]["details"]["new_model_version"]
+    payload = {"name": name, "cycle": cycle.number, "approved": approved, "by": by}
+    store.add_events(
+        [Event(kind=_APPROVAL, time=time.time(), payload=payload, model_version=candidate)]
+    )
+    return candidate
+
+
+def promote_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> StepReport:
+    """Make the candidate the champion once, however often it is asked for.
+
+    A champion that a person took back meanwhile stays taken back.
+    """
+    later = [
+        champion
+        for champion in store.champion_history(facts.name)
+        if champion.revision > facts.champion_revision
+    ]
+    if any(champion.version == facts.candidate for champion in later):
+        if later[-1].version == facts.candidate:
+            return StepReport(passed=True, sentence=f"version {facts.candidate} serves already")
+        return StepReport(
+            passed=False,
+            sentence=f"version {facts.candidate} was promoted and taken back by somebody else",
+        )
+    evidence = facts.reports["gate"].details["decision"]
+    try:
+        champion = registry.promote(
+            facts.name,
+            expected_champion=facts.champion,
+            candidate=facts.candidate,
+            evidence=evidence,
+        )
+    except ChampionMoved as error:
+        return StepReport(passed=False, sentence=str(error))
+    return StepReport(
+        passed=True,
+        sentence=f"version {champion.version} serves in place of {facts.champion}",
+        details={"revision": champion.revision},
+    )
+
+
+def roll_back_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> StepReport:
+    """Make the old champion serve again, unless somebody else has changed it already."""
+    now = store.champion(facts.name)
+    if now is None or now.version != facts.candidate:
+        serving = "nothing" if now is None else f"version {now.version}"
+        return StepReport(
+            passed=now is not None and now.version == facts.champion,
+            sentence=f"{serving} serves already, not {facts.candidate}",
+        )
+    reason = {"cycle": facts.number, "why": facts.reports["watch"].sentence}
+    champion = registry.rollback(facts.name, expected_champion=facts.candidate, reason=reason)
+    return StepReport(
+        passed=True,
+        sentence=f"version {champion.version} serves again in place of {facts.candidate}",
+        details={"revision": champion.revision},
+    )

@@ -1,1 +1,0 @@
-"""One page that shows what serves, what trains, what is compared, and what is wrong."""
