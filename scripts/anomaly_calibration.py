@@ -86,7 +86,8 @@ def main() -> int:
     report: dict[str, Any] = {"made_with": provenance(), "weeks": arguments.weeks}
     report["nothing_changes"] = {}
     for name, kind in KINDS.items():
-        found = [entered(judged(kind, WEEK, seed)) for seed in range(arguments.weeks)]
+        # Not the streams with which the detectors' settings were chosen, whose seeds are smaller.
+        found = [entered(judged(kind, WEEK, 500 + seed)) for seed in range(arguments.weeks)]
         rates = {level: rate([one[level] for one in found]) for level in LEVELS[1:]}
         report["nothing_changes"][name] = rates
         print(name, json.dumps(rates), flush=True)

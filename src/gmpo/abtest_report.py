@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,15 +13,39 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gmpo.abtest.analysis import analyse_records
+from gmpo.abtest.records import EVENT_KINDS, read_records
 from gmpo.abtest.report import ArmSummary, ExperimentReport, MetricResult
 from gmpo.abtest.sequences import Interval
 from gmpo.abtest.wording import NAMES, value_words
 from gmpo.errors import RunFolderError
+from gmpo.store import Experiment, Store
 
-__all__ = ["plot_experiment", "render_experiment"]
+__all__ = [
+    "METRIC_COLUMNS",
+    "metric_rows",
+    "plot_experiment",
+    "render_experiment",
+    "report_of",
+]
+
+METRIC_COLUMNS = ("metric", "role", "control", "candidate", "difference", "interval", "says")
+"""What the texts of `metric_rows` are."""
 
 # Okabe and Ito's palette, which any common colour blindness tells apart.
 _BLUE, _GREY = "#0072B2", "#777777"
+
+
+def report_of(store: Store, experiment: Experiment) -> ExperimentReport:
+    """What the store shows of an experiment now, of a stopped one when its last record came.
+
+    Raises:
+        ConfigError: its settings are not a plan.
+        StoreError: the store cannot be read.
+    """
+    records = read_records(store.events(kinds=EVENT_KINDS, experiment=experiment.name))
+    now = None if experiment.status == "stopped" else time.time()
+    return analyse_records(experiment, records, now=now)
 
 
 def render_experiment(report: ExperimentReport) -> RenderableType:
@@ -101,13 +126,16 @@ def _metrics(report: ExperimentReport) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for head in ("metric", "role"):
-        table.add_column(head)
-    for head in ("control", "candidate", "difference", "interval", "says"):
-        table.add_column(head, justify="right")
-    for result in (report.primary, *report.guardrails, *report.shadow):
-        table.add_row(*_row(result))
+    for place, head in enumerate(METRIC_COLUMNS):
+        table.add_column(head, justify="left" if place < 2 else "right")
+    for row in metric_rows(report):
+        table.add_row(*row)
     return table
+
+
+def metric_rows(report: ExperimentReport) -> list[list[str]]:
+    """Every metric in words, the primary one first; the columns are `METRIC_COLUMNS`."""
+    return [_row(result) for result in (report.primary, *report.guardrails, *report.shadow)]
 
 
 def _row(result: MetricResult) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from gmpo.adaptive_config import AdaptiveConfig
 from gmpo.guard_config import GuardConfig
 from gmpo.task_config import Table, TaskConfig
+from gmpo.tracking_config import TrackingConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -27,7 +28,6 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplingConfig",
-    "TrackingConfig",
     "TrainingConfig",
 ]
 
@@ -387,27 +387,6 @@ class EvaluationConfig(Table):
     """Whether to measure sampled completions (temperature 1) before and after, beside greedy."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest completion in evaluation; None takes the sampling limit."""
-
-
-class TrackingConfig(Table):
-    """What a run writes beside its metrics."""
-
-    groups_per_round: int = Field(default=4, ge=0)
-    """Groups of each round, spread over it up to the last, whose texts, rewards, advantages and
-    ratios go to rollouts.jsonl."""
-    to: tuple[Literal["trackio", "mlflow", "tensorboard", "wandb"], ...] = ()
-    """Tools that get every row of metrics.jsonl besides; each needs the extra of its name (trackio:
-    `track`). They write to this machine unless their own environment variables say otherwise."""
-    project: str = Field(default="gmpo", min_length=1)
-    """What trackers file the run under."""
-    name: str | None = None
-    """Name that trackers show; None takes the run folder's."""
-
-    @model_validator(mode="after")
-    def _each_tracker_once(self) -> TrackingConfig:
-        if len(set(self.to)) < len(self.to):
-            raise ValueError(f"to = {list(self.to)} names a tracker twice; name each once")
-        return self
 
 
 class RunConfig(Table):

@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "CycleMoved",
     "DamagedCheckpointError",
+    "DashboardError",
     "DataError",
     "DeliveryError",
     "DependencyError",
@@ -98,6 +99,10 @@ class StoreLocked(StoreError):
 
 class StoreFull(StoreError):
     """The store's disk is full; nothing of the write was kept."""
+
+
+class DashboardError(GmpoError):
+    """The page's server did not start, or ended by itself."""
 
 
 class DeliveryError(GmpoError):

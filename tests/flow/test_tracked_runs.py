@@ -23,8 +23,10 @@ from tests.trackers import (
     wandb_points,
 )
 
+from gmpo.checkpoint import checkpoint_model
 from gmpo.errors import CheckpointError
 from gmpo.inspection import summarize_run
+from gmpo.policy.load import load_policy, model_version
 from gmpo.recipe import load_recipe
 from gmpo.trackers import feed
 from gmpo.training import train
@@ -137,3 +139,18 @@ def test_a_tracker_named_twice_is_refused(model: str, recipe: str, tmp_path: Pat
         *("--set", 'tracking.to=["wandb", "wandb"]'),
     )
     assert "tracking: to = ['wandb', 'wandb'] names a tracker twice; name each once" in said
+
+
+def test_prometheus_shows_a_run_by_the_version_of_its_last_weights(model: str, tmp_path: Path):
+    folder = tmp_path / "mine"
+    config = tiny_recipe(model, tracking={"to": ["prometheus"]}, training__rounds=3)
+    result = train(config, folder=folder)
+    version = model_version(
+        load_policy(str(checkpoint_model(result.checkpoint)), dtype="fp32").model
+    )
+    (last,) = metric_lines(folder, "round")[-1:]
+    shown = (folder / "metrics.prom").read_text()
+    labels = f'{{model_version="{version}",run="mine"}}'
+    assert f"gmpo_training_round{labels} 3.0" in shown
+    assert f"gmpo_training_rollout_reward{labels} {last['rollout/reward']}" in shown
+    assert 'gmpo_training_rollout_reward_by_name{model_version="' in shown

@@ -17,11 +17,11 @@ from gmpo.config import (
     RewardConfig,
     RunConfig,
     SamplingConfig,
-    TrackingConfig,
     TrainingConfig,
 )
 from gmpo.errors import ConfigError
 from gmpo.task_config import ArithmeticTask, BundledTask, CountdownTask, JsonlTask
+from gmpo.tracking_config import TrackingConfig
 from gmpo.trainer_config import GMPOConfig
 
 GMPO_FAMILY = ("gmpo", "gmpo_no_clip", "gmpo_sequence_clip", "gmpo_no_norm")

@@ -9,6 +9,7 @@ import typer
 from gmpo.cli.ab import ab
 from gmpo.cli.compare import compare
 from gmpo.cli.contamination import contamination
+from gmpo.cli.dashboard import dashboard
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
@@ -34,6 +35,7 @@ for _command in (
     sample,
     serve,
     monitor,
+    dashboard,
     export,
     inspect,
     models,

@@ -96,8 +96,10 @@ def start(
 @refuses_clearly
 def status(store: _StoreUrl, as_json: JsonOption = False) -> None:
     """Every experiment in one sentence."""
+    from gmpo.abtest_report import report_of
+
     with _opened(store, read_only=True) as opened:
-        found = [(one, _report(opened, one)) for one in opened.experiments()]
+        found = [(one, report_of(opened, one)) for one in opened.experiments()]
     if as_json:
         print(json.dumps([_summary(one, report) for one, report in found]))
         return
@@ -119,10 +121,10 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """What an experiment shows now; it may be looked at any time and as often as one likes."""
-    from gmpo.abtest_report import plot_experiment, render_experiment
+    from gmpo.abtest_report import plot_experiment, render_experiment, report_of
 
     with _opened(store, read_only=True) as opened:
-        found = _report(opened, _experiment(opened, name))
+        found = report_of(opened, _experiment(opened, name))
     if plot is not None:
         plot_experiment(found, plot)
     if as_json:
@@ -135,13 +137,14 @@ def report(
 @refuses_clearly
 def stop(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
     """End an experiment; what it shows now is kept as its decision."""
+    from gmpo.abtest_report import report_of
     from gmpo.store import Event
 
     with _opened(store) as opened:
         experiment = _experiment(opened, name)
         if experiment.status == "stopped":
             raise ConfigError(f"experiment {name!r} was stopped already")
-        found = _report(opened, experiment)
+        found = report_of(opened, experiment)
         decision = found.as_dict()
         opened.put_experiment(replace(experiment, status="stopped", decision=decision))
         opened.add_events(
@@ -212,15 +215,6 @@ def _experiment(store: Store, name: str) -> Experiment:
         names = ", ".join(one.name for one in store.experiments()) or "none yet"
         raise DataError(f"there is no experiment {name!r}; there are: {names}")
     return found
-
-
-def _report(store: Store, experiment: Experiment) -> ExperimentReport:
-    from gmpo.abtest.analysis import analyse_records
-    from gmpo.abtest.records import EVENT_KINDS, read_records
-
-    records = read_records(store.events(kinds=EVENT_KINDS, experiment=experiment.name))
-    now = None if experiment.status == "stopped" else time.time()
-    return analyse_records(experiment, records, now=now)
 
 
 def _summary(experiment: Experiment, report: ExperimentReport) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +18,7 @@ from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, Ru
 __all__ = [
     "JsonOption",
     "SetOption",
+    "is_loopback",
     "model_name",
     "refuses_clearly",
     "say",
@@ -59,6 +61,16 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
             raise typer.Exit(_DIVERGED if diverged else 2) from None
 
     return wrapped
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def model_name(model: str) -> str:

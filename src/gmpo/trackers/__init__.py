@@ -1,4 +1,4 @@
-"""A run's metrics in the tools people already watch: Trackio, MLflow, TensorBoard, W&B."""
+"""A run's metrics in tools that people watch: Trackio, MLflow, TensorBoard, W&B, Prometheus."""
 
 from gmpo.trackers.feed import Trackers
 from gmpo.trackers.tools import TrackedRun, require_packages

@@ -276,11 +276,18 @@ class _Wandb:
         self._run.finish()
 
 
+def _prometheus(run: TrackedRun) -> Tracker:
+    from gmpo.trackers.prometheus import PrometheusFile
+
+    return PrometheusFile(run)
+
+
 OPENERS: Mapping[str, Callable[[TrackedRun], Tracker]] = {
     "trackio": _Trackio,
     "mlflow": _Mlflow,
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
+    "prometheus": _prometheus,
 }
 """Each opens its tool, which may take seconds, write files, fail or block."""
 
@@ -289,6 +296,7 @@ _PACKAGES = {
     "mlflow": ("mlflow", "mlflow"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb": ("wandb", "wandb"),
+    "prometheus": ("prometheus_client", "serve"),
 }
 _KINDS: Sequence[str] = ("step", "round", "evaluation")
 

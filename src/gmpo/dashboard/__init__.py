@@ -1,0 +1,1 @@
+"""One page that shows what serves, what trains, what is compared, and what is wrong."""

@@ -1,0 +1,219 @@
+"""What is drawn of traffic and runs, by value."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.commands import jsonl
+
+from gmpo.dashboard.figures import (
+    MAX_POINTS,
+    accuracy_figure,
+    geometric_mean_figure,
+    latency_figure,
+    ratio_figure,
+    runs_figure,
+)
+from gmpo.dashboard.runs import RunLog, RunWatch, metric_names, metric_series, sequence_ratios
+from gmpo.dashboard.settings import VARIABLE, DashboardSettings, run_folders, settings_from
+from gmpo.dashboard.tables import event_rows, moment, plain, seconds_words
+from gmpo.dashboard.training_section import run_row
+from gmpo.dashboard.trends import Boxes, Span, trend
+from gmpo.errors import ConfigError, DataError
+from gmpo.store import Event
+
+SPAN = Span(start=0, end=60)
+
+
+def test_accuracy_lies_over_bars_of_answers_a_second():
+    judged = trend(np.array([0.5, 0.6]), np.array([1.0, 0.0]), SPAN, is_share=True)
+    answers = trend(np.array([0.2, 0.3, 0.4, 5.0]), np.ones(4), SPAN)
+    figure = accuracy_figure(judged, answers, span_seconds=60)
+    bars, low, high, line = figure.data
+    assert list(bars.y) == [3, 1]
+    assert str(bars.x[0]) == "1970-01-01T00:00:00.500"
+    assert list(line.y) == [0.5]
+    assert low.y[0] < 0.5 < high.y[0]
+    assert line.name == "accuracy"
+
+
+def test_the_bars_of_ratios_are_shares_and_one_is_centred_at_1():
+    figure = ratio_figure(np.array([1.0, 1.0, 1.0, 1.5]), np.array([0.5, 1.0]))
+    before, newest = figure.data
+    assert (before.name, newest.name) == ("before (2)", "newest (4)")
+    assert sum(newest.y) == pytest.approx(1)
+    assert sum(before.y) == pytest.approx(1)
+    middle = int(np.abs(np.array(newest.x) - 1).argmin())
+    assert newest.x[middle] == pytest.approx(1)
+    assert newest.y[middle] == pytest.approx(0.75)
+    assert before.y[middle] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("ratios", [[1.0], [0.01, 30.0], [1e-9, 1.0], [3.0, 4.0]])
+def test_every_ratio_is_in_a_bar(ratios: list[float]):
+    (bars,) = ratio_figure(np.array(ratios), np.empty(0)).data
+    assert sum(bars.y) == pytest.approx(1)
+
+
+def test_a_box_takes_its_quantiles_as_they_are():
+    boxes = Boxes(
+        versions=("<b>v1</b>",),
+        q05=(0.1,),
+        q25=(0.2,),
+        q50=(0.3,),
+        q75=(0.4,),
+        q95=(0.5,),
+        counts=(9,),
+    )
+    (box,) = latency_figure(boxes).data
+    assert (box.lowerfence[0], box.q1[0], box.median[0], box.q3[0], box.upperfence[0]) == (
+        *(0.1, 0.2, 0.3, 0.4, 0.5),
+    )
+    assert box.x[0] == "&lt;b&gt;v1&lt;/b&gt;"
+
+
+def test_the_geometric_mean_has_its_band():
+    low, high, line = geometric_mean_figure(
+        trend(np.array([1.0, 1.0, 1.0]), np.array([0.2, 0.4, 0.6]), SPAN)
+    ).data
+    assert list(line.y) == pytest.approx([0.4])
+    assert (low.y[0], high.y[0]) == (pytest.approx(0.24), pytest.approx(0.56))
+
+
+def test_long_runs_are_thinned_together():
+    rounds = [float(n) for n in range(50_000)]
+    series = {name: (rounds, [math.sin(n) for n in rounds]) for name in ("a", "b", "c")}
+    figure = runs_figure(series, metric="rollout/reward", x="round")
+    assert sum(len(trace.x) for trace in figure.data) <= MAX_POINTS
+    assert [trace.name for trace in figure.data] == ["a", "b", "c"]
+
+
+def test_a_gap_stays_a_gap():
+    (line,) = runs_figure({"a": ([1.0, 2.0, 3.0], [1.0, None, 3.0])}, metric="m", x="round").data
+    assert math.isnan(line.y[1])
+
+
+def round_line(number: int, **values: float | None) -> dict[str, object]:
+    named = {name.replace("__", "/"): value for name, value in values.items()}
+    return {"kind": "round", "round": number, "step": 4 * number, **named}
+
+
+def test_series_are_those_of_rounds_and_evaluations():
+    log = RunLog(
+        metrics=(
+            {"kind": "step", "round": 1, "step": 1, "ratio/max": 9.0},
+            round_line(1, ratio__max=2.0, rollout__reward=0.5),
+            {"kind": "evaluation", "round": 1, "evaluation/accuracy": 0.25},
+            round_line(2, ratio__max=None, rollout__reward=0.75),
+        ),
+        rollouts=(),
+    )
+    assert metric_series(log, "ratio/max") == ([1.0, 2.0], [2.0, None])
+    assert metric_series(log, "evaluation/accuracy") == ([1.0], [0.25])
+    assert metric_names([log]) == ["evaluation/accuracy", "ratio/max", "rollout/reward"]
+    row = run_row("mine", log)
+    assert row["rounds"] == 2
+    assert row["reward, last ten rounds"] == 0.625
+    assert row["held-out accuracy"] == 0.25
+    assert row["largest ratio"] == 2.0
+    assert row["tokens/s"] is None
+
+
+def test_ratios_are_those_of_the_newest_ten_rounds_and_of_those_before():
+    groups = tuple(
+        {"round": number, "rollouts": [{"ratio": {"sequence": float(number)}}, {"ratio": None}]}
+        for number in range(1, 13)
+    )
+    newest, earlier = sequence_ratios(RunLog(metrics=(), rollouts=groups))
+    assert newest.tolist() == [float(n) for n in range(3, 13)]
+    assert earlier.tolist() == [1.0, 2.0]
+    newest, earlier = sequence_ratios(RunLog(metrics=(), rollouts=()))
+    assert len(newest) == len(earlier) == 0
+
+
+def test_a_run_is_read_again_once_it_has_changed(tmp_path: Path):
+    watch = RunWatch()
+    assert watch.log(tmp_path).metrics == ()
+    jsonl(tmp_path / "metrics.jsonl", [round_line(1)])
+    first = watch.log(tmp_path).metrics
+    assert len(first) == 1
+    assert watch.log(tmp_path).metrics is first
+    jsonl(tmp_path / "metrics.jsonl", [round_line(1), round_line(2)])
+    assert len(watch.log(tmp_path).metrics) == 2
+    (tmp_path / "metrics.jsonl").write_text("{\n{}\n")
+    with pytest.raises(DataError, match="line 1"):
+        watch.log(tmp_path)
+
+
+def test_runs_are_found_in_folders_the_newest_first(tmp_path: Path):
+    import os
+
+    for age, name in enumerate(["new", "old"]):
+        (tmp_path / name).mkdir()
+        file = jsonl(tmp_path / name / "metrics.jsonl", [])
+        os.utime(file, (1000 - age, 1000 - age))
+    (tmp_path / "no-run").mkdir()
+    assert list(run_folders((str(tmp_path),))) == ["new", "old"]
+    assert run_folders((str(tmp_path / "old"),)) == {"old": tmp_path / "old"}
+    assert run_folders((str(tmp_path / "gone"),)) == {}
+    other = tmp_path / "no-run" / "old"
+    other.mkdir()
+    jsonl(other / "metrics.jsonl", [])
+    found = run_folders((str(tmp_path), str(other)))
+    assert set(found) == {"new", str(tmp_path / "old"), str(other)}
+
+
+def test_settings_survive_the_way_through_the_environment():
+    settings = DashboardSettings(store="postgresql://u:p@h/d", runs=("a", "b"), every_seconds=2)
+    assert settings_from({VARIABLE: settings.as_json()}) == settings
+    with pytest.raises(ConfigError, match="gmpo dashboard"):
+        settings_from({})
+    with pytest.raises(ConfigError, match="nothing to show"):
+        DashboardSettings(store=None, runs=())
+
+
+def test_an_event_is_one_line():
+    events = [
+        Event(
+            kind="answer",
+            time=0.0,
+            model_version="v1",
+            payload={
+                "status": 200,
+                "finish_reason": "stop",
+                "latency_s": 0.25,
+                "completion_tokens": 8,
+                "quality": 0.5,
+                "fell_back": True,
+                "fallback_reason": "timeout",
+                "error": None,
+            },
+        ),
+        Event(kind="swap", time=1.0, payload={"previous": "v1", "version": "v2"}),
+        Event(kind="other", time=2.0, payload={"active": 3, "queue": None, "x": "\x1b[2J" * 99}),
+    ]
+    first, second, third, fourth = event_rows(
+        [*events, Event(kind="outcome", time=3, payload={"success": 1, "latency_s": 0.12345})]
+    )
+    assert fourth["what"] == "success 1, latency 0.123"
+    assert first == {
+        "time (UTC)": "1970-01-01 00:00:00",
+        "kind": "answer",
+        "model version": "v1",
+        "what": "200, stop, 250 ms, 8 tokens, quality 0.50, fell back: timeout",
+    }
+    assert second["what"] == "v2 serves in place of v1"
+    assert third["what"].startswith('{"active": 3, "x": "\\u001b[2J')
+    assert len(third["what"]) == 160
+    assert json.dumps([first, second, third])
+
+
+def test_words():
+    assert moment(1e9) == "2001-09-09 01:46:40"
+    assert seconds_words(0.0126) == "13 ms"
+    assert seconds_words(2.5) == "2.50 s"
+    assert plain("a *b* [c](d)") == r"a \*b\* \[c\]\(d\)"
