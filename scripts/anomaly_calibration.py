@@ -185,13 +185,20 @@ def entered(levels: list[str]) -> dict[str, int]:
 
 
 def rate(counts: list[int]) -> dict[str, float]:
-    """Times a week, with Poisson's upper bound at 95 % as though streams were alike."""
-    total = sum(counts)
+    """Times a week and a one-sided bound at 95 %.
+
+    The larger of Poisson's bound, which holds where weeks are alike, and of the normal bound on the
+    mean of weeks, which knows that one bad baseline gives many false alarms in its own week.
+    """
+    total, weeks = sum(counts), len(counts)
+    poisson = float(chi2.ppf(0.95, 2 * (total + 1))) / 2 / weeks
+    by_week = total / weeks + 1.645 * float(np.std(counts, ddof=1)) / math.sqrt(weeks)
     return {
         "times": total,
-        "a_week": total / len(counts),
-        "upper_95": float(chi2.ppf(0.95, 2 * (total + 1))) / 2 / len(counts),
-        "share_of_weeks": sum(count > 0 for count in counts) / len(counts),
+        "a_week": total / weeks,
+        "upper_95": max(poisson, by_week),
+        "most_in_a_week": max(counts),
+        "share_of_weeks": sum(count > 0 for count in counts) / weeks,
     }
 
 

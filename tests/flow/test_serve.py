@@ -153,6 +153,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder: str, tmp_path: Pat
     empty.write_text("# none\n\n")
     assert "has no API key" in refusal("serve", folder, "--api-keys", str(empty))
     assert "say which with --store" in refusal("serve", folder, "--follow", "tiny")
+    assert "--learn-anew is about what a store holds" in refusal("serve", folder, "--learn-anew")
     missing = refusal("serve", folder, "--api-keys", str(tmp_path / "none"))
     assert "cannot be read" in missing
 

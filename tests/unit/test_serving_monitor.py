@@ -106,6 +106,18 @@ def test_what_nobody_asks_any_more_is_over():
     assert len(gateway.monitor.look(memory_bytes=MEMORY, now=gateway.now + 1860)) == 1
 
 
+def test_a_warm_up_goes_on_after_a_pause():
+    gateway = Gateway()
+    gateway.minutes(WARM_UP_BLOCKS - 1)
+    gateway.now += 3600
+    gateway.monitor.look(memory_bytes=MEMORY, now=gateway.now)
+    (learned,) = gateway.minutes(1)
+    assert learned.baselines is not None
+    gateway.now += 3600
+    gateway.monitor.look(memory_bytes=MEMORY, now=gateway.now)
+    assert gateway.minutes(8, quality=0.5)[-1].report.level == "critical"
+
+
 def test_memory_that_doubles_is_a_warning_that_is_told_again():
     monitor = ServingMonitor()
     told = []

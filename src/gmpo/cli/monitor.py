@@ -84,9 +84,12 @@ def _monitoring(runs: Sequence[Path], url: str | None) -> Iterator[Monitored]:
     open_store(url, read_only=True).close()
     with open_store(url) as store:
         seen = Monitored(runs, store)
-        yield seen
-        if seen.num_unwritten:
-            warn(f"{seen.num_unwritten} changes of alerts could not be written to {store.where}")
+        try:
+            yield seen
+        finally:
+            if seen.num_unwritten:
+                count = seen.num_unwritten
+                warn(f"{count} changes of alerts could not be written to {store.where}")
 
 
 def _sinks(

@@ -232,6 +232,13 @@ class AnomalyState:
         }
         return cls(detectors=detectors)
 
+    def at_rest(self) -> AnomalyState:
+        """What is left of it once nobody asks any more: baselines, and warm-ups that had begun."""
+        detectors = {
+            name: replace(one, recent=(), total=0.0) for name, one in self.detectors.items()
+        }
+        return AnomalyState(detectors=detectors)
+
     def baselines(self) -> dict[str, dict[str, float]]:
         """Those that are fixed, by detector."""
         return {

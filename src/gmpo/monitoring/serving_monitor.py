@@ -70,7 +70,9 @@ class ServingMonitor:
     """
 
     def __init__(self, baselines: Mapping[StreamKey, Baselines] | None = None) -> None:
-        self._known = dict(baselines or {})
+        self._known = {
+            key: AnomalyState.from_baselines(found) for key, found in (baselines or {}).items()
+        }
         self._streams: dict[StreamKey, _Stream] = {}
         self._memory = self._begun(PROCESS)
 
@@ -119,6 +121,7 @@ class ServingMonitor:
         for key, stream in list(self._streams.items()):
             if now - stream.last_answer >= _IDLE_SECONDS:
                 del self._streams[key]
+                self._known[key] = stream.state.at_rest()
                 was_told = stream.state.level != "ok"
                 found.append(Judgement(key=key, report=_quiet(), is_news=was_told, is_over=True))
             elif stream.state.level != "ok":
@@ -134,7 +137,7 @@ class ServingMonitor:
         )
 
     def _begun(self, key: StreamKey) -> AnomalyState:
-        return AnomalyState.from_baselines(self._known.get(key, {}))
+        return self._known.get(key, AnomalyState())
 
     def _judged(
         self, key: StreamKey, figures: Mapping[str, Figure], before: AnomalyState
@@ -142,8 +145,6 @@ class ServingMonitor:
         report, after = judge_block(figures, before)
         known = after.baselines()
         has_learned = known != before.baselines()
-        if has_learned:
-            self._known[key] = known
         # The process has no blocks: each look at it is one, and tells again what lasts.
         is_news = after.level != before.level or (key == PROCESS and after.level != "ok")
         judgement = Judgement(
