@@ -20,6 +20,7 @@ __all__ = [
     "LeaseHeld",
     "ModelError",
     "NonFiniteError",
+    "PromotionRefused",
     "RunFolderError",
     "RunStopped",
     "ServerUnreachable",
@@ -134,6 +135,10 @@ class ChampionMoved(StoreError):
         self.name = name
         self.expected = expected
         self.found = found
+
+
+class PromotionRefused(GmpoError):
+    """A version must not be made to serve: without evidence, or with damaged files."""
 
 
 class CycleMoved(StoreError):

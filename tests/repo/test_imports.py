@@ -57,6 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "monitoring",
         "abtest",
         "gate",
+        "model_files",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -116,6 +117,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "monitored",
         "terminal",
         "abtest_report",
+        "registry",
         "continual_records",
         "continual_lease",
         "continual",
@@ -207,6 +209,9 @@ TORCH_FREE = (
     "gmpo.spikes",
     "gmpo.guard",
     "gmpo.gate",
+    "gmpo.model_files",
+    "gmpo.registry",
+    "gmpo.registry.mirror",
     "gmpo.abtest.analysis",
     "gmpo.abtest.assignment",
     "gmpo.tasks",

@@ -14,6 +14,7 @@ from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
 from gmpo.cli.monitor import monitor
+from gmpo.cli.registry import registry
 from gmpo.cli.serve import serve
 from gmpo.cli.train import train
 from gmpo.cli.tune import tune
@@ -42,6 +43,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(ab, name="ab")
+app.add_typer(registry, name="registry")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -231,12 +231,13 @@ class _Changes:
         def load() -> ServedModel:
             config = _model_config(self.model, self.dtype).model_copy(update={"name": version.path})
             loaded = self._load(config)
-            if loaded.version != version.version:
-                raise ModelError(
-                    f"the weights at {version.path} are version {loaded.version}; somebody changed "
-                    "them: restore them, or register them as what they are"
-                )
-            return loaded
+            # In bf16 the loaded weights have another digest than those on disk.
+            if version.version in (loaded.version, _version_on_disk(Path(version.path))):
+                return replace(loaded, version=version.version)
+            raise ModelError(
+                f"the weights at {version.path} are version {loaded.version}; somebody changed "
+                "them: restore them, or register them as what they are"
+            )
 
         await self._swap(load)
 
@@ -311,6 +312,12 @@ def _model_config(model: str, dtype: str | None) -> ModelConfig:
     trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
     changed = {"name": model_name(model), **({} if dtype is None else {"dtype": dtype})}
     return trained.model_copy(update=changed)
+
+
+def _version_on_disk(folder: Path) -> str | None:
+    from gmpo.model_files import holds_weights, weights_version
+
+    return weights_version(folder) if holds_weights(folder) else None
 
 
 def _last_part(model: str) -> str:

@@ -1,0 +1,408 @@
+"""`gmpo registry`: versions of models, who serves, and how that changes."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gmpo.cli.conventions import JsonOption, model_name, refuses_clearly, warn
+from gmpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from gmpo.registry import Registry
+    from gmpo.store import Champion, ModelVersion, Store
+
+__all__ = [
+    "add",
+    "adopt",
+    "gc",
+    "mirror",
+    "promote",
+    "registry",
+    "rollback",
+    "show",
+    "verify",
+    "versions",
+]
+
+registry = typer.Typer(
+    help="Versions of models: list, show, add, adopt, promote, rollback, verify, gc, mirror."
+)
+
+_Name = Annotated[str, typer.Argument(help="Of the model.")]
+_Version = Annotated[str, typer.Argument(help="Of the model; its first digits are enough.")]
+_StoreUrl = Annotated[
+    str, typer.Option("--store", help="The store: a SQLite file or a PostgreSQL URL.")
+]
+_Folder = Annotated[
+    Path | None,
+    typer.Option("--folder", help="Of the versions; default: models/ beside a SQLite store."),
+]
+_Mlflow = Annotated[
+    str | None, typer.Option("--mlflow", help="MLflow's address, to be told of the change too.")
+]
+
+
+@registry.command("list")
+@refuses_clearly
+def versions(
+    store: _StoreUrl,
+    name: Annotated[str | None, typer.Argument(help="Of the model; all by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every version: whether it serves, served, waits for a person, and since when it is there."""
+    with _opened(store, read_only=True) as opened:
+        rows = [_row(opened, version) for version in opened.model_versions(name)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    console = Console()
+    if not rows:
+        console.print("no version yet; register one with gmpo registry add")
+        return
+    table = Table("model", "version", "role", "registered", "parent", "metrics")
+    for column in table.columns[1:4]:
+        column.no_wrap = True  # a digest in two lines cannot be copied
+    for row in rows:
+        metrics = ", ".join(f"{key} {value}" for key, value in row["metrics"].items())
+        table.add_row(
+            *map(Text, (row["name"], row["version"], row["role"], _clock(row["created"])[:10])),
+            Text((row["parent"] or "")[:8]),
+            Text(metrics),
+        )
+    console.print(table)
+
+
+@registry.command()
+@refuses_clearly
+def show(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
+    """A model's champions with the reason of each, and the candidates that wait for a person."""
+    from gmpo.registry import Registry
+
+    with _opened(store, read_only=True) as opened:
+        found = Registry(opened, _folder(opened, None, needed=False))
+        history, candidates = found.history(name), found.candidates(name)
+    if as_json:
+        told = {
+            "history": [vars(champion) for champion in history],
+            "candidates": [vars(candidate) for candidate in candidates],
+        }
+        print(json.dumps(told))
+        return
+    console = Console()
+    if not history:
+        console.print(Text(f"{name} has no champion; gmpo registry adopt makes the first one"))
+    for champion in history:
+        why = _why(champion.reason)
+        console.print(
+            Text(f"{champion.revision}. {champion.version} since {_clock(champion.since)}: {why}"),
+            soft_wrap=True,
+        )
+    for candidate in candidates:
+        waits = f"candidate {candidate.version}: {candidate.evidence['sentence']}"
+        console.print(Text(waits), soft_wrap=True)
+
+
+@registry.command()
+@refuses_clearly
+def add(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or model name.")],
+    name: Annotated[str, typer.Option(help="The model that this is a version of.")],
+    store: _StoreUrl,
+    folder: _Folder = None,
+    parent: Annotated[str | None, typer.Option(help="Version it was trained from.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="NAME=NUMBER; repeatable.")
+    ] = None,
+    mlflow: _Mlflow = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a model into the registry, under the digest of its weights."""
+    with _open_registry(store, folder, mlflow) as (opened, found):
+        version = found.add(
+            _model_folder(model),
+            name=name,
+            parent=None if parent is None else _whole(opened, parent).version,
+            lineage=_lineage(model),
+            metrics=dict(_metric(word) for word in metrics or []),
+        )
+    if as_json:
+        print(json.dumps(vars(version)))
+        return
+    _say(f"{name} has version {version.version} at {version.path}")
+
+
+@registry.command()
+@refuses_clearly
+def adopt(
+    name: _Name,
+    version: _Version,
+    store: _StoreUrl,
+    folder: _Folder = None,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "the first version",
+    mlflow: _Mlflow = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version a model's first champion; later ones are promoted on evidence."""
+    with _open_registry(store, folder, mlflow) as (opened, found):
+        champion = found.adopt(name, _whole(opened, version).version, reason=reason)
+    _print_champion(champion, as_json=as_json)
+
+
+@registry.command()
+@refuses_clearly
+def promote(
+    name: _Name,
+    version: _Version,
+    store: _StoreUrl,
+    folder: _Folder = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(help="Decision that gmpo gate --json printed; default: the store's newest."),
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Who says so; default: the user.")] = None,
+    mlflow: _Mlflow = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a candidate the champion, if it passed the gate against the version that serves."""
+    with _open_registry(store, folder, mlflow) as (opened, found):
+        candidate = _whole(opened, version).version
+        decision = found.newest_decision(name, candidate) if evidence is None else _read(evidence)
+        if decision is None:
+            raise ConfigError(
+                f"the store has no decision of the gate about {candidate}; gate it against the "
+                f"champion: gmpo gate ... --store, or give --evidence"
+            )
+        champion = found.promote(
+            name,
+            expected_champion=decision.get("champion"),
+            candidate=candidate,
+            evidence=decision,
+            by=by or getpass.getuser(),
+        )
+    _print_champion(champion, as_json=as_json)
+
+
+@registry.command()
+@refuses_clearly
+def rollback(
+    name: _Name,
+    store: _StoreUrl,
+    reason: Annotated[str, typer.Option(help="Why, for the history.")],
+    folder: _Folder = None,
+    expected: Annotated[
+        str | None, typer.Option(help="Version to be taken back; default: the one that serves.")
+    ] = None,
+    mlflow: _Mlflow = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the predecessor serve again."""
+    with _open_registry(store, folder, mlflow) as (opened, found):
+        serving = opened.champion(name)
+        if expected is not None:
+            taken = _whole(opened, expected).version
+        else:
+            taken = "" if serving is None else serving.version
+        champion = found.rollback(name, expected_champion=taken or None, reason=reason)
+    _print_champion(champion, as_json=as_json)
+
+
+@registry.command()
+@refuses_clearly
+def verify(
+    store: _StoreUrl,
+    version: Annotated[
+        str | None, typer.Argument(help="Its first digits are enough; all by default.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Only versions of this model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read versions' files again and compare; exit code 2 if one is damaged."""
+    from gmpo.registry import check_files
+
+    with _opened(store, read_only=True) as opened:
+        wanted = opened.model_versions(name) if version is None else [_whole(opened, version)]
+    checks = [check_files(one) for one in wanted]
+    if as_json:
+        print(json.dumps([{**vars(check), "is_whole": check.is_whole} for check in checks]))
+    else:
+        for check in checks:
+            _say(check.sentence)
+    if not all(check.is_whole for check in checks):
+        raise typer.Exit(2)
+
+
+@registry.command()
+@refuses_clearly
+def gc(
+    name: _Name,
+    store: _StoreUrl,
+    folder: _Folder = None,
+    keep: Annotated[int, typer.Option(min=0, help="So many of the newest stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove files of versions that neither serve, could serve again, nor are being tried."""
+    with _open_registry(store, folder, None) as (_, found):
+        garbage = found.collect_garbage(name, keep=keep, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(garbage.as_dict()))
+        return
+    for version, why in garbage.kept.items():
+        _say(f"kept {version}: {why}")
+    gone = [*garbage.removed, *garbage.leftovers]
+    verb = "would remove" if dry_run else "removed"
+    _say(f"{verb} {len(gone)} folders, {garbage.num_bytes / 1e6:.1f} MB: {', '.join(gone) or '-'}")
+
+
+@registry.command()
+@refuses_clearly
+def mirror(
+    name: _Name,
+    store: _StoreUrl,
+    mlflow: Annotated[str, typer.Option("--mlflow", help="A server, or sqlite:///PATH.")],
+) -> None:
+    """Bring MLflow's model registry to what the store says, aliases included."""
+    from gmpo.registry.mirror import mirror_to_mlflow
+
+    with _opened(store, read_only=True) as opened:
+        new = mirror_to_mlflow(opened, name, uri=mlflow)
+    _say(f"MLflow at {mlflow} knows {name}; {new} of its versions were new there")
+
+
+@contextmanager
+def _opened(url: str, *, read_only: bool = False) -> Iterator[Store]:
+    from gmpo.store import open_store
+
+    with open_store(url, read_only=read_only) as opened:
+        yield opened
+
+
+@contextmanager
+def _open_registry(
+    url: str, folder: Path | None, mlflow: str | None
+) -> Iterator[tuple[Store, Registry]]:
+    from gmpo.registry import Registry
+    from gmpo.registry.mirror import mirror_to_mlflow
+
+    with _opened(url) as opened:
+
+        def mirrored(store: Store, name: str) -> None:
+            mirror_to_mlflow(store, name, uri=str(mlflow))
+
+        where = _folder(opened, folder, needed=True)
+        mirrors = [] if mlflow is None else [mirrored]
+        yield opened, Registry(opened, where, mirrors=mirrors, tell=warn)
+
+
+def _folder(opened: Store, folder: Path | None, *, needed: bool) -> Path:
+    """Where versions lie: as told, or beside the SQLite file."""
+    if folder is not None:
+        return folder
+    if "://" not in opened.where:
+        return Path(opened.where).parent / "models"
+    if needed:
+        raise ConfigError("the store is a database server, so --folder must say where versions lie")
+    return Path("models")
+
+
+def _whole(opened: Store, digits: str) -> ModelVersion:
+    """The version that begins with these digits."""
+    found = [one for one in opened.model_versions() if digits and one.version.startswith(digits)]
+    if len(found) != 1:
+        said = "no version begins" if not found else f"{len(found)} versions begin"
+        raise DataError(f"{said} with {digits!r}; gmpo registry list shows all")
+    return found[0]
+
+
+def _row(opened: Store, version: ModelVersion) -> dict[str, Any]:
+    from gmpo.registry import Registry, serving_line
+
+    line = serving_line(opened.champion_history(version.name))
+    waiting = Registry(opened, _folder(opened, None, needed=False)).candidates(version.name)
+    role = ""
+    if version.version in [candidate.version for candidate in waiting]:
+        role = "candidate"
+    if version.version in line:
+        role = "served before"
+    if line[-2:-1] == [version.version]:
+        role = "predecessor"
+    if line[-1:] == [version.version]:
+        role = "champion"
+    lineage = {key: value for key, value in version.lineage.items() if key != "files"}
+    return {**vars(version), "lineage": lineage, "role": role}
+
+
+def _model_folder(model: str) -> Path:
+    """A run's newest checkpoint's model, a folder, or the files of a model by name."""
+    folder = Path(model_name(model))
+    if folder.is_dir():
+        return folder
+    from gmpo.policy.load import model_folder
+
+    return Path(model_folder(model))
+
+
+def _lineage(model: str) -> dict[str, Any]:
+    """Where a run's model comes from."""
+    recipe = Path(model) / "recipe.toml"
+    if not recipe.is_file():
+        return {"source": str(Path(model).resolve()) if Path(model).exists() else model}
+    try:
+        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{recipe} cannot be read: {error}; restore it") from None
+    checkpoint = Path(model_name(model)).parent.name
+    return {"run": str(Path(model).resolve()), "checkpoint": checkpoint, "recipe": table}
+
+
+def _metric(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigError(f"--metric is {word!r}; write NAME=NUMBER") from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--evidence {path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"--evidence {path} is no JSON object; give what gmpo gate --json printed")
+    return found
+
+
+def _why(reason: Mapping[str, Any]) -> str:
+    kind = reason.get("kind", "set")
+    if kind == "promotion":
+        return f"promoted by {reason.get('by')}: {reason['evidence'].get('sentence')}"
+    return f"{kind}: {reason.get('why', 'no reason given')}"
+
+
+def _print_champion(champion: Champion, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(vars(champion)))
+        return
+    instead = f" in place of {champion.previous}" if champion.previous else ""
+    _say(f"{champion.version} is the champion of {champion.name}{instead}")
+
+
+def _say(sentence: str) -> None:
+    Console().print(Text(sentence), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,16 @@
+"""Model versions: kept whole, promoted on evidence, taken back, and cleared away."""
+
+from gmpo.registry.files import FileCheck, check_files
+from gmpo.registry.garbage import Garbage
+from gmpo.registry.line import serving_line
+from gmpo.registry.registry import Approval, Candidate, Registry
+
+__all__ = [
+    "Approval",
+    "Candidate",
+    "FileCheck",
+    "Garbage",
+    "Registry",
+    "check_files",
+    "serving_line",
+]

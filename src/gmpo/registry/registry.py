@@ -1,0 +1,482 @@
+"""Versions of models, and the pointer to the one that serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gmpo.errors import (
+    ChampionMoved,
+    DataError,
+    GmpoError,
+    ModelError,
+    PromotionRefused,
+    RunFolderError,
+)
+from gmpo.gate_records import GateDecision
+from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model
+from gmpo.registry.garbage import Garbage, clear_away
+from gmpo.registry.line import ROLLBACK, serving_line
+from gmpo.store import AlertRow, Champion, Event, ModelVersion, Store
+
+__all__ = ["Approval", "Candidate", "Mirror", "Registry"]
+
+Approval = Literal["manual", "auto"]
+"""Who moves the pointer after a gate that passed: a person, or the gate's own caller at once."""
+
+Mirror = Callable[[Store, str], None]
+"""Told the store and a model's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A version that passed the gate against the version that serves.
+
+    Attributes:
+        version: of the model.
+        time: unix seconds of the decision.
+        evidence: the decision.
+    """
+
+    version: str
+    time: float
+    evidence: Mapping[str, Any]
+
+
+class Registry:
+    """Immutable versions in a folder, and who serves in the store.
+
+    Any number of processes may use one folder and store. A version is there once its row is: files
+    come first, under a temporary name, and the row last.
+
+    Args:
+        store: holds the rows.
+        folder: of the versions, FOLDER/VERSION; the rows hold its absolute path.
+        mirrors: called with the store and a model's name after each change of it.
+        tell: told in one sentence what is not as expected.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: Path | str,
+        *,
+        mirrors: Sequence[Mirror] = (),
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._store = store
+        self._folder = Path(folder).resolve()
+        self._lock = FolderLock(self._folder)
+        self._mirrors = tuple(mirrors)
+        self._tell = tell
+        self.num_mirror_failures = 0
+        """Changes that a mirror was not told of; the next one, or `gmpo registry mirror`, tells it
+        all."""
+
+    def add(
+        self,
+        path: Path | str,
+        *,
+        name: str,
+        parent: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> ModelVersion:
+        """Copy a model into the registry; weights that are there already change nothing.
+
+        Args:
+            path: folder of a model, or of an adapter, in safetensors.
+            name: of the model that this is a version of.
+            parent: version that it was trained from.
+            lineage: run, recipe, data: where it comes from.
+            metrics: figures measured before.
+
+        Returns:
+            The version, as it was first registered.
+
+        Raises:
+            ModelError: the folder holds no model.
+            DataError: these weights are a version of another model.
+            RunFolderError: the disk is full, or the folder cannot be written.
+        """
+        with self._lock.shared(), copied_model(Path(path), self._folder) as copy:
+            known = self._store.model_version(copy.version)
+            if known is not None:
+                return self._known(known, copy, name=name)
+            kept = self._keep(copy)
+            version = ModelVersion(
+                version=copy.version,
+                created=time.time(),
+                name=name,
+                path=str(kept),
+                parent=parent,
+                lineage={**(lineage or {}), FILES: copy.files},
+                metrics=dict(metrics or {}),
+            )
+            try:
+                self._store.put_model_version(version)
+            except DataError:
+                # Another process registered the same weights a moment ago, with its own lineage.
+                known = self._store.model_version(copy.version)
+                if known is None:
+                    raise
+                return self._known(known, copy, name=name)
+        self._mirrored(name)
+        return version
+
+    def adopt(self, name: str, version: str, *, reason: str) -> Champion:
+        """Make a version the first champion, without evidence: there is nothing to compare with.
+
+        Raises:
+            ChampionMoved: the model has a champion; `promote` is how it is replaced.
+            DataError: the version is not registered under this name.
+            PromotionRefused: its files are damaged.
+        """
+        with self._lock.shared():
+            self._require_whole(version)
+            champion = self._store.set_champion(
+                name, expected=None, version=version, reason={"kind": "adoption", "why": reason}
+            )
+        self._record("promotion", champion)
+        return champion
+
+    def submit(
+        self, name: str, decision: GateDecision, *, approval: Approval = "manual"
+    ) -> Champion | None:
+        """Keep a decision of the gate; one that passed makes its version a candidate.
+
+        Args:
+            name: of the model.
+            decision: with all its evidence.
+            approval: "manual" waits for a person, who calls `promote`; "auto" promotes at once.
+
+        Returns:
+            The new champion if it was promoted.
+
+        Raises:
+            gmpo.errors.GmpoError: as for `promote`.
+        """
+        self._store.add_events(
+            [
+                Event(
+                    kind="gate",
+                    time=time.time(),
+                    payload={"name": name, **decision.as_dict()},
+                    model_version=decision.candidate,
+                )
+            ]
+        )
+        if approval == "manual" or not decision.passed:
+            return None
+        return self.promote(
+            name,
+            expected_champion=decision.champion,
+            candidate=decision.candidate,
+            evidence=decision,
+        )
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """Versions that passed against the champion since it serves, oldest first.
+
+        Of several decisions about a version the newest counts. What was taken back is no candidate
+        by the evidence that it once had.
+        """
+        champion = self._store.champion(name)
+        if champion is None:
+            return []
+        found: dict[str, Candidate] = {}
+        for event in self._store.events(kinds=["gate"], since=champion.since):
+            about = (event.payload.get("name"), event.payload.get("champion"))
+            candidate = event.payload.get("candidate")
+            if about != (name, champion.version) or not isinstance(candidate, str):
+                continue
+            found.pop(candidate, None)
+            if event.payload.get("outcome") == "pass":
+                found[candidate] = Candidate(
+                    version=candidate, time=event.time, evidence=event.payload
+                )
+        return list(found.values())
+
+    def newest_decision(self, name: str, candidate: str) -> dict[str, Any] | None:
+        """What the gate last said about a version, whatever it said; None if it was not asked."""
+        for event in self._store.events(kinds=["gate"], model_version=candidate, newest_first=True):
+            if event.payload.get("name") == name:
+                return event.payload
+        return None
+
+    def promote(
+        self,
+        name: str,
+        *,
+        expected_champion: str | None,
+        candidate: str,
+        evidence: GateDecision | Mapping[str, Any],
+        by: str = "registry",
+    ) -> Champion:
+        """Make a candidate the champion, if the champion is still the one it was compared with.
+
+        Args:
+            name: of the model.
+            expected_champion: version that the caller believes to serve.
+            candidate: to serve from now on.
+            evidence: the gate's decision about these two.
+            by: who decided, for the history.
+
+        Raises:
+            PromotionRefused: the evidence did not pass or is about others, or the candidate's files
+                are damaged.
+            ChampionMoved: another version serves by now.
+            DataError: the candidate is not registered under this name.
+        """
+        found = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
+        told = json.loads(json.dumps(found))  # what is returned is what the store will give
+        _require_evidence(told, champion=expected_champion, candidate=candidate)
+        with self._lock.shared():
+            self._require_whole(candidate)
+            champion = self._store.set_champion(
+                name,
+                expected=expected_champion,
+                version=candidate,
+                reason={"kind": "promotion", "by": by, "evidence": told},
+            )
+        self._record("promotion", champion)
+        return champion
+
+    def rollback(
+        self, name: str, *, expected_champion: str | None, reason: str | Mapping[str, Any]
+    ) -> Champion:
+        """Make the predecessor serve again; if its files are damaged, the one before it.
+
+        Args:
+            name: of the model.
+            expected_champion: version that is to be taken back.
+            reason: why, for the history: a sentence, or a record with one under "why".
+
+        Raises:
+            ChampionMoved: another version serves.
+            PromotionRefused: there is no predecessor whose files are whole.
+        """
+        with self._lock.shared():
+            line = serving_line(self._store.champion_history(name))
+            serving = line[-1] if line else None
+            if serving != expected_champion:
+                raise ChampionMoved(name, expected=expected_champion, found=serving)
+            why = {"why": reason} if isinstance(reason, str) else dict(reason)
+            damaged: list[str] = []
+            for version in dict.fromkeys(one for one in reversed(line) if one != serving):
+                if self.verify(version).is_whole:
+                    break
+                damaged.append(version)
+            else:
+                raise PromotionRefused(
+                    f"{name!r} has no predecessor to go back to"
+                    + (f": {', '.join(damaged)} are damaged" if damaged else "")
+                    + "; promote or restore another version"
+                )
+            champion = self._store.set_champion(
+                name,
+                expected=expected_champion,
+                version=version,
+                reason={**why, "kind": ROLLBACK, "damaged": damaged},
+            )
+        self._record(ROLLBACK, champion)
+        return champion
+
+    def history(self, name: str) -> list[Champion]:
+        """Every champion that the model had, oldest first, with the reason of each."""
+        return self._store.champion_history(name)
+
+    def verify(self, version: str) -> FileCheck:
+        """Whether a version's files are what was registered; all of them are read.
+
+        Raises:
+            DataError: there is no such version.
+        """
+        return check_files(self._version(version))
+
+    def servable(self, name: str) -> ModelVersion:
+        """The champion, or the nearest version before it where its files are damaged.
+
+        Damage raises an alert in the store, which ends once the champion is whole again. The
+        pointer stays where it is: a person restores the files, or rolls back.
+
+        Raises:
+            DataError: the model has no champion.
+            ModelError: no version of the line is whole.
+        """
+        line = serving_line(self._store.champion_history(name))
+        if not line:
+            raise DataError(f"model {name!r} has no champion; adopt a first version")
+        checks: list[FileCheck] = []
+        for version in dict.fromkeys(reversed(line)):
+            check = self.verify(version)
+            if check.is_whole:
+                self._alert(name, checks, instead=version)
+                return self._version(version)
+            checks.append(check)
+        self._alert(name, checks, instead=None)
+        raise ModelError(
+            f"no version of {name!r} can be served: {'; '.join(one.sentence for one in checks)}; "
+            "add one of them again from its run, or adopt another"
+        )
+
+    def collect_garbage(self, name: str, *, keep: int = 3, dry_run: bool = False) -> Garbage:
+        """Remove files of versions that nothing needs; their rows stay.
+
+        Kept are the champion, its predecessor, versions in running experiments and unfinished
+        cycles, candidates, and the newest.
+
+        Args:
+            name: of the model.
+            keep: so many of the newest stay in any case.
+            dry_run: only say what would go.
+
+        Raises:
+            StoreLocked: the folder is in use.
+            RunFolderError: a folder cannot be removed.
+        """
+        with self._lock.alone():
+            candidates = [candidate.version for candidate in self.candidates(name)]
+            return clear_away(
+                self._store,
+                self._folder,
+                name,
+                keep=keep,
+                candidates=candidates,
+                dry_run=dry_run,
+            )
+
+    def _version(self, version: str) -> ModelVersion:
+        found = self._store.model_version(version)
+        if found is None:
+            raise DataError(
+                f"model version {version} is not registered; gmpo registry list shows all"
+            )
+        return found
+
+    def _require_whole(self, version: str) -> None:
+        check = self.verify(version)
+        if not check.is_whole:
+            raise PromotionRefused(
+                f"{check.sentence}; add it again from its run, which restores the files"
+            )
+
+    def _known(self, known: ModelVersion, copy: ModelCopy, *, name: str) -> ModelVersion:
+        """A version that is there already, its files restored if they were damaged."""
+        if known.name != name:
+            raise DataError(
+                f"these weights are version {known.version} of {known.name!r}, so they cannot be "
+                f"one of {name!r}; train them on, or use the other name"
+            )
+        files = known.lineage.get(FILES)
+        others = sorted(
+            file
+            for file in {**(files or {}), **copy.files}
+            if files is not None and files.get(file) != copy.files.get(file)
+        )
+        if others:
+            self._tell(
+                f"version {known.version} stays as it was first registered; {', '.join(others)} "
+                "of the new folder differ, and the weights are the same"
+            )
+        elif Path(known.path).parent == self._folder and not check_files(known).is_whole:
+            self._keep(copy)
+            self._tell(f"the files of version {known.version} were damaged and are restored")
+        return known
+
+    def _keep(self, copy: ModelCopy) -> Path:
+        """Give a copy its version's name; what is there without a row, or damaged, makes room."""
+        kept = self._folder / copy.version
+        aside = copy.folder.with_name(f"{copy.folder.name}-replaced")
+        try:
+            if kept.exists():
+                kept.rename(aside)
+            copy.folder.rename(kept)
+        except OSError as error:
+            raise RunFolderError(
+                f"{kept} cannot be written: {error}; nothing was registered; try again"
+            ) from None
+        shutil.rmtree(aside, ignore_errors=True)
+        return kept
+
+    def _record(self, kind: str, champion: Champion) -> None:
+        payload = {
+            "name": champion.name,
+            "previous": champion.previous,
+            "revision": champion.revision,
+            "reason": champion.reason,
+        }
+        self._store.add_events(
+            [Event(kind=kind, time=champion.since, payload=payload, model_version=champion.version)]
+        )
+        self._mirrored(champion.name)
+
+    def _mirrored(self, name: str) -> None:
+        for mirror in self._mirrors:
+            try:
+                mirror(self._store, name)
+            except GmpoError as error:
+                # What was changed stays changed: the store is the truth, the mirror a copy.
+                self.num_mirror_failures += 1
+                self._tell(f"a mirror was not told: {error}")
+
+    def _alert(self, name: str, checks: Sequence[FileCheck], *, instead: str | None) -> None:
+        """Begin, keep or end the alert of a damaged champion."""
+        fingerprint = f"registry/{name}"
+        rows = {row.fingerprint: row for row in self._store.alerts()}
+        before = rows.get(fingerprint)
+        was_firing = before is not None and before.status == "firing"
+        if not checks and not was_firing:
+            return
+        now = time.time()
+        actions = ["add the version again from its run", f"gmpo registry rollback {name}"]
+        payload = {
+            "labels": {"alertname": "ChampionDamaged", "model": name},
+            "annotations": {
+                "summary": "; ".join(check.sentence for check in checks) or "whole again",
+                "serving": instead or "nothing",
+            },
+            "recommended_actions": actions if checks else [],
+        }
+        if was_firing and checks and before is not None and before.payload == payload:
+            return
+        row = AlertRow(
+            fingerprint=fingerprint,
+            status="firing" if checks else "resolved",
+            severity="critical",
+            starts_at=before.starts_at if was_firing and before is not None else now,
+            ends_at=None if checks else now,
+            payload=payload,
+        )
+        self._store.put_alert(row)
+        told = {"fingerprint": fingerprint, "status": row.status, **payload}
+        self._store.add_events([Event(kind="alert", time=now, payload=told)])
+
+
+def _require_evidence(evidence: Mapping[str, Any], *, champion: str | None, candidate: str) -> None:
+    """Refuse to promote on anything but a pass about these two.
+
+    Raises:
+        PromotionRefused: it is something else; the message says what.
+    """
+    if champion is None:
+        raise PromotionRefused(
+            "there is no champion that the candidate was compared with; adopt the first version"
+        )
+    outcome = evidence.get("outcome")
+    if outcome != "pass":
+        raise PromotionRefused(
+            f"the gate's answer about {candidate} is {outcome!r}, not 'pass': "
+            f"{evidence.get('sentence', 'no decision was given')}; nothing was promoted"
+        )
+    about = (evidence.get("champion"), evidence.get("candidate"))
+    if about != (champion, candidate):
+        raise PromotionRefused(
+            f"the evidence is about {about[1]} against {about[0]}, not about {candidate} against "
+            f"{champion}; gate the candidate against the champion"
+        )

@@ -1,0 +1,30 @@
+"""Registries of tiny models for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from gmpo.gate import decide_gate
+from gmpo.gate_policy import GatePolicy
+from gmpo.gate_records import GateDecision, PairedSuite
+
+
+def model_folder(folder: Path, value: float, *, tokenizer: str = "{}") -> Path:
+    """A folder of the form of a model's, whose only weights have this value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"w": np.full((2, 3), value, np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    (folder / "tokenizer.json").write_text(tokenizer)
+    return folder
+
+
+def decision(champion: str, candidate: str, *, gain: float = 0.0) -> GateDecision:
+    """The gate's decision where the candidate is better by so much on 1,000 items."""
+    right = np.arange(1000) < 500
+    moved = np.arange(1000) < 500 + 1000 * gain
+    suite = PairedSuite(suite="sums", champion=right.astype(float), candidate=moved.astype(float))
+    return decide_gate([suite], policy=GatePolicy(), champion=champion, candidate=candidate)
