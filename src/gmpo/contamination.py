@@ -11,7 +11,15 @@ from typing import Any
 from gmpo.errors import DataError
 from gmpo.records import Prompt
 
-__all__ = ["Contamination", "Match", "TrainingText", "find_contamination", "words"]
+__all__ = [
+    "Contamination",
+    "HeldItem",
+    "Match",
+    "TrainingText",
+    "find_contamination",
+    "items_in_rows",
+    "words",
+]
 
 _LONG_RUN = 13
 """Words in a run, as in GPT-3's check (arXiv 2005.14165, appendix C)."""
@@ -76,6 +84,23 @@ class Contamination:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldItem:
+    """The item of which a training row has most.
+
+    Attributes:
+        suite: short name.
+        item_id: of the suite.
+        coverage: share of the item's runs that the row has, over 0 up to 1.
+        excerpt: one run that both have.
+    """
+
+    suite: str
+    item_id: str
+    coverage: float
+    excerpt: str
+
+
 def words(text: str) -> list[str]:
     """The text's words and numbers in lower case; punctuation and signs are left out."""
     return _WORD.findall(text.casefold())
@@ -99,21 +124,13 @@ def find_contamination(
     Raises:
         DataError: there is no training text.
     """
-    runs_of = {
-        (suite, prompt.id): _runs(words(_problem(prompt)))
-        for suite, _, prompts in suites
-        for prompt in prompts
-    }
-    holders: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
-    for item, runs in runs_of.items():
-        for run in runs:
-            holders[run].append(item)
-    lengths = sorted({len(run) for run in holders})
+    runs_of = _runs_of_items(suites)
+    search = _Search(runs_of)
     hits: dict[tuple[str, str], list[tuple[str, set[tuple[str, ...]]]]] = defaultdict(list)
     is_empty = True
     for row in training:
         is_empty = False
-        for item, shared in _shared(words(row.text), lengths, holders).items():
+        for item, shared in search.shared(row.text).items():
             hits[item].append((row.id, shared))
     if is_empty:
         raise DataError("there is no training text to check; name data with at least one row")
@@ -137,6 +154,64 @@ def find_contamination(
     ]
 
 
+def items_in_rows(
+    suites: Sequence[tuple[str, str, Sequence[Prompt]]], training: Iterable[TrainingText]
+) -> dict[str, HeldItem]:
+    """By id, the training rows that hold an item or part of one: `find_contamination` by row.
+
+    Args:
+        suites: as for `find_contamination`.
+        training: each row once, each with an id of its own.
+    """
+    runs_of = _runs_of_items(suites)
+    search = _Search(runs_of)
+    held: dict[str, HeldItem] = {}
+    for row in training:
+        shared = search.shared(row.text)
+        if not shared:
+            continue
+        item = max(shared, key=lambda one: (len(shared[one]) / len(runs_of[one]), one))
+        held[row.id] = HeldItem(
+            suite=item[0],
+            item_id=item[1],
+            coverage=len(shared[item]) / len(runs_of[item]),
+            excerpt=" ".join(min(shared[item])),
+        )
+    return held
+
+
+def _runs_of_items(
+    suites: Sequence[tuple[str, str, Sequence[Prompt]]],
+) -> dict[tuple[str, str], set[tuple[str, ...]]]:
+    return {
+        (suite, prompt.id): _runs(words(_problem(prompt)))
+        for suite, _, prompts in suites
+        for prompt in prompts
+    }
+
+
+class _Search:
+    """Which items hold a run, so that a text is read once for all of them."""
+
+    def __init__(self, runs_of: dict[tuple[str, str], set[tuple[str, ...]]]) -> None:
+        self._holders: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+        for item, runs in runs_of.items():
+            for run in runs:
+                self._holders[run].append(item)
+        self._lengths = sorted({len(run) for run in self._holders})
+
+    def shared(self, text: str) -> dict[tuple[str, str], set[tuple[str, ...]]]:
+        """By item, the runs that a text has too."""
+        found = words(text)
+        shared: dict[tuple[str, str], set[tuple[str, ...]]] = defaultdict(set)
+        for size in self._lengths:
+            for start in range(len(found) - size + 1):
+                run = tuple(found[start : start + size])
+                for item in self._holders.get(run, ()):
+                    shared[item].add(run)
+        return shared
+
+
 def _problem(prompt: Prompt) -> str:
     turns = [message.content for message in prompt.messages or () if message.role == "user"]
     return "\n".join(turns) or prompt.text or ""
@@ -148,21 +223,6 @@ def _runs(found: Sequence[str]) -> set[tuple[str, ...]]:
     if not size:
         return set()
     return {tuple(found[start : start + size]) for start in range(len(found) - size + 1)}
-
-
-def _shared(
-    found: Sequence[str],
-    lengths: Sequence[int],
-    holders: dict[tuple[str, ...], list[tuple[str, str]]],
-) -> dict[tuple[str, str], set[tuple[str, ...]]]:
-    """By item, the runs that a training row has too."""
-    shared: dict[tuple[str, str], set[tuple[str, ...]]] = defaultdict(set)
-    for size in lengths:
-        for start in range(len(found) - size + 1):
-            run = tuple(found[start : start + size])
-            for item in holders.get(run, ()):
-                shared[item].add(run)
-    return shared
 
 
 def _match(

@@ -10,6 +10,7 @@ from gmpo.cli.ab import ab
 from gmpo.cli.compare import compare
 from gmpo.cli.contamination import contamination
 from gmpo.cli.dashboard import dashboard
+from gmpo.cli.data import data
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
@@ -44,6 +45,7 @@ for _command in (
     app.command()(_command)
 app.add_typer(ab, name="ab")
 app.add_typer(registry, name="registry")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

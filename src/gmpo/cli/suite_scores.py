@@ -21,7 +21,7 @@ from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_it
 if TYPE_CHECKING:
     from gmpo.config import RunConfig
 
-__all__ = ["NamedModel", "SuiteOptions", "evaluate_suites", "named_model"]
+__all__ = ["NamedModel", "SuiteOptions", "asked_model", "evaluate_suites", "named_model"]
 
 _TASK = "task"
 _SETTABLE = (
@@ -231,7 +231,7 @@ def _asked(
 ) -> Iterator[SuiteOutcomes]:
     from gmpo.suite_runs import Asking, ask_suites
 
-    config = _model_config(model, options)
+    config = asked_model(model, options)
     wanted = [
         _task_items(config, options) if name == _TASK else items[name]
         for name in options.suites or (_TASK,)
@@ -252,8 +252,12 @@ def _asked(
         )
 
 
-def _model_config(model: str, options: SuiteOptions) -> RunConfig:
-    """A recipe that says how the model is asked: the one named, the run's own, or the defaults."""
+def asked_model(model: str, options: SuiteOptions) -> RunConfig:
+    """A recipe that says how the model is asked: the one named, the run's own, or the defaults.
+
+    Raises:
+        ConfigError: an override has no effect here, or nothing says whose task is asked.
+    """
     for override in options.overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(_SETTABLE):

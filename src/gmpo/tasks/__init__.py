@@ -5,7 +5,7 @@ from gmpo.tasks.bundled import bundled_task
 from gmpo.tasks.countdown import countdown_task
 from gmpo.tasks.dataset import dataset_task
 from gmpo.tasks.gym import gym_task
-from gmpo.tasks.jsonl import jsonl_rows, jsonl_task
+from gmpo.tasks.jsonl import jsonl_rows, jsonl_rows_and_faults, jsonl_task
 from gmpo.tasks.rows import RowForm
 from gmpo.tasks.task import Task, few_shot_prompt
 
@@ -19,5 +19,6 @@ __all__ = [
     "few_shot_prompt",
     "gym_task",
     "jsonl_rows",
+    "jsonl_rows_and_faults",
     "jsonl_task",
 ]

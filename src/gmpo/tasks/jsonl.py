@@ -16,7 +16,7 @@ from gmpo.tasks.rows import ReadRows, Row, RowForm, read_rows
 from gmpo.tasks.splits import sides_of_rows
 from gmpo.tasks.task import Task, task_of_sides
 
-__all__ = ["jsonl_rows", "jsonl_task", "prompts_from_jsonl"]
+__all__ = ["jsonl_rows", "jsonl_rows_and_faults", "jsonl_task", "prompts_from_jsonl"]
 
 _Paths = str | Path | Sequence[str | Path]
 
@@ -85,6 +85,25 @@ def jsonl_rows(path: _Paths) -> Iterator[Row]:
         yield from _rows(_lines(file), str(file))
 
 
+def jsonl_rows_and_faults(path: _Paths) -> Iterator[Row | tuple[str, DataError]]:
+    """As `jsonl_rows`, but a line that is no JSON object comes as its text and what is wrong.
+
+    Bytes that are not UTF-8 are escaped in that text.
+
+    Args:
+        path: as for `jsonl_task`.
+
+    Raises:
+        DataError: a file is missing or unreadable.
+    """
+    for file in _files(path):
+        for number, line in enumerate(_lines(file), start=1):
+            try:
+                yield from _rows([line], str(file), first=number)
+            except DataError as error:
+                yield line.decode("utf-8", errors="backslashreplace").rstrip("\n"), error
+
+
 def prompts_from_jsonl(lines: Iterable[bytes], *, source: str) -> list[Prompt]:
     """The prompts of one file's lines, in the usual form of rows.
 
@@ -138,9 +157,9 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _rows(lines: Iterable[bytes], source: str) -> Iterator[Row]:
+def _rows(lines: Iterable[bytes], source: str, *, first: int = 1) -> Iterator[Row]:
     stem = _stem(source)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if text.strip():
             place = f"{source}:{number}"
