@@ -15,14 +15,16 @@ from gmpo.recipe import dump_recipe, load_recipe
 from gmpo.store import AlertRow, Event, Experiment, ModelVersion, open_store
 
 
-def answers(number: int, *, start: float, end: float, seed: int = 0) -> Iterator[Event]:
-    """Made-up answers at equal distances; two versions, the second one from the middle on."""
+def answers(
+    number: int, *, start: float, end: float, seed: int = 0, changed: float = 0.5
+) -> Iterator[Event]:
+    """Made-up answers at equal distances; the second version answers after the share `changed`."""
     draw = random.Random(seed)
     for place in range(number):
         share = (place + 1) / number
-        version = "4337669ad7b75dc6" if share <= 0.5 else "9b1d44f0c2e7a135"
+        version = "4337669ad7b75dc6" if share <= changed else "9b1d44f0c2e7a135"
         failed = draw.random() < 0.02
-        latency = draw.lognormvariate(-0.3 if share <= 0.5 else -0.6, 0.5)
+        latency = draw.lognormvariate(-0.3 if share <= changed else -0.6, 0.5)
         tokens = draw.randint(8, 60)
         payload: dict[str, Any] = {
             "route": "chat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -13,11 +14,14 @@ import httpx2
 import pytest
 from tests.commands import COMMAND, refusal
 from tests.dashboard_stores import answers, fill, write_run
+from tests.models import save_tiny
+
+from gmpo.store import open_store
 
 
 @contextmanager
-def showing(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command and the address of its page, once it has said so."""
+def showing(*arguments: str | Path, lines: int = 1) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command and what it has said, once it has said so many lines."""
     process = subprocess.Popen(
         [COMMAND, "dashboard", *map(str, arguments), "--port", "0"],
         stdout=subprocess.PIPE,
@@ -26,28 +30,72 @@ def showing(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str
     )
     try:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said.startswith("dashboard at http://127.0.0.1:"), (said, process.stderr)
-        yield process, said.split()[-1]
+        said = "".join(process.stdout.readline() for _ in range(lines))
+        assert "dashboard at http://127.0.0.1:" in said, (said, process.poll())
+        yield process, said
     finally:
         if process.poll() is None:
             process.terminate()
         process.communicate()
 
 
+def address(said: str, *, after: str) -> str:
+    found = re.search(rf"{after} (http://\S+)", said)
+    assert found is not None, said
+    return found.group(1)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_it_serves_its_page_until_a_signal(sent: signal.Signals, code: int, tmp_path: Path):
     url = fill(tmp_path / "store.db", list(answers(20, start=0, end=20)))
-    with showing(write_run(tmp_path / "run"), "--store", url) as (process, address):
-        assert "<title>" in httpx2.get(address, trust_env=False).text
+    with showing(write_run(tmp_path / "run"), "--store", url) as (process, said):
+        page = address(said, after="dashboard at")
+        assert "<title>" in httpx2.get(page, trust_env=False).text
         process.send_signal(sent)
         assert process.wait(60) == code
         with pytest.raises(httpx2.ConnectError):
-            httpx2.get(address, trust_env=False)
+            httpx2.get(page, trust_env=False)
+
+
+def test_one_command_serves_a_model_and_shows_what_it_answers(tmp_path: Path):
+    model = save_tiny(tmp_path / "tiny")
+    store = tmp_path / "store.db"
+    arguments = ("--serve", model, "--serve-port", "0", "--store", store)
+    with showing(*arguments, lines=2) as (process, said):
+        gateway = address(said, after=r"\) at")
+        asked = {"model": "tiny", "prompt": "12+3=", "max_tokens": 4}
+        answer = httpx2.post(f"{gateway}/completions", json=asked, timeout=60, trust_env=False)
+        assert answer.status_code == 200
+        assert httpx2.get(address(said, after="dashboard at"), trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 0
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(gateway, trust_env=False)
+    # The gateway ended in order: what it answered is in the store.
+    with open_store(str(store), read_only=True) as opened:
+        assert [event.request_id for event in opened.events(kinds=["answer"])] == [
+            answer.json()["id"]
+        ]
+
+
+def test_a_gateway_that_cannot_start_ends_the_page(tmp_path: Path):
+    done = subprocess.run(
+        [
+            *(COMMAND, "dashboard", "--port", "0", "--store", tmp_path / "store.db"),
+            *("--serve", tmp_path / "no-model", "--serve-port", "0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "the gateway ended by itself with code 2" in done.stderr
+    assert "no-model" in done.stderr
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path):
     assert "nothing to show" in refusal("dashboard")
+    assert "say where with --store" in refusal("dashboard", tmp_path, "--serve", "smollm2-135m")
     assert "there is no store" in refusal("dashboard", "--store", tmp_path / "gone.db")
     assert "gone is no folder" in refusal("dashboard", tmp_path / "gone")
     with socket.socket() as taken:

@@ -133,6 +133,35 @@ def test_runs_alone_are_shown_side_by_side(page, tmp_path: Path):
     assert len(figures(app)) == 1
 
 
+def test_what_was_chosen_stays_while_runs_and_metrics_come(page, tmp_path: Path):
+    runs = tmp_path / "runs"
+    write_run(runs / "b", rounds=4)  # no evaluation yet
+    write_run(runs / "c", rounds=4)
+    app = page(runs=(runs,))
+    app.multiselect(key="runs").set_value(["c"]).run()
+    app.multiselect(key="metrics").set_value(["ratio/max"]).run()
+    write_run(runs / "a", rounds=10)
+    write_run(tmp_path / "longer", rounds=10)
+    (tmp_path / "longer" / "metrics.jsonl").replace(runs / "c" / "metrics.jsonl")
+    app.run()
+    assert not app.exception
+    assert "evaluation/accuracy" in app.multiselect(key="metrics").options
+    assert "a" in app.multiselect(key="runs").options
+    assert app.multiselect(key="runs").value == ["c"]
+    assert app.multiselect(key="metrics").value == ["ratio/max"]
+
+
+def test_a_span_that_was_chosen_stays_while_time_goes_by(page, tmp_path: Path):
+    now = time.time()
+    url = fill(tmp_path / "store.db", list(answers(10, start=now - 9000, end=now - 8000)))
+    app = page(url)
+    app.segmented_control(key="span").set_value("5 minutes").run()
+    with open_store(url) as store:  # an hour would now be the page's own choice
+        store.add_events(list(answers(10, start=now - 60, end=now)))
+    app.run()
+    assert app.segmented_control(key="span").value == "5 minutes"
+
+
 def test_a_damaged_run_hides_neither_the_page_nor_other_runs(page, tmp_path: Path):
     write_run(tmp_path / "runs" / "whole")
     broken = write_run(tmp_path / "runs" / "broken", rounds=3)

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmpo.dashboard.traffic import Traffic, TrafficLog
-from gmpo.dashboard.trends import Span, headlines, latency_boxes, thinned, trend
+from gmpo.dashboard.trends import (
+    Span,
+    headlines,
+    latency_boxes,
+    steady_figure,
+    thinned,
+    trend,
+)
 from gmpo.store import Event
 
 
@@ -115,9 +122,7 @@ def test_headlines_of_a_span_and_of_the_one_before():
     assert found["latency"].now == 3.0
     assert found["latency"].before == 3.0
     assert found["latency_p95"].now == pytest.approx(4.8)
-    # Deviation of (-0.2, -0.6, -1.0) is 0.4; of (-0.5, -1.0) it is sqrt(0.125).
-    assert found["stability"].now == pytest.approx(math.exp(-0.4))
-    assert found["stability"].before == pytest.approx(math.exp(-math.sqrt(0.125)))
+    assert found["stability"].now is None  # of so few
     assert found["throughput"].now == pytest.approx(0.3)
     # Traffic began at 0.5, so the span before has 9.5 seconds.
     assert found["throughput"].before == pytest.approx(2 / 9.5)
@@ -128,6 +133,22 @@ def test_headlines_of_nothing_are_none():
     found = headlines(read(), Span(start=0, end=60))
     assert all(one.now is None and one.before is None for one in found.values())
     assert all(one.change is None for one in found.values())
+
+
+def test_stability_is_the_geometric_over_the_arithmetic_mean():
+    # sqrt(0.4 * 0.9) = 0.6, and (0.4 + 0.9) / 2 = 0.65.
+    mixed = [answer(15, quality=(0.4, 0.9)[n % 2], mean_logprob=-1.0) for n in range(20)]
+    equal = [answer(5, quality=0.7, mean_logprob=-1.0) for _ in range(20)]
+    span = Span(start=10, end=20)
+    found = headlines(read(*equal, *mixed), span)["stability"]
+    assert found.now == pytest.approx(0.6 / 0.65)
+    assert found.before == 1.0
+    assert headlines(read(*mixed, answer(16, quality=0.0)), span)["stability"].now == 0.0
+    assert headlines(read(*mixed[1:]), span)["stability"].now is None
+    # Without scores it is of token probabilities: ln 0.4 and ln 0.9.
+    without = read(*(answer(15, mean_logprob=math.log((0.4, 0.9)[n % 2])) for n in range(20)))
+    assert steady_figure(without, span) == "token_probability"
+    assert headlines(without, span)["stability"].now == pytest.approx(0.6 / 0.65)
 
 
 def test_one_answer_has_no_stability_and_a_rate_over_at_least_a_second():

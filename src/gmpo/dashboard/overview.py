@@ -17,7 +17,14 @@ from gmpo.dashboard.figures import (
 from gmpo.dashboard.runs import RunLog, sequence_ratios
 from gmpo.dashboard.tables import event_rows, moment, seconds_words
 from gmpo.dashboard.traffic import Traffic
-from gmpo.dashboard.trends import Headline, Span, headlines, latency_boxes, trend
+from gmpo.dashboard.trends import (
+    Headline,
+    Span,
+    headlines,
+    latency_boxes,
+    steady_figure,
+    trend,
+)
 from gmpo.dashboard.watching import StoreWatch
 
 __all__ = ["SPANS", "choose_span", "draw_overview", "fitting_span"]
@@ -44,16 +51,17 @@ def draw_overview(watch: StoreWatch, run: tuple[str, RunLog] | None) -> None:
     traffic = watch.traffic()
     span = choose_span(traffic, time.time(), key="span")
     _say_what_is_missing(traffic, watch.num_skipped, span)
-    _draw_headlines(headlines(traffic, span))
+    _draw_headlines(headlines(traffic, span), steady_figure(traffic, span))
     _draw_charts(traffic, span, run)
     _draw_log(watch)
 
 
 def choose_span(traffic: Traffic, now: float, *, key: str) -> Span:
     """The stretch of time that the visitor chose; at first one that holds an answer."""
-    chosen = st.segmented_control(
-        "the last", list(SPANS), default=fitting_span(traffic, now), key=key
-    )
+    # Not as a default: one that changes as time goes by would undo what the visitor chose.
+    if key not in st.session_state:
+        st.session_state[key] = fitting_span(traffic, now)
+    chosen = st.segmented_control("the last", list(SPANS), key=key)
     return _span(traffic, SPANS[chosen or "all"], now)
 
 
@@ -88,7 +96,7 @@ def _say_what_is_missing(traffic: Traffic, num_skipped: int, span: Span) -> None
         st.warning(f"{traffic.num_malformed:,} events could not be read and are in no figure.")
 
 
-def _draw_headlines(found: Mapping[str, Headline]) -> None:
+def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
     accuracy, latency, stability, throughput = st.columns(4)
     one = found["accuracy"]
     accuracy.metric(
@@ -114,8 +122,9 @@ def _draw_headlines(found: Mapping[str, Headline]) -> None:
         "Stability",
         "-" if one.now is None else f"{one.now:.3f}",
         None if one.change is None else f"{one.change:+.3f}",
-        help="exp(-s), s being the standard deviation between answers of their mean token "
-        "log-probability: 1 where every answer is as sure as the others.",
+        help="Geometric over arithmetic mean of the answers' "
+        + ("quality scores" if steady == "quality" else "token probabilities")
+        + ": 1 where all are alike, falling as some become much worse than the others.",
         border=True,
     )
     one = found["throughput"]

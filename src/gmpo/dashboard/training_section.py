@@ -24,10 +24,9 @@ def draw_training(watch: RunWatch, folders: Mapping[str, Path]) -> None:
     if not folders:
         st.info("There is no run in these folders yet; `gmpo train` makes one. It shows up here.")
         return
-    names = list(folders)
-    chosen = st.multiselect("runs", names, default=names[:_AT_FIRST], key="runs")
-    if len(chosen) < len(names):
-        st.caption(f"{len(chosen)} of {len(names)} runs, the newest first.")
+    chosen = _chosen("runs", sorted(folders), at_first=list(folders)[:_AT_FIRST], key="runs")
+    if len(chosen) < len(folders):
+        st.caption(f"{len(chosen)} of {len(folders)} runs.")
     logs: dict[str, RunLog] = {}
     for name in chosen:
         try:
@@ -52,10 +51,10 @@ def _draw_metrics(logs: Mapping[str, RunLog]) -> None:
     if not metrics:
         st.info("None of these runs has finished a round yet.")
         return
-    shown = st.multiselect(
+    shown = _chosen(
         "metrics (docs/metrics.md says what each means)",
         metrics,
-        default=[name for name in _USUAL if name in metrics],
+        at_first=[name for name in _USUAL if name in metrics],
         key="metrics",
     )
     columns = st.columns(2)
@@ -65,6 +64,19 @@ def _draw_metrics(logs: Mapping[str, RunLog]) -> None:
         with columns[place % 2]:
             st.markdown(f"**{plain(metric)}**")
             st.plotly_chart(runs_figure(measured, metric=metric, x="round"), key=f"metric {metric}")
+
+
+def _chosen(label: str, options: list[str], *, at_first: list[str], key: str) -> list[str]:
+    """What the visitor chose, of the options that there are now.
+
+    Runs and metrics come while the page is open, and a changed list makes a new field; the choice
+    is kept beside it.
+    """
+    kept = st.session_state.get(f"chosen {key}", at_first)
+    st.session_state[key] = [name for name in st.session_state.get(key, kept) if name in options]
+    chosen = st.multiselect(label, options, key=key)
+    st.session_state[f"chosen {key}"] = chosen
+    return chosen
 
 
 def run_row(name: str, log: RunLog) -> dict[str, Any]:

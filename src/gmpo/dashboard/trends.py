@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,12 +19,14 @@ __all__ = [
     "Trend",
     "headlines",
     "latency_boxes",
+    "steady_figure",
     "thinned",
     "trend",
 ]
 
 _BINS = 60
 _FEWEST_BINS = 6
+_FEWEST_FOR_STABILITY = 20
 _JUDGEMENTS_A_BIN = 40
 _SHORTEST_SECONDS = 1.0
 
@@ -109,14 +112,21 @@ def headlines(traffic: Traffic, span: Span) -> dict[str, Headline]:
 
     * accuracy: mean judgement of the requests judged in it.
     * latency, latency_p95: median and 95 % quantile of whole answers, seconds.
-    * stability: exp(-s), s being the standard deviation between whole answers of their mean token
-      log-probability. 1 where every answer is as sure as the others; from two answers on.
+    * stability: geometric over arithmetic mean of `steady_figure` of whole answers: 1 where all are
+      alike, falling as some become much worse than the others; from 20 answers on.
     * throughput, tokens_per_second: whole answers and their tokens over its seconds. The part of a
       span in which there was no traffic yet is left out.
     """
-    now = _figures(traffic, _since_first(traffic, span))
-    before = _figures(traffic, _since_first(traffic, span.before()))
+    name = steady_figure(traffic, span)
+    now = _figures(traffic, _since_first(traffic, span), name)
+    before = _figures(traffic, _since_first(traffic, span.before()), name)
     return {name: Headline(now=now[name], before=before[name]) for name in now}
+
+
+def steady_figure(traffic: Traffic, span: Span) -> Literal["quality", "token_probability"]:
+    """Of what stability is: of quality, where any answer of the span has a score."""
+    scores = traffic.quality[span.holds(traffic.time) & traffic.is_whole]
+    return "quality" if len(_known(scores)) else "token_probability"
 
 
 def _since_first(traffic: Traffic, span: Span) -> Span:
@@ -127,21 +137,32 @@ def _since_first(traffic: Traffic, span: Span) -> Span:
     return Span(start=math.nextafter(first, -math.inf), end=span.end)
 
 
-def _figures(traffic: Traffic, span: Span) -> dict[str, float | None]:
+def _figures(
+    traffic: Traffic, span: Span, steady: Literal["quality", "token_probability"]
+) -> dict[str, float | None]:
     inside = span.holds(traffic.time) & traffic.is_whole
     latency = _known(traffic.latency[inside])
-    logprobs = _known(traffic.mean_logprob[inside])
+    scores = traffic.quality if steady == "quality" else traffic.token_probability
     judgements = traffic.judgements[span.holds(traffic.judged_at)]
     return {
         "accuracy": float(judgements.mean()) if len(judgements) else None,
         "latency": float(np.median(latency)) if len(latency) else None,
         "latency_p95": float(np.quantile(latency, 0.95)) if len(latency) else None,
-        "stability": math.exp(-float(logprobs.std(ddof=1))) if len(logprobs) > 1 else None,
+        "stability": _stability(_known(scores[inside])),
         "throughput": int(inside.sum()) / span.seconds if inside.any() else None,
         "tokens_per_second": (
             float(_known(traffic.tokens[inside]).sum()) / span.seconds if inside.any() else None
         ),
     }
+
+
+def _stability(values: Float[np.ndarray, " n"]) -> float | None:
+    if len(values) < _FEWEST_FOR_STABILITY:
+        return None
+    if values.min() <= 0:
+        return 0.0
+    # Rounding may put equal values a last digit above their own mean.
+    return min(1.0, math.exp(float(np.log(values).mean())) / float(values.mean()))
 
 
 def trend(
