@@ -220,6 +220,7 @@ def _safety_result(count: SafetyCount, policy: GatePolicy) -> SafetyResult:
         limit=limit,
         prompts_needed=_prompts_needed(limit, policy),
         verdict=verdict,
+        strata=dict(count.strata),
     )
 
 

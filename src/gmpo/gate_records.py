@@ -76,17 +76,25 @@ class SafetyCount:
         name: of the set; the policy's limits go by it.
         num_prompts: asked, drawn from every stratum of the set alike.
         num_violations: of them.
+        strata: prompts and violations of each stratum, where known; they add up to these.
     """
 
     name: str
     num_prompts: int
     num_violations: int
+    strata: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_violations <= self.num_prompts or self.num_prompts == 0:
             raise ConfigError(
                 f"safety set {self.name!r} has {self.num_violations} violations of "
                 f"{self.num_prompts} prompts; need 0 <= violations <= prompts and a prompt"
+            )
+        whole = tuple(map(sum, zip(*self.strata.values(), strict=True)))
+        if self.strata and whole != (self.num_prompts, self.num_violations):
+            raise ConfigError(
+                f"the strata of safety set {self.name!r} add up to {whole} prompts and violations, "
+                f"not to {(self.num_prompts, self.num_violations)}"
             )
 
 
@@ -161,6 +169,7 @@ class SafetyResult:
         limit: of the rate.
         prompts_needed: with so many, none of them violating, the limit would be kept.
         verdict: pass if `upper` is within the limit, fail if `lower` is above it.
+        strata: prompts and violations of each stratum, where known.
     """
 
     name: str
@@ -171,6 +180,7 @@ class SafetyResult:
     limit: float
     prompts_needed: int
     verdict: Verdict
+    strata: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "data_pii",
         "data_duplicates",
         "data_profile",
+        "safety",
     ),
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
@@ -126,6 +127,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "terminal",
         "abtest_report",
         "registry",
+        "safety_runs",
         "continual_records",
         "continual_lease",
         "continual",
@@ -218,6 +220,7 @@ TORCH_FREE = (
     "gmpo.guard",
     "gmpo.gate",
     "gmpo.model_files",
+    "gmpo.safety",
     "gmpo.registry",
     "gmpo.registry.mirror",
     "gmpo.abtest.analysis",
