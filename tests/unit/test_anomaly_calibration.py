@@ -1,8 +1,10 @@
-"""What the calibration counts, by hand."""
+"""What the calibration counts, by hand; and that what is written down keeps the promise."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from scripts.anomaly_calibration import (
     stream,
     summed,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_level_is_entered_when_it_is_reached_from_below():
@@ -66,3 +70,13 @@ def test_a_stream_changes_when_it_should():
 def test_an_outage_is_found_at_once():
     found = delay(KINDS["normal"], CHANGES["successes 99.5 % to 0 %"], 0)
     assert found == {"warning": 2, "critical": 2}
+
+
+def test_what_is_written_down_is_below_one_false_critical_a_week():
+    report = json.loads((ROOT / "docs/results/anomaly_calibration.json").read_text())
+    assert set(report["nothing_changes"]) == set(KINDS)
+    assert set(report["changes"]["normal"]) == set(CHANGES)
+    for kind, rates in report["nothing_changes"].items():
+        assert rates["critical"]["upper_95"] < 1, kind
+    for changes in report["changes"].values():
+        assert all(found["warning"]["found"] == 1 for found in changes.values())
