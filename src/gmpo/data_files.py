@@ -17,7 +17,15 @@ from gmpo.records import Prompt
 from gmpo.tasks import RowForm, jsonl_rows, jsonl_rows_and_faults
 from gmpo.tasks.rows import Row, read_rows
 
-__all__ = ["ACCEPTED", "REJECTED", "prepare_folder", "read_batch", "read_earlier", "write_report"]
+__all__ = [
+    "ACCEPTED",
+    "REJECTED",
+    "prepare_folder",
+    "read_batch",
+    "read_earlier",
+    "write_report",
+    "write_rows",
+]
 
 ACCEPTED = "accepted.jsonl"
 """Rows to train on, as they were given."""
@@ -99,6 +107,21 @@ def write_report(report: BatchReport, folder: Path) -> None:
         (folder / _REPORT).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Rows as a new file of JSON Lines.
+
+    Raises:
+        RunFolderError: there is such a file already, or it cannot be written.
+    """
+    if path.exists():
+        raise RunFolderError(f"{path} is there already; name a new file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_lines(path, rows, mode=0o600)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, mode: int) -> None:

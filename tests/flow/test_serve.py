@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from tests.commands import COMMAND, refusal
+from tests.commands import COMMAND, gmpo, refusal
 from tests.models import save_tiny
 
+from gmpo.feedback import verdict_event
 from gmpo.model_files import weights_version
 from gmpo.serving.server import bound_socket
 from gmpo.store import ModelVersion, open_store
@@ -175,3 +177,24 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
     with serving(folder, "--api-keys", str(file)) as (_, client):
         headers = {"authorization": "Bearer sk-file"}
         assert client.get("/models", headers=headers).status_code == 200
+
+
+def test_texts_of_clients_that_allow_it_become_rows(folder: str, tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    with serving(folder, "--store", path, "--record-texts") as (process, client):
+        allowed = client.post("/completions", json={**ASKED, "store": True}).json()
+        client.post("/completions", json={**ASKED, "prompt": "1+1="})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    with open_store(path) as store:
+        assert store.count_events(kinds=["answer"]) == 2
+        (text,) = store.events(kinds=["text"])
+        assert text.payload["completions"] == [allowed["choices"][0]["text"]]
+        store.add_events([verdict_event(allowed["id"], by="test", reference="15")])
+    done = gmpo("data", "collect", "--store", path, "--out", tmp_path / "rows.jsonl", "--json")
+    assert '"rows": 1' in done.stdout, done.stderr
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (row["prompt"], row["answer"]) == ([{"role": "user", "content": "12+3="}], "15")
+    assert "--record-texts is about what a store holds" in refusal(
+        "serve", folder, "--record-texts"
+    )

@@ -431,3 +431,29 @@ def test_a_limit_and_kinds_are_checked(path: Path):
             store.events(limit=0)
         with pytest.raises(ConfigError, match="must be a list of kinds"):
             store.events(kinds="answer")
+
+
+def test_texts_can_be_deleted_and_nothing_else_can(store_url: str):
+    with open_store(store_url) as store:
+        store.add_events(
+            [
+                event(1, kind="text", request_id="a"),
+                event(2, kind="verdict", request_id="a"),
+                event(3, kind="text", request_id="b"),
+                event(4, kind="answer", request_id="a"),
+                event(5, kind="text", request_id="c"),
+            ]
+        )
+        newest = store.events()[-1].id
+        assert newest is not None
+        assert store.delete_events(["text"], until=3.0, dry_run=True) == 1
+        assert store.delete_events(["text"], until=3.0) == 1
+        assert store.delete_events(["text", "verdict"], request_id="a") == 1
+        assert store.delete_events(["text"], request_id="c") == 1
+        assert store.delete_events(["text"], request_id="c") == 0
+        assert [one.kind for one in store.events()] == ["text", "answer", *["purge"] * 3]
+        with pytest.raises(DataError, match="events of kind 'answer' are never deleted"):
+            store.delete_events(["text", "answer"])
+        # Whoever had read all of them before the newest went still misses nothing.
+        store.add_events([event(6)])
+        assert numbers(store.events(after_id=newest, kinds=["answer"])) == [6]

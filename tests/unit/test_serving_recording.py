@@ -171,3 +171,47 @@ def test_an_answers_event_has_every_field_of_its_kind(tmp_path: Path):
         "error": None,
         "session": "s",
     }
+
+
+def answered(**body: object) -> AnswerBook:
+    book = AnswerBook(
+        GenerationRequest(
+            id="r",
+            route="chat",
+            model="m",
+            messages=({"role": "user", "content": "What is 3 + 4?"},),
+            n=2,
+            unit="u",
+            body=body,
+        ),
+        report=AnswerReport(backend="engine", model_version="v", experiment="e"),
+    )
+    for index, text in ((0, "It is "), (1, "8"), (0, "7")):
+        book.add(Chunk(index=index, text=text))
+    for index in (0, 1):
+        book.add(Chunk(index=index, finish_reason="stop"))
+    return book
+
+
+def test_texts_are_kept_only_where_operator_and_client_allow_it(tmp_path: Path):
+    store = open_store(str(tmp_path / "store.db"))
+    silent, keeping = EventWriter(store), EventWriter(store, record_texts=True)
+    silent.observe(answered(store=True).close(200, None))
+    for allowed in (None, False, "true", 1):
+        keeping.observe(answered(store=allowed).close(200, None))
+    keeping.observe(answered().close(200, None))
+    keeping.observe(answered(store=True).close(499, "the client left"))
+    keeping.observe(answered(store=True).close(200, None))
+    silent.close()
+    keeping.close()
+    assert store.count_events(kinds=["answer"]) == 8
+    (text,) = store.events(kinds=["text"])
+    store.close()
+    assert (text.request_id, text.unit, text.model_version, text.experiment) == ("r", "u", "v", "e")
+    assert text.payload == {
+        "messages": [{"role": "user", "content": "What is 3 + 4?"}],
+        "prompt": None,
+        "completions": ["It is 7", "8"],
+        "finish_reason": "stop",
+        "consent": True,
+    }

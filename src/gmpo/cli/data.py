@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
     from gmpo.data_quality import BatchReport
     from gmpo.data_samples import Sampler
 
-__all__ = ["check", "data"]
+__all__ = ["check", "collect", "data", "purge"]
 
-data = typer.Typer(help="New training rows: check.")
+data = typer.Typer(help="New training rows: check, collect, purge.")
 
 _REFUSED = 3
 """Exit code of a batch that was checked and is not to be trained on."""
 
+_DAY = 86_400.0
+
+_StoreUrl = Annotated[
+    str, typer.Option("--store", help="The gateway's store: a SQLite file or a PostgreSQL URL.")
+]
 _Suites = Annotated[
     list[str] | None,
     typer.Option("--suite", help="Suite whose items must not be trained on; repeatable."),
@@ -41,11 +47,6 @@ _Settings = Annotated[
         "model.dtype=fp32; repeatable.",
     ),
 ]
-
-
-@data.callback()
-def _commands() -> None:
-    """Keep `check` a command of its own while it is the only one."""
 
 
 @data.command()
@@ -101,6 +102,86 @@ def check(
         _show(report, out)
     if not report.passed:
         raise typer.Exit(_REFUSED)
+
+
+@data.command()
+@refuses_clearly
+def collect(
+    store: _StoreUrl,
+    out: Annotated[Path, typer.Option(help="New file for the rows, JSON Lines.")],
+    days: Annotated[
+        float | None, typer.Option(help="Of the last so many days; all that are kept by default.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the policy, e.g. least_votes=3; repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make rows of served answers that users or a verifier confirmed; then check them."""
+    from gmpo.data_files import write_rows
+    from gmpo.feedback import policy_of, training_rows
+    from gmpo.store import open_store
+
+    table: dict[str, Any] = {}
+    for setting in settings or []:
+        apply_override(table, setting)
+    policy = policy_of(table)
+    _refuse_negative("days", days)
+    now = time.time()
+    with open_store(store, read_only=True) as opened:
+        found = training_rows(
+            opened, since=None if days is None else now - days * _DAY, policy=policy, now=now
+        )
+    write_rows(found.rows, out)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+    Console().print(
+        Text(
+            f"{len(found.rows)} rows of {found.num_texts} recorded answers written to {out}"
+            f"{f'; left out: {reasons}' if reasons else ''}"
+        ),
+        soft_wrap=True,
+    )
+
+
+@data.command()
+@refuses_clearly
+def purge(
+    store: _StoreUrl,
+    days: Annotated[
+        float | None, typer.Option("--older-than-days", help="Texts recorded before that.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="Texts of this user.")] = None,
+    request: Annotated[str | None, typer.Option(help="Texts of this request.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete recorded texts and verdicts from a store; figures of the answers stay."""
+    from gmpo.feedback import purge_texts
+    from gmpo.store import open_store
+
+    _refuse_negative("older-than-days", days)
+    with open_store(store, read_only=dry_run) as opened:
+        count = purge_texts(
+            opened,
+            before=None if days is None else time.time() - days * _DAY,
+            unit=unit,
+            request_id=request,
+            dry_run=dry_run,
+        )
+    if as_json:
+        print(json.dumps({"events": count, "dry_run": dry_run}))
+        return
+    done = "would be deleted" if dry_run else "deleted"
+    Console().print(f"{count} recorded texts and verdicts {done}")
+
+
+def _refuse_negative(name: str, days: float | None) -> None:
+    if days is not None and not days >= 0:
+        raise ConfigError(f"--{name} is {days}; it must be 0 or more")
 
 
 def _checks_table(settings: list[str], *, has_model: bool) -> dict[str, Any]:

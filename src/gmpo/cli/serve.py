@@ -41,6 +41,13 @@ _LearnAnew = Annotated[
     bool,
     typer.Option("--learn-anew", help="Forget what --store says is usual for these models."),
 ]
+_RecordTexts = Annotated[
+    bool,
+    typer.Option(
+        "--record-texts",
+        help='Keep texts in --store too, of requests that say "store": true; see docs/data.md.',
+    ),
+]
 _Name = Annotated[
     str | None, typer.Option(help="What clients call it; default: the last part of MODEL.")
 ]
@@ -84,6 +91,7 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest answer.")] = 600.0,
     drain_seconds: _DrainSeconds = 30.0,
     learn_anew: _LearnAnew = False,
+    record_texts: _RecordTexts = False,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Longest body.")] = 1 << 20,
 ) -> None:
     """Serve a model to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads MODEL anew."""
@@ -108,10 +116,12 @@ def serve(
     engine = EngineLimits(
         max_rows=max_rows, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
     )
-    if store is None and (follow is not None or learn_anew):
-        option = "--learn-anew" if follow is None else "--follow"
+    given = {"--follow": follow, "--learn-anew": learn_anew, "--record-texts": record_texts}
+    if store is None and any(given.values()):
+        option = next(name for name, value in given.items() if value)
         raise ConfigError(f"{option} is about what a store holds; say which with --store")
-    with bound_socket(host, port) as bound, _recording(store, learn_anew=learn_anew) as records:
+    recording = _recording(store, learn_anew=learn_anew, record_texts=record_texts)
+    with bound_socket(host, port) as bound, recording as records:
         changes = _Changes(
             backend=_backend(model, dtype, name or _last_part(model), engine),
             model=model,
@@ -143,7 +153,7 @@ class _Records:
 
 
 @contextmanager
-def _recording(url: str | None, *, learn_anew: bool) -> Iterator[_Records]:
+def _recording(url: str | None, *, learn_anew: bool, record_texts: bool) -> Iterator[_Records]:
     """Open the store, and write what waits before it is closed."""
     from gmpo.host_memory import resident_bytes
     from gmpo.serving.anomaly_watch import AnomalyWatch, stored_baselines
@@ -163,7 +173,7 @@ def _recording(url: str | None, *, learn_anew: bool) -> Iterator[_Records]:
         going_on = {} if gauges is None else gauges.gauges()
         return {"memory_bytes": resident_bytes(), **going_on}
 
-    writer = EventWriter(opened, sample=sample)
+    writer = EventWriter(opened, sample=sample, record_texts=record_texts)
     gauges = figures = GatewayFigures(events=writer.counts)
     try:
         watch = AnomalyWatch(figures, put=writer.put, baselines=baselines)

@@ -26,6 +26,7 @@ class AnswerRecord:
         latency_seconds: from the request to its end, the wait for a turn included.
         first_token_seconds: from the request to the first text of a stream.
         error: why there is no whole answer.
+        texts: of the choices, in their order, where the request allowed that they are kept.
     """
 
     request: GenerationRequest
@@ -37,6 +38,7 @@ class AnswerRecord:
     latency_seconds: float
     first_token_seconds: float | None
     error: str | None
+    texts: tuple[str, ...] | None = None
 
     def payload(self) -> dict[str, Any]:
         """The event's payload; seconds, tokens and nats."""
@@ -63,6 +65,22 @@ class AnswerRecord:
             "session": self.request.session,
         }
 
+    def text_payload(self) -> dict[str, Any] | None:
+        """What was asked and answered; None for a part of an answer, or one not to be kept.
+
+        Token ids are no text, so a prompt of them is None.
+        """
+        if self.texts is None or self.status != 200:
+            return None
+        prompt = self.request.prompt
+        return {
+            "messages": None if self.request.messages is None else list(self.request.messages),
+            "prompt": prompt if isinstance(prompt, str) else None,
+            "completions": list(self.texts),
+            "finish_reason": self.finish_reason,
+            "consent": True,
+        }
+
 
 @dataclass
 class AnswerBook:
@@ -75,6 +93,7 @@ class AnswerBook:
     first_token: float | None = None
     usage: Usage | None = None
     finish_reasons: dict[int, str] = field(default_factory=dict)
+    pieces: dict[int, list[str]] = field(default_factory=dict)
 
     def add(self, chunk: Chunk) -> None:
         """Note what a chunk tells."""
@@ -83,6 +102,13 @@ class AnswerBook:
         if chunk.finish_reason is not None:
             self.finish_reasons[chunk.index] = chunk.finish_reason
         self.usage = chunk.usage or self.usage
+        if self.may_be_kept and not chunk.is_echo:
+            self.pieces.setdefault(chunk.index, []).append(chunk.text)
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the client allows that its texts are kept: OpenAI's `store`, true and no less."""
+        return self.request.body.get("store") is True
 
     @property
     def is_whole(self) -> bool:
@@ -101,7 +127,11 @@ class AnswerBook:
             latency_seconds=time.perf_counter() - self.began,
             first_token_seconds=self.first_token,
             error=error,
+            texts=self._texts() if self.may_be_kept else None,
         )
+
+    def _texts(self) -> tuple[str, ...]:
+        return tuple("".join(self.pieces.get(index, ())) for index in range(self.request.n))
 
 
 def _of_all(reasons: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from gmpo.errors import DataError, StoreError
 from gmpo.serving.answer_record import AnswerRecord
@@ -29,6 +30,8 @@ class EventWriter:
         capacity: events that may wait.
         sample: figures of the process, written as a "metric" event every `sample_seconds`.
         sample_seconds: time between two of them.
+        record_texts: whether whole answers are kept with their texts, as "text" events, where the
+            request allows it.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class EventWriter:
         capacity: int = 10_000,
         sample: Callable[[], Mapping[str, float]] | None = None,
         sample_seconds: float = 60.0,
+        record_texts: bool = False,
     ) -> None:
         self._store = store
         self._capacity = capacity
         self._sample = sample
         self._sample_seconds = sample_seconds
+        self._record_texts = record_texts
         self._queue: deque[Event] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None
@@ -68,19 +73,11 @@ class EventWriter:
         }
 
     def observe(self, record: AnswerRecord) -> None:
-        """Put the "answer" event of an answer that is over."""
-        report = record.report
-        self.put(
-            Event(
-                kind="answer",
-                time=record.time,
-                payload=record.payload(),
-                model_version=None if report is None else report.model_version,
-                experiment=None if report is None else report.experiment,
-                unit=record.request.unit or None,
-                request_id=record.request.id,
-            )
-        )
+        """Put the "answer" event of an answer that is over, and its texts apart from it."""
+        self.put(_event_of(record, "answer", record.payload()))
+        texts = record.text_payload() if self._record_texts else None
+        if texts is not None:
+            self.put(_event_of(record, "text", texts))
 
     def put(self, event: Event) -> None:
         """Have an event written soon; never waits."""
@@ -151,3 +148,16 @@ class EventWriter:
         with self._changed:
             for _ in range(count):
                 self._queue.popleft()
+
+
+def _event_of(record: AnswerRecord, kind: str, payload: dict[str, Any]) -> Event:
+    report = record.report
+    return Event(
+        kind=kind,
+        time=record.time,
+        payload=payload,
+        model_version=None if report is None else report.model_version,
+        experiment=None if report is None else report.experiment,
+        unit=record.request.unit or None,
+        request_id=record.request.id,
+    )

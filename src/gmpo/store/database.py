@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, func, insert, select
+from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -24,6 +24,7 @@ from gmpo.store.cycles import (
     take_lease,
 )
 from gmpo.store.faults import faults_named
+from gmpo.store.filters import event_conditions
 from gmpo.store.records import (
     AlertRow,
     Champion,
@@ -47,7 +48,10 @@ from gmpo.store.tables import (
     to_model_version,
 )
 
-__all__ = ["EVENT_LOCK", "Store"]
+__all__ = ["DELETABLE", "EVENT_LOCK", "Store"]
+
+DELETABLE = ("text", "verdict")
+"""Kinds of events that hold what people wrote."""
 
 EVENT_LOCK = 0x676D706F
 """Key of the PostgreSQL lock under which events are numbered ("gmpo" in ASCII)."""
@@ -123,7 +127,7 @@ class Store:
         if limit is not None and limit < 1:
             raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all")
         query = select(EVENTS).where(
-            *_conditions(
+            *event_conditions(
                 kinds=kinds,
                 since=since,
                 until=until,
@@ -151,7 +155,7 @@ class Store:
         request_id: str | None = None,
     ) -> int:
         """How many events pass every filter given; the filters are those of `events`."""
-        conditions = _conditions(
+        conditions = event_conditions(
             kinds=kinds,
             since=since,
             until=until,
@@ -165,6 +169,48 @@ class Store:
         query = select(func.count()).select_from(EVENTS).where(*conditions)
         with self._reading() as connection:
             return connection.execute(query).scalar_one()
+
+    def delete_events(
+        self,
+        kinds: Sequence[str],
+        *,
+        until: float | None = None,
+        request_id: str | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Delete events that hold what people wrote; all others are kept for good.
+
+        A "purge" event says how many went. Being the newest, it keeps their ids from being used
+        again, so that whoever reads by `after_id` misses nothing.
+
+        Args:
+            kinds: of "text" and "verdict".
+            until: those before this time, in unix seconds; None is all.
+            request_id: those of this request.
+            dry_run: only count.
+
+        Returns:
+            How many were deleted, or would be.
+
+        Raises:
+            DataError: another kind is named.
+        """
+        others = sorted(set(kinds) - set(DELETABLE))
+        if others:
+            raise DataError(f"events of kind {others[0]!r} are never deleted; only {DELETABLE} are")
+        named = {"request_id": request_id}
+        conditions = event_conditions(
+            kinds=kinds, since=None, until=until, after_id=None, named=named
+        )
+        if dry_run:
+            return self.count_events(kinds=kinds, until=until, request_id=request_id)
+        with self._writing() as connection:
+            deleted = connection.execute(delete(EVENTS).where(*conditions)).rowcount
+            if deleted:
+                payload = {"deleted": deleted, "until": until}
+                told = Event(kind="purge", time=time.time(), payload=payload, request_id=request_id)
+                connection.execute(insert(EVENTS), row_of(told))
+            return deleted
 
     def put_model_version(self, version: ModelVersion) -> None:
         """Register a version; registering the same again changes nothing.
@@ -404,26 +450,6 @@ class Store:
                 f"store {self.where} was opened by process {self._process}, not by this one, "
                 f"{os.getpid()}; open it again after the fork"
             )
-
-
-def _conditions(
-    *,
-    kinds: Sequence[str] | None,
-    since: float | None,
-    until: float | None,
-    after_id: int | None,
-    named: Mapping[str, str | None],
-) -> list[ColumnElement[bool]]:
-    if isinstance(kinds, str):
-        raise ConfigError(f"kinds is the string {kinds!r}; it must be a list of kinds")
-    columns = EVENTS.c
-    return [
-        *([] if kinds is None else [columns.kind.in_(kinds)]),
-        *([] if since is None else [columns.time >= since]),
-        *([] if until is None else [columns.time < until]),
-        *([] if after_id is None else [columns.id > after_id]),
-        *(columns[name] == value for name, value in named.items() if value is not None),
-    ]
 
 
 def _champion(connection: Connection, name: str) -> Champion | None:

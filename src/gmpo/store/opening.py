@@ -131,6 +131,8 @@ def _sqlite_engine(path: Path, *, read_only: bool, timeout_seconds: float) -> En
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
+    # Texts that are deleted on request must not stay readable in the file's free pages.
+    connection.execute("PRAGMA secure_delete = ON")
     # With NORMAL a champion that was just set could be gone after a power failure.
     connection.execute("PRAGMA synchronous = FULL")
 
