@@ -90,6 +90,18 @@ def test_every_metric_is_in_the_metrics_page():
     assert not missing, f"docs/metrics.md does not name {missing}"
 
 
+def test_every_setting_of_the_checks_of_rows_is_in_their_page():
+    from gmpo.data_pii import PII_KINDS
+    from gmpo.data_quality import DataChecks
+    from gmpo.feedback import FeedbackPolicy
+
+    page = (DOCS / "data.md").read_text()
+    named = {name.partition("=")[0] for name in backticked(page)}
+    settings = [*DataChecks.model_fields, *FeedbackPolicy.model_fields]
+    assert not [name for name in settings if name not in named]
+    assert not [kind for kind in PII_KINDS if f"`{kind}`" not in page]
+
+
 def test_every_metric_is_named_stage_slash_quantity_and_described():
     from gmpo.tracking import METRICS
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from gmpo.contamination import Contamination, TrainingText, find_contamination, words
+from gmpo.contamination import (
+    Contamination,
+    HeldItem,
+    TrainingText,
+    find_contamination,
+    items_in_rows,
+    words,
+)
 from gmpo.errors import DataError
 from gmpo.records import Prompt
 
@@ -77,3 +84,28 @@ def test_items_of_which_most_was_found_come_first():
 def test_no_training_text_is_refused():
     with pytest.raises(DataError, match="no training text to check"):
         found(LONG)
+
+
+def test_by_row_the_item_of_which_it_has_most_is_named():
+    suites = [
+        ("amc", "AMC", [Prompt(id="long", text=LONG), Prompt(id="middle", text=MIDDLE)]),
+        ("svamp", "SVAMP", [Prompt(id="short", text=SHORT)]),
+    ]
+    rows = [
+        TrainingText(id="both", text=f"{first(LONG, 13)} and {first(MIDDLE, 8)}"),  # 1/2 and 1/5
+        TrainingText(id="clean", text="nothing of it"),
+        TrainingText(id="short", text=f"so {SHORT}"),
+    ]
+    held = items_in_rows(suites, rows)
+    assert held == {
+        "both": HeldItem(suite="amc", item_id="long", coverage=1 / 2, excerpt=first(LONG, 13)),
+        "short": HeldItem(suite="svamp", item_id="short", coverage=1.0, excerpt=SHORT),
+    }
+    # The same by item: whoever holds most of an item is named there.
+    by_item = {
+        match.item_id: (match.training_id, match.coverage)
+        for found_ in find_contamination(suites, rows)
+        for match in found_.matches
+    }
+    assert by_item == {"long": ("both", 1 / 2), "middle": ("both", 1 / 5), "short": ("short", 1.0)}
+    assert items_in_rows(suites, []) == {}

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from gmpo.errors import DataError
-from gmpo.tasks import jsonl_task
+from gmpo.tasks import jsonl_rows, jsonl_rows_and_faults, jsonl_task
+from gmpo.tasks.rows import Row
 
 
 def write(path, *rows):
@@ -161,3 +162,23 @@ def test_splits_that_leave_nothing_are_refused(tmp_path):
     same = write(tmp_path / "s.jsonl", *[{"problem": "p", "answer": "1"}] * 3)
     with pytest.raises(DataError, match=r"1 rows cannot be held out .*\(0 can\)"):
         jsonl_task(path=same, held_out_items=1)
+
+
+def test_lines_that_are_no_rows_can_be_had_beside_those_that_are(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n[2]\n{"b": \n{"c": "\xff"}\n{"d": NaN}\n{"e": 5}')
+    found = list(jsonl_rows_and_faults(path))
+    rows = [one for one in found if isinstance(one, Row)]
+    assert [row.columns for row in rows] == [{"a": 1}, {"e": 5}]
+    assert [row.place for row in rows] == [f"{path}:1", f"{path}:7"]
+    faults = [(text, str(error)) for text, error in (one for one in found if one not in rows)]
+    assert [text for text, _ in faults] == ["[2]", '{"b": ', '{"c": "\\xff"}', '{"d": NaN}']
+    for (_, said), line, wrong in zip(
+        faults, (3, 4, 5, 6), ("a JSON object", "readable as JSON", "UTF-8", "NaN"), strict=True
+    ):
+        assert said.startswith(f"{path}:{line}: ")
+        assert wrong in said
+    with pytest.raises(DataError, match=r"mixed\.jsonl:3"):
+        list(jsonl_rows(path))
+    with pytest.raises(DataError, match="does not exist"):
+        list(jsonl_rows_and_faults(tmp_path / "none.jsonl"))
