@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,9 +14,11 @@ from gmpo.config import ModelConfig
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.answering import Observer
 from gmpo.serving.app import GatewayLimits, build_gateway
-from gmpo.serving.backend import Backend, OneBackendRouter
+from gmpo.serving.backend import Backend, OneBackendRouter, Router
 from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
 from gmpo.serving.entrance import Entrance
+from gmpo.serving.feedback import FeedbackDesk
+from gmpo.serving.figures import GatewayFigures
 from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
 
 ENGINE_LIMITS = EngineLimits(max_rows=8, max_prompt_tokens=120, max_tokens=64)
@@ -28,10 +30,16 @@ class RunningGateway:
 
     url: str
     port: int
-    backend: Backend
+    router: Router
     entrance: Entrance
     server: GatewayServer
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def backend(self) -> Backend:
+        """Of a gateway that has one."""
+        assert isinstance(self.router, OneBackendRouter)
+        return self.router.backend
 
     def client(self, **more) -> httpx2.Client:
         return httpx2.Client(**{"base_url": self.url, "timeout": 30, **more})
@@ -50,24 +58,34 @@ def served(folder: str, *, limits: EngineLimits = ENGINE_LIMITS) -> ServedModel:
 
 @contextmanager
 def running_gateway(
-    make_backend: Callable[[], Backend],
+    make_backend: Callable[[], Backend] | None = None,
     *,
+    router: Router | None = None,
+    figures: GatewayFigures | None = None,
+    feedback: FeedbackDesk | None = None,
+    beside: Sequence[Callable[[], Awaitable[None]]] = (),
     limits: GatewayLimits | None = None,
     keys: Sequence[str] = (),
     settings: ServerSettings | None = None,
     observers: Sequence[Observer] = (),
 ) -> Iterator[RunningGateway]:
-    """Serve on a thread of its own until the block ends."""
+    """Serve a backend, or what a router chooses, on a thread of its own until the block ends."""
     bound = bound_socket("127.0.0.1", 0)
     port = bound.getsockname()[1]
-    backend = make_backend()
+    if router is None:
+        assert make_backend is not None
+        router = OneBackendRouter(make_backend())
     entrance = build_gateway(
-        OneBackendRouter(backend),
+        router,
         limits=limits or GatewayLimits(),
         keys=ApiKeys(keys),
         observers=observers,
+        figures=figures,
+        feedback=feedback,
     )
-    server = GatewayServer(entrance, settings=settings or ServerSettings(drain_seconds=5))
+    server = GatewayServer(
+        entrance, settings=settings or ServerSettings(drain_seconds=5), beside=beside
+    )
     loop = asyncio.new_event_loop()
 
     def run() -> None:
@@ -79,9 +97,9 @@ def running_gateway(
     thread.start()
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(url, thread)
+        _wait_until_served(url, thread)
         yield RunningGateway(
-            url=url, port=port, backend=backend, entrance=entrance, server=server, loop=loop
+            url=url, port=port, router=router, entrance=entrance, server=server, loop=loop
         )
     finally:
         if not loop.is_closed() and not entrance.is_draining:
@@ -89,13 +107,13 @@ def running_gateway(
         thread.join()
 
 
-def _wait_until_ready(url: str, thread: threading.Thread) -> None:
+def _wait_until_served(url: str, thread: threading.Thread) -> None:
     for _ in range(1000):
         assert thread.is_alive(), "the gateway ended while it started"
         try:
-            if httpx2.get(f"{url}/ready").status_code == 200:
+            if httpx2.get(f"{url}/health").status_code == 200:
                 return
         except httpx2.TransportError:
             pass
         threading.Event().wait(0.01)
-    raise AssertionError("the gateway was not ready within 10 seconds")
+    raise AssertionError("the gateway did not answer within 10 seconds")

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 
 from gmpo.serving.backend import (
+    AnswerReport,
     Backend,
     BackendError,
     Chunk,
@@ -59,8 +60,8 @@ def test_the_one_backend_router_passes_chunks_on_and_averages_their_logprobs():
     assert isinstance(backend, Backend) and isinstance(router, Router)
 
     async def run():
-        answer = await router.route(REQUEST)
-        return [one async for one in answer.chunks], answer.report
+        report = AnswerReport()
+        return [one async for one in await router.route(REQUEST, report)], report
 
     seen, report = asyncio.run(run())
     assert seen == chunks
@@ -72,13 +73,13 @@ def test_an_error_before_the_first_chunk_is_raised_by_route():
     error = BackendError("gone", fault="unavailable", retry_after_seconds=2.0)
     router = OneBackendRouter(GivenChunks([], error))
     with pytest.raises(BackendError, match="gone") as caught:
-        asyncio.run(router.route(REQUEST))
+        asyncio.run(router.route(REQUEST, AnswerReport()))
     assert (caught.value.fault, caught.value.retry_after_seconds) == ("unavailable", 2.0)
 
 
 def test_an_answer_of_nothing_is_an_error():
     with pytest.raises(BackendError, match="before the first token") as caught:
-        asyncio.run(OneBackendRouter(GivenChunks([])).route(REQUEST))
+        asyncio.run(OneBackendRouter(GivenChunks([])).route(REQUEST, AnswerReport()))
     assert caught.value.fault == "broken"
 
 
@@ -87,10 +88,10 @@ def test_an_error_after_the_first_chunk_comes_out_of_the_chunks():
     router = OneBackendRouter(GivenChunks([chunk("a", -1.0)], error))
 
     async def run():
-        answer = await router.route(REQUEST)
+        chunks = await router.route(REQUEST, AnswerReport())
         seen = []
         with pytest.raises(BackendError, match="cut"):
-            async for one in answer.chunks:
+            async for one in chunks:
                 seen.append(one.text)
         return seen
 
@@ -101,9 +102,9 @@ def test_closing_an_answer_early_closes_the_backends_generator():
     backend = GivenChunks([chunk("a", -1.0), chunk("b", -1.0)])
 
     async def run():
-        answer = await OneBackendRouter(backend).route(REQUEST)
-        await anext(answer.chunks)
-        await answer.chunks.aclose()
+        chunks = await OneBackendRouter(backend).route(REQUEST, AnswerReport())
+        await anext(chunks)
+        await chunks.aclose()
 
     asyncio.run(run())
     assert backend.num_closed == 1

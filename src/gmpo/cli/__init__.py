@@ -15,6 +15,7 @@ from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.models import export, models, sample
 from gmpo.cli.monitor import monitor
+from gmpo.cli.quality import quality
 from gmpo.cli.registry import registry
 from gmpo.cli.serve import serve
 from gmpo.cli.train import train
@@ -36,6 +37,7 @@ for _command in (
     contamination,
     sample,
     serve,
+    quality,
     monitor,
     dashboard,
     export,

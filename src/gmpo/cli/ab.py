@@ -56,7 +56,7 @@ def start(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Begin an experiment: what the store records of it from now on is judged by this plan."""
+    """Begin an experiment: gmpo serve --experiment NAME splits its traffic by this plan."""
     from gmpo.abtest.plan import plan_of
     from gmpo.store import Experiment
 
@@ -85,8 +85,9 @@ def start(
         return
     Console().print(
         Text(
-            f"{name} runs: {100 * share:g} % of the units are to get {candidate}; look at it any "
-            f"time: gmpo ab report {name} --store {store}"
+            f"{name} runs: {100 * share:g} % of the units get {candidate} wherever gmpo serve "
+            f"--experiment {name} splits traffic; look at it any time: gmpo ab report {name} "
+            f"--store {store}"
         ),
         soft_wrap=True,
     )

@@ -46,7 +46,7 @@ class AnomalyWatch:
 
     def observe(self, record: AnswerRecord) -> None:
         """Note an answer that is over."""
-        version = None if record.report is None else record.report.model_version
+        version = record.report.model_version
         judgement = self._monitor.observe(
             record.payload(), model_version=version, now=time.monotonic()
         )

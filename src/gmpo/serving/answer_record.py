@@ -18,7 +18,7 @@ class AnswerRecord:
 
     Attributes:
         request: what was asked.
-        report: how the answer came about; None where no backend was reached.
+        report: how the answer came about, as far as it came.
         time: when the request came, in unix seconds.
         status: of HTTP; 499 where the client left, 502 where a stream was cut.
         finish_reason: "length" if any choice was cut by its limit, else how they ended.
@@ -30,7 +30,7 @@ class AnswerRecord:
     """
 
     request: GenerationRequest
-    report: AnswerReport | None
+    report: AnswerReport
     time: float
     status: int
     finish_reason: str | None
@@ -42,7 +42,7 @@ class AnswerRecord:
 
     def payload(self) -> dict[str, Any]:
         """The event's payload; seconds, tokens and nats."""
-        report = self.report or AnswerReport(backend="")
+        report = self.report
         tokens = None if self.usage is None else self.usage.completion_tokens
         return {
             "route": self.request.route,
@@ -87,7 +87,7 @@ class AnswerBook:
     """One prompt's answer while it is read."""
 
     request: GenerationRequest
-    report: AnswerReport | None = None
+    report: AnswerReport = field(default_factory=AnswerReport)
     began: float = field(default_factory=time.perf_counter)
     time: float = field(default_factory=time.time)
     first_token: float | None = None

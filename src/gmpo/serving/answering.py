@@ -15,7 +15,6 @@ from gmpo.serving.backend import (
     BackendError,
     Chunk,
     GenerationRequest,
-    RoutedAnswer,
     Router,
     Usage,
 )
@@ -34,7 +33,7 @@ class RunningAnswer:
     """Answers to the prompts of one request, their first chunks being there.
 
     Args:
-        routed: one a prompt.
+        chunks: of each prompt.
         books: of the same prompts.
         deadline: of the whole answer, in the event loop's time.
         end: gives back the turn and tells observers.
@@ -42,13 +41,13 @@ class RunningAnswer:
 
     def __init__(
         self,
-        routed: Sequence[RoutedAnswer],
+        chunks: Sequence[AsyncGenerator[Chunk, None]],
         *,
         books: Sequence[AnswerBook],
         deadline: float,
         end: Callable[[int, str | None], None],
     ) -> None:
-        self._routed = routed
+        self._chunks = chunks
         self._books = books
         self._deadline = deadline
         self._end = end
@@ -57,7 +56,7 @@ class RunningAnswer:
     @property
     def reports(self) -> list[AnswerReport]:
         """Of each prompt; whole once the answer was read to its end."""
-        return [one.report for one in self._routed]
+        return [book.report for book in self._books]
 
     @property
     def num_choices(self) -> int:
@@ -105,8 +104,8 @@ class RunningAnswer:
 
     async def close(self) -> None:
         """Let go of an answer of which nothing, or not all, was read."""
-        for one in self._routed:
-            await one.chunks.aclose()
+        for chunks in self._chunks:
+            await chunks.aclose()
         self._finish(_CLIENT_LEFT, "the client left before the answer began")
 
     def _finish(self, status: int, error: str | None) -> None:
@@ -116,22 +115,22 @@ class RunningAnswer:
 
     async def _merged(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Chunks of all prompts as they come, with the prompt's place."""
-        if len(self._routed) == 1:
-            async with aclosing(self._within_time(self._routed[0].chunks)) as chunks:
+        if len(self._chunks) == 1:
+            async with aclosing(self._within_time(self._chunks[0])) as chunks:
                 async for chunk in chunks:
                     yield 0, chunk
             return
         arrived: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue()
 
-        async def pump(place: int, one: RoutedAnswer) -> None:
+        async def pump(place: int, of_one: AsyncGenerator[Chunk, None]) -> None:
             try:
-                async with aclosing(self._within_time(one.chunks)) as chunks:
+                async with aclosing(self._within_time(of_one)) as chunks:
                     async for chunk in chunks:
                         arrived.put_nowait((place, chunk))
             finally:
                 arrived.put_nowait((place, None))
 
-        tasks = [asyncio.create_task(pump(place, one)) for place, one in enumerate(self._routed)]
+        tasks = [asyncio.create_task(pump(place, one)) for place, one in enumerate(self._chunks)]
         try:
             num_open = len(tasks)
             while num_open:
@@ -200,7 +199,7 @@ class Answering:
         try:
             cost = await self._admission.enter(num_completions)
             deadline = asyncio.get_running_loop().time() + self._request_seconds
-            routed = await self._route(requests, deadline)
+            chunks = await self._route(books, deadline)
             is_begun = True
         except BackendError as failure:
             told = from_backend(failure)
@@ -215,17 +214,17 @@ class Answering:
         finally:
             if not is_begun:
                 self._end(books, cost, status, error)
-        for book, one in zip(books, routed, strict=True):
-            book.report = one.report
         return RunningAnswer(
-            routed, books=books, deadline=deadline, end=partial(self._end, books, cost)
+            chunks, books=books, deadline=deadline, end=partial(self._end, books, cost)
         )
 
     async def _route(
-        self, requests: Sequence[GenerationRequest], deadline: float
-    ) -> list[RoutedAnswer]:
+        self, books: Sequence[AnswerBook], deadline: float
+    ) -> list[AsyncGenerator[Chunk, None]]:
         """All prompts' answers, or none."""
-        tasks = [asyncio.create_task(self._router.route(request)) for request in requests]
+        tasks = [
+            asyncio.create_task(self._router.route(book.request, book.report)) for book in books
+        ]
         is_begun = False
         try:
             async with asyncio.timeout_at(deadline):
@@ -242,8 +241,8 @@ class Answering:
                 for task in tasks:
                     task.cancel()
                 for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-                    if isinstance(outcome, RoutedAnswer):
-                        await outcome.chunks.aclose()
+                    if not isinstance(outcome, BaseException):
+                        await outcome.aclose()
 
     def _end(self, books: Sequence[AnswerBook], cost: int, status: int, error: str | None) -> None:
         """Give the turn back, and tell of the answers."""

@@ -17,7 +17,7 @@ from gmpo.serving import faults
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.admission import Admission, AdmissionLimits
 from gmpo.serving.answering import Answering, Observer, RunningAnswer
-from gmpo.serving.backend import GenerationRequest, Router
+from gmpo.serving.backend import AnswerReport, GenerationRequest, Router
 from gmpo.serving.bodies import (
     Asker,
     ChatBody,
@@ -28,11 +28,13 @@ from gmpo.serving.bodies import (
 from gmpo.serving.entrance import Entrance, EntranceLimits
 from gmpo.serving.event_stream import EventStream, unless_client_leaves
 from gmpo.serving.faults import ApiError, error_body
+from gmpo.serving.feedback import FeedbackBody, FeedbackDesk
 from gmpo.serving.figures import GatewayFigures
 from gmpo.serving.responses import (
     Envelope,
     Gathered,
     gmpo_object,
+    report_headers,
     stream_choice,
     stream_object,
     usage_object,
@@ -68,6 +70,7 @@ def build_gateway(
     keys: ApiKeys,
     observers: Sequence[Observer] = (),
     figures: GatewayFigures | None = None,
+    feedback: FeedbackDesk | None = None,
 ) -> Entrance:
     """The gateway as an ASGI application.
 
@@ -77,6 +80,7 @@ def build_gateway(
         keys: who may ask.
         observers: told of every answer that is over, on the event loop.
         figures: what `/metrics` and `/health` tell; None makes new ones.
+        feedback: takes what people think of answers; None takes none.
     """
     figures = figures or GatewayFigures()
     admission = Admission(limits.admission)
@@ -101,6 +105,7 @@ def build_gateway(
     )
     faults.install(app)
     _add_answers(app, router, answering, send_seconds=limits.send_seconds)
+    _add_feedback(app, feedback)
     entrance = Entrance(app, keys=keys, limits=limits.entrance)
     figures.watch(admission, entrance)
     _add_state(app, router, entrance, figures)
@@ -138,11 +143,27 @@ def _add_answers(
             if answer is None:
                 return Response(status_code=499)
             events = _events(answer, envelope, includes_usage=body.includes_usage)
+            headers |= report_headers(answer.reports)
             return EventStream(events, answer, headers, send_seconds=send_seconds)
         whole = await unless_client_leaves(request, _whole(answering, requests, envelope))
         if whole is None:
             return Response(status_code=499)
-        return JSONResponse(whole, headers=headers)
+        content, reports = whole
+        return JSONResponse(content, headers=headers | report_headers(reports))
+
+
+def _add_feedback(app: FastAPI, desk: FeedbackDesk | None) -> None:
+    @app.post("/v1/feedback", responses=_ERRORS)
+    async def feedback(body: FeedbackBody) -> dict[str, Any]:
+        """Say what somebody thinks of an answer."""
+        if desk is None:
+            raise ApiError(
+                404,
+                "this server keeps no feedback; start it with --store",
+                code="no_store",
+            )
+        await desk.take(body)
+        return {"object": "feedback", "request_id": body.request_id, "score": body.value}
 
 
 def _add_state(app: FastAPI, router: Router, entrance: Entrance, figures: GatewayFigures) -> None:
@@ -265,8 +286,8 @@ def _no_such_model(name: str, router: Router) -> ApiError:
 
 async def _whole(
     answering: Answering, requests: Sequence[GenerationRequest], envelope: Envelope
-) -> dict[str, Any]:
-    """A response in one piece."""
+) -> tuple[dict[str, Any], Sequence[AnswerReport]]:
+    """A response in one piece, and how its answers came about."""
     answer = await answering.begin(requests)
     choices = [Gathered() for _ in range(answer.num_choices)]
     pieces = answer.pieces()
@@ -275,7 +296,8 @@ async def _whole(
             choices[index].add(chunk)
     finally:
         await pieces.aclose()
-    return whole_object(envelope, choices, usage=answer.usage, reports=answer.reports)
+    reports = answer.reports
+    return whole_object(envelope, choices, usage=answer.usage, reports=reports), reports
 
 
 async def _events(

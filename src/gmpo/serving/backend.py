@@ -1,7 +1,7 @@
 """What stands behind the gateway: backends that generate, and a router that chooses among them.
 
-A request enters as a `GenerationRequest` of one prompt, a backend answers with `Chunk`s, and the
-router hands the gateway a `RoutedAnswer`: those chunks, and a report of how they came about.
+A request enters as a `GenerationRequest` of one prompt and a backend answers with `Chunk`s, which
+the router hands on; it tells how they came about in an `AnswerReport`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ __all__ = [
     "Chunk",
     "GenerationRequest",
     "OneBackendRouter",
-    "RoutedAnswer",
     "Router",
     "TokenLogprob",
     "Usage",
@@ -198,21 +197,24 @@ class Backend(Protocol):
 class AnswerReport:
     """How an answer came about; filled while it is read, whole once it was read to its end.
 
+    It tells of a request that nobody answered too, as far as it came.
+
     Attributes:
-        backend: name of the backend that answered.
+        backend: name of the backend that answered; empty if none did.
         model_version: of the weights that answered.
         experiment: running experiment that the request is part of.
         assigned_variant: what the request's unit was assigned to.
         served_variant: what answered; another one after a fallback.
         fell_back: whether it is not the backend that was asked first.
         fallback_reason: why.
-        quality: score of the answer, in [0, 1].
+        quality: score of the answer, in (0, 1].
+        is_low_quality: whether the score is below the threshold; False where there is none.
         quality_components: what it was made of, each in [0, 1].
         mean_logprob: of the completion's tokens, in nats.
         stability: the article's stability metric, in [0, 1].
     """
 
-    backend: str
+    backend: str = ""
     model_version: str | None = None
     experiment: str | None = None
     assigned_variant: str | None = None
@@ -220,22 +222,10 @@ class AnswerReport:
     fell_back: bool = False
     fallback_reason: str | None = None
     quality: float | None = None
+    is_low_quality: bool = False
     quality_components: dict[str, float] = field(default_factory=dict)
     mean_logprob: float | None = None
     stability: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutedAnswer:
-    """An answer on its way: its first chunk has come, so that it is known that there is one.
-
-    Attributes:
-        chunks: all chunks, the first included; to be read to the end or closed (`aclose`).
-        report: filled by whoever makes the chunks.
-    """
-
-    chunks: AsyncGenerator[Chunk, None]
-    report: AnswerReport
 
 
 @runtime_checkable
@@ -250,11 +240,20 @@ class Router(Protocol):
     def model_version(self) -> str | None:
         """Of the model that answers unless something else is decided for a request."""
 
-    async def route(self, request: GenerationRequest) -> RoutedAnswer:
+    async def route(
+        self, request: GenerationRequest, report: AnswerReport
+    ) -> AsyncGenerator[Chunk, None]:
         """Start an answer; returns once its first chunk is there.
 
+        Args:
+            request: what is asked.
+            report: filled on the way, also of an answer that fails.
+
+        Returns:
+            All chunks, the first included; to be read to the end or closed (`aclose`).
+
         Raises:
-            BackendError: nobody answers; after the first chunk, `chunks` raises it.
+            BackendError: nobody answers; after the first chunk, the chunks raise it.
         """
 
     async def ready(self) -> bool:
@@ -268,42 +267,43 @@ class OneBackendRouter:
     """`Router` that asks one backend, always, and scores nothing but the mean log-probability."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self.backend = backend
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """The backend's name."""
-        return (self._backend.name,)
+        return (self.backend.name,)
 
     @property
     def model_version(self) -> str | None:
         """The backend's."""
-        return self._backend.model_version
+        return self.backend.model_version
 
-    async def route(self, request: GenerationRequest) -> RoutedAnswer:
+    async def route(
+        self, request: GenerationRequest, report: AnswerReport
+    ) -> AsyncGenerator[Chunk, None]:
         """Ask the backend.
 
         Raises:
             BackendError: it does not answer.
         """
-        report = AnswerReport(backend=self._backend.name, served_variant=self._backend.name)
-        chunks = self._backend.generate(request)
+        report.backend = report.served_variant = self.backend.name
+        chunks = self.backend.generate(request)
         first = await anext(chunks, None)
         if first is None:
             raise BackendError(
-                f"backend {self._backend.name!r} ended its answer before the first token; "
-                "try again",
+                f"backend {self.backend.name!r} ended its answer before the first token; try again",
                 fault="broken",
             )
-        return RoutedAnswer(chunks=_reported(first, chunks, report), report=report)
+        return _reported(first, chunks, report)
 
     async def ready(self) -> bool:
         """Whether the backend is."""
-        return await self._backend.ready()
+        return await self.backend.ready()
 
     async def close(self) -> None:
         """Close the backend."""
-        await self._backend.close()
+        await self.backend.close()
 
 
 async def _reported(

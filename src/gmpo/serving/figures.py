@@ -43,6 +43,8 @@ class GatewayFigures(Collector):
         self._tokens: Counter[str] = Counter()
         self._admission: Admission | None = None
         self._entrance: Entrance | None = None
+        self._routing: Callable[[], Mapping[str, int]] = dict
+        self._breakers: Callable[[], Mapping[str, str]] = dict
         self._registry.register(self)
         self._answers = ServingMetrics(self._registry)
         self._anomalies = AnomalyMetrics(self._registry)
@@ -51,10 +53,20 @@ class GatewayFigures(Collector):
         """Tell of these."""
         self._admission, self._entrance = admission, entrance
 
+    def watch_routing(
+        self, counts: Callable[[], Mapping[str, int]], breakers: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """Tell of these.
+
+        Args:
+            counts: what happened on the way to a backend, by name.
+            breakers: phase of each backend's breaker, by the backend's name.
+        """
+        self._routing, self._breakers = counts, breakers
+
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
-        version = None if record.report is None else record.report.model_version
-        self._answers.answered(record.payload(), model_version=version)
+        self._answers.answered(record.payload(), model_version=record.report.model_version)
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens
             self._tokens["completion"] += record.usage.completion_tokens
@@ -73,6 +85,8 @@ class GatewayFigures(Collector):
             **self.gauges(),
             "turned_away": {} if self._entrance is None else dict(self._entrance.turned_away),
             "events": dict(self._events()),
+            "routing": dict(self._routing()),
+            "breakers": dict(self._breakers()),
         }
 
     def collect(self) -> Iterator[Metric]:
@@ -100,11 +114,27 @@ class GatewayFigures(Collector):
         waiting = counts.pop("waiting", 0)
         for fate, count in counts.items():
             events.add_metric((fate,), count)
-        yield from (requests, turned_away, tokens, events)
+        routing = CounterMetricFamily(
+            "gmpo_gateway_routing", "What happened on the way to a backend", labels=("event",)
+        )
+        for name, count in self._routing().items():
+            routing.add_metric((name,), count)
+        yield from (requests, turned_away, tokens, events, routing)
+        yield self._open_breakers()
         for name, value in {**self.gauges(), "waiting_events": waiting}.items():
             yield GaugeMetricFamily(
                 f"gmpo_gateway_{name}", f"{name.replace('_', ' ').capitalize()} now", value=value
             )
+
+    def _open_breakers(self) -> Metric:
+        family = GaugeMetricFamily(
+            "gmpo_gateway_breaker_open",
+            "1 while a backend is left alone, 0.5 while it is tried again, else 0",
+            labels=("backend",),
+        )
+        for name, phase in self._breakers().items():
+            family.add_metric((name,), {"open": 1.0, "half_open": 0.5}.get(phase, 0.0))
+        return family
 
     def gauges(self) -> dict[str, int]:
         """How much is going on."""

@@ -156,8 +156,8 @@ def _event_of(record: AnswerRecord, kind: str, payload: dict[str, Any]) -> Event
         kind=kind,
         time=record.time,
         payload=payload,
-        model_version=None if report is None else report.model_version,
-        experiment=None if report is None else report.experiment,
+        model_version=report.model_version,
+        experiment=report.experiment,
         unit=record.request.unit or None,
         request_id=record.request.id,
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote
 
 from gmpo.serving.backend import AnswerReport, Chunk, TokenLogprob, Usage
 
@@ -14,6 +15,7 @@ __all__ = [
     "Envelope",
     "Gathered",
     "gmpo_object",
+    "report_headers",
     "stream_choice",
     "stream_object",
     "usage_object",
@@ -153,6 +155,23 @@ def gmpo_object(request_id: str, reports: Sequence[AnswerReport]) -> Any:
         for place, report in enumerate(reports)
     ]
     return told[0] if len(told) == 1 else told
+
+
+def report_headers(reports: Sequence[AnswerReport]) -> dict[str, str]:
+    """Headers that tell how the answer to one prompt came about, as far as it is known.
+
+    A stream's headers are sent before its quality is known.
+    """
+    if len(reports) != 1:
+        return {}
+    (report,) = reports
+    told = {
+        "x-gmpo-model-version": report.model_version,
+        "x-gmpo-variant": report.served_variant,
+        "x-gmpo-fell-back": "true" if report.fell_back else "false",
+        "x-gmpo-quality-score": None if report.quality is None else f"{report.quality:.4f}",
+    }
+    return {name: quote(value, safe="/:.,-_ ") for name, value in told.items() if value}
 
 
 def _head(

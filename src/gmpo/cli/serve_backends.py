@@ -1,0 +1,378 @@
+"""What `gmpo serve` puts behind its gateway: engines, servers, the router over them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gmpo.cli.conventions import model_name, say, warn
+from gmpo.config import ModelConfig
+from gmpo.errors import ConfigError, GmpoError, ModelError
+from gmpo.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from gmpo.serving.backend import Backend
+    from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel
+    from gmpo.serving.following import ChampionFollower
+    from gmpo.serving.recording import EventWriter
+    from gmpo.serving.router import VariantRouter
+    from gmpo.serving.routing_config import EngineSettings, RoutingConfig
+    from gmpo.serving.splitting import TrafficSplit
+    from gmpo.store import ModelVersion, Store
+
+__all__ = ["Asked", "Behind", "EngineChanges", "Recorder", "Wanted", "build_behind", "wanted"]
+
+_UPSTREAM_KEY = "GMPO_UPSTREAM_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Options of `gmpo serve` that say what is served."""
+
+    model: str | None
+    name: str | None
+    upstream: str | None
+    dtype: str | None
+    follow: str | None
+    experiment: str | None
+    config: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be served.
+
+    Attributes:
+        config: backends and who is asked first.
+        backend_of: backend's name for each model that an experiment's arm may name.
+    """
+
+    config: RoutingConfig
+    backend_of: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """A store, and what writes to it."""
+
+    store: Store
+    events: EventWriter
+
+
+def wanted(asked: Asked, recorder: Recorder | None) -> Wanted:
+    """What the options say.
+
+    Raises:
+        ConfigError: they contradict each other, or need a store.
+    """
+    found = _configured(asked) if asked.config is not None else _named(asked, recorder)
+    needs = found.config.needs_store
+    if needs is not None and recorder is None:
+        option = {"experiment": "--experiment", f"backends.{found.config.main}.follow": "--follow"}
+        said = needs if asked.config is not None else option.get(needs, needs)
+        raise ConfigError(f"{said} names something in the store; say which with --store")
+    return found
+
+
+def _configured(asked: Asked) -> Wanted:
+    from gmpo.serving.routing_config import load_routing_config
+
+    beside = {
+        "MODEL": asked.model,
+        "--name": asked.name,
+        "--upstream": asked.upstream,
+        "--dtype": asked.dtype,
+        "--follow": asked.follow,
+        "--experiment": asked.experiment,
+    }
+    given = [option for option, value in beside.items() if value is not None]
+    if given:
+        raise ConfigError(f"--config says what is served; leave {given[0]} out")
+    assert asked.config is not None
+    config = load_routing_config(asked.config)
+    return Wanted(config=config, backend_of={name: name for name in config.backends})
+
+
+def _named(asked: Asked, recorder: Recorder | None) -> Wanted:
+    from gmpo.serving.routing_config import EngineSettings, RoutingConfig
+    from gmpo.serving.upstream import UpstreamSettings
+
+    if asked.model is None:
+        raise ConfigError("nothing to serve; name a MODEL, or give --config FILE")
+    if asked.dtype not in (None, "auto", "fp32", "bf16"):
+        raise ConfigError(f"--dtype is {asked.dtype!r}; allowed: fp32, bf16, auto")
+    upstream = asked.upstream
+    if upstream is not None and (asked.dtype is not None or asked.follow is not None):
+        raise ConfigError("--dtype and --follow are of models here; leave them out with --upstream")
+    if upstream is not None and not upstream.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--upstream is {upstream!r}; it must begin with http:// or https:// and end with /v1"
+        )
+    key = _UPSTREAM_KEY if os.environ.get(_UPSTREAM_KEY) else None
+
+    def backend(model: str, follow: str | None = None) -> EngineSettings | UpstreamSettings:
+        if upstream is not None:
+            return UpstreamSettings(url=upstream, model=model, api_key_env=key)
+        # The precision was looked at above; the type alone does not know.
+        table = {"engine": model, "dtype": asked.dtype, "follow": follow}
+        return EngineSettings.model_validate(table)
+
+    main = asked.name or _last_part(asked.model)
+    backends = {main: backend(asked.model, asked.follow)}
+    backend_of = {asked.model: main}
+    for arm in _other_arms(asked, recorder):
+        if arm in backends:
+            raise ConfigError(f"{arm!r} is the name of another model too; choose another --name")
+        backends[arm], backend_of[arm] = backend(arm), arm
+    config = RoutingConfig(name=main, main=main, experiment=asked.experiment, backends=backends)
+    return Wanted(config=config, backend_of=backend_of)
+
+
+def _other_arms(asked: Asked, recorder: Recorder | None) -> list[str]:
+    """Models of the experiment besides MODEL."""
+    if asked.experiment is None or recorder is None:
+        return []
+    from gmpo.abtest.plan import plan_of
+
+    found = recorder.store.experiment(asked.experiment)
+    models = [] if found is None else list(plan_of(found.config).models.values())
+    if found is not None and asked.model not in models:
+        raise ConfigError(
+            f"experiment {asked.experiment!r} compares {' and '.join(models)}, and MODEL is "
+            f"{asked.model}; serve one of the two, or map names to models in --config"
+        )
+    return [model for model in models if model != asked.model]
+
+
+@dataclass(kw_only=True)
+class Behind:
+    """What is behind the gateway.
+
+    Attributes:
+        router: chooses who answers.
+        beside: work that runs while it serves.
+        reloads: what SIGHUP does.
+        counts: what happened on the way to the backends, by name.
+    """
+
+    router: VariantRouter
+    counts: Callable[[], Mapping[str, int]]
+    beside: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    reloads: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    async def reload(self) -> None:
+        """Load all models of this process anew."""
+        if not self.reloads:
+            warn("there is no model in this process to load anew")
+        for one in self.reloads:
+            await one()
+
+
+def build_behind(
+    found: Wanted, engine_limits: Callable[[], EngineLimits], recorder: Recorder | None
+) -> Behind:
+    """Connect, load and join.
+
+    Args:
+        found: what is to be served.
+        engine_limits: of models in this process; without any it is not called, nor torch loaded.
+        recorder: where experiment, shadow and champion are; None where nothing is recorded.
+
+    Raises:
+        gmpo.errors.GmpoError: a model cannot be loaded, or a setting is not allowed.
+    """
+    from gmpo.serving.judging import AnswerJudge, QualityRules
+    from gmpo.serving.router import VariantRouter
+    from gmpo.serving.routing_config import EngineSettings
+    from gmpo.serving.shadowing import ShadowTraffic
+    from gmpo.serving.upstream import UpstreamBackend
+
+    config = found.config
+    # What is quickly refused comes before models are loaded.
+    rules = QualityRules.of(config.quality)
+    upstreams = {
+        name: UpstreamBackend(name, one)
+        for name, one in config.backends.items()
+        if not isinstance(one, EngineSettings)
+    }
+    split = _split(found, recorder)
+    engines = {
+        name: _engine(name, one, engine_limits())
+        for name, one in config.backends.items()
+        if isinstance(one, EngineSettings)
+    }
+    backends: dict[str, Backend] = {**upstreams, **engines}
+    judge = AnswerJudge(rules)
+    router = VariantRouter(
+        config.name,
+        backends,
+        order=(config.main, *config.fallback),
+        judge=judge,
+        rules=config.breaker,
+    )
+    router.splitting = split
+    shadow = None
+    if config.shadow is not None and recorder is not None:
+        shadow = ShadowTraffic(
+            backends[config.shadow.backend],
+            config.shadow,
+            judge=judge,
+            put=recorder.events.put,
+        )
+        router.shadowing = shadow
+
+    def counts() -> Mapping[str, int]:
+        return {
+            **router.counts,
+            **judge.counts,
+            **({} if shadow is None else shadow.counts),
+            "retries": sum(one.num_retries for one in upstreams.values()),
+        }
+
+    behind = Behind(router=router, counts=counts, beside=[] if split is None else [split.run])
+    for engine in engines.values():
+        _change(behind, config, engine, engine_limits(), recorder)
+    return behind
+
+
+def _split(found: Wanted, recorder: Recorder | None) -> TrafficSplit | None:
+    if found.config.experiment is None or recorder is None:
+        return None
+    from gmpo.serving.splitting import TrafficSplit
+
+    return TrafficSplit(
+        recorder.store,
+        found.config.experiment,
+        backend_of=found.backend_of,
+        put=recorder.events.put,
+        tell=warn,
+    )
+
+
+def _engine(name: str, settings: EngineSettings, limits: EngineLimits) -> EmbeddedBackend:
+    from gmpo.serving.engine import EmbeddedBackend, load_served_model
+
+    config = _model_config(settings.engine, settings.dtype)
+    loaded = load_served_model(config, max_rows=limits.max_rows, warn=warn)
+    return EmbeddedBackend(loaded, name=name, limits=limits)
+
+
+def _change(
+    behind: Behind,
+    config: RoutingConfig,
+    engine: EmbeddedBackend,
+    limits: EngineLimits,
+    recorder: Recorder | None,
+) -> None:
+    """Have an engine's weights change on SIGHUP, or with the store's champion."""
+    from gmpo.serving.routing_config import EngineSettings
+
+    settings = config.backends[engine.name]
+    assert isinstance(settings, EngineSettings)
+    changes = EngineChanges(
+        backend=engine,
+        settings=settings,
+        max_rows=limits.max_rows,
+        events=None if recorder is None else recorder.events,
+    )
+    if settings.follow is None or recorder is None:
+        behind.reloads.append(changes.reload)
+        return
+    follower = _follower(recorder.store, settings.follow, changes)
+    behind.reloads.append(follower.look_again)
+    behind.beside.append(follower.run)
+
+
+def _follower(store: Store, name: str, changes: EngineChanges) -> ChampionFollower:
+    from gmpo.serving.following import ChampionFollower
+
+    return ChampionFollower(
+        store,
+        name,
+        serve=changes.serve,
+        served=lambda: changes.backend.model_version,
+        tell=changes.complain,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChanges:
+    """Changes of the weights that an engine serves."""
+
+    backend: EmbeddedBackend
+    settings: EngineSettings
+    max_rows: int
+    events: EventWriter | None
+
+    async def reload(self) -> None:
+        """Load the model anew; if that fails, the old one goes on serving."""
+        before = self.backend.model_version
+        try:
+            await self._swap(
+                lambda: self._load(_model_config(self.settings.engine, self.settings.dtype))
+            )
+        except GmpoError as error:
+            self.complain(f"{error}; version {before} goes on serving")
+            return
+        if self.backend.model_version == before:
+            warn(f"the weights are still version {before}; nothing changed")
+
+    async def serve(self, version: ModelVersion) -> None:
+        """Serve a registered version, prompted as the model is."""
+
+        def load() -> ServedModel:
+            config = _model_config(self.settings.engine, self.settings.dtype)
+            loaded = self._load(config.model_copy(update={"name": version.path}))
+            # In bf16 the loaded weights have another digest than those on disk.
+            if version.version in (loaded.version, _version_on_disk(Path(version.path))):
+                return replace(loaded, version=version.version)
+            raise ModelError(
+                f"the weights at {version.path} are version {loaded.version}; somebody changed "
+                "them: restore them, or register them as what they are"
+            )
+
+        await self._swap(load)
+
+    def complain(self, message: str) -> None:
+        """Say on stderr what could not be done."""
+        say("error", message, style="red")
+
+    def _load(self, config: ModelConfig) -> ServedModel:
+        from gmpo.serving.engine import load_served_model
+
+        return load_served_model(config, max_rows=self.max_rows)
+
+    async def _swap(self, load: Callable[[], ServedModel]) -> None:
+        swap = await self.backend.swap(load)
+        if swap.version == swap.previous:
+            return
+        warn(f"version {swap.version} serves in place of {swap.previous}")
+        if self.events is not None:
+            from gmpo.store import Event
+
+            payload = {"previous": swap.previous, "version": swap.version, "seconds": swap.seconds}
+            self.events.put(
+                Event(kind="swap", time=time.time(), payload=payload, model_version=swap.version)
+            )
+
+
+def _model_config(model: str, dtype: str | None) -> ModelConfig:
+    """A run's newest checkpoint, prompted as in training, or a model by name."""
+    recipe = Path(model) / "recipe.toml"
+    trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
+    changed = {"name": model_name(model), **({} if dtype is None else {"dtype": dtype})}
+    return trained.model_copy(update=changed)
+
+
+def _version_on_disk(folder: Path) -> str | None:
+    from gmpo.model_files import holds_weights, weights_version
+
+    return weights_version(folder) if holds_weights(folder) else None
+
+
+def _last_part(model: str) -> str:
+    return Path(model).name or model

@@ -1,0 +1,325 @@
+"""Who answers a request, and who instead if that fails: backends in order, breakers, quality.
+
+Another backend is asked only while nothing was sent to the client: after the first token its text
+would come twice. What a unit is assigned never depends on which backends are healthy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from gmpo.serving import breaker
+from gmpo.serving.backend import (
+    AnswerReport,
+    Backend,
+    BackendError,
+    BackendFault,
+    Chunk,
+    GenerationRequest,
+)
+from gmpo.serving.breaker import BreakerRules, BreakerState, Phase, Ticket
+from gmpo.serving.judging import AnswerJudge, Tally
+from gmpo.serving.quality import QualityScore
+
+__all__ = ["Lane", "Route", "Shadowing", "Splitting", "VariantRouter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Whom a request goes to, before anything is known about who is healthy.
+
+    Attributes:
+        backend: name of the one that is asked first.
+        experiment: that the request is part of.
+        variant: that its unit is assigned.
+        variants: variant of each backend that is an arm, by the backend's name.
+    """
+
+    backend: str
+    experiment: str | None = None
+    variant: str | None = None
+    variants: Mapping[str, str] = field(default_factory=dict)
+
+
+class Splitting(Protocol):
+    """Assigns requests to the variants of an experiment."""
+
+    def assign(self, request: GenerationRequest) -> Route | None:
+        """The request's route; None while no experiment runs."""
+
+
+class Shadowing(Protocol):
+    """Has another backend answer the same request, for nobody to see."""
+
+    def begin(self, request: GenerationRequest, report: AnswerReport, route: Route) -> None:
+        """Called once an answer was served; must not wait."""
+
+    async def close(self) -> None:
+        """End what still runs."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """A backend with its breaker."""
+
+    backend: Backend
+    rules: BreakerRules
+    clock: Callable[[], float]
+    state: BreakerState = field(default_factory=BreakerState)
+
+    def admit(self) -> Ticket | None:
+        """Ask for a request to be let through; None is no."""
+        self.state, ticket = breaker.admit(self.state, self.rules, now=self.clock())
+        return ticket
+
+    def settle(self, ticket: Ticket, fault: BackendFault | None) -> None:
+        """Report how a request ended: its fault, or None for a whole answer."""
+        # A request that is not allowed says nothing against the backend.
+        end = breaker.succeeded if fault in (None, "bad_request") else breaker.failed
+        self.state = end(self.state, self.rules, ticket, now=self.clock())
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Report that a request ended before it said anything about the backend."""
+        self.state = breaker.withdrawn(self.state, ticket)
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """Until it lets a request through again."""
+        return breaker.retry_after(self.state, now=self.clock())
+
+
+@dataclass(eq=False, kw_only=True)
+class _Attempt:
+    """An answer of one backend, its first chunk read; all of it where answers are held back."""
+
+    lane: Lane
+    first: Chunk
+    rest: AsyncGenerator[Chunk, None]
+    tally: Tally
+    score: QualityScore | None = None
+    is_whole: bool = False
+    reason: str | None = None
+    """Why this backend was asked, where another one was asked first."""
+
+    @property
+    def rank(self) -> float:
+        return self.score.score if self.score is not None and self.score.score else 0.0
+
+
+class VariantRouter:
+    """`Router` over several backends.
+
+    Args:
+        name: of the model, as clients ask for it.
+        backends: by name.
+        order: names: the first is asked where no experiment decides, the others when one that was
+            asked before fails.
+        judge: scores answers.
+        rules: of the breakers.
+        clock: seconds, for the breakers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backends: Mapping[str, Backend],
+        *,
+        order: Sequence[str],
+        judge: AnswerJudge,
+        rules: BreakerRules | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        rules = rules or BreakerRules()
+        self._name = name
+        self._order = tuple(order)
+        self._lanes = {key: Lane(one, rules, clock) for key, one in backends.items()}
+        self._judge = judge
+        self.splitting: Splitting | None = None
+        """An experiment's assignment, where there is one."""
+        self.shadowing: Shadowing | None = None
+        """Has answers made for nobody to see, where asked for."""
+        self.counts: Counter[str] = Counter()
+        """What happened: `fallback_REASON`, `low_quality`, `low_quality_served`, `cut_streams`,
+        `unanswered`."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The one name that stands for all backends."""
+        return (self._name,)
+
+    @property
+    def model_version(self) -> str | None:
+        """Of the backend that is asked where no experiment decides."""
+        return self._lanes[self._order[0]].backend.model_version
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """Of each backend's breaker."""
+        return {name: lane.state.phase for name, lane in self._lanes.items()}
+
+    async def route(
+        self, request: GenerationRequest, report: AnswerReport
+    ) -> AsyncGenerator[Chunk, None]:
+        """Ask backends in order until one answers.
+
+        Raises:
+            BackendError: the request is not allowed, or nobody answers.
+        """
+        route = self._route_of(request)
+        report.experiment, report.assigned_variant = route.experiment, route.variant
+        order = [route.backend, *(name for name in self._order if name != route.backend)]
+        failures: dict[str, BackendError] = {}
+        best: _Attempt | None = None
+        reason: str | None = None
+        for name in order:
+            try:
+                found = await self._attempt(self._lanes[name], request)
+            except BackendError as failure:
+                if failure.fault == "bad_request":
+                    raise
+                failures[name] = failure
+                reason = reason or failure.code or failure.fault
+                continue
+            found.reason = reason
+            if best is None or found.rank > best.rank:
+                best = found
+            if not (self._judge.rules.is_buffered and self._judge.is_low(found.score)):
+                break
+            self.counts["low_quality"] += 1
+            reason = reason or "low_quality"
+        if best is None:
+            self.counts["unanswered"] += 1
+            raise self._nobody(failures)
+        self._tell(best, report, route)
+        return self._served(best, request, report, route)
+
+    async def ready(self) -> bool:
+        """Whether any backend in order would take a request."""
+        found = await asyncio.gather(*(self._lanes[name].backend.ready() for name in self._order))
+        return any(found)
+
+    async def close(self) -> None:
+        """End shadows, then close all backends."""
+        if self.shadowing is not None:
+            await self.shadowing.close()
+        for lane in self._lanes.values():
+            await lane.backend.close()
+        await asyncio.to_thread(self._judge.close)
+
+    def _route_of(self, request: GenerationRequest) -> Route:
+        found = None if self.splitting is None else self.splitting.assign(request)
+        return found or Route(backend=self._order[0])
+
+    async def _attempt(self, lane: Lane, request: GenerationRequest) -> _Attempt:
+        """Ask one backend for its first chunk, or for all where answers are held back.
+
+        Raises:
+            BackendError: it does not answer, or its breaker is open.
+        """
+        ticket = lane.admit()
+        if ticket is None:
+            raise BackendError(
+                "it failed several times and is left alone for a while",
+                fault="unavailable",
+                code="breaker_open",
+                retry_after_seconds=lane.retry_after_seconds,
+            )
+        tally = Tally(request)
+        chunks = _watched(lane, ticket, request, tally)
+        first = await anext(chunks, None)
+        assert first is not None, "an answer without a chunk is not whole"
+        attempt = _Attempt(lane=lane, first=first, rest=chunks, tally=tally)
+        if self._judge.rules.is_buffered:
+            async with aclosing(chunks):
+                held = [chunk async for chunk in chunks]
+            attempt.rest, attempt.is_whole = _replayed(held), True
+            attempt.score = await self._judge.judge(request, tally)
+        return attempt
+
+    async def _served(
+        self, attempt: _Attempt, request: GenerationRequest, report: AnswerReport, route: Route
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks; the report follows them."""
+        chunk: Chunk | None = attempt.first
+        try:
+            async with aclosing(attempt.rest):
+                while chunk is not None:
+                    yield chunk
+                    if not attempt.is_whole:
+                        report.mean_logprob = attempt.tally.mean_logprob
+                    chunk = await anext(attempt.rest, None)
+        except BackendError:
+            self.counts["cut_streams"] += 1
+            raise
+        if not attempt.is_whole:
+            attempt.score = await self._judge.judge(request, attempt.tally)
+            self.counts["low_quality"] += self._judge.is_low(attempt.score)
+        self._judge.enter(report, attempt.tally, attempt.score)
+        self.counts["low_quality_served"] += report.is_low_quality
+        if self.shadowing is not None and request.max_tokens != 0:
+            self.shadowing.begin(request, report, route)
+
+    def _tell(self, attempt: _Attempt, report: AnswerReport, route: Route) -> None:
+        """What is known of an answer as soon as it begins."""
+        name = attempt.lane.backend.name
+        report.backend = name
+        report.served_variant = route.variants.get(name, name)
+        report.model_version = attempt.tally.model_version or attempt.lane.backend.model_version
+        report.fell_back = name != route.backend
+        report.mean_logprob = attempt.tally.mean_logprob
+        if report.fell_back:
+            report.fallback_reason = attempt.reason
+            self.counts[f"fallback_{attempt.reason}"] += 1
+
+    def _nobody(self, failures: Mapping[str, BackendError]) -> BackendError:
+        """One error for all that were asked."""
+        if len(failures) == 1:
+            (only,) = failures.values()
+            if only.code != "breaker_open":
+                return only
+        faults = {failure.fault for failure in failures.values()}
+        known = [one.retry_after_seconds for one in failures.values() if one.retry_after_seconds]
+        told = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+        return BackendError(
+            f"no backend answers now ({told}); ask again later"[:500],
+            fault=faults.pop() if len(faults) == 1 else "unavailable",
+            code="no_backend",
+            retry_after_seconds=min(known, default=None),
+        )
+
+
+async def _watched(
+    lane: Lane, ticket: Ticket, request: GenerationRequest, tally: Tally
+) -> AsyncGenerator[Chunk, None]:
+    """A backend's chunks, tallied; the breaker learns how they ended."""
+    settle = partial(lane.settle, ticket, "failed")
+    try:
+        async with aclosing(lane.backend.generate(request)) as chunks:
+            async for chunk in chunks:
+                tally.add(chunk)
+                yield chunk
+        if not tally.is_whole:
+            raise BackendError(
+                "its answer ended before each choice had ended; ask again", fault="broken"
+            )
+        settle = partial(lane.settle, ticket, None)
+    except BackendError as failure:
+        settle = partial(lane.settle, ticket, failure.fault)
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        settle = partial(lane.withdraw, ticket)
+        raise
+    finally:
+        settle()
+
+
+async def _replayed(chunks: Sequence[Chunk]) -> AsyncGenerator[Chunk, None]:
+    for chunk in chunks:
+        yield chunk

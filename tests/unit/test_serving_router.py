@@ -1,0 +1,328 @@
+"""Who answers: backends in order, breakers, quality; with backends whose answers are given."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from gmpo.serving.backend import (
+    AnswerReport,
+    Backend,
+    BackendError,
+    BackendFault,
+    Chunk,
+    GenerationRequest,
+    Router,
+    TokenLogprob,
+    Usage,
+)
+from gmpo.serving.breaker import BreakerRules
+from gmpo.serving.judging import AnswerJudge, QualityRules
+from gmpo.serving.router import Route, VariantRouter
+
+REQUEST = GenerationRequest(id="r", route="completions", model="bot", prompt="a")
+
+
+@dataclass
+class Given:
+    """A backend that says one token of a given probability, unless it fails first or after it."""
+
+    name: str
+    probability: float = 0.5
+    fault: BackendFault | None = None
+    breaks_off: bool = False
+    hangs: bool = False
+    text: str | None = None
+    num_asked: int = 0
+    num_closed: int = 0
+    model_version: str | None = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        self.num_asked += 1
+        try:
+            if self.fault is not None and not self.breaks_off:
+                raise BackendError(f"{self.name} fails", fault=self.fault)
+            token = TokenLogprob(token="x", logprob=math.log(self.probability))
+            version = f"{self.name}-1"
+            yield Chunk(text=self.text or self.name, logprobs=(token,), model_version=version)
+            if self.hangs:
+                await asyncio.sleep(60)
+            if self.fault is not None:
+                raise BackendError(f"{self.name} fails", fault=self.fault)
+            usage = Usage(prompt_tokens=1, completion_tokens=1)
+            yield Chunk(finish_reason="stop", usage=usage, model_version=version)
+        finally:
+            self.num_closed += 1
+
+    async def ready(self) -> bool:
+        return self.fault is None
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Made:
+    router: VariantRouter
+    clock: Clock
+    reports: list[AnswerReport] = field(default_factory=list)
+
+    async def ask(self, request: GenerationRequest = REQUEST) -> str:
+        self.reports.append(AnswerReport())
+        chunks = await self.router.route(request, self.reports[-1])
+        return "".join([chunk.text async for chunk in chunks])
+
+    @property
+    def report(self) -> AnswerReport:
+        return self.reports[-1]
+
+
+def made(*backends: Given, rules: BreakerRules | None = None, **quality: Any) -> Made:
+    clock = Clock()
+    router = VariantRouter(
+        "bot",
+        {one.name: one for one in backends},
+        order=[one.name for one in backends],
+        judge=AnswerJudge(QualityRules(**quality)),
+        rules=rules or BreakerRules(failures=2, open_seconds=10.0),
+        clock=clock,
+    )
+    return Made(router, clock)
+
+
+def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return asyncio.run(work())
+
+
+def test_the_first_backend_answers_and_its_answer_is_scored():
+    a, b = Given("a", probability=0.25), Given("b")
+    one = made(a, b)
+    assert isinstance(one.router, Router) and isinstance(a, Backend)
+    assert run(one.ask) == "a"
+    report = one.report
+    assert (report.backend, report.served_variant, report.model_version) == ("a", "a", "a-1")
+    assert (report.fell_back, report.fallback_reason, b.num_asked) == (False, None, 0)
+    assert report.quality_components == {
+        "probability": pytest.approx(0.25),
+        "distinct": 1.0,
+        "terminated": 1.0,
+    }
+    # floor .05 maps .25 to .2875; weights 1, 1, 1 of the three that are known.
+    assert report.quality == pytest.approx(0.2875 ** (1 / 3))
+    assert report.mean_logprob == pytest.approx(math.log(0.25))
+    assert report.stability is None, "one score is too few"
+
+
+@pytest.mark.parametrize("fault", ["overloaded", "unavailable", "timeout", "broken", "failed"])
+def test_another_backend_answers_when_the_first_fails_before_its_first_token(fault: BackendFault):
+    one = made(Given("a", fault=fault), Given("b"))
+    assert run(one.ask) == "b"
+    assert (one.report.fell_back, one.report.fallback_reason) == (True, fault)
+    assert one.report.served_variant == one.report.backend == "b"
+    assert one.router.counts == Counter([f"fallback_{fault}"])
+
+
+def test_a_request_that_is_not_allowed_is_nobodys_fault_and_goes_to_nobody_else():
+    b = Given("b")
+    one = made(Given("a", fault="bad_request"), b, rules=BreakerRules(failures=1))
+    for _ in range(3):
+        with pytest.raises(BackendError, match="a fails"):
+            run(one.ask)
+    assert b.num_asked == 0 and one.router.phases["a"] == "closed"
+
+
+def test_after_the_first_token_nobody_else_is_asked():
+    b = Given("b")
+    one = made(Given("a", fault="broken", breaks_off=True), b)
+
+    async def ask() -> list[str]:
+        chunks = await one.router.route(REQUEST, AnswerReport())
+        seen = []
+        with pytest.raises(BackendError, match="a fails"):
+            async for chunk in chunks:
+                seen.append(chunk.text)
+        return seen
+
+    assert run(ask) == ["a"]
+    assert b.num_asked == 0 and one.router.counts == Counter({"cut_streams": 1})
+
+
+def test_a_held_back_answer_that_breaks_off_is_never_seen():
+    one = made(
+        Given("a", fault="broken", breaks_off=True), Given("b"), is_buffered=True, threshold=0.1
+    )
+    assert run(one.ask) == "b"
+    assert one.report.fallback_reason == "broken"
+
+
+def test_a_breaker_opens_is_tried_again_and_closes():
+    a, b = Given("a", fault="unavailable"), Given("b")
+    one = made(a, b)
+
+    async def story() -> None:
+        for _ in range(3):
+            assert await one.ask() == "b"
+        # Two failures opened it, so the third request did not reach it.
+        assert (a.num_asked, one.router.phases["a"]) == (2, "open")
+        assert one.report.fallback_reason == "breaker_open"
+        one.clock.now = 10.0
+        assert await one.ask() == "b"
+        assert (a.num_asked, one.router.phases["a"]) == (3, "open"), "the probe failed"
+        one.clock.now = 29.9
+        assert await one.ask() == "b"
+        assert a.num_asked == 3, "it is left alone for twice as long"
+        one.clock.now, a.fault = 30.0, None
+        assert await one.ask() == "a"
+        assert one.router.phases == {"a": "closed", "b": "closed"}
+
+    run(story)
+
+
+def test_a_client_that_leaves_says_nothing_about_the_backend():
+    a = Given("a", hangs=True)
+    one = made(a, rules=BreakerRules(failures=1))
+
+    async def leave() -> None:
+        chunks = await one.router.route(REQUEST, AnswerReport())
+        await anext(chunks)
+        task = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await chunks.aclose()
+
+    run(leave)
+    assert (a.num_closed, one.router.phases["a"]) == (1, "closed")
+
+
+def test_when_all_fail_one_error_names_all():
+    one = made(Given("a", fault="timeout"), Given("b", fault="failed"))
+    with pytest.raises(BackendError, match="a: a fails; b: b fails") as caught:
+        run(one.ask)
+    assert (caught.value.fault, caught.value.code) == ("unavailable", "no_backend")
+    assert one.router.counts == Counter({"unanswered": 1})
+    assert (one.report.backend, one.report.served_variant) == ("", None)
+
+
+def test_when_all_breakers_are_open_it_is_told_when_to_come_back():
+    one = made(Given("a", fault="failed"), rules=BreakerRules(failures=1, open_seconds=10.0))
+
+    async def twice() -> None:
+        with pytest.raises(BackendError, match="a fails"):
+            await one.ask()
+        one.clock.now = 4.0
+        with pytest.raises(BackendError, match="left alone") as caught:
+            await one.ask()
+        assert caught.value.fault == "unavailable"
+        assert caught.value.retry_after_seconds == 6.0
+
+    run(twice)
+
+
+def test_a_low_score_is_answered_by_another_backend_where_answers_are_held_back():
+    one = made(Given("a", probability=0.01), Given("b", 0.9), is_buffered=True, threshold=0.5)
+    assert run(one.ask) == "b"
+    assert (one.report.fell_back, one.report.fallback_reason) == (True, "low_quality")
+    assert not one.report.is_low_quality
+    assert one.router.counts == Counter({"low_quality": 1, "fallback_low_quality": 1})
+
+
+def test_where_all_scores_are_low_the_best_is_served():
+    one = made(
+        Given("a", 0.01), Given("b", 0.02), Given("c", 0.015), is_buffered=True, threshold=0.99
+    )
+    assert run(one.ask) == "b"
+    assert one.report.is_low_quality and one.report.fallback_reason == "low_quality"
+    assert one.router.counts["low_quality"] == 3 and one.router.counts["low_quality_served"] == 1
+    # A low answer is better than an error of the other backend.
+    one = made(Given("a", 0.01), Given("b", fault="failed"), is_buffered=True, threshold=0.99)
+    assert run(one.ask) == "a"
+    assert (one.report.fell_back, one.report.fallback_reason) == (False, None)
+
+
+def test_observed_answers_are_served_whatever_their_score():
+    b = Given("b")
+    one = made(Given("a", probability=0.01), b, threshold=0.99)
+    assert run(one.ask) == "a"
+    assert one.report.is_low_quality and b.num_asked == 0
+    assert one.router.counts["low_quality"] == 1
+
+
+def test_scores_of_a_version_become_its_stability():
+    a = Given("a")
+    one = made(a)
+
+    async def many() -> None:
+        for turn in range(20):
+            a.probability = (0.1, 0.9)[turn % 2]
+            await one.ask()
+
+    run(many)
+    low, high = (0.05 + 0.95 * 0.1) ** (1 / 3), (0.05 + 0.95 * 0.9) ** (1 / 3)
+    assert one.report.stability == pytest.approx(math.sqrt(low * high) / ((low + high) / 2))
+
+
+def test_answers_are_verified_where_the_request_brings_a_reference():
+    one = made(Given("a", text="The answer is 15"), verifies=True)
+    for reference, verdict in (("15", 1.0), ("16", 0.0), (" ", None), (7, None)):
+        body = {"metadata": {"reference": reference}}
+        asked = GenerationRequest(id="r", route="completions", model="m", prompt="a", body=body)
+        asyncio.run(one.ask(asked))
+        assert one.report.quality_components.get("verified") == verdict
+    assert one.router._judge.counts == Counter({"verified": 2})
+
+
+class Half:
+    """An experiment that assigns everybody to the second backend."""
+
+    def assign(self, request: GenerationRequest) -> Route | None:
+        arms = {"a": "control", "b": "candidate"}
+        return Route(backend="b", experiment="e", variant="candidate", variants=arms)
+
+
+def test_an_open_breaker_changes_who_serves_and_never_who_was_assigned():
+    b = Given("b", fault="unavailable")
+    one = made(Given("a"), b)
+    one.router.splitting = Half()
+
+    async def story() -> None:
+        b.fault = None
+        assert await one.ask() == "b"
+        assert one.report.served_variant == "candidate" and not one.report.fell_back
+        b.fault = "unavailable"
+        for _ in range(3):
+            assert await one.ask() == "a"
+        assert one.router.phases["b"] == "open"
+        assert one.report.fallback_reason == "breaker_open"
+        for report in one.reports:
+            assert (report.experiment, report.assigned_variant) == ("e", "candidate")
+        assert one.report.served_variant == "control"
+
+    run(story)
+
+
+def test_it_is_ready_while_any_backend_is():
+    down = Given("b", fault="failed")
+    assert run(made(Given("a"), down).router.ready) is True
+    assert run(made(down).router.ready) is False
+
+
+def test_the_scoring_of_a_prompt_alone_has_no_quality():
+    one = made(Given("a"), threshold=0.99, is_buffered=True)
+    asked = GenerationRequest(id="r", route="completions", model="m", prompt="a", max_tokens=0)
+    assert asyncio.run(one.ask(asked)) == "a"
+    assert one.report.quality is None and not one.report.is_low_quality

@@ -1,0 +1,179 @@
+"""Traffic split by an experiment of the store: assignment, exposures, outcomes, changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gmpo.abtest.assignment import assign
+from gmpo.abtest.records import read_records
+from gmpo.errors import ConfigError
+from gmpo.serving.answer_record import AnswerRecord
+from gmpo.serving.backend import AnswerReport, GenerationRequest
+from gmpo.serving.splitting import TrafficSplit, outcome_event
+from gmpo.store import Event, Experiment, Store, open_store
+
+CONFIG = {
+    "salt": "s",
+    "models": {"control": "old", "candidate": "new"},
+    "weights": {"control": 0.75, "candidate": 0.25},
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with open_store(str(tmp_path / "store.db")) as opened:
+        opened.put_experiment(
+            Experiment(name="e", created=1.0, status="running", config=dict(CONFIG))
+        )
+        yield opened
+
+
+class Split:
+    def __init__(self, store: Store, **backend_of: str) -> None:
+        self.events: list[Event] = []
+        self.told: list[str] = []
+        self.split = TrafficSplit(
+            store,
+            "e",
+            backend_of=backend_of or {"old": "bot", "new": "new"},
+            put=self.events.append,
+            tell=self.told.append,
+        )
+
+    def assign(self, unit: str):
+        return self.split.assign(
+            GenerationRequest(id="r", route="chat", model="bot", prompt="a", unit=unit)
+        )
+
+
+def test_units_are_assigned_by_their_hash_and_exposed_once(store: Store):
+    made = Split(store)
+    routes = {unit: made.assign(unit) for unit in map(str, range(200)) for _ in range(2)}
+    for unit, route in routes.items():
+        assert route is not None
+        assert route.variant == assign("e", "s", unit, {"control": 0.75, "candidate": 0.25})
+        assert route.backend == {"control": "bot", "candidate": "new"}[route.variant]
+        assert route.experiment == "e"
+        assert route.variants == {"bot": "control", "new": "candidate"}
+    assert len(made.events) == 200
+    weights = {"control": 0.75, "candidate": 0.25}
+    for event in made.events:
+        assert (event.kind, event.experiment) == ("exposure", "e")
+        assert event.payload["weight"] == weights[event.payload["variant"]]
+    shares = Counter(event.payload["variant"] for event in made.events)
+    assert 30 < shares["candidate"] < 70  # 50 expected, spread 6
+    assert "75 % old, 25 % new" in made.told[0]
+
+
+def test_new_weights_move_only_units_at_the_border_and_a_stop_ends_the_split(store: Store):
+    made = Split(store)
+    units = [str(number) for number in range(100)]
+    before = {unit: made.assign(unit) for unit in units}
+    more = {**CONFIG, "weights": {"control": 0.5, "candidate": 0.5}}
+    running = store.experiment("e")
+    assert running is not None
+    store.put_experiment(replace(running, config=more))
+    asyncio.run(made.split.look())
+    after = {unit: made.assign(unit) for unit in units}
+    moved = [unit for unit in units if before[unit].variant != after[unit].variant]
+    assert 10 < len(moved) < 45  # 25 expected, spread 4.3
+    assert all(after[unit].variant == "candidate" for unit in moved)
+    assert len(made.events) == 100 + len(moved)
+    store.put_experiment(replace(running, status="stopped"))
+    asyncio.run(made.split.look())
+    assert made.assign("0") is None
+    assert "does not run" in made.told[-1]
+
+
+def test_an_experiment_that_cannot_be_followed_is_refused_at_the_start(store: Store):
+    with pytest.raises(ConfigError, match="compares 'new', which is no backend"):
+        Split(store, old="bot")
+    with pytest.raises(ConfigError, match="are one backend"):
+        Split(store, old="bot", new="bot")
+    with pytest.raises(ConfigError, match="no experiment 'x'; there are: e"):
+        TrafficSplit(store, "x", backend_of={}, put=print, tell=print)
+
+
+def test_an_experiment_that_becomes_wrong_ends_the_split(store: Store):
+    made = Split(store)
+    running = store.experiment("e")
+    assert running is not None
+    models = {"control": "old", "candidate": "other"}
+    store.put_experiment(replace(running, config={**CONFIG, "models": models}))
+    asyncio.run(made.split.look())
+    assert made.assign("0") is None
+    assert "split no longer" in made.told[-1] and "'other'" in made.told[-1]
+    asyncio.run(made.split.look())
+    assert len(made.told) == 2, "it is told once"
+
+
+def test_while_the_store_cannot_be_read_the_split_goes_on(tmp_path: Path, store: Store):
+    made = Split(store)
+    store.close()
+    (tmp_path / "store.db").write_bytes(b"no database" * 1000)
+    asyncio.run(made.split.look())
+    asyncio.run(made.split.look())
+    assert made.split.num_failures == 2
+    assert made.assign("0") is not None
+    assert sum("cannot be read" in one for one in made.told) == 1
+
+
+def test_units_beyond_those_remembered_are_exposed_again(store: Store):
+    made = Split(store)
+    made.split.max_units = 2
+    for unit in ("0", "1", "0", "2", "1"):
+        made.assign(unit)
+    # "0" was seen again before "2" came, so "1" was forgotten.
+    assert [event.unit for event in made.events] == ["0", "1", "2", "1"]
+
+
+def record(status: int, *, experiment: str | None = "e", **report: Any) -> AnswerRecord:
+    return AnswerRecord(
+        request=GenerationRequest(
+            id="r", route="chat", model="m", prompt="a", unit="u", session="s"
+        ),
+        report=AnswerReport(experiment=experiment, assigned_variant="candidate", **report),
+        time=100.0,
+        status=status,
+        finish_reason=None,
+        usage=None,
+        latency_seconds=2.0,
+        first_token_seconds=None,
+        error=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "success"),
+    [
+        (record(200, quality=0.5), 1),
+        (record(200, quality=0.1, is_low_quality=True), 0),
+        (record(200, quality=0.1, is_low_quality=True, quality_components={"verified": 1.0}), 1),
+        (record(200, quality=0.9, quality_components={"verified": 0.0}), 0),
+        (record(502), 0),
+        (record(504), 0),
+        (record(400), None),
+        (record(499), None),
+    ],
+)
+def test_an_answers_outcome_is_that_of_the_assigned_variant(
+    answer: AnswerRecord, success: int | None
+):
+    event = outcome_event(answer)
+    assert event is not None
+    assert event.payload["success"] == success
+    assert event.payload["variant"] == "candidate"
+    assert event.payload["latency_s"] == (2.0 if answer.status == 200 else None)
+    assert (event.time, event.unit, event.request_id) == (102.0, "u", "r")
+    (read,) = read_records([event]).outcomes
+    assert (read.success, read.quality, read.session) == (success, answer.report.quality, "s")
+
+
+def test_outside_of_an_experiment_there_is_no_outcome():
+    assert outcome_event(record(200, experiment=None)) is None
