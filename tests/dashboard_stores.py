@@ -65,7 +65,7 @@ def outcomes(events: list[Event], *, every: int = 3, seed: int = 1) -> Iterator[
         )
 
 
-def fill(path: Path, events: list[Event]) -> str:
+def fill(path: Path | str, events: list[Event]) -> str:
     """A store of these events; its URL."""
     with open_store(str(path)) as store:
         for begin in range(0, len(events), 20_000):

@@ -280,8 +280,8 @@ def test_a_store_that_is_gone_is_said_on_the_page(page, tmp_path: Path):
     assert "there is no store" in app.error[0].value.replace("\\", "")
 
 
-def test_a_watch_reads_every_event_once_and_says_what_it_skipped(tmp_path: Path):
-    url = fill(tmp_path / "store.db", list(answers(30, start=0, end=30)))
+def test_a_watch_reads_every_event_once_and_says_what_it_skipped(store_url: str):
+    url = fill(store_url, list(answers(30, start=0, end=30)))
     watch = StoreWatch(url, max_events=10)
     assert len(watch.traffic().time) == 10
     assert watch.num_skipped == 20

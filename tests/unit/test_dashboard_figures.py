@@ -194,7 +194,7 @@ def test_an_event_is_one_line():
             },
         ),
         Event(kind="swap", time=1.0, payload={"previous": "v1", "version": "v2"}),
-        Event(kind="other", time=2.0, payload={"active": 3, "queue": None, "x": "\x1b[2J" * 99}),
+        Event(kind="gate", time=2.0, payload={"active": 3, "queue": None, "x": "\x1b[2J" * 99}),
     ]
     first, second, third, fourth = event_rows(
         [*events, Event(kind="outcome", time=3, payload={"success": 1, "latency_s": 0.12345})]
@@ -210,6 +210,12 @@ def test_an_event_is_one_line():
     assert third["what"].startswith('{"active": 3, "x": "\\u001b[2J')
     assert len(third["what"]) == 160
     assert json.dumps([first, second, third])
+
+
+def test_texts_of_people_are_not_shown():
+    kept = {"prompt": "my secret", "completion": "a secret answer"}
+    (row,) = event_rows([Event(kind="text", time=0.0, payload=kept)])
+    assert row["what"] == "with prompt, completion"
 
 
 def test_words():

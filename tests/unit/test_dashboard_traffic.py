@@ -85,9 +85,12 @@ def test_a_request_is_judged_once_by_its_outcome_before_its_feedback():
         judged("outcome", 5, "a", success=1),  # a later outcome replaces it, at its first time
         judged("feedback", 6, "c", score=0.25, comment_length=3),
         judged("feedback", 7, "d", comment_length=9),  # says nothing about success
+        judged("feedback", 8, "e", thumbs="up"),
+        judged("verdict", 9, "e", is_correct=False, by="checker"),  # before what a user thinks
+        judged("verdict", 10, "f", is_correct=None, reference="5"),
     )
     seen = dict(zip(traffic.judged_at.tolist(), traffic.judgements.tolist(), strict=True))
-    assert seen == {3: 1.0, 1: 1.0, 6: 0.25}
+    assert seen == {3: 1.0, 1: 1.0, 6: 0.25, 9: 0.0}
 
 
 def test_what_cannot_be_read_is_counted_and_left_out():

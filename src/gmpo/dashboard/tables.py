@@ -31,13 +31,17 @@ def plain(text: str) -> str:
 
 
 def event_rows(events: Sequence[Event]) -> list[dict[str, str]]:
-    """One row an event: when, what kind, of which model, and what it says."""
+    """One row an event: when, what kind, of which model, and what it says.
+
+    Texts that people wrote or were given are never shown: of kinds that are not known here only the
+    names of the fields are.
+    """
     return [
         {
             "time (UTC)": moment(event.time),
             "kind": event.kind,
             "model version": event.model_version or "",
-            "what": _cut(visible(_WORDS.get(event.kind, _json)(event.payload))),
+            "what": _cut(visible(_WORDS.get(event.kind, _fields)(event.payload))),
         }
         for event in events
     ]
@@ -104,6 +108,10 @@ def _decision(payload: Mapping[str, Any]) -> str:
     return str(payload.get("recommendation") or _json(payload))
 
 
+def _fields(payload: Mapping[str, Any]) -> str:
+    return f"with {', '.join(payload)}" if payload else ""
+
+
 def _json(payload: Mapping[str, Any]) -> str:
     known = {name: value for name, value in payload.items() if value is not None}
     return json.dumps(known, ensure_ascii=False)
@@ -120,6 +128,10 @@ _WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "decision": _decision,
     "anomaly": _anomaly,
     "alert": _alert,
+    "promotion": _json,
+    "rollback": _json,
+    "gate": _json,
+    "removed": _json,
 }
 
 

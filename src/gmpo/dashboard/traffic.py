@@ -14,7 +14,7 @@ from gmpo.store import Event
 
 __all__ = ["EVENT_KINDS", "Traffic", "TrafficLog"]
 
-EVENT_KINDS = ("answer", "outcome", "feedback")
+EVENT_KINDS = ("answer", "outcome", "verdict", "feedback")
 """Kinds of events that traffic is read from."""
 
 _FIGURES = (
@@ -79,14 +79,15 @@ class Traffic:
 class TrafficLog:
     """Takes events in the order of their ids, each once.
 
-    A request is judged by its outcome's success and, where that is not known, by feedback; a later
-    judgement replaces an earlier one of the same kind.
+    A request is judged by its outcome's success, where that is not known by a verifier's verdict,
+    and else by feedback; a later judgement replaces an earlier one of the same kind.
     """
 
     def __init__(self) -> None:
         self._table = np.empty((0, 2 + len(_FIGURES)))
         self._versions: dict[str, int] = {}
         self._outcomes: dict[str, tuple[float, float]] = {}
+        self._verdicts: dict[str, tuple[float, float]] = {}
         self._feedback: dict[str, tuple[float, float]] = {}
         self._num_malformed = 0
         self._read: Traffic | None = None
@@ -99,7 +100,9 @@ class TrafficLog:
                 if event.kind == "answer":
                     rows.append(self._answer(event))
                 elif event.kind == "outcome":
-                    _judge(self._outcomes, event, _success(event.payload))
+                    _judge(self._outcomes, event, _share_or_none(event.payload.get("success")))
+                elif event.kind == "verdict":
+                    _judge(self._verdicts, event, _share_or_none(event.payload.get("is_correct")))
                 elif event.kind == "feedback":
                     _judge(self._feedback, event, _score(event.payload))
             except _MalformedEvent:
@@ -112,7 +115,7 @@ class TrafficLog:
     def traffic(self) -> Traffic:
         """Everything taken so far."""
         if self._read is None:
-            judged = {**self._feedback, **self._outcomes}
+            judged = {**self._feedback, **self._verdicts, **self._outcomes}
             times_and_values = np.array([*judged.values()], dtype=float).reshape(-1, 2)
             columns = self._table.T
             self._read = Traffic(
@@ -153,8 +156,7 @@ def _judge(judged: dict[str, tuple[float, float]], event: Event, value: float | 
     judged[key] = (first, value)
 
 
-def _success(payload: Mapping[str, Any]) -> float | None:
-    value = payload.get("success")
+def _share_or_none(value: object) -> float | None:
     return None if value is None else _share(value)
 
 

@@ -69,9 +69,13 @@ def changes_of(
     champions: Sequence[Champion], swaps: Sequence[Event], span: Span
 ) -> list[tuple[float, str]]:
     """When the champion or the served weights changed in the span, at most the newest twenty."""
-    found = [(one.since, f"champion {one.version[:8]}") for one in champions]
+    found = [(one.since, f"{_how(one)} {one.version[:8]}") for one in champions]
     found += [(one.time, f"serves {one.payload.get('version', '?')[:8]}") for one in swaps]
     return sorted(one for one in found if span.start < one[0] <= span.end)[-_MAX_CHANGES:]
+
+
+def _how(champion: Champion) -> str:
+    return "rolled back to" if champion.reason.get("kind") == "rollback" else "champion"
 
 
 def version_rows(
