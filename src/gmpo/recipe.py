@@ -182,8 +182,12 @@ def explain_settings(error: ValidationError, names: Sequence[str], *, of: str) -
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {list(names)}"
             sentences.append(f"unknown setting {name!r}; {hint}")
+            continue
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            # Our own sentences hold the value; that of a whole model would be all of its settings.
+            sentences.append(f"{name}: {message}" if name else message)
         else:
-            message = str(problem["msg"])
             sentences.append(f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
     return f"{of}: {'; '.join(sentences)}"
 

@@ -78,6 +78,10 @@ def test_what_is_wrong_is_said_in_one_line(store: str, tmp_path: Path):
     assert "must be METRIC=MARGIN" in refusal(*begin, "--guardrail", "latency")
     assert "must be KEY=VALUE" in refusal(*begin, "--set", "alpha")
     assert "alpha" in refusal(*begin, "--set", "alhpa=0.1")
+    same = refusal(*begin[:-1], "a")
+    assert same.startswith("experiment: both arms are 'a'; name two models")
+    assert "candidate has an empty name" in refusal(*begin[:-1], " ")
+    assert "the experiment's name is empty" in refusal("ab", "start", "", *begin[3:])
     assert "there is no store" in refusal("ab", "status", "--store", tmp_path / "none.db")
 
 

@@ -81,10 +81,13 @@ def raw(gateway: RunningGateway, *pieces: bytes, pause: float = 0.0) -> bytes:
         (b"[1]", None, "send one JSON object"),
         (b"", None, "JSON object"),
         (b"\xff\xfe", None, "body"),
-        (b"[" * 4000, None, "body"),
+        (b'{"model": "\xff"}', None, "it is not UTF-8"),
+        (b"[" * 4000, None, "nests too deeply"),
         (json.dumps({**ASKED, "model": 3}).encode(), "model", "not 3"),
-        (json.dumps({**ASKED, "prompt": [1, "a"]}).encode(), "prompt", "prompt"),
-        (json.dumps({**ASKED, "prompt": []}).encode(), "prompt", "prompt"),
+        (json.dumps({**ASKED, "prompt": [1, "a"]}).encode(), "prompt", "must be a text, a list"),
+        (json.dumps({**ASKED, "prompt": []}).encode(), "prompt", "at least 1 item"),
+        (json.dumps({**ASKED, "stop": ["a"] * 20}).encode(), "stop", "at most 16 items"),
+        (json.dumps({**ASKED, "stop": 3}).encode(), "stop", "a text or a list of texts, not 3"),
         (json.dumps({**ASKED, "temperature": float("nan")}).encode(), "temperature", "nan"),
         (json.dumps({**ASKED, "seed": 2**70}).encode(), "seed", "seed"),
         (json.dumps({**ASKED, "stop": ""}).encode(), "stop", "stop"),
@@ -109,7 +112,7 @@ def test_paths_and_methods_that_are_not_there(client: httpx2.Client):
     assert "/nothing" in error_of(client.get("/nothing"), 404)["message"]
     assert error_of(client.get("/v1/models/none"), 404)["code"] == "model_not_found"
     refused = client.get("/v1/completions")
-    error_of(refused, 405)
+    assert error_of(refused, 405)["message"].endswith("does not take GET; use POST")
     assert refused.headers["allow"] == "POST"
 
 

@@ -70,6 +70,9 @@ class ExperimentPlan(Table):
         for name, table in (("models", self.models), ("weights", self.weights)):
             if set(table) != set(ARMS):
                 raise ValueError(f"{name} must name {list(ARMS)}, got {sorted(table)}")
+        nameless = [arm for arm in ARMS if not self.models[arm].strip()]
+        if nameless:
+            raise ValueError(f"{nameless[0]} has an empty name; name the model that serves it")
         check_weights(self.weights)
         if min(self.weights.values()) <= 0:
             raise ValueError(f"weights are {self.weights}; an arm without units shows nothing")
@@ -104,5 +107,4 @@ def plan_of(config: Mapping[str, Any]) -> ExperimentPlan:
         return ExperimentPlan.model_validate(dict(config))
     except ValidationError as error:
         names = list(ExperimentPlan.model_fields)
-        sentence = explain_settings(error, names, of="experiment")
-        raise ConfigError(sentence.replace("value error, ", "")) from None
+        raise ConfigError(explain_settings(error, names, of="experiment")) from None

@@ -69,6 +69,8 @@ def start(
         **dict(_setting(word) for word in settings or []),
     }
     plan = plan_of(config)
+    if not name.strip():
+        raise ConfigError("the experiment's name is empty; give it one")
     with _opened(store) as opened:
         if opened.experiment(name) is not None:
             raise ConfigError(f"there is an experiment {name!r} already; choose another name")

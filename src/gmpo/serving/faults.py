@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from gmpo.serving.backend import BackendError, BackendFault
@@ -36,6 +37,14 @@ _TYPES = {
     504: "timeout_error",
 }
 _LONGEST_VALUE = 80
+_OTHER_FORM = ("string_type", "list_type", "int_type")
+"""Complaints of the forms of a field that were not meant."""
+_FORMS = {
+    "prompt": "a text, a list of token ids, or a list of either",
+    "stop": "a text or a list of texts",
+    "content": "a text or a list of text parts",
+}
+_TELLS_VALUE = ("missing", "too_long", "too_short")
 
 
 class ApiError(Exception):
@@ -119,9 +128,12 @@ def install(app: FastAPI) -> None:
 
     async def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        allowed = Headers(error.headers).get("allow", "another method")
         said = {
+            400: "the body cannot be read: it is not UTF-8, nests too deeply, or holds a number of "
+            "too many digits; send one JSON object as application/json",
             404: f"there is no {request.url.path}; see /openapi.json for what there is",
-            405: f"{request.url.path} does not take {request.method}",
+            405: f"{request.url.path} does not take {request.method}; use {allowed}",
         }.get(error.status_code, str(error.detail))
         return error_response(ApiError(error.status_code, said), error.headers)
 
@@ -138,7 +150,7 @@ def install(app: FastAPI) -> None:
 
 def _explained(errors: Sequence[Any]) -> ApiError:
     """The first thing that is wrong with a body, and how many more there are."""
-    first = errors[0]
+    first = _telling(errors)
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         where = first["loc"][-1]
@@ -153,10 +165,20 @@ def _explained(errors: Sequence[Any]) -> ApiError:
     # Of a field with several forms the name of the form follows; it says nothing to the client.
     names = [str(part) for part in place if not _is_form(str(part))]
     param = ".".join(names)
-    value = "" if first["type"] == "missing" else f", not {_shown(first.get('input'))}"
+    value = "" if first["type"] in _TELLS_VALUE else f", not {_shown(first.get('input'))}"
+    said = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in _OTHER_FORM and len(names) < len(place) and names[-1] in _FORMS:
+        said = f"it must be {_FORMS[names[-1]]}"
     more = len({str(error["loc"][1:2]) for error in errors}) - 1
     others = f" ({more} more fields are wrong)" if more else ""
-    return ApiError(400, f"{param}: {first['msg']}{value}{others}", param=param)
+    return ApiError(400, f"{param}: {said}{value}{others}", param=param)
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """What is wrong with the first field: in the form that was meant, if it has several."""
+    field = errors[0]["loc"][:2]
+    of_field = [error for error in errors if error["loc"][:2] == field]
+    return next((one for one in of_field if one["type"] not in _OTHER_FORM), of_field[0])
 
 
 def _is_form(part: str) -> bool:
