@@ -1,31 +1,30 @@
-"""Cycles with the real gate and store whose models are drawn: accuracies in place of weights."""
+"""Cycles with the real gate, registry and store, and accuracies in place of models."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tests.learning import NAME, version
+from tests.learning import NAME
+from tests.registries import model_folder
 
 from gmpo.continual import ControllerSettings, run_cycle
 from gmpo.continual_records import CycleFacts, CycleResult, StepReport
 from gmpo.continual_release import (
     Compared,
-    VersionRegistry,
     approve_step,
     gate_step,
     promote_step,
     roll_back_step,
     write_compared,
 )
-from gmpo.errors import ChampionMoved, DataError, StoreLocked
+from gmpo.errors import StoreLocked
 from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import GateDecision, PairedSuite
-from gmpo.store import Champion, ModelVersion, Store
+from gmpo.gate_records import PairedSuite
+from gmpo.registry import Registry
+from gmpo.store import Store
 
 MARGIN = 0.05
 SIZES = {"old": 600, "new": 400}
@@ -35,50 +34,6 @@ DELTAS = (0.05, 0.0, -MARGIN, -2 * MARGIN)
 
 class Killed(BaseException):
     """The process died here, as far as the cycle is concerned."""
-
-
-class StoreRegistry:
-    """A registry of versions without files; evidence has to pass, and to be about the pair."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def add(
-        self,
-        path: Path,
-        *,
-        name: str,
-        parent: str | None,
-        lineage: dict[str, Any],
-        metrics: dict[str, Any],
-    ) -> ModelVersion:
-        made = version(path.name, parent=parent)
-        self._store.put_model_version(made)
-        return made
-
-    def promote(
-        self,
-        name: str,
-        *,
-        expected_champion: str | None,
-        candidate: str,
-        evidence: GateDecision | Mapping[str, Any],
-    ) -> Champion:
-        told = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
-        pair = (told["champion"], told["candidate"])
-        if told["outcome"] != "pass" or pair != (expected_champion, candidate):
-            raise DataError(f"the evidence is {told['outcome']!r} about {pair}")
-        return self._store.set_champion(
-            name, expected=expected_champion, version=candidate, reason={"evidence": told}
-        )
-
-    def rollback(self, name: str, *, expected_champion: str, reason: dict[str, Any]) -> Champion:
-        now = self._store.champion(name)
-        if now is None or now.version != expected_champion or now.previous is None:
-            raise ChampionMoved(name, expected=expected_champion, found=now and now.version)
-        return self._store.set_champion(
-            name, expected=expected_champion, version=now.previous, reason=dict(reason)
-        )
 
 
 @dataclass(kw_only=True)
@@ -96,7 +51,7 @@ class DrawnWork:
     """
 
     store: Store
-    registry: VersionRegistry
+    registry: Registry
     faults: random.Random
     fault_rate: float
     skills: dict[str, float]
@@ -125,10 +80,12 @@ class DrawnWork:
         skill = self.skills[facts.champion]
         # Chances stay where every delta can be had.
         delta = draw.choice([d for d in DELTAS if abs(skill + d) <= 0.2])
-        name = f"v{facts.number}"
-        self.skills[name], self.deltas[name] = skill + delta, delta
         self.risk()
-        self.registry.add(folder / name, name=NAME, parent=facts.champion, lineage={}, metrics={})
+        made = self.registry.add(
+            model_folder(folder / "model", float(facts.number)), name=NAME, parent=facts.champion
+        )
+        name = made.version
+        self.skills[name], self.deltas[name] = skill + delta, delta
         self.risk()
         return StepReport(passed=True, sentence="drawn", details={"new_model_version": name})
 
@@ -150,7 +107,7 @@ class DrawnWork:
 
     def gate(self, facts: CycleFacts, folder: Path) -> StepReport:
         self.risk()
-        return gate_step(facts, policy=GatePolicy(degradation_limit=MARGIN))
+        return gate_step(facts, self.registry, policy=GatePolicy(degradation_limit=MARGIN))
 
     def live_test(self, facts: CycleFacts, folder: Path) -> StepReport:
         return self._passes()
@@ -179,8 +136,8 @@ class DrawnWork:
         return StepReport(passed=True, sentence="it passes")
 
 
-def finish_cycle(store: Store, work: DrawnWork, folder: Path) -> CycleResult:
-    """A cycle begun and, however often it breaks or dies, brought to its end."""
+def finish_cycle(store: Store, work: DrawnWork, folder: Path, *, number: int) -> CycleResult:
+    """The cycle of that number, begun and, however often it breaks or dies, brought to its end."""
 
     def tell(step: str, moment: str, _: StepReport | None) -> None:
         if moment != "begins" and work.faults.random() < work.fault_rate / 2:
@@ -197,5 +154,15 @@ def finish_cycle(store: Store, work: DrawnWork, folder: Path) -> CycleResult:
                 settings=ControllerSettings(tell=tell, lease_seconds=600.0),
             )
         except (Killed, StoreLocked):
-            continue
+            ended = [cycle for cycle in store.cycles(NAME)[number - 1 :] if cycle.ended]
+            if ended:  # it died between its end and telling it
+                return CycleResult(**ended[0].payload["result"])
     raise AssertionError("a cycle did not end within 1,000 tries")
+
+
+def adopted(store: Store, folder: Path) -> tuple[Registry, str]:
+    """A registry with a first champion, and its version."""
+    registry = Registry(store, folder / "models")
+    first = registry.add(model_folder(folder / "first", 0.0), name=NAME)
+    registry.adopt(NAME, first.version, reason="first")
+    return registry, first.version

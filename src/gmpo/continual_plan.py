@@ -12,7 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from gmpo.config import RunConfig
+from gmpo.data_quality import DataChecks
 from gmpo.errors import ConfigError, RunFolderError
+from gmpo.gate_policy import GatePolicy
 from gmpo.records import Prompt
 from gmpo.task_config import JsonlTask, Table
 from gmpo.tasks import jsonl_task
@@ -47,8 +49,13 @@ class LearnPlan(Table):
     """Share of earlier rows among those trained on, as far as there are so many."""
     min_rows: int = Field(default=20, ge=2)
     """Accepted rows that a batch needs."""
-    max_rejected_share: float = Field(default=0.5, ge=0, le=1)
-    """Rejected rows above this share of the batch refuse all of it."""
+    checks: DataChecks = DataChecks(most_rejected=0.5)
+    """Limits that new rows are held against."""
+    check_samples: int = Field(default=8, ge=0)
+    """Completions of each new row that the champion is asked for, to find rows that are too hard,
+    too easy or wrong; 0 asks for none."""
+    check_earlier_rows: int = Field(default=100, ge=1)
+    """Earlier rows that it is asked as well, to compare with."""
     small_rows: int = Field(default=100, ge=2)
     """Rows of the small update, as in the article."""
     small_rounds: int = Field(default=2, ge=1)
@@ -61,6 +68,8 @@ class LearnPlan(Table):
     """Margin, in points of accuracy: what a candidate may be worse by."""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Error rate of every decision."""
+    growth_limits: dict[str, float] = Field(default={"latency": 1.2, "length": 1.5})
+    """Largest growth of latency in the live test, and of completions' lengths in the evaluation."""
     approval: Literal["manual", "auto"] = "manual"
     """Whether a person has to say yes before a candidate serves."""
     gateway: str | None = None
@@ -69,11 +78,25 @@ class LearnPlan(Table):
     traffic: str | None = None
     """File of requests for the live test and the watch; None takes the suites' items."""
     live_items: int = Field(default=200, ge=1)
-    """Requests that champion and candidate both answer in the live test."""
-    watch_items: int = Field(default=300, ge=1)
-    """Requests that the new champion answers where it serves."""
+    """Requests of the live test, which the watch asks again."""
     serve_seconds: float = Field(default=120.0, gt=0)
     """Longest wait for a server to load a version."""
+
+    def gate_policy(self) -> GatePolicy:
+        """The gate's margins and limits."""
+        return GatePolicy(
+            degradation_limit=self.degradation_limit,
+            alpha=self.alpha,
+            growth_limits=self.growth_limits,
+        )
+
+    @model_validator(mode="after")
+    def _limits_are_the_gates(self) -> LearnPlan:
+        self.gate_policy()
+        for name in ("latency", "length"):
+            if name not in self.growth_limits:
+                raise ValueError(f"growth_limits lacks {name}; give both latency and length")
+        return self
 
     @model_validator(mode="after")
     def _traffic_has_a_server(self) -> LearnPlan:

@@ -7,24 +7,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gmpo.continual import CycleWaits, open_cycle
 from gmpo.continual_records import CycleFacts, StepReport
-from gmpo.errors import ChampionMoved, ConfigError, RunFolderError
+from gmpo.errors import ChampionMoved, ConfigError, PromotionRefused, RunFolderError
 from gmpo.gate import decide_gate
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
-from gmpo.store import Champion, Event, ModelVersion, Store
+from gmpo.registry import Registry
+from gmpo.store import Event, Store
 
 __all__ = [
     "Compared",
-    "VersionRegistry",
     "answer_approval",
     "approve_step",
     "gate_step",
+    "is_compared",
     "promote_step",
     "read_compared",
     "require_decidable",
@@ -34,41 +35,6 @@ __all__ = [
 
 _COMPARED = "compared.json"
 _APPROVAL = "approval"
-
-
-class VersionRegistry(Protocol):
-    """Where versions are kept, and the champion among them is changed."""
-
-    def add(
-        self,
-        path: Path,
-        *,
-        name: str,
-        parent: str | None,
-        lineage: dict[str, Any],
-        metrics: dict[str, Any],
-    ) -> ModelVersion:
-        """Keep a copy of a model's folder as a version; the same weights are the same version."""
-        ...
-
-    def promote(
-        self, name: str, *, expected_champion: str | None, candidate: str, evidence: dict[str, Any]
-    ) -> Champion:
-        """Make the candidate the champion, by a gate's decision that passed.
-
-        Raises:
-            ChampionMoved: another version serves than expected.
-            gmpo.errors.GmpoError: the evidence did not pass, or is about others.
-        """
-        ...
-
-    def rollback(self, name: str, *, expected_champion: str, reason: dict[str, Any]) -> Champion:
-        """Make the champion's predecessor serve again.
-
-        Raises:
-            ChampionMoved: another version serves than expected.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +67,19 @@ def write_compared(folder: Path, compared: Compared) -> None:
         "safety": [vars(count) for count in compared.safety],
     }
     try:
-        (folder / _COMPARED).write_text(json.dumps(record), encoding="utf-8")
+        partial = folder / f"{_COMPARED}.partial"
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.rename(folder / _COMPARED)
     except OSError as error:
         raise RunFolderError(
             f"outcomes cannot be written to {folder}: {error.strerror}; free space, then give the "
             "same command again"
         ) from None
+
+
+def is_compared(folder: Path) -> bool:
+    """Whether `write_compared` wrote there, to its end."""
+    return (folder / _COMPARED).is_file()
 
 
 def read_compared(folder: Path) -> Compared:
@@ -130,8 +103,11 @@ def _arrays(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {side: np.array(record[side], dtype=float) for side in ("champion", "candidate")}
 
 
-def gate_step(facts: CycleFacts, *, policy: GatePolicy) -> StepReport:
-    """Decide by what `evaluate` wrote; what is inconclusive is not released."""
+def gate_step(facts: CycleFacts, registry: Registry, *, policy: GatePolicy) -> StepReport:
+    """Decide by what `evaluate` wrote; what is inconclusive is not released.
+
+    The registry keeps the decision, so that a person may promote by it.
+    """
     compared = read_compared(facts.files("evaluate"))
     decision = decide_gate(
         compared.suites,
@@ -141,6 +117,9 @@ def gate_step(facts: CycleFacts, *, policy: GatePolicy) -> StepReport:
         safety=compared.safety,
         guardrails=compared.guardrails,
     )
+    kept = registry.newest_decision(facts.name, facts.candidate) or {}
+    if (kept.get("champion"), kept.get("outcome")) != (facts.champion, decision.outcome):
+        registry.submit(facts.name, decision)
     reason = None
     if decision.outcome == "inconclusive":
         reason = "Evidence is inconclusive"
@@ -207,7 +186,7 @@ def approve_step(facts: CycleFacts, store: Store, *, is_automatic: bool) -> Step
             )
     raise CycleWaits(
         f"version {facts.candidate} passed the gate and waits for a person: approve it with "
-        "gmpo learn --approve, or refuse it with --refuse"
+        "gmpo learn --approve or gmpo registry promote, or refuse it with --refuse"
     )
 
 
@@ -235,7 +214,7 @@ def answer_approval(store: Store, name: str, *, approved: bool, by: str) -> str:
     return candidate
 
 
-def promote_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> StepReport:
+def promote_step(facts: CycleFacts, store: Store, registry: Registry) -> StepReport:
     """Make the candidate the champion once, however often it is asked for.
 
     A champion that a person took back meanwhile stays taken back.
@@ -259,9 +238,12 @@ def promote_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> 
             expected_champion=facts.champion,
             candidate=facts.candidate,
             evidence=evidence,
+            by=f"cycle {facts.number}",
         )
     except ChampionMoved as error:
         return StepReport(passed=False, sentence=str(error))
+    except PromotionRefused as error:
+        return StepReport(passed=False, sentence=str(error), reason="Promotion refused")
     return StepReport(
         passed=True,
         sentence=f"version {champion.version} serves in place of {facts.champion}",
@@ -269,7 +251,7 @@ def promote_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> 
     )
 
 
-def roll_back_step(facts: CycleFacts, store: Store, registry: VersionRegistry) -> StepReport:
+def roll_back_step(facts: CycleFacts, store: Store, registry: Registry) -> StepReport:
     """Make the old champion serve again, unless somebody else has changed it already."""
     now = store.champion(facts.name)
     if now is None or now.version != facts.candidate:

@@ -17,13 +17,7 @@ from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
 
-__all__ = [
-    "ModelAsked",
-    "completion_lengths",
-    "sampled_texts",
-    "some_items",
-    "success_shares",
-]
+__all__ = ["ModelAsked", "completion_lengths", "some_items", "success_shares"]
 
 
 class ModelAsked:
@@ -107,38 +101,6 @@ class ModelAsked:
         }
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         return self._folder / version / f"{name}-{digest}"
-
-
-def sampled_texts(
-    recipe: RunConfig,
-    model: Path,
-    prompts: Sequence[Prompt],
-    *,
-    samples: int,
-    warn: Callable[[str], None],
-) -> list[list[str]]:
-    """Completions of each prompt, drawn at temperature 1 by the recipe's limits.
-
-    Args:
-        recipe: how the model is asked.
-        model: its folder.
-        prompts: in any form that training takes.
-        samples: completions of each.
-        warn: told in one sentence what is not as expected.
-
-    Raises:
-        gmpo.errors.GmpoError: the model cannot be loaded, or a prompt does not fit its context.
-    """
-    from gmpo.assembly import open_evaluator
-
-    named = recipe.model.model_copy(update={"name": str(model)})
-    config = recipe.model_copy(update={"model": named})
-    way = Way(name="sampled", num_samples=samples, temperature=1.0)
-    with open_evaluator(config, warn=warn) as (evaluator, _):
-        found = evaluator.item_outcomes(
-            prompts, way=way, key=("validate", recipe.training.seed), keep_texts=True
-        )
-    return [[one.text or "" for one in item.completions] for item in found]
 
 
 def some_items(items: Sequence[Prompt], most: int, *, seed: str) -> tuple[Prompt, ...]:

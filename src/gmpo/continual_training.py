@@ -113,18 +113,32 @@ def _one_process(
     return worker.attempt()
 
 
-def trained_model(run: Path) -> Path:
+def trained_model(run: Path, *, merged: Path) -> Path:
     """Folder of the weights that a finished run ended with.
+
+    Args:
+        run: its folder.
+        merged: where the whole model is written if the run trained adapters, whose base need not
+            stay; a folder that a killed process left there is taken for whole, as it is renamed.
 
     Raises:
         CheckpointError: the newest checkpoint is damaged.
+        ExportError: the whole model cannot be written.
     """
     from gmpo.checkpoint import checkpoint_model, latest_checkpoint, verified_content
+    from gmpo.export import export_run
+    from gmpo.policy.adapter_files import is_adapter_folder
 
+    if merged.is_dir():
+        return merged
     checkpoint = latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None, "the last round writes a checkpoint"
     verified_content(checkpoint)
-    return checkpoint_model(checkpoint)
+    model = checkpoint_model(checkpoint)
+    if is_adapter_folder(model):
+        export_run(run, merged)
+        return merged
+    return model
 
 
 def stability_metrics(run: Path, recipe: RunConfig) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.drawn_cycles import MARGIN, DrawnWork, StoreRegistry, finish_cycle
-from tests.learning import NAME, START, begin_champion
+from tests.drawn_cycles import MARGIN, DrawnWork, adopted, finish_cycle
+from tests.learning import NAME
+from tests.registries import model_folder
 
 from gmpo.continual import CycleWaits
 from gmpo.continual_records import CycleFacts, StepReport
@@ -30,50 +31,59 @@ from gmpo.continual_release import (
 from gmpo.errors import ConfigError
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
+from gmpo.registry import Registry
 from gmpo.store import Store, open_store
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A cycle before its gate: the champion answers half of 1,000 items, the candidate a share."""
+
+    store: Store
+    registry: Registry
+    facts: CycleFacts
+
+    @property
+    def champion(self) -> str:
+        return self.facts.champion
+
+    @property
+    def candidate(self) -> str:
+        return self.facts.candidate
+
+    def champions(self) -> list[str]:
+        return [champion.version for champion in self.store.champion_history(NAME)]
+
+    def gated(self) -> CycleFacts:
+        policy = GatePolicy(degradation_limit=MARGIN)
+        report = gate_step(self.facts, self.registry, policy=policy)
+        return replace(self.facts, reports={**self.facts.reports, "gate": report})
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(str(tmp_path / "store.db")) as opened:
-        begin_champion(opened)
-        yield opened
+def make_place(tmp_path: Path) -> Iterator[Callable[[float], Place]]:
+    with open_store(str(tmp_path / "store.db")) as store:
 
+        def make(share: float) -> Place:
+            registry, champion = adopted(store, tmp_path)
+            made = registry.add(model_folder(tmp_path / "new", 1.0), name=NAME, parent=champion)
+            (tmp_path / "evaluate").mkdir()
+            answered = np.arange(1000) < 1000 * share
+            suite = PairedSuite(suite="old", champion=np.arange(1000) < 500, candidate=answered)
+            write_compared(tmp_path / "evaluate", Compared(suites=[suite]))
+            details = {"new_model_version": made.version}
+            facts = CycleFacts(
+                name=NAME,
+                number=1,
+                folder=tmp_path,
+                champion=champion,
+                champion_revision=1,
+                request={},
+                reports={"update": StepReport(passed=True, sentence="made", details=details)},
+            )
+            return Place(store=store, registry=registry, facts=facts)
 
-def facts(store: Store, folder: Path, *, shares: float = 0.5) -> CycleFacts:
-    """A cycle whose candidate v1 answers this share of 1,000 items; the champion answers half."""
-    StoreRegistry(store).add(folder / "v1", name=NAME, parent=START, lineage={}, metrics={})
-    (folder / "evaluate").mkdir()
-    champion = np.arange(1000) < 500
-    write_compared(
-        folder / "evaluate",
-        Compared(
-            suites=[
-                PairedSuite(
-                    suite="old", champion=champion, candidate=np.arange(1000) < 1000 * shares
-                )
-            ]
-        ),
-    )
-    made = StepReport(passed=True, sentence="made", details={"new_model_version": "v1"})
-    return CycleFacts(
-        name=NAME,
-        number=1,
-        folder=folder,
-        champion=START,
-        champion_revision=1,
-        request={},
-        reports={"update": made},
-    )
-
-
-def gated(known: CycleFacts) -> CycleFacts:
-    report = gate_step(known, policy=GatePolicy(degradation_limit=MARGIN))
-    return replace(known, reports={**known.reports, "gate": report})
-
-
-def champions(store: Store) -> list[str]:
-    return [champion.version for champion in store.champion_history(NAME)]
+        yield make
 
 
 def test_what_was_compared_comes_back(tmp_path: Path):
@@ -95,73 +105,85 @@ def test_what_was_compared_comes_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("shares", "passed", "reason"),
-    [
-        (0.5, True, None),
-        (0.56, True, None),
-        (0.3, False, None),
-        (0.46, False, None),
-    ],
+    ("share", "passed"), [(0.5, True), (0.56, True), (0.3, False), (0.46, False)]
 )
-def test_the_gate_decides_by_what_was_compared(
-    store: Store, tmp_path: Path, shares: float, passed: bool, reason: str | None
-):
-    report = gate_step(
-        facts(store, tmp_path, shares=shares), policy=GatePolicy(degradation_limit=MARGIN)
-    )
+def test_the_gate_decides_by_what_was_compared(make_place, share: float, passed: bool):
+    place = make_place(share)
+    report = gate_step(place.facts, place.registry, policy=GatePolicy(degradation_limit=MARGIN))
     assert report.passed is passed
-    assert report.details["performance_improvement"] == pytest.approx(shares - 0.5)
-    assert report.details["decision"]["candidate"] == "v1"
+    assert report.details["performance_improvement"] == pytest.approx(share - 0.5)
+    # The registry knows what passed, once, so that a person may promote it.
+    place.gated()
+    assert [one.version for one in place.registry.candidates(NAME)] == (
+        [place.candidate] if passed else []
+    )
+    assert place.store.count_events(kinds=["gate"]) == 1
 
 
-def test_evidence_that_decides_nothing_is_named_as_such(store: Store, tmp_path: Path):
-    known = facts(store, tmp_path)
+def test_evidence_that_decides_nothing_is_named_as_such(make_place):
+    place = make_place(0.5)
     few = {"champion": np.tile([0.0, 1.0], 30), "candidate": np.tile([1.0, 0.0], 30)}
-    write_compared(known.files("evaluate"), Compared(suites=[PairedSuite(suite="old", **few)]))
-    report = gate_step(known, policy=GatePolicy(degradation_limit=MARGIN))
+    compared = Compared(suites=[PairedSuite(suite="old", **few)])
+    write_compared(place.facts.files("evaluate"), compared)
+    report = gate_step(place.facts, place.registry, policy=GatePolicy(degradation_limit=MARGIN))
     assert (report.passed, report.reason) == (False, "Evidence is inconclusive")
     unsafe = SafetyCount(name="canaries", num_prompts=300, num_violations=60)
-    write_compared(
-        known.files("evaluate"),
-        Compared(suites=[PairedSuite(suite="old", **few)], safety=[unsafe]),
-    )
+    write_compared(place.facts.files("evaluate"), replace(compared, safety=[unsafe]))
     policy = GatePolicy(degradation_limit=MARGIN, safety_limits={"canaries": 0.02})
-    assert gate_step(known, policy=policy).reason == "Safety test failed"
+    assert gate_step(place.facts, place.registry, policy=policy).reason == "Safety test failed"
 
 
-def test_a_candidate_is_promoted_once_and_taken_back_once(store: Store, tmp_path: Path):
-    known, registry = gated(facts(store, tmp_path)), StoreRegistry(store)
+def test_a_candidate_is_promoted_once_and_taken_back_once(make_place):
+    place = make_place(0.5)
+    known, store, registry = place.gated(), place.store, place.registry
     assert promote_step(known, store, registry).passed
-    assert promote_step(known, store, registry).sentence == "version v1 serves already"
-    assert champions(store) == [START, "v1"]
+    again = promote_step(known, store, registry)
+    assert again.sentence == f"version {place.candidate} serves already"
+    assert place.champions() == [place.champion, place.candidate]
     watched = StepReport(passed=False, sentence="it disappoints")
     known = replace(known, reports={**known.reports, "watch": watched})
     assert roll_back_step(known, store, registry).passed
-    assert (
-        roll_back_step(known, store, registry).sentence == f"version {START} serves already, not v1"
-    )
-    assert champions(store) == [START, "v1", START]
-    # A person's roll-back is not undone by a promotion that is tried again.
+    again = roll_back_step(known, store, registry)
+    assert again.sentence == f"version {place.champion} serves already, not {place.candidate}"
+    assert place.champions() == [place.champion, place.candidate, place.champion]
+    # A roll-back is not undone by a promotion that is tried again.
     report = promote_step(known, store, registry)
     assert not report.passed
     assert "taken back by somebody else" in report.sentence
-    assert champions(store) == [START, "v1", START]
+    assert len(place.champions()) == 3
 
 
-def test_a_champion_that_moved_meanwhile_stays(store: Store, tmp_path: Path):
-    known, registry = gated(facts(store, tmp_path)), StoreRegistry(store)
-    registry.add(tmp_path / "v9", name=NAME, parent=START, lineage={}, metrics={})
-    store.set_champion(NAME, expected=START, version="v9", reason={"why": "a person"})
-    report = promote_step(known, store, registry)
+def test_a_champion_that_moved_meanwhile_stays(make_place, tmp_path: Path):
+    place = make_place(0.5)
+    known = place.gated()
+    other = place.registry.add(model_folder(tmp_path / "other", 9.0), name=NAME).version
+    place.store.set_champion(
+        NAME, expected=place.champion, version=other, reason={"why": "a person"}
+    )
+    report = promote_step(known, place.store, place.registry)
     assert not report.passed
-    assert "is v9, not v0 as expected" in report.sentence
-    assert champions(store) == [START, "v9"]
+    assert f"is {other}, not {place.champion} as expected" in report.sentence
+    assert place.champions() == [place.champion, other]
 
 
-def test_a_person_says_yes_or_no(store: Store, tmp_path: Path):
-    known = gated(facts(store, tmp_path))
+def test_a_candidate_whose_files_are_damaged_is_not_promoted(make_place):
+    place = make_place(0.5)
+    known = place.gated()
+    version = place.store.model_version(place.candidate)
+    assert version is not None
+    weights = Path(version.path) / "model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"nothing")
+    report = promote_step(known, place.store, place.registry)
+    assert (report.passed, report.reason) == (False, "Promotion refused")
+    assert place.champions() == [place.champion]
+
+
+def test_a_person_says_yes_or_no(make_place):
+    place = make_place(0.5)
+    known, store = place.gated(), place.store
     assert approve_step(known, store, is_automatic=True).passed
-    with pytest.raises(CycleWaits, match="v1 passed the gate and waits for a person"):
+    with pytest.raises(CycleWaits, match="passed the gate and waits for a person"):
         approve_step(known, store, is_automatic=False)
     with pytest.raises(ConfigError, match="none goes on"):
         answer_approval(store, NAME, approved=True, by="ann")
@@ -170,7 +192,7 @@ def test_a_person_says_yes_or_no(store: Store, tmp_path: Path):
         answer_approval(store, NAME, approved=True, by="ann")
     told = {name: report.as_dict() for name, report in known.reports.items()}
     store.move_cycle(begun, state="approve", payload={"reports": told})
-    assert answer_approval(store, NAME, approved=False, by="ann") == "v1"
+    assert answer_approval(store, NAME, approved=False, by="ann") == place.candidate
     assert approve_step(known, store, is_automatic=False) == StepReport(
         passed=False,
         sentence="refused by ann",
@@ -181,6 +203,16 @@ def test_a_person_says_yes_or_no(store: Store, tmp_path: Path):
     # Another cycle's candidate may have the same weights; its approval is its own.
     with pytest.raises(CycleWaits):
         approve_step(replace(known, number=2), store, is_automatic=False)
+    # Whoever promotes by hand has approved.
+    place.registry.promote(
+        NAME,
+        expected_champion=place.champion,
+        candidate=place.candidate,
+        evidence=known.reports["gate"].details["decision"],
+    )
+    assert "promoted the candidate already" in (
+        approve_step(replace(known, number=2), store, is_automatic=False).sentence
+    )
 
 
 def test_suites_too_small_for_the_margin_are_refused_before_anything_is_trained():
@@ -194,18 +226,18 @@ def test_suites_too_small_for_the_margin_are_refused_before_anything_is_trained(
 def run_cycles(folder: Path, count: int) -> int:
     """Run cycles with faults; how many drops of twice the margin were promoted."""
     with open_store(str(folder / "store.db")) as store:
-        begin_champion(store)
+        registry, first = adopted(store, folder)
         work = DrawnWork(
             store=store,
-            registry=StoreRegistry(store),
+            registry=registry,
             faults=random.Random("faults"),
             fault_rate=0.05,
-            skills={START: 0.0},
+            skills={first: 0.0},
         )
         promoted = []
         for number in range(1, count + 1):
             serving = store.champion(NAME)
-            result = finish_cycle(store, work, folder / "learn")
+            result = finish_cycle(store, work, folder / "learn", number=number)
             now = store.champion(NAME)
             assert serving is not None
             assert now is not None
@@ -217,6 +249,7 @@ def run_cycles(folder: Path, count: int) -> int:
             else:
                 assert now.version == serving.version
             shutil.rmtree(folder / "learn")
+            registry.collect_garbage(NAME, keep=1)
         cycles = store.cycles(NAME)
         assert [cycle.number for cycle in cycles] == list(range(1, count + 1))
         assert all(cycle.ended is not None for cycle in cycles)

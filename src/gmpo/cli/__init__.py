@@ -13,6 +13,7 @@ from gmpo.cli.dashboard import dashboard
 from gmpo.cli.data import data
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.inspect import inspect
+from gmpo.cli.learn import learn
 from gmpo.cli.models import export, models, sample
 from gmpo.cli.monitor import monitor
 from gmpo.cli.quality import quality
@@ -38,6 +39,7 @@ for _command in (
     sample,
     serve,
     quality,
+    learn,
     monitor,
     dashboard,
     export,

@@ -1,0 +1,325 @@
+"""`gmpo learn`."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gmpo.cli.conventions import (
+    JsonOption,
+    SetOption,
+    refuses_clearly,
+    say,
+    threads_of_each,
+    warn,
+)
+from gmpo.errors import ConfigError
+from gmpo.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from gmpo.continual import ControllerSettings, Moment
+    from gmpo.continual_plan import LearnPlan
+    from gmpo.continual_records import CycleResult, StepReport
+    from gmpo.continual_triggers import Triggers
+    from gmpo.continual_work import RealWork
+    from gmpo.store import Store
+
+__all__ = ["learn"]
+
+_StoreUrl = Annotated[
+    str | None, typer.Option(help="The store: a SQLite file or a PostgreSQL URL.")
+]
+_Name = Annotated[str | None, typer.Option(help="The model, as the store names it.")]
+_Data = Annotated[
+    list[str] | None,
+    typer.Option(help="JSONL file or folder of new rows: prompt, answer; repeatable."),
+]
+_Recipe = Annotated[str, typer.Option(help="Recipe that trains; its task is not used.")]
+_Suites = Annotated[
+    list[str] | None,
+    typer.Option("--suite", help="NAME=FILE of items, of old tasks and new ones; repeatable."),
+]
+_Replay = Annotated[
+    list[str] | None, typer.Option(help="File of earlier rows to mix in; repeatable.")
+]
+_Plan = Annotated[Path | None, typer.Option(help="TOML file of further settings of the cycle.")]
+_Gateway = Annotated[
+    str | None,
+    typer.Option(help="Base URL of gmpo serve --follow NAME, for live test and watch."),
+]
+_Approval = Annotated[
+    str | None, typer.Option(help="manual (default): a person says yes; auto: nobody has to.")
+]
+_Folder = Annotated[
+    Path | None, typer.Option(help="Of cycles and versions; beside a SQLite store by default.")
+]
+_WhenRows = Annotated[int | None, typer.Option(min=1, help="Begin only with so many new rows.")]
+_EveryHours = Annotated[
+    float | None, typer.Option(min=0.0, help="Begin only so long after the newest cycle.")
+]
+_OnDrift = Annotated[
+    bool, typer.Option("--on-drift", help="Begin only after an anomaly of what serves.")
+]
+_Wait = Annotated[
+    float, typer.Option(min=0.0, help="Seconds to wait for another controller's lease.")
+]
+_Approve = Annotated[
+    bool, typer.Option("--approve", help="Say yes to the candidate that waits, and go on.")
+]
+_Refuse = Annotated[
+    bool, typer.Option("--refuse", help="Say no to the candidate that waits, and go on.")
+]
+_Abandon = Annotated[str | None, typer.Option(help="End the unfinished cycle, for this reason.")]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check data and plan; train and store nothing.")
+]
+
+
+@refuses_clearly
+def learn(
+    store: _StoreUrl = None,
+    name: _Name = None,
+    data: _Data = None,
+    recipe: _Recipe = "quickstart",
+    suites: _Suites = None,
+    replay: _Replay = None,
+    plan: _Plan = None,
+    gateway: _Gateway = None,
+    approval: _Approval = None,
+    overrides: SetOption = None,
+    folder: _Folder = None,
+    when_rows: _WhenRows = None,
+    every_hours: _EveryHours = None,
+    on_drift: _OnDrift = False,
+    wait: _Wait = 0.0,
+    approve: _Approve = False,
+    refuse: _Refuse = False,
+    abandon: _Abandon = None,
+    dry_run: _DryRun = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring new data into the model that serves, if what comes out is no worse."""
+    if store is None or name is None:
+        raise ConfigError("--store and --name say which model learns")
+    acts = [approve, refuse, abandon is not None, dry_run]
+    if sum(acts) > 1:
+        raise ConfigError("give one of --approve, --refuse, --abandon and --dry-run")
+    asked = _Asked(
+        data=tuple(data or ()),
+        recipe=recipe,
+        suites=tuple(suites or ()),
+        replay=tuple(replay or ()),
+        plan=plan,
+        gateway=gateway,
+        approval=approval,
+        overrides=tuple(overrides or ()),
+    )
+    with _opened(store, name, folder, wait_seconds=wait) as learner:
+        if abandon is not None:
+            learner.abandon(abandon, as_json=as_json)
+        elif dry_run:
+            learner.dry_run(asked, as_json=as_json)
+        else:
+            if approve or refuse:
+                learner.answer(approved=approve)
+            learner.cycle(asked, _triggers(when_rows, every_hours, on_drift), as_json=as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Options of a new cycle, as they were given."""
+
+    data: tuple[str, ...]
+    recipe: str
+    suites: tuple[str, ...]
+    replay: tuple[str, ...]
+    plan: Path | None
+    gateway: str | None
+    approval: str | None
+    overrides: tuple[str, ...]
+
+    def learn_plan(self) -> LearnPlan:
+        """The plan that options and file make."""
+        from gmpo.continual_plan import plan_of
+
+        table = {} if self.plan is None else _toml(self.plan)
+        for key in ("recipe", "suites", "replay", "gateway", "approval"):
+            if key in table:
+                raise ConfigError(f"{self.plan} sets {key}; give it as an option")
+        chosen: dict[str, Any] = {
+            "recipe": load_recipe(self.recipe, self.overrides),
+            "suites": dict(_suite(word) for word in self.suites),
+            "replay": tuple(str(Path(path).absolute()) for path in self.replay),
+        }
+        if self.gateway is not None:
+            chosen["gateway"] = self.gateway
+        if self.approval is not None:
+            chosen["approval"] = self.approval
+        if not chosen["suites"]:
+            raise ConfigError("no suite is named: --suite NAME=FILE says what decides")
+        return plan_of({**table, **chosen})
+
+    def require_data(self) -> tuple[str, ...]:
+        """The files of new rows."""
+        if not self.data:
+            raise ConfigError("no new rows are named: --data FILE says what is learned")
+        return self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Learner:
+    """One model's cycles, at the places where they are kept."""
+
+    name: str
+    store: Store
+    folder: Path
+    work: RealWork
+    wait_seconds: float
+
+    def answer(self, *, approved: bool) -> None:
+        """A person's yes or no to the candidate that waits."""
+        from gmpo.continual_release import answer_approval
+
+        answer_approval(self.store, self.name, approved=approved, by=getpass.getuser())
+
+    def abandon(self, reason: str, *, as_json: bool) -> None:
+        """End the unfinished cycle where it is."""
+        from gmpo.continual import abandon_cycle
+
+        result = abandon_cycle(self.store, self.name, reason=reason, settings=self._settings())
+        if result is None:
+            raise ConfigError(f"no cycle of {self.name!r} goes on, so there is none to abandon")
+        _print(result, as_json=as_json)
+
+    def dry_run(self, asked: _Asked, *, as_json: bool) -> None:
+        """What a cycle would check and do, without training, stored nowhere."""
+        from gmpo.continual_work import dry_run
+
+        plan = asked.learn_plan()
+        told = dry_run(plan, asked.require_data(), self.work, name=self.name, folder=self.folder)
+        if as_json:
+            print(json.dumps(told))
+            return
+        for key, value in told.items():
+            print(f"{key}: {value}")
+
+    def cycle(self, asked: _Asked, triggers: Triggers, *, as_json: bool) -> None:
+        """Run the unfinished cycle to its end, or a new one if one is due."""
+        from gmpo.continual import open_cycle, run_cycle
+        from gmpo.continual_plan import batch_digest, read_batch
+        from gmpo.continual_triggers import due
+        from gmpo.continual_work import cycle_request
+
+        going_on, request = open_cycle(self.store, self.name), None
+        if going_on is None:
+            plan, data = asked.learn_plan(), asked.require_data()
+            why = due(
+                self.store,
+                self.name,
+                triggers,
+                num_rows=len(read_batch(data)),
+                data_digest=batch_digest(data),
+                now=time.time(),
+            )
+            if why is None:
+                warn("no cycle is due; nothing was done")
+                return
+            request = cycle_request(plan, data, trigger=why)
+        else:
+            warn(f"cycle {going_on.number} goes on at {going_on.state}, by the plan it began with")
+        result = run_cycle(
+            self.store,
+            self.name,
+            self.work,
+            folder=self.folder,
+            request=lambda: request or {},
+            settings=self._settings(),
+        )
+        _print(result, as_json=as_json)
+
+    def _settings(self) -> ControllerSettings:
+        from gmpo.continual import ControllerSettings
+
+        return ControllerSettings(
+            patience_seconds=self.wait_seconds, tell=_tell, should_stop=self.work.should_stop
+        )
+
+
+@contextmanager
+def _opened(url: str, name: str, folder: Path | None, *, wait_seconds: float) -> Iterator[_Learner]:
+    """The store, the registry beside it, and the work of cycles."""
+    from gmpo.continual_work import RealWork
+    from gmpo.registry import Registry
+    from gmpo.store import open_store
+    from gmpo.terminal import asked_to_stop
+
+    place = _place(url, folder)
+    with open_store(url) as opened, asked_to_stop(warn) as should_stop:
+        registry = Registry(opened, place / "models", tell=warn)
+        work = RealWork(
+            store=opened,
+            registry=registry,
+            threads=threads_of_each(1),
+            warn=warn,
+            should_stop=should_stop,
+        )
+        yield _Learner(
+            name=name,
+            store=opened,
+            folder=place / "learn" / name,
+            work=work,
+            wait_seconds=wait_seconds,
+        )
+
+
+def _place(url: str, folder: Path | None) -> Path:
+    if folder is not None:
+        return folder.absolute()
+    path = url.removeprefix("sqlite:///")
+    if "://" in path:
+        raise ConfigError("--folder says where cycles and versions are kept with such a store")
+    return Path(path).absolute().parent
+
+
+def _suite(word: str) -> tuple[str, str]:
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise ConfigError(f"--suite is {word!r}; it must be NAME=FILE")
+    return name, str(Path(path).absolute())
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"plan {path} cannot be read: {error}") from None
+
+
+def _triggers(rows: int | None, hours: float | None, on_drift: bool) -> Triggers:
+    from gmpo.continual_triggers import Triggers
+
+    seconds = None if hours is None else 3600 * hours
+    return Triggers(min_rows=rows, every_seconds=seconds, on_drift=on_drift)
+
+
+def _tell(step: str, moment: Moment, report: StepReport | None) -> None:
+    if moment == "moved" and report is not None:
+        say(step, report.sentence, style="green" if report.passed else "red")
+
+
+def _print(result: CycleResult, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    why = f": {result.reason}" if result.reason else ""
+    print(f"cycle {result.number} of {result.name}: {result.outcome}{why}")
+    print(f"  {result.step}: {result.sentence}")

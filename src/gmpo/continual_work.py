@@ -1,0 +1,392 @@
+"""The steps of a cycle with real models: GMPO training, evaluation, gate, registry, servers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmpo.continual_batch import champion_sampler, checked_batch
+from gmpo.continual_live import live_step, watch_step
+from gmpo.continual_plan import (
+    LearnPlan,
+    batch_digest,
+    mixed_rows,
+    plan_of,
+    read_batch,
+    small_recipe,
+    suite_prompts,
+    update_recipe,
+    write_rows,
+)
+from gmpo.continual_records import CycleFacts, StepReport
+from gmpo.continual_release import (
+    Compared,
+    approve_step,
+    gate_step,
+    is_compared,
+    promote_step,
+    read_compared,
+    require_decidable,
+    roll_back_step,
+    write_compared,
+)
+from gmpo.continual_suites import (
+    ModelAsked,
+    completion_lengths,
+    some_items,
+    success_shares,
+)
+from gmpo.continual_training import stability_metrics, train_run, trained_model
+from gmpo.errors import ConfigError, ModelError
+from gmpo.gate import decide_gate
+from gmpo.gate_records import Guardrail, PairedSuite
+from gmpo.outcomes import SuiteOutcomes
+from gmpo.records import Prompt
+from gmpo.registry import Registry
+from gmpo.run_process import drop_weights
+from gmpo.store import Store
+
+__all__ = ["RealWork", "cycle_request", "dry_run"]
+
+_ACCEPTED = "accepted.jsonl"
+_TRAINED_ON = "train.jsonl"
+
+
+def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict[str, Any]:
+    """What a cycle is asked to do, as its row in the store keeps it.
+
+    Args:
+        plan: of the cycle.
+        data: files of the new rows.
+        trigger: why it begins now.
+
+    Raises:
+        ConfigError: the suites are too small for the margin.
+        DataError: a file is missing or unreadable, or a row of a suite is not usable.
+    """
+    sizes = {suite: len(items) for suite, items in _suites(plan).items()}
+    require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    return {
+        "plan": plan.model_dump(mode="json"),
+        "data": [str(Path(path).absolute()) for path in data],
+        "data_digest": batch_digest(data),
+        "trigger": trigger,
+    }
+
+
+def dry_run(
+    plan: LearnPlan, data: Sequence[str], work: RealWork, *, name: str, folder: Path
+) -> dict[str, Any]:
+    """What a cycle would find in the data, and what it would do; nothing is trained or stored.
+
+    Args:
+        plan: of the cycle.
+        data: files of the new rows.
+        work: of the model's cycles.
+        name: of the model.
+        folder: of all cycles of the model.
+
+    Raises:
+        ConfigError: the model has no champion, or the suites are too small for the margin.
+        DataError: a file is missing or unreadable, or the batch is empty.
+    """
+    champion = work.store.champion(name)
+    if champion is None:
+        raise ConfigError(f"model {name!r} has no champion to learn from; adopt a first version")
+    sizes = {suite: len(items) for suite, items in _suites(plan).items()}
+    needed = require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    earlier = work.earlier_rows(plan, name=name, folder=folder)
+    report = checked_batch(
+        plan,
+        read_batch(data),
+        earlier,
+        sampler=champion_sampler(plan, Path(work.folder_of(champion.version)), warn=work.warn),
+        seed=0,
+    )
+    step = report.step(min_rows=plan.min_rows)
+    trained = mixed_rows(report.accepted, earlier, replay_share=plan.replay_share, seed=0)
+    return {
+        "champion": champion.version,
+        "data_passes": step.passed,
+        "data": step.sentence,
+        "trained_rows": len(trained),
+        "rounds": plan.recipe.training.rounds,
+        "suites": sizes,
+        "items_needed_at_least": dict(needed),
+        "approval": plan.approval,
+        "gateway": plan.gateway,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealWork:
+    """`CycleWork` on models in folders; what is done is the plan that the cycle keeps.
+
+    Attributes:
+        store: of cycles, versions and events.
+        registry: of the versions.
+        threads: CPU threads of training and of the candidate's server.
+        warn: told in one sentence what is not as expected.
+        should_stop: asked while a run trains.
+    """
+
+    store: Store
+    registry: Registry
+    threads: int
+    warn: Callable[[str], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def validate(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Check the new rows against each other, earlier data, the suites and the champion."""
+        plan, data = plan_of(facts.request["plan"]), facts.request["data"]
+        if batch_digest(data) != facts.request["data_digest"]:
+            raise ConfigError(
+                f"{', '.join(data)} changed since cycle {facts.number} began; put the old rows "
+                "back, or end the cycle with gmpo learn --abandon"
+            )
+        report = checked_batch(
+            plan,
+            read_batch(data),
+            self._earlier(facts, plan),
+            sampler=champion_sampler(plan, Path(self._champion(facts)), warn=self.warn),
+            seed=facts.number,
+        )
+        write_rows(folder / _ACCEPTED, [dict(row) for row in report.accepted])
+        write_rows(folder / "rejected.jsonl", report.rejected)
+        return report.step(min_rows=plan.min_rows)
+
+    def small_update(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Train a little on the first rows, at the full step size."""
+        plan = plan_of(facts.request["plan"])
+        rows = _accepted(facts)[: plan.small_rows]
+        write_rows(folder / _TRAINED_ON, _own_ids(rows))
+        recipe = small_recipe(
+            plan,
+            model=self._champion(facts),
+            rows=folder / _TRAINED_ON,
+            number=facts.number,
+        )
+        run = train_run(folder, recipe, threads=self.threads, should_stop=self.should_stop)
+        if run.outcome == "diverged":
+            return StepReport(passed=False, sentence=f"the small update diverged: {run.message}")
+        return StepReport(
+            passed=True,
+            sentence=f"{recipe.training.rounds} rounds on {len(rows)} rows",
+            details={"stability_metrics": stability_metrics(run.folder, recipe)},
+        )
+
+    def safety_test(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Ask champion and small update some items of each suite; a shown drop is not safe."""
+        plan = plan_of(facts.request["plan"])
+        suites = {
+            name: some_items(items, plan.safety_items, seed="safety")
+            for name, items in _suites(plan).items()
+        }
+        if not is_compared(folder):
+            small = trained_model(facts.files("small_update") / "run", merged=folder / "merged")
+            asked = self._asked(folder / "outcomes", plan)
+            write_compared(
+                folder,
+                _compared(
+                    self._asked_before(facts, plan).outcomes(
+                        facts.champion, Path(self._champion(facts)), suites
+                    ),
+                    asked.outcomes("small", small, suites),
+                ),
+            )
+        _drop_run(facts.files("small_update"), folder / "merged")
+        compared = read_compared(folder)
+        decision = decide_gate(
+            compared.suites,
+            policy=plan.gate_policy(),
+            champion=facts.champion,
+            candidate=f"small update of cycle {facts.number}",
+            guardrails=compared.guardrails,
+        )
+        return StepReport(
+            passed=decision.outcome != "fail",
+            sentence=decision.sentence,
+            details={"is_safe": decision.outcome != "fail", "decision": decision.as_dict()},
+        )
+
+    def update(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Train the candidate on new and earlier rows, and register it."""
+        plan = plan_of(facts.request["plan"])
+        rows = mixed_rows(
+            _accepted(facts),
+            self._earlier(facts, plan),
+            replay_share=plan.replay_share,
+            seed=facts.number,
+        )
+        write_rows(folder / _TRAINED_ON, rows)
+        recipe = update_recipe(
+            plan, model=self._champion(facts), rows=folder / _TRAINED_ON, number=facts.number
+        )
+        run = train_run(folder, recipe, threads=self.threads, should_stop=self.should_stop)
+        if run.outcome == "diverged":
+            return StepReport(passed=False, sentence=f"the update diverged: {run.message}")
+        figures = stability_metrics(run.folder, recipe)
+        new = sum(row["id"].startswith("new-") for row in rows)
+        version = self.registry.add(
+            trained_model(run.folder, merged=folder / "merged"),
+            name=facts.name,
+            parent=facts.champion,
+            lineage={
+                "cycle": facts.number,
+                "data": facts.request["data"],
+                "data_digest": facts.request["data_digest"],
+                "rows": {"new": new, "replay": len(rows) - new},
+                "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            },
+            metrics={"stability": figures["stability"]},
+        )
+        if version.version == facts.champion:
+            return StepReport(
+                passed=False,
+                sentence="the update left the weights as they were: no group had rewards that "
+                "differ; the data are too easy or too hard for the model",
+            )
+        return StepReport(
+            passed=True,
+            sentence=f"version {version.version} by {recipe.training.rounds} rounds on {new} new "
+            f"and {len(rows) - new} earlier rows",
+            details={"new_model_version": version.version, "stability_metrics": figures},
+        )
+
+    def evaluate(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Ask champion and candidate every item of every suite."""
+        plan = plan_of(facts.request["plan"])
+        _drop_run(facts.files("update"), facts.files("update") / "merged")
+        asked, suites = self._asked_before(facts, plan), _suites(plan)
+        champion = asked.outcomes(facts.champion, Path(self._champion(facts)), suites)
+        candidate = asked.outcomes(facts.candidate, Path(self.folder_of(facts.candidate)), suites)
+        compared = _compared(champion, candidate)
+        write_compared(folder, compared)
+        return StepReport(
+            passed=True,
+            sentence="; ".join(
+                f"{suite.suite} {suite.champion.mean():.3f} to {suite.candidate.mean():.3f} on "
+                f"{len(suite.champion)} items"
+                for suite in compared.suites
+            ),
+            details={
+                suite.suite: {
+                    "champion": float(suite.champion.mean()),
+                    "candidate": float(suite.candidate.mean()),
+                    "items": len(suite.champion),
+                }
+                for suite in compared.suites
+            },
+        )
+
+    def gate(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Decide by the outcomes."""
+        policy = plan_of(facts.request["plan"]).gate_policy()
+        return gate_step(facts, self.registry, policy=policy)
+
+    def live_test(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Run the candidate in the champion's shadow."""
+        plan = plan_of(facts.request["plan"])
+        return live_step(facts, folder, plan=plan, store=self.store, threads=self.threads)
+
+    def approve(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Wait for a person, if the plan wants one."""
+        automatic = plan_of(facts.request["plan"]).approval == "auto"
+        return approve_step(facts, self.store, is_automatic=automatic)
+
+    def promote(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Move the registry's pointer."""
+        return promote_step(facts, self.store, self.registry)
+
+    def watch(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Ask the gateway once it serves the candidate."""
+        return watch_step(facts, plan=plan_of(facts.request["plan"]))
+
+    def roll_back(self, facts: CycleFacts, folder: Path) -> StepReport:
+        """Move the registry's pointer back."""
+        return roll_back_step(facts, self.store, self.registry)
+
+    def earlier_rows(self, plan: LearnPlan, *, name: str, folder: Path) -> list[dict[str, Any]]:
+        """Rows of the plan's files, and those that the model's promoted cycles accepted.
+
+        Args:
+            plan: with the files.
+            name: of the model.
+            folder: of all its cycles.
+        """
+        rows = read_batch(plan.replay) if plan.replay else []
+        for cycle in self.store.cycles(name):
+            if cycle.state == "promoted":
+                kept = folder / f"cycle-{cycle.number:06}" / "validate" / _ACCEPTED
+                rows += read_batch([str(kept)])
+        return rows
+
+    def folder_of(self, version: str) -> str:
+        """Where a version's weights are.
+
+        Raises:
+            ModelError: they are not there.
+        """
+        found = self.store.model_version(version)
+        if found is None or not Path(found.path).is_dir():
+            where = "is not registered" if found is None else f"has no folder at {found.path}"
+            raise ModelError(f"version {version} {where}; restore it, or roll back to another one")
+        return found.path
+
+    def _earlier(self, facts: CycleFacts, plan: LearnPlan) -> list[dict[str, Any]]:
+        return self.earlier_rows(plan, name=facts.name, folder=facts.folder.parent)
+
+    def _champion(self, facts: CycleFacts) -> str:
+        return self.folder_of(facts.champion)
+
+    def _asked_before(self, facts: CycleFacts, plan: LearnPlan) -> ModelAsked:
+        """Outcomes that all cycles of the model share."""
+        return self._asked(facts.folder.parent / "outcomes", plan)
+
+    def _asked(self, folder: Path, plan: LearnPlan) -> ModelAsked:
+        return ModelAsked(folder, plan.recipe, samples=plan.samples, warn=self.warn)
+
+
+def _drop_run(step: Path, merged: Path) -> None:
+    """Remove weights that are kept elsewhere by now, or needed no more."""
+    drop_weights(step / "run")
+    shutil.rmtree(merged, ignore_errors=True)
+
+
+def _suites(plan: LearnPlan) -> dict[str, tuple[Prompt, ...]]:
+    return {name: suite_prompts(path) for name, path in plan.suites.items()}
+
+
+def _accepted(facts: CycleFacts) -> list[dict[str, Any]]:
+    return read_batch([str(facts.files("validate") / _ACCEPTED)])
+
+
+def _own_ids(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return mixed_rows(rows, [], replay_share=0.0, seed=0)
+
+
+def _compared(
+    champion: Mapping[str, SuiteOutcomes], candidate: Mapping[str, SuiteOutcomes]
+) -> Compared:
+    pairs = [(name, before, candidate[name]) for name, before in champion.items()]
+    suites = [
+        PairedSuite(
+            suite=name,
+            champion=success_shares(before),
+            candidate=success_shares(after),
+            samples=before.way.num_samples,
+            items=tuple(item.digest for item in before.items),
+        )
+        for name, before, after in pairs
+    ]
+    length = Guardrail(
+        name="length",
+        champion=np.concatenate([completion_lengths(before) for _, before, _ in pairs]),
+        candidate=np.concatenate([completion_lengths(after) for _, _, after in pairs]),
+    )
+    return Compared(suites=suites, guardrails=[length])

@@ -1,0 +1,181 @@
+"""Cycles with real models from data to what is served, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.models import save_tiny
+from tests.tiny_runs import tiny_recipe
+
+from gmpo.config import RewardConfig
+from gmpo.continual import ControllerSettings, open_cycle, run_cycle
+from gmpo.continual_plan import LearnPlan, write_rows
+from gmpo.continual_records import CycleResult
+from gmpo.continual_serving import served_process
+from gmpo.continual_work import RealWork, cycle_request, dry_run
+from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.registry import Registry
+from gmpo.store import Store, open_store
+
+NAME = "tiny"
+SERVE = ("--max-prompt-tokens", "60", "--max-tokens", "8", "--dtype", "fp32", "--name", NAME)
+
+
+def rows(count: int, *, start: int = 0) -> list[dict[str, Any]]:
+    """Questions to which any digit is an answer, which a tiny model learns within a few rounds."""
+    return [
+        {"prompt": f"{number * 7919 % 9973}?", "answers": list("123456789")}
+        for number in range(start, start + count)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A store with an adopted champion, and files to learn from."""
+
+    folder: Path
+    store: Store
+    work: RealWork
+
+    def file(self, name: str, listed: list[dict[str, Any]]) -> str:
+        path = self.folder / f"{name}.jsonl"
+        write_rows(path, listed)
+        return str(path)
+
+    def plan(self, **changes: Any) -> LearnPlan:
+        recipe = changes.pop("recipe", None) or learning_recipe()
+        return LearnPlan(
+            recipe=recipe,
+            **{
+                "suites": {"old": self.file("old", rows(400, start=1000))},
+                "approval": "auto",
+                "check_samples": 0,
+                "small_rounds": 1,
+                "safety_items": 120,
+                "live_items": 40,
+                "growth_limits": {"latency": 4.0, "length": 1.5},
+                "degradation_limit": 0.08,
+                **changes,
+            },
+        )
+
+    def run(self, plan: LearnPlan, listed: list[dict[str, Any]]) -> CycleResult:
+        data = self.file("batch", listed)
+        return run_cycle(
+            self.store,
+            NAME,
+            self.work,
+            folder=self.folder / "learn",
+            request=lambda: cycle_request(plan, [data], trigger="asked for"),
+            settings=ControllerSettings(),
+        )
+
+
+def learning_recipe(**changes: Any) -> Any:
+    return tiny_recipe(
+        "unused",
+        reward={"weights": {"correct": 1.0}},
+        sampling={"group_size": 16, "prompts_per_round": 8, "max_new_tokens": 1, "max_length": 64},
+        training={"rounds": 6, "steps_per_round": 4, "learning_rate": 3e-3, **changes},
+    )
+
+
+@contextmanager
+def opened(tmp_path: Path) -> Iterator[Place]:
+    with open_store(str(tmp_path / "store.db")) as store:
+        registry = Registry(store, tmp_path / "models")
+        model = save_tiny(tmp_path / "tiny")
+        first = registry.add(Path(model), name=NAME, parent=None, lineage={}, metrics={})
+        registry.adopt(NAME, first.version, reason="first")
+        work = RealWork(store=store, registry=registry, threads=1)
+        yield Place(folder=tmp_path, store=store, work=work)
+
+
+def test_cycles_improve_what_is_served_and_leave_out_what_unlearns(tmp_path: Path):
+    with opened(tmp_path) as place:
+        first = place.store.champion(NAME)
+        assert first is not None
+        start = Path(place.work.folder_of(first.version))
+        # A reward that wants letters unlearns what there was to lose.
+        letters = learning_recipe(learning_rate=1e-2).model_copy(
+            update={"reward": RewardConfig(weights={"format": 1.0}, format_pattern="(?s)[a-z].*")}
+        )
+        wild = place.plan(recipe=letters, small_rounds=4)
+        collapsed = place.run(wild, rows(60, start=200))
+        assert (collapsed.outcome, collapsed.champion) == ("refused", first.version)
+        assert collapsed.reason == "Safety test failed", (collapsed.step, collapsed.sentence)
+        arguments = ("--store", place.store.where, "--follow", NAME, *SERVE)
+        with served_process(str(start), arguments=arguments, threads=1, seconds=60) as url:
+            # A champion whose files are gone is named, and the cycle goes on once they are back.
+            start.rename(tmp_path / "elsewhere")
+            with pytest.raises(ModelError, match="has no folder at"):
+                place.run(place.plan(gateway=url), rows(60))
+            cycle = open_cycle(place.store, NAME)
+            assert cycle is not None
+            (tmp_path / "elsewhere").rename(start)
+            good = place.run(place.plan(), rows(60))
+        _require_a_trail(place, good, first=first.version)
+        assert good.number == cycle.number
+        # The same rows again are known by now.
+        again = place.run(place.plan(), rows(60))
+        assert (again.outcome, again.step) == ("refused", "validate")
+        assert again.reason == "Data validation failed: no_row_left"
+        now = place.store.champion(NAME)
+        assert now is not None
+        assert now.version == good.new_model_version
+
+
+def _require_a_trail(place: Place, result: CycleResult, *, first: str) -> None:
+    """What a cycle that promoted leaves behind."""
+    assert result.outcome == "promoted", (result.step, result.sentence)
+    assert (result.success, result.reason) == (True, None)
+    assert result.performance_improvement is not None
+    assert result.performance_improvement > 0.1
+    assert result.stability_metrics is not None
+    assert result.stability_metrics["rounds"] == 6
+    history = place.store.champion_history(NAME)
+    assert [one.version for one in history] == [first, result.new_model_version]
+    made = place.store.model_version(result.new_model_version or "")
+    assert made is not None
+    assert (made.parent, made.lineage["cycle"]) == (first, 2)
+    shadows = place.store.events(kinds=["shadow"])
+    assert len(shadows) == 40
+    answered = {event.request_id for event in place.store.events(kinds=["answer"])}
+    assert {event.request_id for event in shadows} <= answered
+    (swap,) = place.store.events(kinds=["swap"])
+    assert swap.model_version == result.new_model_version
+    cycles = place.store.cycles(NAME)
+    assert [cycle.state for cycle in cycles] == ["refused", "promoted"]
+    assert cycles[-1].payload["result"]["success"] is True
+    assert not list(place.folder.glob("learn/*/*/run/checkpoints"))
+
+
+def test_bad_input_is_named_before_anything_is_trained(tmp_path: Path):
+    with opened(tmp_path) as place:
+        with pytest.raises(ConfigError, match="too small for the margin"):
+            place.run(place.plan(suites={"old": place.file("few", rows(20, start=1000))}), rows(60))
+        assert open_cycle(place.store, NAME) is None
+        bad = [{"prompt": row["prompt"], "answer": ""} for row in rows(30)]
+        result = place.run(place.plan(), bad)
+        assert (result.outcome, result.step) == ("refused", "validate")
+        few = place.run(place.plan(), rows(5, start=300))
+        assert few.reason == "Data validation failed: too_few_rows"
+        told = dry_run(
+            place.plan(),
+            [place.file("batch", rows(30))],
+            place.work,
+            name=NAME,
+            folder=tmp_path / "learn",
+        )
+        assert told["data_passes"]
+        assert told["suites"] == {"old": 400}
+        assert len(place.store.cycles(NAME)) == 2
+        empty = tmp_path / "empty.jsonl"
+        empty.write_text("")
+        with pytest.raises(DataError, match="holds no row"):
+            dry_run(place.plan(), [str(empty)], place.work, name=NAME, folder=tmp_path / "learn")

@@ -1,0 +1,82 @@
+"""`gmpo learn` on the command line: refusals in one line, a dry run, a cycle as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.commands import gmpo, refusal
+from tests.registries import model_folder
+
+from gmpo.continual_plan import write_rows
+from gmpo.registry import Registry
+from gmpo.store import open_store
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> list[str]:
+    """Options that name a store with an adopted champion, a suite and new rows."""
+    with open_store(str(tmp_path / "store.db")) as store:
+        registry = Registry(store, tmp_path / "models")
+        first = registry.add(model_folder(tmp_path / "first", 0.0), name="bot")
+        registry.adopt("bot", first.version, reason="first")
+    rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(500)]
+    write_rows(tmp_path / "old.jsonl", rows[:400])
+    write_rows(tmp_path / "new.jsonl", rows[400:])
+    (tmp_path / "plan.toml").write_text("check_samples = 0\nmin_rows = 30\n")
+    return [
+        *("--store", str(tmp_path / "store.db"), "--name", "bot"),
+        *("--suite", f"old={tmp_path / 'old.jsonl'}", "--data", str(tmp_path / "new.jsonl")),
+        *("--plan", str(tmp_path / "plan.toml")),
+    ]
+
+
+def output(*arguments: str) -> str:
+    result = gmpo(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+def test_a_dry_run_says_what_a_cycle_would_do_and_stores_nothing(place: list[str], tmp_path: Path):
+    told = json.loads(output("learn", *place, "--dry-run", "--json"))
+    assert told["data_passes"]
+    assert told["suites"] == {"old": 400}
+    assert told["items_needed_at_least"]["overall"] <= 400
+    assert told["trained_rows"] == 100
+    with open_store(str(tmp_path / "store.db")) as store:
+        assert store.cycles("bot") == []
+    assert "data_passes: True" in output("learn", *place, "--dry-run")
+
+
+def test_what_cannot_be_learned_is_refused_in_one_line(place: list[str], tmp_path: Path):
+    assert "--store and --name" in refusal("learn")
+    assert "NAME=FILE" in refusal("learn", *place, "--suite", "old")
+    assert "give one of" in refusal("learn", *place, "--approve", "--dry-run")
+    assert "none goes on" in refusal("learn", *place, "--approve")
+    assert "none to abandon" in refusal("learn", *place, "--abandon", "no reason")
+    few = tmp_path / "few.jsonl"
+    write_rows(few, [{"prompt": "What is 1 + 1?", "answer": "2"}])
+    assert "too small for the margin" in refusal(
+        "learn", *place[:4], "--suite", f"few={few}", *place[6:]
+    )
+    assert "no suite is named" in refusal("learn", *place[:4], *place[6:])
+    assert "no champion" in refusal("learn", "--store", place[1], "--name", "other", *place[4:])
+    (tmp_path / "plan.toml").write_text("margin = 1\n")
+    assert "margin" in refusal("learn", *place)
+
+
+def test_a_batch_that_is_not_due_begins_no_cycle(place: list[str], tmp_path: Path):
+    output("learn", *place, "--when-rows", "101")
+    with open_store(str(tmp_path / "store.db")) as store:
+        assert store.cycles("bot") == []
+
+
+def test_a_batch_that_is_refused_is_told_as_one_object(place: list[str], tmp_path: Path):
+    write_rows(tmp_path / "new.jsonl", [{"prompt": "What is 1 + 1?", "answer": "2"}] * 40)
+    told = json.loads(output("learn", *place, "--json"))
+    assert (told["success"], told["outcome"], told["step"]) == (False, "refused", "validate")
+    assert told["reason"] == "Data validation failed: no_row_left"
+    with open_store(str(tmp_path / "store.db")) as store:
+        (cycle,) = store.cycles("bot")
+        assert cycle.state == "refused"

@@ -1,0 +1,90 @@
+"""New rows of known tasks are held against the champion's samples, those of new tasks are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.tiny_runs import tiny_recipe
+
+from gmpo.continual_batch import checked_batch
+from gmpo.continual_plan import LearnPlan, write_rows
+from gmpo.errors import DataError
+from gmpo.records import Prompt
+
+
+def sums(count: int, *, category: str = "sum", wrong: int = 0, start: int = 0) -> list[dict]:
+    return [
+        {
+            "prompt": f"What is {n} + {n}?",
+            "answer": str(2 * n + wrong),
+            "category": category,
+        }
+        for n in range(start, start + count)
+    ]
+
+
+class KnowsSums:
+    """A champion that adds rightly, three times of four."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[str]]:
+        self.asked += [prompt.messages[0].content for prompt in prompts if prompt.messages]
+        return [self._answers(prompt) for prompt in prompts]
+
+    def _answers(self, prompt: Prompt) -> list[str]:
+        assert prompt.messages is not None
+        n = int(prompt.messages[0].content.split()[2])
+        return [str(2 * n)] * 3 + ["no idea"]
+
+
+@pytest.fixture
+def champion() -> KnowsSums:
+    return KnowsSums()
+
+
+def checked(champion: KnowsSums, tmp_path: Path, rows: list[dict], earlier: list[dict]):
+    suite = tmp_path / "suite.jsonl"
+    write_rows(suite, sums(5, start=900))
+    plan = LearnPlan(recipe=tiny_recipe("unused"), suites={"old": str(suite)})
+    return checked_batch(plan, rows, earlier, sampler=champion, seed=0)
+
+
+def test_wrong_answers_of_a_known_task_refuse_the_batch(champion: KnowsSums, tmp_path: Path):
+    earlier = sums(60)
+    good = checked(champion, tmp_path, sums(40, start=100), earlier).step(min_rows=20)
+    assert good.passed, good.sentence
+    bad = checked(champion, tmp_path, sums(40, start=200, wrong=1), earlier).step(min_rows=20)
+    assert not bad.passed
+    assert bad.reason is not None
+    assert "poisoned" in bad.reason
+    assert bad.reason.startswith("Data validation failed: ")
+
+
+def test_the_champion_is_no_judge_of_a_task_that_it_has_not_learned(
+    champion: KnowsSums, tmp_path: Path
+):
+    new = sums(30, category="other sums", wrong=1, start=300)
+    batch = checked(champion, tmp_path, [*new, *sums(25, start=100)], sums(60))
+    assert batch.step(min_rows=20).passed
+    assert len(batch.accepted) == 55
+    assert not any("What is 300 +" in text for text in champion.asked)
+    details = batch.step(min_rows=20).details
+    assert details["known tasks"]["counts"]["accepted"] == 25
+    assert details["new tasks"]["counts"]["accepted"] == 30
+
+
+def test_rows_known_by_now_are_left_out_and_too_few_are_refused(
+    champion: KnowsSums, tmp_path: Path
+):
+    again = checked(champion, tmp_path, sums(40), sums(60)).step(min_rows=20)
+    assert again.reason == "Data validation failed: no_row_left"
+    few = checked(champion, tmp_path, sums(5, start=400), sums(60)).step(min_rows=20)
+    assert few.reason == "Data validation failed: too_few_rows"
+    held_out = checked(champion, tmp_path, sums(5, start=900), sums(60))
+    assert held_out.accepted == []
+    with pytest.raises(DataError, match="holds no row"):
+        checked(champion, tmp_path, [], sums(60))
