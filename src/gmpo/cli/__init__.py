@@ -12,6 +12,7 @@ from gmpo.cli.contamination import contamination
 from gmpo.cli.dashboard import dashboard
 from gmpo.cli.data import data
 from gmpo.cli.evaluate import evaluate
+from gmpo.cli.gate import gate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.learn import learn
 from gmpo.cli.models import export, models, sample
@@ -35,6 +36,7 @@ for _command in (
     compare,
     tune,
     evaluate,
+    gate,
     contamination,
     sample,
     serve,

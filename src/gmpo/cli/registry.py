@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -172,22 +173,50 @@ def promote(
         typer.Option(help="Decision that gmpo gate --json printed; default: the store's newest."),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Who says so; default: the user.")] = None,
+    gateways: Annotated[
+        list[str] | None,
+        typer.Option("--gateway", help="gmpo serve --follow at http://HOST:PORT/v1; repeatable."),
+    ] = None,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option("--vllm", help="vLLM that takes adapters, at .../v1; repeatable."),
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a server may take to load it.")
+    ] = 300.0,
     mlflow: _Mlflow = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a candidate the champion, if it passed the gate against the version that serves."""
+    """Make a candidate the champion, if it passed the gate against the version that serves.
+
+    With servers named, the release stands once all of them report the version, else it is taken
+    back; GMPO_FLEET_API_KEY is sent to them.
+    """
+    from gmpo.fleet import Fleet, FleetServer
+
+    servers = [FleetServer(url=url, kind="gateway") for url in gateways or []]
+    servers += [FleetServer(url=url, kind="vllm") for url in vllm or []]
+    fleet = Fleet(
+        servers,
+        api_key=os.environ.get("GMPO_FLEET_API_KEY"),
+        patience_seconds=patience,
+        tell=warn,
+    )
     with _open_registry(store, folder, mlflow) as (opened, found):
-        candidate = _whole(opened, version).version
+        chosen = _whole(opened, version)
+        candidate = chosen.version
         decision = found.newest_decision(name, candidate) if evidence is None else _read(evidence)
         if decision is None:
             raise ConfigError(
                 f"the store has no decision of the gate about {candidate}; gate it against the "
                 f"champion: gmpo gate ... --store, or give --evidence"
             )
-        champion = found.promote(
-            name,
+        if chosen.name != name:
+            raise ConfigError(f"{candidate} is a version of {chosen.name!r}, not of {name!r}")
+        champion = fleet.release(
+            found,
+            chosen,
             expected_champion=decision.get("champion"),
-            candidate=candidate,
             evidence=decision,
             by=by or getpass.getuser(),
         )

@@ -21,7 +21,14 @@ from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_it
 if TYPE_CHECKING:
     from gmpo.config import RunConfig
 
-__all__ = ["NamedModel", "SuiteOptions", "asked_model", "evaluate_suites", "named_model"]
+__all__ = [
+    "NamedModel",
+    "SuiteOptions",
+    "asked_model",
+    "evaluate_suites",
+    "named_model",
+    "suite_outcomes",
+]
 
 _TASK = "task"
 _SETTABLE = (
@@ -145,6 +152,26 @@ def evaluate_suites(arguments: Sequence[str], options: SuiteOptions, *, as_json:
     Raises:
         gmpo.errors.GmpoError: an option, a suite, a model or stored outcomes are not usable.
     """
+    console = Console(stderr=as_json)
+    outcomes = suite_outcomes(arguments, options, console)
+    tables = [score_table(outcomes, m) for m in metrics_of(outcomes, options.ks)]
+    result = _as_dict(outcomes, tables)
+    if options.out is not None:
+        _store(options.out, result, tables)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _show(console, outcomes, tables, options.out)
+
+
+def suite_outcomes(
+    arguments: Sequence[str], options: SuiteOptions, console: Console
+) -> list[SuiteOutcomes]:
+    """Outcomes of models on suites, asked or read back; with --out each is stored.
+
+    Raises:
+        gmpo.errors.GmpoError: an option, a suite, a model or stored outcomes are not usable.
+    """
     named = [named_model(argument) for argument in arguments]
     if all(one.stored for one in named):
         _refuse_asking(options)
@@ -157,7 +184,6 @@ def evaluate_suites(arguments: Sequence[str], options: SuiteOptions, *, as_json:
     if options.out is not None:
         _prepare(options.out)
     labels = _labels(named)
-    console = Console(stderr=as_json)
     outcomes: list[SuiteOutcomes] = []
     items = {}
     if any(not one.stored for one in named):
@@ -178,14 +204,7 @@ def evaluate_suites(arguments: Sequence[str], options: SuiteOptions, *, as_json:
             if options.out is not None:
                 folder = options.out / _folder_name(outcome.label)
                 write_outcomes(folder, outcome, place=len(outcomes))
-    tables = [score_table(outcomes, m) for m in metrics_of(outcomes, options.ks)]
-    result = _as_dict(outcomes, tables)
-    if options.out is not None:
-        _store(options.out, result, tables)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _show(console, outcomes, tables, options.out)
+    return outcomes
 
 
 def _labels(named: Sequence[NamedModel]) -> list[str]:

@@ -1,0 +1,247 @@
+"""A release over servers: real HTTP servers that load, follow, refuse, or never come."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tests.registries import decision, model_folder
+
+from gmpo.errors import PromotionRefused, ServerUnreachable
+from gmpo.fleet import Fleet, FleetServer
+from gmpo.registry import Registry
+from gmpo.store import ModelVersion, Store, open_store
+
+NAME = "bot"
+
+
+class Server:
+    """A server of either kind, over a real socket.
+
+    Its `versions` are what it reports; a gateway's follow the store's champion.
+    """
+
+    def __init__(self, *, store: Store | None = None, refuses: bool = False, hold: int = 0) -> None:
+        self.store = store
+        self.versions: list[str] = []
+        self.refuses = refuses
+        self.hold = hold
+        self.posted: list[tuple[str, dict[str, str]]] = []
+        self.keys: set[str | None] = set()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.keys.add(self.headers.get("Authorization"))
+                self._answer(200, json.dumps({"data": server.rows()}))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.posted.append((self.path, body))
+                self._answer(*server.change(self.path, body))
+
+            def _answer(self, status: int, text: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def rows(self) -> list[dict[str, str]]:
+        if self.store is None:
+            return [{"id": version} for version in ["base", *self.versions]]
+        champion = self.store.champion(NAME)
+        if champion is not None and not self.refuses:
+            self.hold -= 1
+            if self.hold < 0:
+                self.versions = [champion.version]
+        return [{"id": NAME, "model_version": version} for version in self.versions]
+
+    def change(self, path: str, body: dict[str, str]) -> tuple[int, str]:
+        if self.refuses:
+            return 404, "no adapter there"
+        if path == "/v1/load_lora_adapter":
+            self.versions.append(body["lora_name"])
+        else:
+            self.versions.remove(body["lora_name"])
+        return 200, "Success"
+
+
+@contextmanager
+def running(*servers: Server) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.http.shutdown()
+            server.http.server_close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(str(tmp_path / "store.db")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(store: Store, tmp_path: Path) -> Registry:
+    return Registry(store, tmp_path / "models")
+
+
+@pytest.fixture
+def versions(registry: Registry, tmp_path: Path) -> tuple[ModelVersion, ModelVersion]:
+    old, new = (
+        registry.add(model_folder(tmp_path / f"run-{value}", value), name=NAME)
+        for value in (1.0, 2.0)
+    )
+    registry.adopt(NAME, old.version, reason="first")
+    return old, new
+
+
+def fleet(*servers: Server, told: list[str] | None = None, patience: float = 5.0) -> Fleet:
+    return Fleet(
+        [
+            FleetServer(url=server.url, kind="vllm" if server.store is None else "gateway")
+            for server in servers
+        ],
+        api_key="secret",
+        patience_seconds=patience,
+        every_seconds=0.02,
+        tell=(told if told is not None else []).append,
+    )
+
+
+def release(one: Fleet, registry: Registry, pair: tuple[ModelVersion, ModelVersion]) -> None:
+    old, new = pair
+    one.release(
+        registry,
+        new,
+        expected_champion=old.version,
+        evidence=decision(old.version, new.version),
+    )
+
+
+def test_adapters_are_loaded_everywhere_before_the_pointer_moves(registry, store, versions):
+    old, new = versions
+    servers = [Server(), Server()]
+    with running(*servers):
+        for server in servers:
+            server.versions = [old.version]
+        told: list[str] = []
+        release(fleet(*servers, told=told), registry, versions)
+        for server in servers:
+            assert server.posted == [
+                ("/v1/load_lora_adapter", {"lora_name": new.version, "lora_path": new.path}),
+                ("/v1/unload_lora_adapter", {"lora_name": old.version}),
+            ]
+            assert server.versions == [new.version] and server.keys == {"Bearer secret"}
+    assert store.champion(NAME).version == new.version
+    assert told == [f"{server.url} reports version {new.version}" for server in servers]
+
+
+def test_a_server_that_refuses_an_adapter_stops_the_release(registry, store, versions):
+    old, new = versions
+    good, bad = Server(), Server(refuses=True)
+    with running(good, bad):
+        with pytest.raises(ServerUnreachable, match="no adapter there"):
+            release(fleet(good, bad), registry, versions)
+        assert good.versions == []  # taken away again
+    assert store.champion(NAME).version == old.version
+    assert len(registry.history(NAME)) == 1
+    assert new.version not in good.versions
+
+
+def test_gateways_that_follow_are_waited_for(registry, store, versions):
+    slow, quick = Server(store=store, hold=5), Server(store=store)
+    with running(slow, quick):
+        release(fleet(slow, quick), registry, versions)
+        assert slow.versions == quick.versions == [versions[1].version]
+    assert store.champion(NAME).version == versions[1].version
+
+
+def test_a_gateway_that_does_not_come_takes_the_release_back(registry, store, versions):
+    old, new = versions
+    adapters, stuck = Server(), Server(store=store, refuses=True)
+    stuck.versions = [old.version]
+    with running(adapters, stuck):
+        with pytest.raises(ServerUnreachable, match="did not report version"):
+            release(fleet(adapters, stuck, patience=0.1), registry, versions)
+        assert adapters.versions == []
+    assert store.champion(NAME).version == old.version
+    kinds = [row.reason["kind"] for row in registry.history(NAME)]
+    assert kinds == ["adoption", "promotion", "rollback"]
+    assert stuck.url in registry.history(NAME)[-1].reason["why"] and new
+
+
+def test_a_release_without_evidence_leaves_no_adapter_behind(registry, store, versions):
+    old, new = versions
+    server = Server()
+    with running(server):
+        with pytest.raises(PromotionRefused):
+            fleet(server).release(
+                registry,
+                new,
+                expected_champion=old.version,
+                evidence=decision(old.version, new.version, gain=-0.2),
+            )
+        assert server.versions == []
+    assert store.champion(NAME).version == old.version
+
+
+def test_a_release_that_was_cut_off_is_begun_again(registry, store, versions):
+    server = Server()
+    server.versions = [versions[1].version]
+    with running(server):
+        release(fleet(server), registry, versions)
+        assert server.posted == []
+        # Cut off after the pointer had moved: the old adapter is still to be unloaded.
+        server.versions.append(versions[0].version)
+        release(fleet(server), registry, versions)
+        assert server.versions == [versions[1].version]
+    assert len(registry.history(NAME)) == 2
+    assert store.champion(NAME).version == versions[1].version
+
+
+def test_servers_that_are_none_are_named(registry, store, versions):
+    gone = Server()
+    gone.http.shutdown()
+    gone.http.server_close()
+    with pytest.raises(ServerUnreachable, match="does not answer"):
+        release(fleet(gone, patience=0.1), registry, versions)
+    vllm = Server()
+    with running(vllm), pytest.raises(ServerUnreachable, match="does not answer as a gateway does"):
+        Fleet([]).reported(FleetServer(url=vllm.url, kind="gateway"))
+    with pytest.raises(ServerUnreachable, match=r"no address|does not answer"):
+        Fleet([]).reported(FleetServer(url="http://[x", kind="gateway"))
+    assert store.champion(NAME).version == versions[0].version
+
+
+def test_a_server_that_dies_while_it_unloads_is_told_of(registry, store, versions):
+    told: list[str] = []
+    server = Server()
+    server.versions = [versions[0].version]
+    with running(server):
+        one = fleet(server, told=told)
+        real = server.change
+
+        def refuse(path: str, body: dict[str, str]) -> tuple[int, str]:
+            return (500, "busy") if "unload" in path else real(path, body)
+
+        server.change = refuse  # type: ignore[method-assign]
+        release(one, registry, versions)
+    assert f"still holds version {versions[0].version}: busy" in told[-1]
+    assert store.champion(NAME).version == versions[1].version
