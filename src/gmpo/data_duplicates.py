@@ -12,6 +12,9 @@ from typing import Any, Literal
 __all__ = ["Duplicate", "TextIndex", "text_digest"]
 
 _PERMUTATIONS = 128
+_FEW = 64
+"""Texts of one answer and the same numbers that are compared one by one; more are searched."""
+
 _SEARCH_MARGIN = 0.15
 _SEARCH_WEIGHTS = (0.05, 0.95)  # of wrong candidates and of missed ones
 """The hashed search looks below the overlap asked for and would rather find too much, because
@@ -64,17 +67,9 @@ class TextIndex:
     """
 
     def __init__(self, *, least_overlap: float | None) -> None:
-        from datasketch import MinHashLSH
-
         self._least_overlap = least_overlap
         self._exact: dict[str, _Entry] = {}
-        self._near: dict[str, _Entry] = {}
-        self._search: Any = None
-        if least_overlap is not None:
-            threshold = max(0.05, least_overlap - _SEARCH_MARGIN)
-            self._search = MinHashLSH(
-                threshold=threshold, num_perm=_PERMUTATIONS, weights=_SEARCH_WEIGHTS
-            )
+        self._groups: dict[tuple[str, tuple[str, ...]], _Group] = {}
 
     def add(self, key: str, text: str, answers: Sequence[str]) -> Duplicate | None:
         """Look a text up and keep it, unless it repeats one that is kept.
@@ -94,27 +89,60 @@ class TextIndex:
             kind: Literal["exact", "contradiction"]
             kind = "exact" if equal.answer == answer else "contradiction"
             return Duplicate(kind=kind, key=equal.key, overlap=1.0)
-        entry = _Entry(key, answer, tuple(sorted(_NUMBER.findall(text))), _runs(text))
+        entry = _Entry(key, answer, tuple(sorted(_NUMBER.findall(_normalized(text)))), _runs(text))
         if self._least_overlap is not None:
-            hashed = _hashed(entry.runs)
-            near = self._nearest(entry, hashed, self._least_overlap)
+            # Only these can be near, and there are few of them: rows made by a program have the
+            # same words but for their numbers, and each would be compared with each.
+            group = self._groups.setdefault((answer, entry.numbers), _Group(self._least_overlap))
+            near = group.nearest(entry)
             if near is not None:
                 return near
-            self._search.insert(key, hashed, check_duplication=False)
-            self._near[key] = entry
+            group.add(entry)
         self._exact[digest] = entry
         return None
 
-    def _nearest(self, entry: _Entry, hashed: Any, least_overlap: float) -> Duplicate | None:
+
+class _Group:
+    """Texts with one answer and the same numbers."""
+
+    def __init__(self, least_overlap: float) -> None:
+        self._least_overlap = least_overlap
+        self._entries: list[_Entry] = []
+        self._search: Any = None
+
+    def nearest(self, entry: _Entry) -> Duplicate | None:
         best: Duplicate | None = None
-        for key in sorted(self._search.query(hashed)):
-            other = self._near[key]
-            if (other.answer, other.numbers) != (entry.answer, entry.numbers):
-                continue
+        for other in self._candidates(entry):
             overlap = len(entry.runs & other.runs) / len(entry.runs | other.runs)
-            if overlap >= least_overlap and (best is None or overlap > best.overlap):
-                best = Duplicate(kind="near", key=key, overlap=overlap)
+            if overlap >= self._least_overlap and (best is None or overlap > best.overlap):
+                best = Duplicate(kind="near", key=other.key, overlap=overlap)
         return best
+
+    def add(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+        if self._search is not None:
+            self._insert(len(self._entries) - 1)
+        elif len(self._entries) > _FEW:
+            self._search = _new_search(self._least_overlap)
+            for place in range(len(self._entries)):
+                self._insert(place)
+
+    def _candidates(self, entry: _Entry) -> list[_Entry]:
+        if self._search is None:
+            return self._entries
+        # In the order of the texts, so that of equally near ones the first is named.
+        return [self._entries[place] for place in sorted(self._search.query(_hashed(entry.runs)))]
+
+    def _insert(self, place: int) -> None:
+        hashed = _hashed(self._entries[place].runs)
+        self._search.insert(place, hashed, check_duplication=False)
+
+
+def _new_search(least_overlap: float) -> Any:
+    from datasketch import MinHashLSH
+
+    threshold = max(0.05, least_overlap - _SEARCH_MARGIN)
+    return MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=_SEARCH_WEIGHTS)
 
 
 def _normalized(text: str) -> str:
