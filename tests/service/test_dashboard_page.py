@@ -225,6 +225,13 @@ def test_a_report_is_made_anew_only_after_a_rest(tmp_path: Path):
         assert first.num_units == 200
 
 
+def add_ways(url: str, now: float) -> None:
+    told = {"outcome": "inconclusive", "champion": "v1", "sentence": "120 more items would decide"}
+    with open_store(url) as store:
+        store.add_events([Event(kind="gate", time=now, payload=told, model_version="v2")])
+        store.begin_cycle("support-bot", state="train", payload={})
+
+
 def test_versions_show_the_champion_and_what_answered(page, tmp_path: Path):
     now = time.time()
     answered = list(answers(400, start=now - 1800, end=now - 1))
@@ -232,7 +239,13 @@ def test_versions_show_the_champion_and_what_answered(page, tmp_path: Path):
     assert 380 < num_whole < 400
     url = fill(tmp_path / "store.db", answered)
     add_versions(url, first=now - 1800, second=now - 900)
+    add_ways(url, now)
     app = go_to(page(url), "Versions")
+    gate, cycles = (table.value for table in app.dataframe[2:])
+    assert gate["outcome"].tolist() == ["inconclusive"]
+    assert gate["why"].tolist() == ["120 more items would decide"]
+    assert cycles["state"].tolist() == ["train"]
+    assert cycles["ended (UTC)"].tolist() == [""]
     table = app.dataframe[0].value
     assert table["version"].tolist() == ["9b1d44f0c2e7a135", "4337669ad7b75dc6"]
     assert table["champion"].tolist() == [True, False]

@@ -194,7 +194,7 @@ def test_an_event_is_one_line():
             },
         ),
         Event(kind="swap", time=1.0, payload={"previous": "v1", "version": "v2"}),
-        Event(kind="gate", time=2.0, payload={"active": 3, "queue": None, "x": "\x1b[2J" * 99}),
+        Event(kind="removed", time=2.0, payload={"active": 3, "queue": None, "x": "\x1b[2J" * 99}),
     ]
     first, second, third, fourth = event_rows(
         [*events, Event(kind="outcome", time=3, payload={"success": 1, "latency_s": 0.12345})]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmpo.cli.conventions import refuses_clearly, warn
+from gmpo.cli.conventions import is_loopback, refuses_clearly, warn
 from gmpo.cli.serve_backends import Asked, Behind, Recorder, build_behind, wanted
 from gmpo.errors import ConfigError, DependencyError
 
@@ -120,7 +119,7 @@ def serve(
     from gmpo.serving.server import bound_socket
 
     keys = read_api_keys(api_keys)
-    if not keys and not _is_loopback(host):
+    if not keys and not is_loopback(host):
         warn(f"no API keys are set: whoever reaches {host} may ask; set GMPO_API_KEYS")
 
     def engine_limits() -> EngineLimits:
@@ -265,15 +264,6 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, drain_seconds:
         )
     if server.ended_by == signal.SIGINT:
         raise typer.Exit(_INTERRUPTED)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _announce(router: VariantRouter, bound: socket.socket) -> None:

@@ -104,6 +104,10 @@ def _swap(payload: Mapping[str, Any]) -> str:
     return f"{payload.get('version')} serves in place of {payload.get('previous')}"
 
 
+def _gate(payload: Mapping[str, Any]) -> str:
+    return f"{payload.get('outcome')}: {payload.get('sentence')}"
+
+
 def _decision(payload: Mapping[str, Any]) -> str:
     return str(payload.get("recommendation") or _json(payload))
 
@@ -130,7 +134,7 @@ _WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "alert": _alert,
     "promotion": _json,
     "rollback": _json,
-    "gate": _json,
+    "gate": _gate,
     "removed": _json,
 }
 

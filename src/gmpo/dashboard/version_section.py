@@ -16,11 +16,19 @@ from gmpo.dashboard.tables import moment
 from gmpo.dashboard.traffic import Traffic
 from gmpo.dashboard.trends import Span, Trend, trend
 from gmpo.dashboard.watching import StoreWatch
-from gmpo.store import Champion, Event, ModelVersion
+from gmpo.store import Champion, Cycle, Event, ModelVersion, Store
 
-__all__ = ["answers_by_version", "changes_of", "draw_versions", "version_rows"]
+__all__ = [
+    "answers_by_version",
+    "changes_of",
+    "cycle_rows",
+    "draw_versions",
+    "gate_rows",
+    "version_rows",
+]
 
 _MAX_CHANGES = 20
+_LONGEST = 400
 
 
 def draw_versions(watch: StoreWatch) -> None:
@@ -52,6 +60,49 @@ def draw_versions(watch: StoreWatch) -> None:
         st.dataframe(_champion_rows(champions), key="champions", hide_index=True)
     else:
         st.caption("No version was made champion yet.")
+    _draw_ways(store)
+
+
+def _draw_ways(store: Store) -> None:
+    """How versions became candidates: decisions of the gate, and cycles of learning."""
+    decisions = store.events(kinds=["gate"], newest_first=True, limit=_MAX_CHANGES)
+    if decisions:
+        st.markdown("**Decisions of the gate**")
+        st.dataframe(gate_rows(decisions), key="gate", hide_index=True)
+    cycles = store.cycles()
+    if cycles:
+        st.markdown("**Cycles of learning**")
+        st.dataframe(cycle_rows(cycles), key="cycles", hide_index=True)
+
+
+def gate_rows(decisions: Sequence[Event]) -> list[dict[str, str]]:
+    """Decisions in the order given."""
+    return [
+        {
+            "time (UTC)": moment(one.time),
+            "outcome": str(one.payload.get("outcome")),
+            "candidate": one.model_version or "",
+            "champion": str(one.payload.get("champion") or ""),
+            "why": str(one.payload.get("sentence") or ""),
+        }
+        for one in decisions
+    ]
+
+
+def cycle_rows(cycles: Sequence[Cycle]) -> list[dict[str, Any]]:
+    """Cycles, the newest first; the state is the step that comes next, or what became of it."""
+    return [
+        {
+            "model": one.name,
+            "cycle": one.number,
+            "state": one.state,
+            "began (UTC)": moment(one.created),
+            "changed (UTC)": moment(one.changed),
+            "ended (UTC)": "" if one.ended is None else moment(one.ended),
+            "result": json.dumps(one.payload.get("result") or {}, ensure_ascii=False)[:_LONGEST],
+        }
+        for one in sorted(cycles, key=lambda one: -one.created)
+    ]
 
 
 def answers_by_version(traffic: Traffic, span: Span) -> dict[str, Trend]:
@@ -133,7 +184,7 @@ def _champion_rows(champions: Sequence[Champion]) -> list[dict[str, Any]]:
             "revision": one.revision,
             "version": one.version,
             "in place of": one.previous or "",
-            "reason": json.dumps(one.reason, ensure_ascii=False)[:400],
+            "reason": json.dumps(one.reason, ensure_ascii=False)[:_LONGEST],
         }
         for one in sorted(champions, key=lambda one: -one.since)
     ]
