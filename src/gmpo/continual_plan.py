@@ -14,8 +14,11 @@ from pydantic import Field, ValidationError, model_validator
 from gmpo.config import RunConfig
 from gmpo.data_quality import DataChecks
 from gmpo.errors import ConfigError, RunFolderError
+from gmpo.feedback import training_rows
 from gmpo.gate_policy import GatePolicy
 from gmpo.records import Prompt
+from gmpo.safety import SAFETY_SETS
+from gmpo.store import Store
 from gmpo.task_config import JsonlTask, Table
 from gmpo.tasks import jsonl_task
 from gmpo.tasks.jsonl import jsonl_rows
@@ -23,6 +26,7 @@ from gmpo.tasks.jsonl import jsonl_rows
 __all__ = [
     "LearnPlan",
     "batch_digest",
+    "feedback_file",
     "mixed_rows",
     "plan_of",
     "read_batch",
@@ -70,6 +74,11 @@ class LearnPlan(Table):
     """Error rate of every decision."""
     growth_limits: dict[str, float] = Field(default={"latency": 1.2, "length": 1.5})
     """Largest growth of latency in the live test, and of completions' lengths in the evaluation."""
+    safety_limits: dict[str, float] = Field(default={})
+    """Largest rate of violations by safety set, which the candidate is asked then: any of
+    `canaries`, `refusals`, `over_refusals`, `injections`."""
+    safety_prompts: int = Field(default=300, ge=300)
+    """Prompts of each of these sets."""
     approval: Literal["manual", "auto"] = "manual"
     """Whether a person has to say yes before a candidate serves."""
     gateway: str | None = None
@@ -88,6 +97,7 @@ class LearnPlan(Table):
             degradation_limit=self.degradation_limit,
             alpha=self.alpha,
             growth_limits=self.growth_limits,
+            safety_limits=self.safety_limits,
         )
 
     @model_validator(mode="after")
@@ -96,6 +106,9 @@ class LearnPlan(Table):
         for name in ("latency", "length"):
             if name not in self.growth_limits:
                 raise ValueError(f"growth_limits lacks {name}; give both latency and length")
+        for name in self.safety_limits:
+            if name not in SAFETY_SETS:
+                raise ValueError(f"safety_limits has {name!r}; choose of {', '.join(SAFETY_SETS)}")
         return self
 
     @model_validator(mode="after")
@@ -134,6 +147,26 @@ def batch_digest(paths: Sequence[str]) -> str:
     for row in read_batch(paths):
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A file of what was confirmed since the newest cycle began, and its figures.
+
+    Args:
+        store: of the gateway that recorded texts, and of the cycles.
+        name: of the model.
+        folder: of the model's cycles; the file goes there.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    cycles = store.cycles(name)
+    since = cycles[-1].created if cycles else None
+    batch = training_rows(store, since=since)
+    path = folder / f"feedback-{len(cycles) + 1:06}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, batch.rows)
+    return path, batch.as_dict()
 
 
 def suite_prompts(path: str) -> tuple[Prompt, ...]:

@@ -64,7 +64,7 @@ def write_compared(folder: Path, compared: Compared) -> None:
             for suite in compared.suites
         ],
         "guardrails": [{**_pair(one), "name": one.name} for one in compared.guardrails],
-        "safety": [vars(count) for count in compared.safety],
+        "safety": [{**vars(count), "strata": dict(count.strata)} for count in compared.safety],
     }
     try:
         partial = folder / f"{_COMPARED}.partial"
@@ -91,7 +91,10 @@ def read_compared(folder: Path) -> Compared:
             for suite in record["suites"]
         ],
         guardrails=[Guardrail(**{**one, **_arrays(one)}) for one in record["guardrails"]],
-        safety=[SafetyCount(**count) for count in record["safety"]],
+        safety=[
+            SafetyCount(**{**count, "strata": {k: tuple(v) for k, v in count["strata"].items()}})
+            for count in record["safety"]
+        ],
     )
 
 
@@ -156,8 +159,9 @@ def require_decidable(
         PairedSuite(suite=name, champion=np.zeros(size), candidate=np.zeros(size), samples=samples)
         for name, size in sizes.items()
     ]
-    decision = decide_gate(alike, policy=policy, champion="this", candidate="the same")
-    if decision.outcome == "inconclusive" and not decision.safety:
+    items_alone = policy.model_copy(update={"safety_limits": {}})
+    decision = decide_gate(alike, policy=items_alone, champion="this", candidate="the same")
+    if decision.outcome == "inconclusive":
         raise ConfigError(
             f"the suites are too small for the margin: {decision.sentence}, if both models answer "
             "alike; add items, or raise degradation_limit"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from gmpo.continual_suites import (
 from gmpo.continual_training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, ModelError
 from gmpo.gate import decide_gate
-from gmpo.gate_records import Guardrail, PairedSuite
+from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
 from gmpo.outcomes import SuiteOutcomes
 from gmpo.records import Prompt
 from gmpo.registry import Registry
@@ -265,7 +265,8 @@ class RealWork:
         asked, suites = self._asked_before(facts, plan), _suites(plan)
         champion = asked.outcomes(facts.champion, Path(self._champion(facts)), suites)
         candidate = asked.outcomes(facts.candidate, Path(self.folder_of(facts.candidate)), suites)
-        compared = _compared(champion, candidate)
+        counts = self._safety_counts(self.folder_of(facts.candidate), plan)
+        compared = replace(_compared(champion, candidate), safety=counts)
         write_compared(folder, compared)
         return StepReport(
             passed=True,
@@ -343,6 +344,21 @@ class RealWork:
 
     def _champion(self, facts: CycleFacts) -> str:
         return self.folder_of(facts.champion)
+
+    def _safety_counts(self, model: str, plan: LearnPlan) -> list[SafetyCount]:
+        """What a model does on the safety sets that the plan limits."""
+        if not plan.safety_limits:
+            return []
+        from gmpo.safety_runs import ask_safety_sets
+
+        named = plan.recipe.model.model_copy(update={"name": model})
+        reports = ask_safety_sets(
+            plan.recipe.model_copy(update={"model": named}),
+            tuple(plan.safety_limits),
+            num_prompts=plan.safety_prompts,
+            warn=self.warn,
+        )
+        return [report.count for report in reports]
 
     def _asked_before(self, facts: CycleFacts, plan: LearnPlan) -> ModelAsked:
         """Outcomes that all cycles of the model share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.registries import model_folder
 
 from gmpo.continual_plan import write_rows
 from gmpo.registry import Registry
-from gmpo.store import open_store
+from gmpo.store import Event, open_store
 
 
 @pytest.fixture
@@ -30,6 +31,21 @@ def place(tmp_path: Path) -> list[str]:
         *("--suite", f"old={tmp_path / 'old.jsonl'}", "--data", str(tmp_path / "new.jsonl")),
         *("--plan", str(tmp_path / "plan.toml")),
     ]
+
+
+def recorded(count: int) -> list[Event]:
+    """Served answers that users liked, as a gateway records them with consent."""
+    now, events = time.time(), []
+    for n in range(count):
+        asked = [{"role": "user", "content": f"What is {n} times {n + 7}?"}]
+        said = {"messages": asked, "prompt": None, "completions": [str(n * (n + 7))]}
+        payload = {**said, "finish_reason": "stop", "consent": True}
+        vote = {"score": 1.0, "comment_length": 0}
+        events += [
+            Event(kind="text", time=now, payload=payload, request_id=f"r{n}"),
+            Event(kind="feedback", time=now, payload=vote, request_id=f"r{n}"),
+        ]
+    return events
 
 
 def output(*arguments: str) -> str:
@@ -70,6 +86,17 @@ def test_a_batch_that_is_not_due_begins_no_cycle(place: list[str], tmp_path: Pat
     output("learn", *place, "--when-rows", "101")
     with open_store(str(tmp_path / "store.db")) as store:
         assert store.cycles("bot") == []
+
+
+def test_confirmed_answers_are_learned_from(place: list[str], tmp_path: Path):
+    options = [*place[:6], *place[8:], "--feedback"]
+    with open_store(str(tmp_path / "store.db")) as store:
+        store.add_events(recorded(60))
+    told = json.loads(output("learn", *options, "--dry-run", "--json"))
+    assert told["data_passes"], told["data"]
+    assert told["trained_rows"] == 60
+    assert "give one of them" in refusal("learn", *place, "--feedback")
+    assert "says what is learned" in refusal("learn", *options[:-1])
 
 
 def test_a_batch_that_is_refused_is_told_as_one_object(place: list[str], tmp_path: Path):

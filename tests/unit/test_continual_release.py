@@ -91,7 +91,15 @@ def test_what_was_compared_comes_back(tmp_path: Path):
     compared = Compared(
         suites=[PairedSuite(suite="old", samples=4, items=("a", "b"), **pair)],
         guardrails=[Guardrail(name="length", **pair)],
-        safety=[SafetyCount(name="refusals", num_prompts=300, num_violations=1)],
+        safety=[
+            SafetyCount(
+                name="refusals",
+                num_prompts=300,
+                num_violations=1,
+                strata={"a": (150, 0), "b": (150, 1)},
+            ),
+            SafetyCount(name="canaries", num_prompts=300, num_violations=0),
+        ],
     )
     write_compared(tmp_path, compared)
     read = read_compared(tmp_path)

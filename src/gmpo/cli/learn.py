@@ -43,6 +43,10 @@ _Data = Annotated[
     list[str] | None,
     typer.Option(help="JSONL file or folder of new rows: prompt, answer; repeatable."),
 ]
+_Feedback = Annotated[
+    bool,
+    typer.Option("--feedback", help="Learn from answers that the store's gateway recorded."),
+]
 _Recipe = Annotated[str, typer.Option(help="Recipe that trains; its task is not used.")]
 _Suites = Annotated[
     list[str] | None,
@@ -89,6 +93,7 @@ def learn(
     store: _StoreUrl = None,
     name: _Name = None,
     data: _Data = None,
+    feedback: _Feedback = False,
     recipe: _Recipe = "quickstart",
     suites: _Suites = None,
     replay: _Replay = None,
@@ -115,6 +120,7 @@ def learn(
         raise ConfigError("give one of --approve, --refuse, --abandon and --dry-run")
     asked = _Asked(
         data=tuple(data or ()),
+        feedback=feedback,
         recipe=recipe,
         suites=tuple(suites or ()),
         replay=tuple(replay or ()),
@@ -139,6 +145,7 @@ class _Asked:
     """Options of a new cycle, as they were given."""
 
     data: tuple[str, ...]
+    feedback: bool
     recipe: str
     suites: tuple[str, ...]
     replay: tuple[str, ...]
@@ -167,12 +174,6 @@ class _Asked:
         if not chosen["suites"]:
             raise ConfigError("no suite is named: --suite NAME=FILE says what decides")
         return plan_of({**table, **chosen})
-
-    def require_data(self) -> tuple[str, ...]:
-        """The files of new rows."""
-        if not self.data:
-            raise ConfigError("no new rows are named: --data FILE says what is learned")
-        return self.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class _Learner:
         from gmpo.continual_work import dry_run
 
         plan = asked.learn_plan()
-        told = dry_run(plan, asked.require_data(), self.work, name=self.name, folder=self.folder)
+        told = dry_run(plan, self._data(asked), self.work, name=self.name, folder=self.folder)
         if as_json:
             print(json.dumps(told))
             return
@@ -221,7 +222,7 @@ class _Learner:
 
         going_on, request = open_cycle(self.store, self.name), None
         if going_on is None:
-            plan, data = asked.learn_plan(), asked.require_data()
+            plan, data = asked.learn_plan(), self._data(asked)
             why = due(
                 self.store,
                 self.name,
@@ -245,6 +246,22 @@ class _Learner:
             settings=self._settings(),
         )
         _print(result, as_json=as_json)
+
+    def _data(self, asked: _Asked) -> tuple[str, ...]:
+        """The files of new rows; of feedback one is written beside the cycles."""
+        if asked.data and asked.feedback:
+            raise ConfigError("--data and --feedback both say what is learned; give one of them")
+        if asked.feedback:
+            from gmpo.continual_plan import feedback_file
+
+            path, told = feedback_file(self.store, self.name, self.folder)
+            warn(f"feedback: {json.dumps(told)}")
+            return (str(path),)
+        if not asked.data:
+            raise ConfigError(
+                "no new rows are named: --data FILE or --feedback says what is learned"
+            )
+        return asked.data
 
     def _settings(self) -> ControllerSettings:
         from gmpo.continual import ControllerSettings
