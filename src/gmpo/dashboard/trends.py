@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from gmpo.dashboard.traffic import Traffic
+from gmpo.serving.quality import stability
 from gmpo.statistics import wilson_interval
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
 
 _BINS = 60
 _FEWEST_BINS = 6
-_FEWEST_FOR_STABILITY = 20
 _JUDGEMENTS_A_BIN = 40
 _SHORTEST_SECONDS = 1.0
 
@@ -157,12 +157,8 @@ def _figures(
 
 
 def _stability(values: Float[np.ndarray, " n"]) -> float | None:
-    if len(values) < _FEWEST_FOR_STABILITY:
-        return None
-    if values.min() <= 0:
-        return 0.0
-    # Rounding may put equal values a last digit above their own mean.
-    return min(1.0, math.exp(float(np.log(values).mean())) / float(values.mean()))
+    """As the gateway's answers have it; 0 where one is 0, which no floored score is."""
+    return 0.0 if values.min(initial=1.0) <= 0 else stability(values.tolist())
 
 
 def trend(
