@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp
         said = next(line for line in lines if line.startswith("error"))
         assert f"champion {versions[1]}" in said and "somebody changed them" in said
         assert client.get("/models").json()["data"][0]["model_version"] == versions[0]
+        until = time.monotonic() + 30
+        while not store.alerts("firing") and time.monotonic() < until:
+            time.sleep(0.05)
+        (alert,) = store.alerts("firing")
+        assert alert.payload["labels"]["alertname"] == "ChampionDamaged"
+        assert alert.payload["annotations"]["serving"] == versions[0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
         (swap,) = store.events(kinds=["swap"])

@@ -59,6 +59,42 @@ def test_it_serves_each_new_champion_once_and_gives_a_broken_one_up(tmp_path: Pa
     assert "version b goes on serving" in told[2]
 
 
+def test_in_place_of_a_broken_champion_its_predecessor_is_served(tmp_path: Path):
+    store = open_store(str(tmp_path / "store.db"))
+    for name in ("a", "bad"):
+        store.put_model_version(version(name))
+    store.set_champion("bot", expected=None, version="bad", reason={})
+    serving, told = ["start"], list[str]()
+    whole = ["a"]
+
+    async def serve(wanted: ModelVersion) -> None:
+        if wanted.version == "bad":
+            raise ModelError("its file is damaged")
+        serving.append(wanted.version)
+
+    def instead() -> ModelVersion:
+        if not whole:
+            raise ModelError("no version is whole")
+        return version(whole[0])
+
+    follower = ChampionFollower(
+        store, "bot", serve=serve, served=lambda: serving[-1], tell=told.append, instead=instead
+    )
+
+    async def work() -> None:
+        for _ in range(3):
+            await follower.look()
+        assert serving == ["start", "a"] and len(told) == 2
+        assert told[1] == "version a serves until bad is restored"
+        whole.clear()
+        await follower.look_again()
+
+    asyncio.run(work())
+    store.close()
+    assert serving == ["start", "a"]
+    assert told[-1] == "nothing can be served in place of champion bad: no version is whole"
+
+
 def test_a_store_that_cannot_be_read_is_said_once_and_looked_at_again(tmp_path: Path):
     path = tmp_path / "store.db"
     store = open_store(str(path))

@@ -288,7 +288,10 @@ def _change(
 
 
 def _follower(store: Store, name: str, changes: EngineChanges) -> ChampionFollower:
+    from gmpo.registry import Registry
     from gmpo.serving.following import ChampionFollower
+
+    registry = Registry(store, Path("models"))  # only asked; versions lie where their rows say
 
     return ChampionFollower(
         store,
@@ -296,6 +299,7 @@ def _follower(store: Store, name: str, changes: EngineChanges) -> ChampionFollow
         serve=changes.serve,
         served=lambda: changes.backend.model_version,
         tell=changes.complain,
+        instead=lambda: registry.servable(name),
     )
 
 
