@@ -149,6 +149,7 @@ class RealWork:
                 f"{', '.join(data)} changed since cycle {facts.number} began; put the old rows "
                 "back, or end the cycle with gmpo learn --abandon"
             )
+        self._require_whole(facts)
         report = checked_batch(
             plan,
             read_batch(data),
@@ -338,6 +339,18 @@ class RealWork:
             where = "is not registered" if found is None else f"has no folder at {found.path}"
             raise ModelError(f"version {version} {where}; restore it, or roll back to another one")
         return found.path
+
+    def _require_whole(self, facts: CycleFacts) -> None:
+        """Refuse to learn from a champion whose files are damaged; the registry raises an alert."""
+        check = self.registry.verify(facts.champion)
+        if check.is_whole:
+            return
+        instead = self.registry.servable(facts.name).version
+        raise ModelError(
+            f"champion {facts.champion} of {facts.name!r} is not learned from: {check.sentence}; "
+            f"version {instead} can serve in its place: restore the files, or roll back with gmpo "
+            "registry rollback, end this cycle with gmpo learn --abandon, and begin another"
+        )
 
     def _earlier(self, facts: CycleFacts, plan: LearnPlan) -> list[dict[str, Any]]:
         return self.earlier_rows(plan, name=facts.name, folder=facts.folder.parent)

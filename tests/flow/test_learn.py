@@ -113,7 +113,7 @@ def test_cycles_improve_what_is_served_and_leave_out_what_unlearns(tmp_path: Pat
         with served_process(str(start), arguments=arguments, threads=1, seconds=60) as url:
             # A champion whose files are gone is named, and the cycle goes on once they are back.
             start.rename(tmp_path / "elsewhere")
-            with pytest.raises(ModelError, match="has no folder at"):
+            with pytest.raises(ModelError, match="no version of 'tiny' can be served"):
                 place.run(place.plan(gateway=url), rows(60))
             cycle = open_cycle(place.store, NAME)
             assert cycle is not None
@@ -153,6 +153,27 @@ def _require_a_trail(place: Place, result: CycleResult, *, first: str) -> None:
     assert [cycle.state for cycle in cycles] == ["refused", "promoted"]
     assert cycles[-1].payload["result"]["success"] is True
     assert not list(place.folder.glob("learn/*/*/run/checkpoints"))
+
+
+def test_a_damaged_champion_is_not_learned_from_and_raises_an_alert(tmp_path: Path):
+    with opened(tmp_path) as place:
+        first = place.store.champion(NAME)
+        assert first is not None
+        other = save_tiny(tmp_path / "other", seed=1)
+        second = place.work.registry.add(Path(other), name=NAME, parent=first.version)
+        place.store.set_champion(
+            NAME, expected=first.version, version=second.version, reason={"why": "a person"}
+        )
+        weights = Path(second.path) / "model.safetensors"
+        weights.chmod(0o644)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        with pytest.raises(ModelError, match=f"version {first.version} can serve in its place"):
+            place.run(place.plan(), rows(60))
+        (alert,) = place.store.alerts()
+        assert alert.status == "firing"
+        cycle = open_cycle(place.store, NAME)
+        assert cycle is not None
+        assert cycle.state == "validate"
 
 
 def test_bad_input_is_named_before_anything_is_trained(tmp_path: Path):
