@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -18,6 +19,7 @@ from tests.commands import COMMAND, gmpo, refusal
 from tests.models import save_tiny
 
 from gmpo.feedback import verdict_event
+from gmpo.grading import extract_answer
 from gmpo.model_files import weights_version
 from gmpo.serving.server import bound_socket
 from gmpo.store import ModelVersion, open_store
@@ -186,22 +188,39 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
         assert client.get("/models", headers=headers).status_code == 200
 
 
+def _ended_answer(client: httpx2.Client) -> dict[str, Any]:
+    """An answer of the random model that ends by itself and has a number in it."""
+    for seed in range(50):
+        asked = {"prompt": "2+2=", "max_tokens": 100, "temperature": 1.0, "store": True}
+        answer = client.post("/completions", json={**ASKED, **asked, "seed": seed}).json()
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] == "stop" and extract_answer(choice["text"]):
+            return answer
+    raise AssertionError("no answer ended")
+
+
 def test_texts_of_clients_that_allow_it_become_rows(folder: str, tmp_path: Path):
     path = str(tmp_path / "store.db")
     with serving(folder, "--store", path, "--record-texts") as (process, client):
         allowed = client.post("/completions", json={**ASKED, "store": True}).json()
         client.post("/completions", json={**ASKED, "prompt": "1+1="})
+        liked = _ended_answer(client)
+        said = client.post("/feedback", json={"request_id": liked["id"], "thumbs": "up"})
+        assert said.status_code == 200, said.text
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     with open_store(path) as store:
-        assert store.count_events(kinds=["answer"]) == 2
-        (text,) = store.events(kinds=["text"])
+        text = store.events(kinds=["text"])[0]
         assert text.payload["completions"] == [allowed["choices"][0]["text"]]
+        assert store.count_events(kinds=["answer"]) == store.count_events(kinds=["text"]) + 1
         store.add_events([verdict_event(allowed["id"], by="test", reference="15")])
     done = gmpo("data", "collect", "--store", path, "--out", tmp_path / "rows.jsonl", "--json")
-    assert '"rows": 1' in done.stdout, done.stderr
-    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert '"rows": 2' in done.stdout, done.stderr
+    row, voted = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert (row["prompt"], row["answer"]) == ([{"role": "user", "content": "12+3="}], "15")
+    answer = extract_answer(liked["choices"][0]["text"])
+    assert (voted["prompt"][0]["content"], voted["answer"]) == ("2+2=", answer)
+    assert (row["confirmed_by"], voted["confirmed_by"]) == ("verdict", "votes")
     assert "--record-texts is about what a store holds" in refusal(
         "serve", folder, "--record-texts"
     )
