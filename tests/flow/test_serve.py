@@ -17,10 +17,12 @@ import httpx2
 import pytest
 from tests.commands import COMMAND, gmpo, refusal
 from tests.models import save_tiny
+from tests.registries import decision
 
 from gmpo.feedback import verdict_event
 from gmpo.grading import extract_answer
 from gmpo.model_files import weights_version
+from gmpo.registry import Registry
 from gmpo.serving.server import bound_socket
 from gmpo.store import ModelVersion, open_store
 
@@ -33,10 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+def serving(
+    *arguments: str, dtype: str = "fp32"
+) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
     """The command, once it has said where it serves."""
     process = subprocess.Popen(
-        [COMMAND, "serve", *arguments, "--port", "0", "--dtype", "fp32"],
+        [COMMAND, "serve", *arguments, "--port", "0", "--dtype", dtype],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -111,7 +115,7 @@ def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp
     other = save_tiny(tmp_path / "other", seed=1)
     with (
         open_store(path) as store,
-        serving(folder, "--store", path, "--follow", "tiny", "--dtype", "bf16") as (
+        serving(folder, "--store", path, "--follow", "tiny", dtype="bf16") as (
             process,
             client,
         ),
@@ -152,6 +156,27 @@ def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp
         assert process.wait(120) == 0
         (swap,) = store.events(kinds=["swap"])
         assert (swap.payload["previous"], swap.payload["version"]) == (first, versions[0])
+
+
+def test_a_release_stands_once_the_gateway_reports_it(folder: str, tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    other = save_tiny(tmp_path / "other", seed=1)
+    with (
+        open_store(path) as store,
+        serving(folder, "--store", path, "--follow", "tiny") as (process, client),
+    ):
+        registry = Registry(store, tmp_path / "models")
+        old, new = (registry.add(one, name="tiny").version for one in (folder, other))
+        registry.adopt("tiny", old, reason="first")
+        registry.submit("tiny", decision(old, new))
+        promote = ("registry", "promote", "tiny", new, "--store", path)
+        done = gmpo(*promote, "--gateway", str(client.base_url))
+        assert done.exit_code == 0, done.stderr
+        assert f"reports version {new}" in done.stderr
+        assert client.get("/models").json()["data"][0]["model_version"] == new
+        assert client.post("/completions", json=ASKED).json()["system_fingerprint"] == new
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(folder: str, tmp_path: Path):
