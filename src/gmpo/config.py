@@ -316,7 +316,7 @@ class TrainingConfig(Table):
     engine: Literal["fast", "plain"] = "fast"
     """fast shares prompts, skips dead groups and decodes with its own Llama step; plain is the slow
     and obvious path with the same results."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the data order and of every sampled token."""
     gradient_cosine_every: int = Field(default=0, ge=0)
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on

@@ -187,6 +187,8 @@ def _read(path: Path) -> tuple[int, SuiteOutcomes]:
             )
         place: int = record.pop("place")
         items = tuple(_item(item) for item in record.pop("items"))
+        if not items:
+            raise DataError(f"{path} holds no item; remove it or evaluate anew")
         return place, SuiteOutcomes(way=Way(**record.pop("way")), items=items, **record)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(

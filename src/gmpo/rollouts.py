@@ -112,6 +112,10 @@ class PromptRenderer:
             )
         return rendered
 
+    def num_tokens(self, prompt: Prompt) -> int:
+        """Tokens of the prompt, however long it is."""
+        return len(self._render(prompt).token_ids or ())
+
     def _render(self, prompt: Prompt) -> Prompt:
         turns = self._turns(prompt)
         if not any(turn.content.strip() for turn in turns):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,7 @@ def make_plan(  # noqa: PLR0913 - all by keyword: they are the command's options
         base = load_recipe(source, [*_quick_overrides(base), *overrides])
     _require_comparable(base)
     _require_seeds(seeds)
+    _require_target(target_reward)
     arms = _arms(base, objectives, _by_arm(arm_overrides, objectives))
     return StudyPlan(
         source=source,
@@ -180,14 +182,17 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """Seeds of "0,1,2".
 
     Raises:
-        ConfigError: they are no whole numbers.
+        ConfigError: they are no whole numbers from 0 on.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0:
         raise ConfigError(
-            f"--seeds {text!r} must be whole numbers between commas, e.g. 0,1,2"
-        ) from None
+            f"--seeds {text!r} must be whole numbers from 0 on between commas, e.g. 0,1,2"
+        )
+    return seeds
 
 
 def load_plan(folder: Path) -> StudyPlan | None:
@@ -295,6 +300,14 @@ def _require_seeds(seeds: Sequence[int]) -> None:
         raise ConfigError(
             f"a study needs 2 to {_MOST_SEEDS} seeds, got {len(seeds)}: with one nobody can tell "
             "a difference of objectives from one of luck; e.g. --seeds 0,1,2"
+        )
+
+
+def _require_target(target_reward: float | None) -> None:
+    if target_reward is not None and not math.isfinite(target_reward):
+        raise ConfigError(
+            f"--target-reward {target_reward} must be a finite reward; leave it out for half-way "
+            "from first to last rewards"
         )
 
 

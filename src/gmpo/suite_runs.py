@@ -96,16 +96,19 @@ def _fitted(evaluator: Evaluator, suite: SuiteItems, *, context: int, model: str
             f"{model!r} takes {context}, prompt and completion together; give --max-tokens below "
             "that"
         )
-    lengths = [
-        len(prompt.token_ids or ()) for prompt in evaluator.renderer.render_all(suite.prompts)
-    ]
+    lengths = [evaluator.renderer.num_tokens(prompt) for prompt in suite.prompts]
     longest = max(lengths)
     if longest + suite.max_tokens > context:
         name = suite.prompts[lengths.index(longest)].id
+        left = context - longest
+        remedy = (
+            f"give --max-tokens {left} or lower instead of {suite.max_tokens}"
+            if left > 0
+            else "choose a model with a longer context"
+        )
         raise DataError(
             f"item {name!r} of suite {suite.name} has {longest} tokens, and model {model!r} takes "
-            f"{context}, prompt and completion together; give --max-tokens {context - longest} or "
-            f"lower instead of {suite.max_tokens}"
+            f"{context}, prompt and completion together; {remedy}"
         )
     return replace(evaluator, settings=replace(evaluator.settings, max_tokens=suite.max_tokens))
 

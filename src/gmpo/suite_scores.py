@@ -144,8 +144,8 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
     """The table of one metric; the first model's label is the baseline of the gains.
 
     Raises:
-        DataError: two models share no item of a suite, or put an item of one id differently; or
-            a label has a suite twice.
+        DataError: two models share no suite or no item of one, or put an item of one id
+            differently; or a label has a suite twice.
     """
     by_model = _by_model([one for one in outcomes if one.way.name == metric.way])
     titles = _titles(by_model)
@@ -219,6 +219,13 @@ def _gains(
         for label, suites in by_model.items()
         if label != first
     }
+    for label, gains in tested.items():
+        if not gains:
+            raise DataError(
+                f"{first!r} and {label!r} share no suite ({', '.join(baseline)} against "
+                f"{', '.join(by_model[label])}), so nothing can be compared; evaluate both on one, "
+                "or show them one by one"
+            )
     raw = [gain.p_value for gains in tested.values() for gain in gains if gain.p_value is not None]
     adjusted = iter(holm(raw))
     found: list[Gain] = []

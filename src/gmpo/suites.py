@@ -121,10 +121,10 @@ def known_suites(names: Sequence[str]) -> list[Suite]:
     for name in names:
         if name not in SUITES:
             near = difflib.get_close_matches(name.lower(), SUITES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "choose among them, or"
+            hint = f"did you mean {near[0]!r}? There are" if near else "there are"
             raise ConfigError(
-                f"there is no suite {name!r}; {hint} there are {', '.join(SUITES)}, and 'task' "
-                "for the recipe's own held-out items"
+                f"there is no suite {name!r}; {hint} {', '.join(SUITES)}, and for gmpo evaluate "
+                "'task', the recipe's own held-out items"
             )
         if names.count(name) > 1:
             raise ConfigError(f"suite {name!r} is named twice; name each once")

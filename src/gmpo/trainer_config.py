@@ -59,7 +59,7 @@ class GMPOConfig(BaseModel):
     """Weight of the k3 estimate of KL(policy || reference): `objective.kl_coefficient`."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of warm-up: `training.warmup_steps`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of data order and sampling: `training.seed`."""
     output_dir: str | None = None
     """Run folder; None takes the first free one of runs/gmpo, runs/gmpo-2 ..."""

@@ -65,6 +65,7 @@ def test_models_without_a_shared_item_are_refused(arms: tuple[str, str], data: P
         (("--suite", "amc", "--k", "3"), "give --samples 3"),
         (("--suite", "gsm8k", "--suite", "svamp"), "--data would do nothing for gsm8k and svamp"),
         (("--suite", "amc", "--temperature", "0.5"), "give --samples too"),
+        (("--suite", "amc", "--samples", "2", "--temperature", "inf"), "need a finite one above 0"),
         (("--suite", "amc", "--items", "9"), "9 items were asked for, and suite amc has 6"),
         (("--suite", "amc", "--max-tokens", "300"), "give --max-tokens below that"),
         (("--suite", "amc", "--set", "training.rounds=3"), "has no effect on suites"),
@@ -74,6 +75,16 @@ def test_what_cannot_be_asked_is_refused(
     options: tuple[str, ...], said: str, arms: tuple[str, str], data: Path
 ):
     assert said in refusal("evaluate", arms[0], "--data", data, *options)
+
+
+def test_an_item_longer_than_the_context_is_named_with_what_helps(
+    arms: tuple[str, str], data: Path
+):
+    for tokens, remedy in ((250, "give --max-tokens"), (300, "a model with a longer context")):
+        jsonl(data / "amc.jsonl", [{"id": "long", "problem": "1" * tokens, "answer": "1"}])
+        said = refusal("evaluate", arms[0], "--suite", "amc", "--data", data, *ASKED)
+        assert "item 'long' of suite amc has" in said
+        assert remedy in said
 
 
 def test_a_folder_does_not_replace_bundled_suites_and_says_so(data: Path):

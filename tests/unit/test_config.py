@@ -145,6 +145,10 @@ def test_cutting_the_distribution_in_training_is_refused(cut: dict[str, float]):
     assert str(next(iter(cut.values()))) in message
 
 
+def test_a_seed_below_0_is_refused():
+    assert refusal(TrainingConfig, seed=-1) == "Input should be greater than or equal to 0"
+
+
 def test_a_length_limit_without_room_for_a_prompt_is_refused():
     assert refusal(SamplingConfig, max_length=32, max_new_tokens=32) == (
         "Value error, max_length 32 must exceed max_new_tokens 32: it counts prompt plus completion"

@@ -105,6 +105,9 @@ def test_damaged_and_other_files_are_refused(tmp_path: Path):
     path.write_text(whole[:-20])
     with pytest.raises(DataError, match="no whole file of outcomes"):
         stored_outcomes(tmp_path)
+    path.write_text(json.dumps({**json.loads(whole), "items": []}))
+    with pytest.raises(DataError, match="holds no item; remove it or evaluate anew"):
+        stored_outcomes(tmp_path)
     path.write_text(json.dumps({**json.loads(whole), "format": 9}))
     with pytest.raises(DataError, match="has format 9, this version reads 1"):
         stored_outcomes(tmp_path)

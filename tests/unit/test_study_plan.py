@@ -94,6 +94,7 @@ def test_quick_leaves_what_is_smaller(recipe: str):
         ({"seeds": [0]}, "a study needs 2 to 40 seeds, got 1"),
         ({"seeds": range(41)}, "a study needs 2 to 40 seeds, got 41"),
         ({"seeds": [1, 1]}, r"seeds \[1, 1\] name one twice"),
+        ({"target_reward": float("nan")}, "--target-reward nan must be a finite reward"),
         ({"objectives": ["gmpo"]}, "must name at least two arms"),
         ({"objectives": ["gmpo", "gmpo"]}, "at least two arms, each once"),
         ({"objectives": ["grpo", "../x=gmpo"]}, "the label of letters"),
@@ -119,6 +120,8 @@ def test_seeds_are_whole_numbers():
     assert parse_seeds("0, 2,10") == (0, 2, 10)
     with pytest.raises(ConfigError, match="'0,x' must be whole numbers"):
         parse_seeds("0,x")
+    with pytest.raises(ConfigError, match="from 0 on"):
+        parse_seeds("-1,2")
 
 
 def test_a_study_of_another_recipe_is_refused_with_the_keys_that_differ(

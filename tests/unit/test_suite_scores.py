@@ -85,6 +85,11 @@ def test_only_shared_items_are_compared():
     assert table.notes == ("AMC: items 2 for a and 4 for b",)
 
 
+def test_models_without_a_shared_suite_are_refused():
+    with pytest.raises(DataError, match=r"'a' and 'b' share no suite \(amc against svamp\)"):
+        score_table([greedy("a", {0}, 2), greedy("b", {0}, 2, suite="svamp")], PASS_1)
+
+
 def test_a_suite_that_a_model_was_not_asked_is_outside_the_average():
     whole = [greedy("a", {0}, 4, suite=name) for name in ("amc", "math500", "svamp")]
     part = [greedy("b", {0}, 4, suite=name) for name in ("amc", "math500")]

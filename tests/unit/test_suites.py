@@ -28,6 +28,8 @@ def test_names_are_kept_in_order_and_unknown_or_doubled_ones_are_refused():
     assert [suite.name for suite in known_suites(["svamp", "amc"])] == ["svamp", "amc"]
     with pytest.raises(ConfigError, match="no suite 'math50'; did you mean 'math500'"):
         known_suites(["math50"])
+    with pytest.raises(ConfigError, match="no suite 'sat'; there are aime24, amc"):
+        known_suites(["sat"])
     with pytest.raises(ConfigError, match="'amc' is named twice"):
         known_suites(["amc", "amc"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,10 +104,10 @@ class SuiteOptions:
                 )
             return (Way(name="greedy"),)
         temperature = 1.0 if self.temperature is None else self.temperature
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ConfigError(
-                f"--temperature is {temperature}; sampled completions need one above 0, and the "
-                "greedy one is asked besides"
+                f"--temperature is {temperature}; sampled completions need a finite one above 0, "
+                "and the greedy one is asked besides"
             )
         for k in self.ks:
             if not 1 <= k <= self.samples:
