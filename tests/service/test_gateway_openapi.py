@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx2
@@ -15,6 +16,9 @@ from tests.models import save_tiny
 
 from gmpo.serving.bodies import ChatBody, CompletionBody
 from gmpo.serving.engine import EngineLimits
+from gmpo.serving.feedback import FeedbackDesk
+from gmpo.serving.recording import EventWriter
+from gmpo.store import open_store
 
 ENGINE = EngineLimits(max_rows=8, max_prompt_tokens=64, max_tokens=16)
 FAST = 200
@@ -24,8 +28,16 @@ MANY = 2000
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
     folder = save_tiny(tmp_path_factory.mktemp("model"))
-    with running_gateway(lambda: tiny_backend(folder, limits=ENGINE)) as running:
-        yield running
+    with ExitStack() as stack:
+        store = stack.enter_context(open_store(str(tmp_path_factory.mktemp("store") / "s.db")))
+        writer = EventWriter(store)
+        stack.callback(writer.close)
+        yield stack.enter_context(
+            running_gateway(
+                lambda: tiny_backend(folder, limits=ENGINE),
+                feedback=FeedbackDesk(store, writer.put),
+            )
+        )
 
 
 def ask_much(gateway: RunningGateway, *, num_requests: int) -> dict[int, int]:
@@ -35,12 +47,15 @@ def ask_much(gateway: RunningGateway, *, num_requests: int) -> dict[int, int]:
         schema = schemathesis.openapi.from_dict(document)
         operations = [found.ok() for found in schema.get_all_operations()]
         posts = [one for one in operations if one.method.upper() == "POST"]
-        assert {one.path for one in posts} == {"/v1/chat/completions", "/v1/completions"}
-        assert len(operations) == 7
+        answers = [one for one in posts if one.path.endswith("/completions")]
+        assert len(answers) == 2 and {one.path for one in posts if one not in answers} == {
+            "/v1/feedback"
+        }
+        assert len(operations) == 8
         statuses: dict[int, int] = {}
         for operation in operations:
             # Most of them go where there is most to get wrong.
-            share = 0.45 if operation in posts else 0.02
+            share = 0.4 if operation in answers else 0.1 if operation in posts else 0.02
             for status, count in _ask(client, operation, round(share * num_requests)).items():
                 statuses[status] = statuses.get(status, 0) + count
     return statuses
