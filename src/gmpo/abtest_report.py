@@ -168,4 +168,4 @@ def _shown(result: MetricResult, value: float) -> str:
     if not math.isfinite(value):
         return "-"
     change = value - 1 if result.scale == "ratio" else value
-    return f"{100 * change:+.2f}{' %' if result.scale == 'ratio' else ''}"
+    return f"{100 * change:+.2f} {'%' if result.scale == 'ratio' else 'points'}"

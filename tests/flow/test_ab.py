@@ -10,6 +10,7 @@ import pytest
 from tests.commands import gmpo, process, refusal
 
 from gmpo.abtest.assignment import assign
+from gmpo.abtest_report import metric_rows, report_of
 from gmpo.store import Event, open_store
 
 
@@ -61,6 +62,8 @@ def test_an_experiment_is_looked_at_and_ended(store: str, tmp_path: Path):
     with open_store(store) as opened:
         kept = opened.experiment("greeting")
         assert kept is not None
+        success, latency = metric_rows(report_of(opened, kept))
+        assert success[4].endswith(" points") and latency[4].endswith(" %")
         assert kept.status == "stopped"
         assert kept.decision is not None
         assert kept.decision["decision"]["action"] == "promote"
