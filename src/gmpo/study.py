@@ -62,7 +62,8 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
             )
         resolved = resolve_plan(plan, warn=warn)
         record = {**resolved.as_dict(), "made_with": provenance()}
-        RunFolder(study).write_text("study.json", json.dumps(record, indent=1) + "\n")
+        folder = RunFolder(study, option="--study")
+        folder.write_text("study.json", json.dumps(record, indent=1) + "\n")
         return resolved
     differences = plan_differences(there, plan) if plan is not None else []
     if differences:
@@ -100,7 +101,7 @@ def run_study(
         StudyError: a cell refused to train: each process would; its message is named.
         RunFolderError: another process runs this study.
     """
-    folder = RunFolder(study)
+    folder = RunFolder(study, option="--study")
     with _only_one(folder):
         ended = ended_cells(study)
         waiting = [cell for cell in plan.cells() if cell.name not in ended]

@@ -89,12 +89,13 @@ class RunFolder:
 
     Args:
         path: created if it is absent.
+        option: of the command that names the folder, for messages.
 
     Raises:
         RunFolderError: the folder cannot be created or written; the path and cause are named.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, option: str = "--run") -> None:
         self.path = Path(path)
         self._followers: list[Callable[[Mapping[str, Any]], None]] = []
         try:
@@ -104,8 +105,8 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise RunFolderError(
-                f"run folder {self.path} cannot be written: {error.strerror}; "
-                "choose another with --run, or free space and permissions"
+                f"{'run' if option == '--run' else 'study'} folder {self.path} cannot be written: "
+                f"{error.strerror}; choose another with {option}, or free space and permissions"
             ) from None
 
     @property

@@ -274,7 +274,7 @@ def _load(folder: Path) -> tuple[TuningPlan, int, Mapping[str, Any]] | None:
 
 def _write(folder: Path, plan: TuningPlan, trials: int, made_with: Mapping[str, Any]) -> None:
     record = {**plan.as_dict(), "trials": trials, "made_with": made_with}
-    RunFolder(folder).write_text(_FILE, json.dumps(record, indent=1) + "\n")
+    RunFolder(folder, option="--study").write_text(_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def _split(recipe: RunConfig, *, warn: Callable[[str], None]) -> tuple[int, int]:

@@ -250,3 +250,6 @@ def test_what_cannot_be_compared_is_refused_by_the_command(whole: Path, small: s
     )
     assert "is of another study; grpo: training.learning_rate: 0.001 there, 0.1 here" in told
     assert "gmpo: training.learning_rate: 0.001 there, 0.1 here" in told
+    in_the_way = refusal("compare", small, "--seeds", "0,1", "--study", small)
+    assert in_the_way.startswith(f"study folder {small} cannot be written: File exists; choose")
+    assert "with --study" in in_the_way
