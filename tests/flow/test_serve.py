@@ -207,7 +207,10 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
         for key, status in (("sk-b", 200), ("sk-file", 401), ("sk-", 401)):
             headers = {"authorization": f"Bearer {key}"}
             assert client.get("/models", headers=headers).status_code == status
+    monkeypatch.setenv("GMPO_API_KEYS", " ,")
+    assert "holds no key" in refusal("serve", folder)
     monkeypatch.delenv("GMPO_API_KEYS")
+    assert "one key a line" in refusal("serve", folder, "--api-keys", str(tmp_path / "none"))
     with serving(folder, "--api-keys", str(file)) as (_, client):
         headers = {"authorization": "Bearer sk-file"}
         assert client.get("/models", headers=headers).status_code == 200

@@ -39,18 +39,26 @@ def read_api_keys(file: Path | None) -> ApiKeys:
     """Keys from a file, one a line (`#` begins a comment), or else from GMPO_API_KEYS.
 
     Raises:
-        ConfigError: both are given, the file cannot be read, or there is no key in it.
+        ConfigError: both are given, the file cannot be read, or there is no key in what is given.
     """
     variable = os.environ.get(_VARIABLE)
     if file is None:
         keys = [key.strip() for key in (variable or "").split(",")]
+        if variable and not any(keys):
+            # Whoever sets it wants keys; serving everybody would be the opposite.
+            raise ConfigError(
+                f"{_VARIABLE} is {variable!r}, which holds no key; separate keys by commas, or "
+                "unset it to let everybody ask"
+            )
         return ApiKeys(key for key in keys if key)
     if variable:
         raise ConfigError(f"keys come from {_VARIABLE} or from --api-keys, not from both; take one")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file of API keys cannot be read: {error}") from None
+        raise ConfigError(
+            f"the file of API keys cannot be read: {error}; name a text file with one key a line"
+        ) from None
     keys = [line.strip() for line in lines if not line.lstrip().startswith("#")]
     found = [key for key in keys if key]
     if not found:
