@@ -54,6 +54,7 @@ checkpoint.every_rounds checkpoint.keep
 evaluation.measure evaluation.every_rounds evaluation.items_during evaluation.items
 evaluation.skip_items evaluation.few_shot evaluation.sampled evaluation.max_new_tokens
 tracking.groups_per_round tracking.to tracking.project tracking.name
+tracking.prometheus_port
 lora.rank lora.alpha lora.targets
 guard.mode
 guard.skip_steps
