@@ -155,6 +155,16 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path):
     assert "shadow names something in the store" in refusal("serve", "--config", shadow)
 
 
+def test_answers_that_all_fell_back_set_no_threshold(tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    payload = {"status": 200, "fell_back": True, "quality_components": {"distinct": 1.0}}
+    with open_store(path) as store:
+        store.add_events([Event(kind="answer", time=1.0, payload=payload)] * 3)
+    said = refusal("quality", str(tmp_path / "quality.json"), "--store", path)
+    assert "no answer to set a threshold by; left out: 3 fell back" in said
+    assert 'quality.mode = "observe"' in said
+
+
 def test_a_threshold_is_set_from_recorded_answers_and_serves(tmp_path: Path):
     path = str(tmp_path / "store.db")
     out = str(tmp_path / "quality.json")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gmpo.cli.conventions import JsonOption, refuses_clearly
+from gmpo.errors import DataError
 
 if TYPE_CHECKING:
     from gmpo.serving.calibration import Calibration
@@ -40,6 +41,12 @@ def quality(
         )
         feedback = opened.events(kinds=["feedback"], model_version=model_version)
     found, left_out = labelled_answers([*answers, *feedback])
+    if not found:
+        raise DataError(
+            f"store {opened.where} has no answer to set a threshold by"
+            + (f"; left out: {_counts(left_out)}" if left_out else "")
+            + '; let the gateway serve with quality.mode = "observe" for a while, then try again'
+        )
     calibration = calibrate(found, target=target)
     save_calibration(calibration, out)
     if as_json:
@@ -50,7 +57,7 @@ def quality(
 
 
 def _told(found: Calibration, left_out: dict[str, int]) -> list[str]:
-    out = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in left_out.items())
+    out = _counts(left_out)
     lines = [
         f"threshold {found.threshold:.4f}: {100 * found.expected_false_fallback:.1f} % of good "
         f"answers are expected below it, with 95 % confidence at most "
@@ -72,3 +79,7 @@ def _told(found: Calibration, left_out: dict[str, int]) -> list[str]:
         f"{found.ranking:.2f}"
     )
     return lines
+
+
+def _counts(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in left_out.items())
