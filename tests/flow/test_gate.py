@@ -64,6 +64,18 @@ def test_from_the_gate_to_the_registry(models: tuple[Path, Path], tmp_path: Path
         assert opened.champion("bot").version == weights_version(models[1])
 
 
+def test_a_decision_is_refused_before_anything_is_asked_where_it_could_not_be_kept(
+    models: tuple[Path, Path], tmp_path: Path
+):
+    store = str(tmp_path / "store.db")
+    with open_store(store) as opened:
+        Registry(opened, tmp_path / "models").add(models[0], name="bot")
+    message = refusal("gate", "none", "either", "--store", store, "--name", "bto")
+    assert message == (
+        f"store {store} has no model 'bto', so --name is no place for a decision; it has bot"
+    )
+
+
 def test_models_are_asked_suites_and_safety_sets(models: tuple[Path, Path], tmp_path: Path):
     store = str(tmp_path / "store.db")
     with open_store(store) as opened:

@@ -112,8 +112,28 @@ def test_refusals(store: str, tmp_path: Path):
     )
     gmpo("registry", "adopt", "bot", old, "--store", store)
     assert "no predecessor" in refusal(*rollback)
-    absent = refusal("registry", "list", "--store", tmp_path / "absent.db")
-    assert "absent.db" in absent and not (tmp_path / "absent.db").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("registry", "list"),
+        ("registry", "adopt", "bot", "ab"),
+        ("registry", "promote", "bot", "ab"),
+        ("registry", "rollback", "bot", "--reason", "slow"),
+        ("registry", "gc", "bot"),
+        ("ab", "stop", "greeting"),
+        ("data", "purge", "--unit", "ada"),
+        ("data", "purge", "--unit", "ada", "--dry-run"),
+        ("gate", "old", "new", "--name", "bot"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_store_is_refused_and_not_made(command: tuple[str, ...], tmp_path: Path):
+    absent = tmp_path / "absent.db"
+    message = refusal(*command, "--store", absent)
+    assert f"there is no store at {absent}; check the path" in message
+    assert not absent.exists()
 
 
 def test_a_mirror_in_mlflow_follows(store: str, tmp_path: Path):

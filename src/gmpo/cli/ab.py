@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, refuses_clearly
+from gmpo.cli.conventions import JsonOption, existing_store, refuses_clearly
 from gmpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = ["ab", "report", "size", "start", "status", "stop"]
 
 ab = typer.Typer(help="Experiments on split traffic: start, status, report, stop, size.")
 
-_Name = Annotated[str, typer.Argument(help="Of the experiment.")]
+_Name = Annotated[str, typer.Argument(help="Name of the experiment.")]
 _StoreUrl = Annotated[
     str, typer.Option("--store", help="The gateway's store: a SQLite file or a PostgreSQL URL.")
 ]
@@ -143,7 +143,7 @@ def stop(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
     from gmpo.abtest_report import report_of
     from gmpo.store import Event
 
-    with _opened(store) as opened:
+    with existing_store(store) as opened:
         experiment = _experiment(opened, name)
         if experiment.status == "stopped":
             raise ConfigError(f"experiment {name!r} was stopped already")

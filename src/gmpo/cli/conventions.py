@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,9 +16,13 @@ from rich.text import Text
 
 from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped
 
+if TYPE_CHECKING:
+    from gmpo.store import Store
+
 __all__ = [
     "JsonOption",
     "SetOption",
+    "existing_store",
     "is_loopback",
     "model_name",
     "refuses_clearly",
@@ -35,7 +40,7 @@ _DIVERGED = 3
 _STOPPED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
 ]
@@ -61,6 +66,20 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
             raise typer.Exit(_DIVERGED if diverged else 2) from None
 
     return wrapped
+
+
+@contextmanager
+def existing_store(url: str) -> Iterator[Store]:
+    """A store to write to that is there already: a mistyped path must not make an empty one.
+
+    Raises:
+        StoreError: there is none.
+    """
+    from gmpo.store import open_store
+
+    open_store(url, read_only=True).close()
+    with open_store(url) as opened:
+        yield opened
 
 
 def is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, refuses_clearly, warn
+from gmpo.cli.conventions import JsonOption, existing_store, refuses_clearly, warn
 from gmpo.cli.suite_scores import SuiteOptions, asked_model
 from gmpo.errors import ConfigError
 from gmpo.recipe import apply_override
@@ -164,7 +164,7 @@ def purge(
     from gmpo.store import open_store
 
     _refuse_negative("older-than-days", days)
-    with open_store(store, read_only=dry_run) as opened:
+    with open_store(store, read_only=True) if dry_run else existing_store(store) as opened:
         count = purge_texts(
             opened,
             before=None if days is None else time.time() - days * _DAY,

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, SetOption, model_name, refuses_clearly, warn
+from gmpo.cli.conventions import (
+    JsonOption,
+    SetOption,
+    existing_store,
+    model_name,
+    refuses_clearly,
+    warn,
+)
 from gmpo.cli.suite_scores import SuiteOptions, asked_model, suite_outcomes
 from gmpo.errors import ConfigError
 from gmpo.gate_policy import GatePolicy
@@ -87,6 +94,8 @@ def gate(
         raise ConfigError(f"both models are {champion}; there is nothing to decide")
     if (store is None) != (name is None):
         raise ConfigError("--store and --name belong together; give both or none")
+    if store is not None and name is not None:
+        _require_registered(store, name)
     limits = dict(_limit(word) for word in safety or [])
     options = SuiteOptions(
         suites=tuple(suites or ()),
@@ -163,6 +172,17 @@ def _placed(model: str, store: str | None) -> str:
     return found[0].path
 
 
+def _require_registered(store: str, name: str) -> None:
+    """Asking may take hours, and where the decision would be kept must not turn out wrong then."""
+    with existing_store(store) as opened:
+        names = sorted({version.name for version in opened.model_versions()})
+    if name not in names:
+        raise ConfigError(
+            f"store {store} has no model {name!r}, so --name is no place for a decision; it has "
+            f"{', '.join(names) or 'none yet: gmpo registry add'}"
+        )
+
+
 def _limit(word: str) -> tuple[str, float]:
     from gmpo.safety import SAFETY_SETS
 
@@ -230,9 +250,8 @@ def _counts(model: str, asking: _Asking) -> list[SafetyCount]:
 
 def _keep(store: str, name: str, decision: GateDecision) -> None:
     from gmpo.registry import Registry
-    from gmpo.store import open_store
 
-    with open_store(store) as opened:
+    with existing_store(store) as opened:
         Registry(opened, Path("models")).submit(name, decision)
 
 

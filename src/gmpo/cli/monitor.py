@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmpo.cli.conventions import refuses_clearly, warn
+from gmpo.cli.conventions import existing_store, refuses_clearly, warn
 from gmpo.errors import ConfigError, DeliveryError, RunStopped
 
 if TYPE_CHECKING:
@@ -75,14 +75,11 @@ def monitor(
 def _monitoring(runs: Sequence[Path], url: str | None) -> Iterator[Monitored]:
     """What is looked at, with its store open."""
     from gmpo.monitored import Monitored
-    from gmpo.store import open_store
 
     if url is None:
         yield Monitored(runs, None)
         return
-    # A store that is to be watched is there: a wrong path must not make an empty one.
-    open_store(url, read_only=True).close()
-    with open_store(url) as store:
+    with existing_store(url) as store:
         seen = Monitored(runs, store)
         try:
             yield seen

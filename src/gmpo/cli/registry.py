@@ -17,7 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gmpo.cli.conventions import JsonOption, model_name, refuses_clearly, warn
+from gmpo.cli.conventions import (
+    JsonOption,
+    existing_store,
+    model_name,
+    refuses_clearly,
+    warn,
+)
 from gmpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,14 +47,14 @@ registry = typer.Typer(
     help="Versions of models: list, show, add, adopt, promote, rollback, verify, gc, mirror."
 )
 
-_Name = Annotated[str, typer.Argument(help="Of the model.")]
-_Version = Annotated[str, typer.Argument(help="Of the model; its first digits are enough.")]
+_Name = Annotated[str, typer.Argument(help="Name of the model.")]
+_Version = Annotated[str, typer.Argument(help="The version; its first digits are enough.")]
 _StoreUrl = Annotated[
     str, typer.Option("--store", help="The store: a SQLite file or a PostgreSQL URL.")
 ]
 _Folder = Annotated[
     Path | None,
-    typer.Option("--folder", help="Of the versions; default: models/ beside a SQLite store."),
+    typer.Option("--folder", help="Where versions lie; default: models/ beside a SQLite store."),
 ]
 _Mlflow = Annotated[
     str | None, typer.Option("--mlflow", help="MLflow's address, to be told of the change too.")
@@ -59,7 +65,7 @@ _Mlflow = Annotated[
 @refuses_clearly
 def versions(
     store: _StoreUrl,
-    name: Annotated[str | None, typer.Argument(help="Of the model; all by default.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the model; all by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Every version: whether it serves, served, waits for a person, and since when it is there."""
@@ -130,7 +136,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Copy a model into the registry, under the digest of its weights."""
-    with _open_registry(store, folder, mlflow) as (opened, found):
+    with _open_registry(store, folder, mlflow, is_made=True) as (opened, found):
         version = found.add(
             _model_folder(model),
             name=name,
@@ -320,12 +326,13 @@ def _opened(url: str, *, read_only: bool = False) -> Iterator[Store]:
 
 @contextmanager
 def _open_registry(
-    url: str, folder: Path | None, mlflow: str | None
+    url: str, folder: Path | None, mlflow: str | None, *, is_made: bool = False
 ) -> Iterator[tuple[Store, Registry]]:
+    """The store, which only `add` makes where there is none, and the versions beside it."""
     from gmpo.registry import Registry
     from gmpo.registry.mirror import mirror_to_mlflow
 
-    with _opened(url) as opened:
+    with _opened(url) if is_made else existing_store(url) as opened:
 
         def mirrored(store: Store, name: str) -> None:
             mirror_to_mlflow(store, name, uri=str(mlflow))

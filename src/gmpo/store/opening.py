@@ -100,7 +100,8 @@ def _target(url: str) -> Path | URL:
 def _sqlite_engine(path: Path, *, read_only: bool, timeout_seconds: float) -> Engine:
     if read_only and not path.is_file():
         raise StoreError(
-            f"there is no store at {path}; `gmpo serve` makes one when it starts, or check the path"
+            f"there is no store at {path}; check the path, or make one: gmpo serve --store, gmpo "
+            "registry add or gmpo ab start"
         )
     if not read_only:
         try:
@@ -168,7 +169,10 @@ def _prepare(engine: Engine, where: str, *, read_only: bool, timeout_seconds: fl
         with engine.begin() as connection:
             version = _schema_version(connection)
         if version is None:
-            raise StoreError(f"{where} holds no store yet; `gmpo serve` makes one when it starts")
+            raise StoreError(
+                f"{where} holds no store yet; check the address, or make one: gmpo serve --store, "
+                "gmpo registry add or gmpo ab start"
+            )
     else:
         if engine.dialect.name == "sqlite":
             _use_write_ahead_log(engine, where, timeout_seconds=timeout_seconds)
