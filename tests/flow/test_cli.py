@@ -23,6 +23,14 @@ FP32 = ("--dtype", "fp32")
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
+def test_the_version_is_that_of_the_package():
+    done = process("--version")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        rf"gmpo {metadata.version('gmpo')} \(torch .*, transformers .*, Python 3.*\)\n", done.stdout
+    )
+
+
 # Training
 
 

@@ -82,6 +82,14 @@ def test_the_configuration_page_names_no_key_that_is_gone():
     assert named <= set(keys), f"no such key: {sorted(named - set(keys))}"
 
 
+def test_every_environment_variable_of_ours_is_in_the_configuration_page():
+    sources = (REPOSITORY / "src").rglob("*.py")
+    read = {name for path in sources for name in re.findall(r'"(GMPO_[A-Z_]+)"', path.read_text())}
+    read -= {"GMPO_DASHBOARD"}  # handed by the command to the page that it starts
+    missing = read - backticked((DOCS / "configuration.md").read_text())
+    assert not missing, f"docs/configuration.md does not name {missing}"
+
+
 def test_every_metric_is_in_the_metrics_page():
     from gmpo.tracking import METRICS
 
@@ -127,6 +135,20 @@ def test_the_commands_that_the_pages_show_exist():
             if not known:
                 wrong.append(f"{page.name}: {' '.join(words)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {target.partition("#")[0] for target in links(REPOSITORY / "README.md")}
+    missing = [page.name for page in DOCS.glob("*.md") if f"docs/{page.name}" not in linked]
+    assert not missing, f"README.md links to none of {missing}"
+
+
+def test_the_page_of_commands_is_what_the_command_line_says():
+    from scripts.command_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), (
+        "the command line has changed; run python -m scripts.command_page"
+    )
 
 
 def test_the_readme_shows_the_commands_a_newcomer_needs():

@@ -146,6 +146,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "continual_work",
         "serving",
         "dashboard",
+        "environment",
         "cli",
     ),
     # Last, so that nothing imports them: whoever has neither TRL nor verl never meets them.
@@ -222,6 +223,7 @@ TORCH_FREE = (
     "gmpo.continual_serving",
     "gmpo.continual_release",
     "gmpo.continual_traffic",
+    "gmpo.environment",
     "gmpo.geometric",
     "gmpo.statistics",
     "gmpo.detectors",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -11,6 +14,7 @@ from gmpo.cli.compare import compare
 from gmpo.cli.contamination import contamination
 from gmpo.cli.dashboard import dashboard
 from gmpo.cli.data import data
+from gmpo.cli.doctor import doctor
 from gmpo.cli.evaluate import evaluate
 from gmpo.cli.gate import gate
 from gmpo.cli.inspect import inspect
@@ -26,7 +30,6 @@ from gmpo.cli.tune import tune
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Geometric-Mean Policy Optimization of language models from verifiable rewards.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,8 +50,30 @@ for _command in (
     export,
     inspect,
     models,
+    doctor,
 ):
     app.command()(_command)
+
+
+def _print_versions(is_asked: bool) -> None:
+    if is_asked:
+        others = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+        print(f"gmpo {metadata.version('gmpo')} ({others}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print versions and end."
+        ),
+    ] = False,
+) -> None:
+    """Geometric-Mean Policy Optimization of language models from verifiable rewards."""
+
+
 app.add_typer(ab, name="ab")
 app.add_typer(registry, name="registry")
 app.add_typer(data, name="data")

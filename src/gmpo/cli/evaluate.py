@@ -60,7 +60,7 @@ def evaluate(
     items: Annotated[int | None, typer.Option(help="Items of each suite; all by default.")] = None,
     samples: _Samples = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of sampled completions; 1 by default.")
+        float | None, typer.Option(help="Temperature of sampled completions; 1 by default.")
     ] = None,
     k: _Ks = None,
     greedy: Annotated[
@@ -70,7 +70,9 @@ def evaluate(
         int | None, typer.Option(help="Longest completion; the suite's own by default.")
     ] = None,
     instruction: _Instruction = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampled completions; 0 by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of sampled completions; 0 by default.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder: every item's outcome, results.json, plot.")
     ] = None,

