@@ -40,8 +40,10 @@ from gmpo.records import Message, Prompt
 from gmpo.sampler.requests import Completion, SampleRequest
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.app import GatewayLimits, build_gateway
-from gmpo.serving.backend import GenerationRequest, OneBackendRouter
+from gmpo.serving.backend import GenerationRequest
 from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
+from gmpo.serving.judging import AnswerJudge, QualityRules
+from gmpo.serving.router import VariantRouter
 from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
 
 NAME = "model"
@@ -138,7 +140,9 @@ def gateway(
 ) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """Serve on a thread of this process; the URL, and the event loop that serves."""
     bound = bound_socket("127.0.0.1", 0)
-    entrance = build_gateway(OneBackendRouter(backend), limits=GatewayLimits(), keys=ApiKeys(()))
+    judge = AnswerJudge(QualityRules())
+    router = VariantRouter(NAME, {NAME: backend}, order=(NAME,), judge=judge)
+    entrance = build_gateway(router, limits=GatewayLimits(), keys=ApiKeys(()))
     is_started = threading.Event()
     server = GatewayServer(
         entrance, settings=ServerSettings(drain_seconds=60), started=is_started.set

@@ -14,11 +14,14 @@ from gmpo.config import ModelConfig
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.answering import Observer
 from gmpo.serving.app import GatewayLimits, build_gateway
-from gmpo.serving.backend import Backend, OneBackendRouter, Router
+from gmpo.serving.backend import Backend, Router
+from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
 from gmpo.serving.entrance import Entrance
 from gmpo.serving.feedback import FeedbackDesk
 from gmpo.serving.figures import GatewayFigures
+from gmpo.serving.judging import AnswerJudge, QualityRules
+from gmpo.serving.router import VariantRouter
 from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
 
 ENGINE_LIMITS = EngineLimits(max_rows=8, max_prompt_tokens=120, max_tokens=64)
@@ -31,15 +34,11 @@ class RunningGateway:
     url: str
     port: int
     router: Router
+    backend: Backend | None
+    """Of a gateway that was given one."""
     entrance: Entrance
     server: GatewayServer
     loop: asyncio.AbstractEventLoop
-
-    @property
-    def backend(self) -> Backend:
-        """Of a gateway that has one."""
-        assert isinstance(self.router, OneBackendRouter)
-        return self.router.backend
 
     def client(self, **more) -> httpx2.Client:
         return httpx2.Client(**{"base_url": self.url, "timeout": 30, **more})
@@ -54,6 +53,13 @@ def tiny_backend(folder: str, *, limits: EngineLimits = ENGINE_LIMITS) -> Embedd
 
 def served(folder: str, *, limits: EngineLimits = ENGINE_LIMITS) -> ServedModel:
     return load_served_model(ModelConfig(name=folder, dtype="fp32"), max_rows=limits.max_rows)
+
+
+def router_of(backend: Backend, rules: BreakerRules | None = None) -> VariantRouter:
+    """What `gmpo serve` puts before one backend."""
+    name = backend.name
+    judge = AnswerJudge(QualityRules())
+    return VariantRouter(name, {name: backend}, order=(name,), judge=judge, rules=rules)
 
 
 @contextmanager
@@ -72,9 +78,11 @@ def running_gateway(
     """Serve a backend, or what a router chooses, on a thread of its own until the block ends."""
     bound = bound_socket("127.0.0.1", 0)
     port = bound.getsockname()[1]
+    backend = None
     if router is None:
         assert make_backend is not None
-        router = OneBackendRouter(make_backend())
+        backend = make_backend()
+        router = router_of(backend)
     entrance = build_gateway(
         router,
         limits=limits or GatewayLimits(),
@@ -99,7 +107,13 @@ def running_gateway(
     try:
         _wait_until_served(url, thread)
         yield RunningGateway(
-            url=url, port=port, router=router, entrance=entrance, server=server, loop=loop
+            url=url,
+            port=port,
+            router=router,
+            backend=backend,
+            entrance=entrance,
+            server=server,
+            loop=loop,
         )
     finally:
         if not loop.is_closed() and not entrance.is_draining:

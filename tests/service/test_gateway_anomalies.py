@@ -7,11 +7,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from tests.gateways import running_gateway
+from tests.gateways import router_of, running_gateway
 
 from gmpo.monitoring import answer_blocks
 from gmpo.serving.anomaly_watch import AnomalyWatch, stored_baselines
 from gmpo.serving.backend import BackendError, Chunk, GenerationRequest, Usage
+from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.figures import GatewayFigures
 from gmpo.serving.recording import EventWriter
 from gmpo.store import Event, open_store
@@ -65,8 +66,10 @@ def test_a_backend_that_breaks_is_an_anomaly_in_metrics_and_store(tmp_path: Path
     figures = GatewayFigures(events=writer.counts)
     watch = AnomalyWatch(figures, put=writer.put)
     backend = BreakingBackend()
+    # An opened breaker would answer in the backend's place, also once that is mended.
+    router = router_of(backend, BreakerRules(failures=1000))
     with (
-        running_gateway(lambda: backend, observers=(watch.observe,)) as gateway,
+        running_gateway(router=router, observers=(watch.observe,)) as gateway,
         gateway.client() as client,
     ):
         assert ask(client, 20) == {200}

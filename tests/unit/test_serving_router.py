@@ -38,6 +38,9 @@ class Given:
     fault: BackendFault | None = None
     breaks_off: bool = False
     hangs: bool = False
+    says_nothing: bool = False
+    echo: str = ""
+    retry_after_seconds: float | None = None
     text: str | None = None
     num_asked: int = 0
     num_closed: int = 0
@@ -47,7 +50,16 @@ class Given:
         self.num_asked += 1
         try:
             if self.fault is not None and not self.breaks_off:
-                raise BackendError(f"{self.name} fails", fault=self.fault)
+                raise BackendError(
+                    f"{self.name} fails",
+                    fault=self.fault,
+                    retry_after_seconds=self.retry_after_seconds,
+                )
+            if self.says_nothing:
+                return
+            if self.echo:
+                unlikely = TokenLogprob(token=self.echo, logprob=-9.0)
+                yield Chunk(text=self.echo, logprobs=(unlikely,), is_echo=True)
             token = TokenLogprob(token="x", logprob=math.log(self.probability))
             version = f"{self.name}-1"
             yield Chunk(text=self.text or self.name, logprobs=(token,), model_version=version)
@@ -159,6 +171,42 @@ def test_after_the_first_token_nobody_else_is_asked():
 
     assert run(ask) == ["a"]
     assert b.num_asked == 0 and one.router.counts == Counter({"cut_streams": 1})
+
+
+def test_an_answer_of_nothing_is_broken():
+    one = made(Given("a", says_nothing=True), rules=BreakerRules(failures=1))
+    with pytest.raises(BackendError, match="ended before each choice had ended") as caught:
+        run(one.ask)
+    assert caught.value.fault == "broken"
+    assert one.router.phases["a"] == "open" and one.router.counts == Counter({"unanswered": 1})
+
+
+def test_closing_an_answer_early_closes_the_backends_generator_and_blames_nobody():
+    a = Given("a")
+    one = made(a, rules=BreakerRules(failures=1))
+
+    async def leave() -> None:
+        chunks = await one.router.route(REQUEST, AnswerReport())
+        await anext(chunks)
+        assert a.num_closed == 0
+        await chunks.aclose()
+        assert a.num_closed == 1
+
+    run(leave)
+    assert one.router.phases["a"] == "closed"
+
+
+def test_the_error_of_a_lone_backend_is_handed_on_as_it_is():
+    one = made(Given("a", fault="unavailable", retry_after_seconds=2.0))
+    with pytest.raises(BackendError, match=r"^a fails$") as caught:
+        run(one.ask)
+    assert (caught.value.fault, caught.value.retry_after_seconds) == ("unavailable", 2.0)
+
+
+def test_an_echoed_prompt_is_passed_on_and_not_averaged():
+    one = made(Given("a", probability=0.25, echo="p"))
+    assert run(one.ask) == "pa"
+    assert one.report.mean_logprob == pytest.approx(math.log(0.25))
 
 
 def test_a_held_back_answer_that_breaks_off_is_never_seen():

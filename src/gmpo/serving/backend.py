@@ -19,7 +19,6 @@ __all__ = [
     "BackendFault",
     "Chunk",
     "GenerationRequest",
-    "OneBackendRouter",
     "Router",
     "TokenLogprob",
     "Usage",
@@ -261,65 +260,3 @@ class Router(Protocol):
 
     async def close(self) -> None:
         """Close all backends."""
-
-
-class OneBackendRouter:
-    """`Router` that asks one backend, always, and scores nothing but the mean log-probability."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        """The backend's name."""
-        return (self.backend.name,)
-
-    @property
-    def model_version(self) -> str | None:
-        """The backend's."""
-        return self.backend.model_version
-
-    async def route(
-        self, request: GenerationRequest, report: AnswerReport
-    ) -> AsyncGenerator[Chunk, None]:
-        """Ask the backend.
-
-        Raises:
-            BackendError: it does not answer.
-        """
-        report.backend = report.served_variant = self.backend.name
-        chunks = self.backend.generate(request)
-        first = await anext(chunks, None)
-        if first is None:
-            raise BackendError(
-                f"backend {self.backend.name!r} ended its answer before the first token; try again",
-                fault="broken",
-            )
-        return _reported(first, chunks, report)
-
-    async def ready(self) -> bool:
-        """Whether the backend is."""
-        return await self.backend.ready()
-
-    async def close(self) -> None:
-        """Close the backend."""
-        await self.backend.close()
-
-
-async def _reported(
-    first: Chunk, rest: AsyncGenerator[Chunk, None], report: AnswerReport
-) -> AsyncGenerator[Chunk, None]:
-    """The chunks as they are; the report follows them."""
-    total, count = 0.0, 0
-    try:
-        chunk: Chunk | None = first
-        while chunk is not None:
-            report.model_version = chunk.model_version or report.model_version
-            if not chunk.is_echo:
-                counted = [one.logprob for one in chunk.logprobs if one.logprob is not None]
-                total, count = total + sum(counted), count + len(counted)
-                report.mean_logprob = total / count if count else None
-            yield chunk
-            chunk = await anext(rest, None)
-    finally:
-        await rest.aclose()
