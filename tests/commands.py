@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -28,6 +31,31 @@ def process(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
     return subprocess.run(
         [COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
+
+
+@contextmanager
+def serving_as(
+    name: str, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client, str]]:
+    """`gmpo serve`, once it has said where it serves the model of that name, and that line."""
+    process = subprocess.Popen(
+        [COMMAND, "serve", *arguments, "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if not said.startswith(f"serving {name} (version "):
+            process.kill()
+            raise AssertionError((said, process.communicate()))
+        with httpx2.Client(base_url=said.split()[-1], timeout=60) as client:
+            yield process, client, said
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 def refusal(*arguments: str | Path) -> str:

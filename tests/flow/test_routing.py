@@ -5,40 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import httpx2
 import pytest
-from tests.commands import COMMAND, refusal
+from tests.commands import COMMAND, refusal, serving_as
 from tests.models import save_tiny
 from tests.upstreams import refuses, running_upstream, says
 
 from gmpo.store import Event, open_store
 
+serving = partial(serving_as, "bot")
 ASKED = {"model": "bot", "prompt": "12+3=", "max_tokens": 4, "temperature": 0}
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client, str]]:
-    """The command, once it has said where it serves, and that line."""
-    process = subprocess.Popen(
-        [COMMAND, "serve", *arguments, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said.startswith("serving bot (version "), (said, process.communicate())
-        with httpx2.Client(base_url=said.split()[-1], timeout=60) as client:
-            yield process, client, said
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def configured(folder: Path, text: str) -> str:

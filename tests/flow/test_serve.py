@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from tests.commands import COMMAND, gmpo, refusal
+from tests.commands import gmpo, refusal, serving_as
 from tests.models import save_tiny
 from tests.registries import decision
 
@@ -26,6 +24,7 @@ from gmpo.registry import Registry
 from gmpo.serving.server import bound_socket
 from gmpo.store import ModelVersion, open_store
 
+serving = partial(serving_as, "tiny", "--dtype", "fp32")
 ASKED = {"model": "tiny", "prompt": "12+3=", "max_tokens": 8, "temperature": 0}
 
 
@@ -34,32 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@contextmanager
-def serving(
-    *arguments: str, dtype: str = "fp32"
-) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
-    """The command, once it has said where it serves."""
-    process = subprocess.Popen(
-        [COMMAND, "serve", *arguments, "--port", "0", "--dtype", dtype],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said.startswith("serving tiny (version "), (said, process.stderr)
-        with httpx2.Client(base_url=said.split()[-1], timeout=60) as client:
-            yield process, client
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
 def test_it_answers_and_ends_with_0_after_the_requests_that_run(folder: str, tmp_path: Path):
     path = str(tmp_path / "store.db")
-    with serving(folder, "--store", path) as (process, client):
+    with serving(folder, "--store", path) as (process, client, _):
         whole = client.post("/completions", json=ASKED).json()
         asked = {**ASKED, "max_tokens": 200, "stream": True, "temperature": 1.0, "n": 8, "seed": 1}
         with client.stream("POST", "/completions", json=asked) as response:
@@ -86,7 +62,7 @@ def test_hangup_loads_the_model_anew_and_a_broken_one_changes_nothing(folder: st
     served = tmp_path / "tiny"
     shutil.copytree(folder, served)
     path = str(tmp_path / "store.db")
-    with serving(str(served), "--store", path) as (process, client):
+    with serving(str(served), "--store", path) as (process, client, _):
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         first = client.get("/models").json()["data"][0]["model_version"]
@@ -115,9 +91,10 @@ def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp
     other = save_tiny(tmp_path / "other", seed=1)
     with (
         open_store(path) as store,
-        serving(folder, "--store", path, "--follow", "tiny", dtype="bf16") as (
+        serving(folder, "--store", path, "--follow", "tiny", "--dtype", "bf16") as (
             process,
             client,
+            _,
         ),
     ):
         assert process.stderr is not None
@@ -163,7 +140,7 @@ def test_a_release_stands_once_the_gateway_reports_it(folder: str, tmp_path: Pat
     other = save_tiny(tmp_path / "other", seed=1)
     with (
         open_store(path) as store,
-        serving(folder, "--store", path, "--follow", "tiny") as (process, client),
+        serving(folder, "--store", path, "--follow", "tiny") as (process, client, _),
     ):
         registry = Registry(store, tmp_path / "models")
         old, new = (registry.add(one, name="tiny").version for one in (folder, other))
@@ -202,7 +179,7 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
     file.write_text("# of the team\nsk-file\n")
     monkeypatch.setenv("GMPO_API_KEYS", "sk-a, sk-b")
     assert "not from both" in refusal("serve", folder, "--api-keys", str(file))
-    with serving(folder) as (_, client):
+    with serving(folder) as (_, client, _):
         assert client.get("/models").status_code == 401
         for key, status in (("sk-b", 200), ("sk-file", 401), ("sk-", 401)):
             headers = {"authorization": f"Bearer {key}"}
@@ -211,7 +188,7 @@ def test_keys_come_from_the_environment_or_a_file_and_not_from_both(
     assert "holds no key" in refusal("serve", folder)
     monkeypatch.delenv("GMPO_API_KEYS")
     assert "one key a line" in refusal("serve", folder, "--api-keys", str(tmp_path / "none"))
-    with serving(folder, "--api-keys", str(file)) as (_, client):
+    with serving(folder, "--api-keys", str(file)) as (_, client, _):
         headers = {"authorization": "Bearer sk-file"}
         assert client.get("/models", headers=headers).status_code == 200
 
@@ -229,7 +206,7 @@ def _ended_answer(client: httpx2.Client) -> dict[str, Any]:
 
 def test_texts_of_clients_that_allow_it_become_rows(folder: str, tmp_path: Path):
     path = str(tmp_path / "store.db")
-    with serving(folder, "--store", path, "--record-texts") as (process, client):
+    with serving(folder, "--store", path, "--record-texts") as (process, client, _):
         allowed = client.post("/completions", json={**ASKED, "store": True}).json()
         client.post("/completions", json={**ASKED, "prompt": "1+1="})
         liked = _ended_answer(client)
