@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "JsonOption",
     "SetOption",
+    "ending_quietly",
     "existing_store",
     "is_loopback",
     "model_name",
@@ -80,6 +83,25 @@ def existing_store(url: str) -> Iterator[Store]:
     open_store(url, read_only=True).close()
     with open_store(url) as opened:
         yield opened
+
+
+@contextmanager
+def ending_quietly(told: str) -> Iterator[None]:
+    """SIGTERM ends with 0, Ctrl-C with 130, both after what the block left to be done.
+
+    Args:
+        told: what is said after Ctrl-C.
+
+    Raises:
+        RunStopped: Ctrl-C came.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunStopped(told) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from gmpo.cli.conventions import is_loopback, refuses_clearly, warn
-from gmpo.errors import ConfigError, DashboardError, RunStopped
+from gmpo.cli.conventions import ending_quietly, is_loopback, refuses_clearly, warn
+from gmpo.errors import ConfigError, DashboardError
 
 __all__ = ["dashboard"]
 
@@ -56,7 +55,7 @@ def dashboard(
         warn(f"whoever reaches {host} may look: the page asks for no password")
     port = free_port(host, port)
     with (
-        _ending_quietly(),
+        ending_quietly("the dashboard has ended"),
         _gateway(serve, store, serve_port) as gateway,
         dashboard_process(settings, host=host, port=port) as page,
     ):
@@ -110,15 +109,3 @@ def _first_to_end(processes: Mapping[str, subprocess.Popen[bytes]]) -> tuple[str
             if code is not None:
                 return name, code
         time.sleep(_LOOK_SECONDS)
-
-
-@contextmanager
-def _ending_quietly() -> Iterator[None]:
-    """SIGTERM ends with 0, Ctrl-C with 130."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise RunStopped("the dashboard has ended") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

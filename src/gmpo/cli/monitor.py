@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmpo.cli.conventions import existing_store, refuses_clearly, warn
-from gmpo.errors import ConfigError, DeliveryError, RunStopped
+from gmpo.cli.conventions import ending_quietly, existing_store, refuses_clearly, warn
+from gmpo.errors import ConfigError, DeliveryError
 
 if TYPE_CHECKING:
     from gmpo.monitored import Monitored
@@ -58,7 +56,11 @@ def monitor(
     times = AlertTimes(fire_after=0, resolve_after=0, repeat_every=3600 * repeat_hours)
     alerts: dict[str, Alert] = {}
     sinks = _sinks(alertmanager, webhook, apprise or [])
-    with _ending_quietly(), _monitoring(runs or [], store) as seen, _delivering(sinks, once) as to:
+    with (
+        ending_quietly("the runs are no longer watched; they go on"),
+        _monitoring(runs or [], store) as seen,
+        _delivering(sinks, once) as to,
+    ):
         while True:
             now = Now(monotonic=time.monotonic(), unix=time.time())
             alerts, told = advance(alerts, seen.look(now.unix), now=now, times=times)
@@ -142,15 +144,3 @@ def _lost(delivery: Delivery) -> str:
         for name, counts in delivery.counts().items()
         if (dropped := sum(n for fate, n in counts.items() if fate.startswith("dropped")))
     )
-
-
-@contextmanager
-def _ending_quietly() -> Iterator[None]:
-    """SIGTERM ends with 0, Ctrl-C with 130, both after what waits was delivered."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise RunStopped("the runs are no longer watched; they go on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
