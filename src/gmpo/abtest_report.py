@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +19,7 @@ from gmpo.abtest.sequences import Interval
 from gmpo.abtest.wording import NAMES, value_words
 from gmpo.errors import RunFolderError
 from gmpo.store import Experiment, Store
+from gmpo.text_tables import open_table
 
 __all__ = [
     "METRIC_COLUMNS",
@@ -119,15 +119,7 @@ def plot_experiment(report: ExperimentReport, path: Path) -> Path:
 
 def _metrics(report: ExperimentReport) -> Table:
     at = datetime.fromtimestamp(report.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    table = Table(
-        title=Text(f"at {at}, valid at every look"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for place, head in enumerate(METRIC_COLUMNS):
-        table.add_column(head, justify="left" if place < 2 else "right")
+    table = open_table(METRIC_COLUMNS, title=f"at {at}, valid at every look", left=2)
     for row in metric_rows(report):
         table.add_row(*row)
     return table

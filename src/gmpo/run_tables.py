@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from gmpo.inspection import EvaluationFigures, RunSummary
+from gmpo.text_tables import open_table
 
 __all__ = ["render_group", "render_summary", "visible"]
 
@@ -150,16 +150,8 @@ def _evaluation_table(summary: RunSummary) -> Table:
     """One row for each way of asking, before and after side by side."""
     shown = (*summary.before, *summary.after)
     measure = "reward" if any(f.accuracy is None for f in shown) else "accuracy"
-    table = Table(
-        title=f"held-out {measure} (95 % interval)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("asked")
-    for heading in ("before", "after", "items", "cut", "timeouts"):
-        table.add_column(heading, justify="right")
+    heads = ("asked", "before", "after", "items", "cut", "timeouts")
+    table = open_table(heads, title=f"held-out {measure} (95 % interval)")
     before = {figures.name: figures for figures in summary.before}
     after = {figures.name: figures for figures in summary.after}
     for name in {**before, **after}:
@@ -175,10 +167,9 @@ def _evaluation_table(summary: RunSummary) -> Table:
 
 
 def _rollout_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     components = list(dict.fromkeys(name for rollout in rollouts for name in rollout["rewards"]))
-    for heading in ("#", "reward", *components, "advantage", "ratio", "token ratios", "tokens"):
-        table.add_column(Text(visible(heading)), justify="right", overflow="fold")
+    heads = ("#", "reward", *components, "advantage", "ratio", "token ratios", "tokens")
+    table = open_table([visible(head) for head in heads], left=0)
     table.add_column("end")
     for number, rollout in enumerate(rollouts, start=1):
         table.add_row(
@@ -195,8 +186,7 @@ def _rollout_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
 
 def _completion_table(rollouts: Sequence[Mapping[str, Any]]) -> Table:
     """Whole texts, wrapped: a completion may be far longer than a line."""
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("#", justify="right")
+    table = open_table(["#"], left=0)
     table.add_column("completion", overflow="fold")
     for number, rollout in enumerate(rollouts, start=1):
         failed = f"failed: {visible(rollout['error'])}\n" if rollout["error"] else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -11,6 +10,7 @@ from rich.text import Text
 from gmpo.stability import FIGURES
 from gmpo.study_comparison import Comparison
 from gmpo.study_report import ArmSummary, StudyReport, limits
+from gmpo.text_tables import open_table
 
 __all__ = ["comparison_rows", "headline", "improvement_rows", "render_report", "stability_rows"]
 
@@ -113,15 +113,7 @@ def render_report(report: StudyReport) -> RenderableType:
 
 
 def _table(rows: _Rows, *, title: str) -> Table:
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for place, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if place else "left", overflow="fold")
+    table = open_table(rows[0], title=title)
     for row in rows[1:]:
         shown = [cell.replace("no difference seen", "none seen") for cell in row]
         table.add_row(*(Text(cell) for cell in shown))

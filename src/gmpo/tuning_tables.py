@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gmpo.text_tables import open_table
 from gmpo.tuning_plan import TuningPlan
 from gmpo.tuning_report import JudgedArm, TuningReport, verdict
 from gmpo.tuning_search import TrialRecord
@@ -43,7 +41,7 @@ def plan_sentences(plan: TuningPlan, trials: int) -> list[str]:
 
 def render_plan(plan: TuningPlan, trials: int) -> RenderableType:
     """The space, with the recipe's own values, for `--dry-run`."""
-    table = _table("space", ["parameter", "recipe", "searched"], left=3)
+    table = open_table(["parameter", "recipe", "searched"], title="space", left=3)
     own = own_values(plan.recipe, plan.space)
     for key, parameter in plan.space.items():
         table.add_row(key, _value(own[key]), str(parameter))
@@ -75,7 +73,8 @@ def _trials(report: TuningReport) -> Table:
     if own is not None and own not in shown:
         shown.append(own)
     title = f"trials: {counts}; the best, on {report.plan.validation_items} items that chose them"
-    table = _table(title, ["trial", "objective", "accuracy", "stability", "values"], left=0)
+    heads = ["trial", "objective", "accuracy", "stability", "values"]
+    table = open_table(heads, title=title, left=0)
     table.columns[-1].justify = "left"
     for trial in shown:
         table.add_row(*_trial_row(report, trial))
@@ -98,7 +97,7 @@ def _trial_row(report: TuningReport, trial: TrialRecord) -> list[str]:
 def _importances(report: TuningReport) -> Table:
     assert report.importances is not None
     title = f"importance (PED-ANOVA, {report.count('scored') + report.count('diverged')} trials)"
-    table = _table(title, ["parameter", "share"], left=1)
+    table = open_table(["parameter", "share"], title=title)
     for key, share in report.importances.items():
         table.add_row(key, f"{100 * share:.0f} %")
     return table
@@ -111,7 +110,7 @@ def _judged(report: TuningReport) -> Table:
         f"{', '.join(map(str, plan.seeds))}; differences paired by seed and item"
     )
     heads = ["", "runs", "accuracy", "stability", "objective", "95 %", "against the recipe", ""]
-    table = _table(title, heads, left=1)
+    table = open_table(heads, title=title)
     found = {judgement.number: judgement for judgement in report.judgements}
     for arm in report.arms:
         judgement = found.get(arm.number) if arm.number is not None else None
@@ -135,20 +134,6 @@ def _arm_row(arm: JudgedArm) -> list[str]:
         f"{arm.objective:.4f}",
         interval,
     ]
-
-
-def _table(title: str, heads: Sequence[str], *, left: int) -> Table:
-    """The first `left` columns are texts, the others numbers."""
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place < left else "right", overflow="fold")
-    return table
 
 
 def _value(value: object) -> str:

@@ -66,6 +66,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # In order: a joiner may import those before it, never those after it.
     "joiners": (
         "plots",
+        "text_tables",
         "stability",
         "study_comparison",
         "outcomes",
@@ -241,6 +242,7 @@ TORCH_FREE = (
     "gmpo.grading",
     "gmpo.rewards",
     "gmpo.plots",
+    "gmpo.text_tables",
     "gmpo.stability",
     "gmpo.study_comparison",
     "gmpo.run_process",
