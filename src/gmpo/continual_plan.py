@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from gmpo.config import RunConfig
 from gmpo.data_quality import DataChecks
-from gmpo.errors import ConfigError, RunFolderError
+from gmpo.errors import RunFolderError
 from gmpo.feedback import training_rows
 from gmpo.gate_policy import GatePolicy
+from gmpo.recipe import settings_of
 from gmpo.records import Prompt
 from gmpo.safety import SAFETY_SETS
 from gmpo.store import Store
@@ -122,14 +123,9 @@ def plan_of(table: Mapping[str, Any]) -> LearnPlan:
     """The plan that a table is, as a cycle keeps it.
 
     Raises:
-        ConfigError: a value is not allowed.
+        ConfigError: an unknown setting (the nearest name is offered), or a value not allowed.
     """
-    try:
-        return LearnPlan.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"the plan's {where or 'settings'}: {first['msg']}") from None
+    return settings_of(LearnPlan, table, of="plan")
 
 
 def read_batch(paths: Sequence[str]) -> list[dict[str, Any]]:

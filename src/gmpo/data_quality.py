@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gmpo.contamination import TrainingText, items_in_rows
 from gmpo.data_duplicates import TextIndex
@@ -23,8 +23,9 @@ from gmpo.data_profile import (
 )
 from gmpo.data_rows import CheckedRow, Reason, Unreadable, answers_of, check_form, problem
 from gmpo.data_samples import Sampler, Samples, Scorer, gold_completion, sample_rows
-from gmpo.errors import ConfigError, DataError
+from gmpo.errors import DataError
 from gmpo.grading import Grader
+from gmpo.recipe import settings_of
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
 from gmpo.task_config import Table
@@ -83,14 +84,7 @@ def checks_of(settings: Mapping[str, Any]) -> DataChecks:
     Raises:
         ConfigError: an unknown setting (the nearest name is offered), or a value not allowed.
     """
-    from gmpo.recipe import explain_settings
-
-    try:
-        return DataChecks.model_validate(dict(settings))
-    except ValidationError as error:
-        raise ConfigError(
-            explain_settings(error, list(DataChecks.model_fields), of="data checks")
-        ) from None
+    return settings_of(DataChecks, settings, of="data checks")
 
 
 @dataclass(frozen=True, kw_only=True)

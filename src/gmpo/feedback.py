@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from gmpo.data_duplicates import text_digest
 from gmpo.errors import ConfigError
 from gmpo.grading.answers import extract_answer, marked_answer, parse_number
+from gmpo.recipe import settings_of
 from gmpo.store import Event, Store
 from gmpo.task_config import Table
 
@@ -57,14 +58,7 @@ def policy_of(settings: Mapping[str, Any]) -> FeedbackPolicy:
     Raises:
         ConfigError: an unknown setting (the nearest name is offered), or a value not allowed.
     """
-    from gmpo.recipe import explain_settings
-
-    try:
-        return FeedbackPolicy.model_validate(dict(settings))
-    except ValidationError as error:
-        raise ConfigError(
-            explain_settings(error, list(FeedbackPolicy.model_fields), of="feedback policy")
-        ) from None
+    return settings_of(FeedbackPolicy, settings, of="feedback policy")
 
 
 @dataclass(frozen=True, kw_only=True)

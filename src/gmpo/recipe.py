@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -26,7 +26,10 @@ __all__ = [
     "recipe_keys",
     "recipe_of_table",
     "recipe_values",
+    "settings_of",
 ]
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 def bundled_recipes() -> dict[str, str]:
@@ -173,15 +176,35 @@ def put_key(table: dict[str, Any], path: str, value: object) -> None:
     table[last] = value
 
 
-def explain_settings(error: ValidationError, names: Sequence[str], *, of: str) -> str:
-    """A flat model's validation error as one sentence, with the nearest name of an unknown one."""
+def settings_of(model: type[_Settings], settings: Mapping[str, Any] | str, *, of: str) -> _Settings:
+    """The model that settings by name are.
+
+    Args:
+        model: a table of settings.
+        settings: values by name, or a text of JSON.
+        of: what they are settings of, for messages.
+
+    Raises:
+        ConfigError: an unknown setting (the nearest name is offered), or a value not allowed.
+    """
+    try:
+        if isinstance(settings, str):
+            return model.model_validate_json(settings)
+        return model.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ConfigError(explain_settings(error, model, of=of)) from None
+
+
+def explain_settings(error: ValidationError, model: type[BaseModel], *, of: str) -> str:
+    """A model's validation error as one sentence, with the nearest name of an unknown setting."""
     sentences = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {list(names)}"
-            sentences.append(f"unknown setting {name!r}; {hint}")
+            sentences.append(f"unknown setting {name!r}; {_name_meant(model, problem['loc'])}")
+            continue
+        if problem["type"] == "missing":
+            sentences.append(f"missing setting {name!r}")
             continue
         message = str(problem["msg"]).removeprefix("Value error, ")
         if problem["type"] == "value_error":
@@ -190,6 +213,23 @@ def explain_settings(error: ValidationError, names: Sequence[str], *, of: str) -
         else:
             sentences.append(f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
     return f"{of}: {'; '.join(sentences)}"
+
+
+def _name_meant(model: type[BaseModel], place: Sequence[str | int]) -> str:
+    """What stands beside an unknown setting, where it lies in a table that has one form."""
+    table: object = model
+    for part in place[:-1]:
+        field = table.model_fields.get(str(part)) if _is_table(table) else None
+        table = None if field is None else field.annotation
+    if not _is_table(table):
+        return "leave it out"
+    names = list(table.model_fields)
+    near = difflib.get_close_matches(str(place[-1]), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {names}"
+
+
+def _is_table(found: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(found, type) and issubclass(found, BaseModel)
 
 
 def _explain(error: ValidationError, *, source: str) -> str:

@@ -70,8 +70,7 @@ class GMPOConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            names = list(GMPOConfig.model_fields)
-            raise ConfigError(explain_settings(error, names, of="GMPOConfig")) from None
+            raise ConfigError(explain_settings(error, GMPOConfig, of="GMPOConfig")) from None
         if self.batch_size % self.group_size:
             raise ConfigError(
                 f"batch_size is {self.batch_size} with group_size {self.group_size}; a step takes "

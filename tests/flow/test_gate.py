@@ -105,7 +105,7 @@ def test_models_are_asked_suites_and_safety_sets(models: tuple[Path, Path], tmp_
     [
         (("--safety", "manners=0.1"), "its sets are canaries"),
         (("--safety", "canaries=few"), "write SET=LIMIT"),
-        (("--policy", "margin=0.1"), "settings are degradation_limit"),
+        (("--policy", "margin=0.1"), "unknown setting 'margin'; allowed: ['degradation_limit'"),
         (("--policy", "alpha"), "write KEY=VALUE"),
         (("--policy", "alpha=0.9"), "less than 0.5"),
         (("--store", "x.db"), "belong together"),

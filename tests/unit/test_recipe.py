@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError
-from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe, recipe_keys
+from gmpo.recipe import bundled_recipes, dump_recipe, load_recipe, recipe_keys, settings_of
 from gmpo.task_config import (
     ArithmeticTask,
     BundledTask,
@@ -17,6 +18,7 @@ from gmpo.task_config import (
     GivenTask,
     GymTask,
     JsonlTask,
+    Table,
 )
 
 KINDS = {
@@ -324,3 +326,43 @@ def test_a_recipe_saved_by_a_windows_editor_is_read(tmp_path: Path):
     path = tmp_path / "windows.toml"
     path.write_bytes(b'\xef\xbb\xbfdescription = "a"\r\n[task]\r\nkind = "countdown"\r\n')
     assert load_recipe(path).description == "a"
+
+
+class _Inner(Table):
+    low: int = Field(default=1, ge=1)
+
+
+class _Outer(Table):
+    name: str
+    inner: _Inner = _Inner()
+    kinds: tuple[_Inner, ...] = ()
+
+
+def test_settings_by_name_or_as_json_become_a_model():
+    made = _Outer(name="a", inner=_Inner(low=2))
+    assert settings_of(_Outer, {"name": "a", "inner": {"low": 2}}, of="x") == made
+    assert settings_of(_Outer, made.model_dump_json(), of="x") == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"nam": "a"}, "x: missing setting 'name'; unknown setting 'nam'; did you mean 'name'?"),
+        ({"name": "a", "zzz": 1}, "unknown setting 'zzz'; allowed: ['name', 'inner', 'kinds']"),
+        ({"name": "a", "inner": {"lo": 1}}, "unknown setting 'inner.lo'; did you mean 'low'?"),
+        (
+            {"name": "a", "kinds": [{"lo": 1}]},
+            "unknown setting 'kinds.0.lo'; leave it out",
+        ),
+        (
+            {"name": "a", "inner": {"low": 0}},
+            "inner.low = 0: input should be greater than or equal to 1",
+        ),
+        ('{"name": 3}', "name = 3: input should be a valid string"),
+        ("{", "x: "),
+    ],
+)
+def test_settings_that_are_wrong_are_named(settings, said: str):
+    with pytest.raises(ConfigError, match=r"^x: ") as caught:
+        settings_of(_Outer, settings, of="x")
+    assert said in str(caught.value)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from gmpo.abtest.assignment import check_weights
-from gmpo.errors import ConfigError
-from gmpo.recipe import explain_settings
+from gmpo.recipe import settings_of
 from gmpo.task_config import Table
 
 __all__ = ["ARMS", "ExperimentPlan", "Guardrail", "GuardrailMetric", "MeanMetric", "plan_of"]
@@ -103,8 +102,4 @@ def plan_of(config: Mapping[str, Any]) -> ExperimentPlan:
     Raises:
         ConfigError: an unknown setting (the nearest name is offered), or a value not allowed.
     """
-    try:
-        return ExperimentPlan.model_validate(dict(config))
-    except ValidationError as error:
-        names = list(ExperimentPlan.model_fields)
-        raise ConfigError(explain_settings(error, names, of="experiment")) from None
+    return settings_of(ExperimentPlan, config, of="experiment")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,7 @@ from gmpo.cli.conventions import (
 from gmpo.cli.suite_scores import SuiteOptions, asked_model, suite_outcomes
 from gmpo.errors import ConfigError
 from gmpo.gate_policy import GatePolicy
+from gmpo.recipe import settings_of
 
 if TYPE_CHECKING:
     from gmpo.gate_records import GateDecision, SafetyCount
@@ -208,14 +208,7 @@ def _policy(words: Sequence[str], limits: dict[str, float]) -> GatePolicy:
             table[key] = value
     if isinstance(grown := table.get("growth_limits"), dict):
         table["growth_limits"] = {**GatePolicy().growth_limits, **grown}
-    try:
-        return GatePolicy.model_validate(table)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"--policy {where}: {first['msg']}; settings are {', '.join(GatePolicy.model_fields)}"
-        ) from None
+    return settings_of(GatePolicy, table, of="--policy")
 
 
 def _version(model: str) -> str:

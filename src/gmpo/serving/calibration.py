@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.recipe import explain_settings
+from gmpo.recipe import settings_of
 from gmpo.rewards.combination import floored_geometric_mean
 from gmpo.serving.quality import COMPONENTS, DEFAULT_FLOOR, DEFAULT_WEIGHTS
 from gmpo.store import Event
@@ -200,11 +199,7 @@ def load_calibration(path: Path) -> Calibration:
         raise ConfigError(f"calibration {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"calibration {path} is not UTF-8 text: {error}") from None
-    try:
-        return Calibration.model_validate_json(text)
-    except ValidationError as error:
-        names = list(Calibration.model_fields)
-        raise ConfigError(explain_settings(error, names, of=f"calibration {path}")) from None
+    return settings_of(Calibration, text, of=f"calibration {path}")
 
 
 def _blind_score(answer: LabelledAnswer, weights: Mapping[str, float], floor: float) -> float:
