@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
+from tests.gate_decisions import simulated
 
 from gmpo.errors import ConfigError
 from gmpo.gate import decide_gate
@@ -251,39 +252,6 @@ def test_a_better_candidate_never_turns_a_pass_into_less(pairs, gain):
     after = decide(suite(old, new + room), policy=policy).overall
     assert after.worse_by_margin_p <= before.worse_by_margin_p + 1e-12
     assert after.difference == pytest.approx(before.difference + room)
-
-
-# Items differ in difficulty, evenly from never solved to always, and both models answer each once:
-# an unchanged model then answers a third of them differently.
-
-
-def simulated(
-    drops: tuple[float, ...], *, repeats: int, items: int = 1000, samples: int = 1
-) -> list[GateDecision]:
-    """Decisions on suites of equal size whose true accuracies change by `drops`."""
-    generator = np.random.default_rng(20260101)
-    return [
-        decide(
-            *(
-                suite(*_answers(drop, items // len(drops), samples, generator), f"s{at}", samples)
-                for at, drop in enumerate(drops)
-            )
-        )
-        for _ in range(repeats)
-    ]
-
-
-def _answers(
-    change: float, items: int, samples: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    chance = generator.random(items)
-    # Towards 0 or 1 in proportion to the room there is: a half on the mean.
-    room = chance if change < 0 else 1 - chance
-    moved = chance + 2 * change * room
-    return (
-        generator.binomial(samples, chance) / samples,
-        generator.binomial(samples, moved) / samples,
-    )
 
 
 def share_passed(drops: tuple[float, ...], *, repeats: int, samples: int = 1) -> float:
