@@ -49,14 +49,15 @@ class Comparison:
         pairs: seeds that have the figure in both arms.
         left_out: seeds that do not, or of which a run crashed.
         effect: None for fewer than two pairs.
-        interval: 95 % t interval of the effect; None for crashes, which are no measurements.
+        interval: 95 % t interval of the effect; None for crashes, which are no measurements, and
+            where all pairs differ by the same, from which it would have no width.
         p_value: of the exact sign-flip test; it is never below `smallest_p`.
         smallest_p: the smallest p that so many pairs can give.
         detectable: difference that a study of this size and spread finds with 80 % probability, or
             for a ratio the factor above 1 that the baseline is then multiplied or divided by.
             None where all pairs differ by the same, so that there is no spread to go by.
-        verdict: "lower" or "higher" of the candidate, only where the interval (for crashes, the
-            p-value) says so.
+        verdict: "lower" or "higher" of the candidate, only where the interval says so, or without
+            one the p-value.
     """
 
     figure: str
@@ -142,9 +143,7 @@ def compare_crashes(
     effect = statistics.fmean(differences) if can_tell else None
     verdict: _Verdict = "not measured"
     if p_value is not None and effect is not None:
-        verdict = "no difference seen"
-        if p_value <= 1 - _CONFIDENCE:
-            verdict = "lower" if effect < 0 else "higher"
+        verdict = _side(effect) if p_value <= 1 - _CONFIDENCE else "no difference seen"
     return Comparison(
         figure="crashes",
         baseline=names[0],
@@ -184,15 +183,22 @@ def _compare(
     effect, interval, p_value, detectable = None, None, None, None
     verdict: _Verdict = "not measured"
     if len(differences) > 1:
-        low, high = paired_t_interval(differences, confidence=_CONFIDENCE)
         middle = statistics.fmean(differences)
         spread = statistics.stdev(differences)
-        smallest = detectable_mean(spread, len(differences), power=_POWER, confidence=_CONFIDENCE)
         p_value = sign_flip_p_value(differences)
-        verdict = "no difference seen" if low <= 0 <= high else "lower" if high < 0 else "higher"
         in_unit = _exp if compared == "ratio" else float
-        effect, interval = in_unit(middle), (in_unit(low), in_unit(high))
-        detectable = in_unit(smallest) if spread else None
+        effect = in_unit(middle)
+        # Equal differences of decimal figures differ in their last bits.
+        if spread > 1e-12 * abs(middle):
+            low, high = paired_t_interval(differences, confidence=_CONFIDENCE)
+            smallest = detectable_mean(
+                spread, len(differences), power=_POWER, confidence=_CONFIDENCE
+            )
+            interval, detectable = (in_unit(low), in_unit(high)), in_unit(smallest)
+            is_seen = not low <= 0 <= high
+        else:
+            is_seen = p_value <= 1 - _CONFIDENCE
+        verdict = _side(middle) if is_seen else "no difference seen"
     return Comparison(
         figure=figure,
         baseline=names[0],
@@ -207,6 +213,10 @@ def _compare(
         detectable=detectable,
         verdict=verdict,
     )
+
+
+def _side(effect: float) -> Literal["lower", "higher"]:
+    return "lower" if effect < 0 else "higher"
 
 
 def _finite(value: float | None) -> float | None:

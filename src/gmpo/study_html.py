@@ -134,7 +134,8 @@ def _definitions() -> list[str]:
         "and by more than three standard errors (collapsed)",
         "interval: 95 %, Student's t on the differences paired by seed (of logarithms, where the "
         "figure is compared by ratio); p: exact two-sided sign-flip test of the same differences",
-        "no difference seen: the interval contains no change (of crashes: p above 0.05)",
+        "no difference seen: the interval contains no change (of crashes, and of pairs that all "
+        "differ by the same: p above 0.05)",
         "would be seen: the true difference that a paired t-test of so many pairs with the spread "
         "found here detects with 80 % probability",
         f"a process that dies is started again from its newest checkpoint, until {MOST_TRIES} have "

@@ -117,12 +117,13 @@ def _improvements(report: StudyReport) -> Figure:
         who = "" if is_alone else f"\n{comparison.candidate}"
         labels.append(f"{name.replace('_', ' ')}{who}")
         value, interval = comparison.improvement, comparison.improvement_interval
-        if value is None or interval is None:
+        if value is None:
             ax.text(0, place, "not measured", va="center", ha="center", color="#777777")
             continue
         # Beyond the picture's edge an interval is drawn to the edge; the table has its numbers.
-        low, high = max(interval[0], _EDGE[0]), min(interval[1], _EDGE[1])
         middle = min(max(value, _EDGE[0]), _EDGE[1])
+        low, high = interval or (middle, middle)
+        low, high = max(low, _EDGE[0]), min(high, _EDGE[1])
         is_seen = comparison.verdict in ("lower", "higher")
         colour = _COLOURS[1] if is_seen else "#777777"
         ax.plot([low, high], [place, place], color=colour, linewidth=2)

@@ -78,6 +78,19 @@ def test_an_interval_without_0_says_which_side():
     assert (higher.verdict, higher.is_confirmed) == ("higher", False)  # p = 0.25 with three
 
 
+def test_pairs_that_all_differ_by_the_same_are_judged_by_the_exact_test_alone():
+    """An interval without a width would call two equal pairs certain."""
+    two = compared("rounds_to_target", [5.0, 5.0], [4.0, 4.0])
+    assert two.effect == pytest.approx(0.8)
+    assert two.interval is two.detectable is two.improvement_interval is None
+    assert (two.p_value, two.verdict) == (0.5, "no difference seen")
+    six = compared("rounds_to_target", [5.0] * 6, [4.0] * 6)
+    assert (six.verdict, six.is_confirmed) == ("lower", True)  # p = 2 / 64
+    # 0.3 - 0.2 and 0.4 - 0.3 differ in their last bits.
+    decimals = compared("reward_end", [0.2, 0.3], [0.3, 0.4])
+    assert (decimals.interval, decimals.verdict) == (None, "no difference seen")
+
+
 def test_equal_arms_show_no_difference():
     for name in FIGURES:
         found = compared(name, [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
