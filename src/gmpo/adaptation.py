@@ -15,13 +15,14 @@ from gmpo.guard import GuardState
 from gmpo.records import Group, Rollout
 from gmpo.rewards import floored_geometric_mean
 from gmpo.schedules import (
+    REWARD_AT_FIRST_FLOOR,
     ClipLaw,
     ClipSide,
     StepSize,
     StepSizeLaw,
     adapted_clip,
     adapted_step_size,
-    largest_strain,
+    deciding_strain,
     scheduled_floor,
 )
 from gmpo.tracking import RunFolder
@@ -33,10 +34,7 @@ __all__ = [
     "adapted_parts",
     "adaptive_metrics",
     "constant_recipe",
-    "judged_metrics",
 ]
-
-_REWARD_AT_FIRST_FLOOR = "adaptive/reward_at_first_floor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,19 +165,12 @@ def adaptive_metrics(
             if rollout.reward is not None
         ]
         if rewards:
-            metrics[_REWARD_AT_FIRST_FLOOR] = fmean(rewards)
+            metrics[REWARD_AT_FIRST_FLOOR] = fmean(rewards)
     return metrics
 
 
-def judged_metrics(metrics: Mapping[str, float]) -> Mapping[str, float]:
-    """A round's metrics with a reward that rounds share: a falling floor is no falling reward."""
-    if _REWARD_AT_FIRST_FLOOR not in metrics:
-        return metrics
-    return {**metrics, "rollout/reward": metrics[_REWARD_AT_FIRST_FLOOR]}
-
-
 def adapt_round(
-    run: RunFolder, config: RunConfig, state: TrainingState, metrics: Mapping[str, float]
+    run: RunFolder, config: RunConfig, state: TrainingState, metrics: Mapping[str, float | None]
 ) -> TrainingState:
     """The state with the settings of the next round; each change is a line of `events.jsonl`.
 
@@ -201,7 +192,7 @@ def adapt_round(
     frozen = bool(state.guard and GuardState.from_record(state.guard).raised)
     after = _next_settings(config, before, metrics, state=state, frozen=frozen)
     if state.round < config.training.rounds:  # no round comes that a last change could act in
-        for change in _changes(config, before, after, round_number=state.round):
+        for change in _changes(config, before, after, metrics, round_number=state.round):
             run.log_event({"kind": change.kind, **asdict(change), "attempt": state.attempt})
     return replace(state, adapted=asdict(after))
 
@@ -224,7 +215,7 @@ def constant_recipe(config: RunConfig) -> RunConfig:
 def _next_settings(
     config: RunConfig,
     settings: AdaptedSettings,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | None],
     *,
     state: TrainingState,
     frozen: bool,
@@ -252,7 +243,12 @@ def _next_settings(
 
 
 def _changes(
-    config: RunConfig, before: AdaptedSettings, after: AdaptedSettings, *, round_number: int
+    config: RunConfig,
+    before: AdaptedSettings,
+    after: AdaptedSettings,
+    metrics: Mapping[str, float | None],
+    *,
+    round_number: int,
 ) -> Iterator[Change]:
     old, new = before.values(), after.values()
     for setting in new:
@@ -263,11 +259,16 @@ def _changes(
             round=round_number,
             before=old[setting],
             after=new[setting],
-            **_evidence(config, after, setting),
+            **_evidence(config, after, metrics, setting),
         )
 
 
-def _evidence(config: RunConfig, after: AdaptedSettings, setting: str) -> dict[str, Any]:
+def _evidence(
+    config: RunConfig,
+    after: AdaptedSettings,
+    metrics: Mapping[str, float | None],
+    setting: str,
+) -> dict[str, Any]:
     """What moved a setting: the metric, its value, and where it would have moved nothing."""
     name = setting.removeprefix("adaptive/")
     side = {"clip_low": after.clip_low, "clip_high": after.clip_high}.get(name)
@@ -280,10 +281,10 @@ def _evidence(config: RunConfig, after: AdaptedSettings, setting: str) -> dict[s
             "high": law.share_max,
         }
     if name == "learning_rate_factor" and after.step_size is not None:
-        strain = largest_strain(after.step_size, _step_size_law(config))
+        strain = deciding_strain(metrics, after.step_size, _step_size_law(config))
         assert strain is not None, "the factor moves after a signal only"
         evidence = asdict(strain)
-        del evidence["deviations"]
+        del evidence["deviations"], evidence["is_measured"]
         return evidence
     return {}
 

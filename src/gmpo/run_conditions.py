@@ -14,6 +14,7 @@ from gmpo.monitoring.actions import ACTIONS
 from gmpo.monitoring.alerts import Condition
 from gmpo.monitoring.severity import AnomalyReport, level_of
 from gmpo.monitoring.training_anomalies import RATIO_BOUNDS, TRAINING_DETECTORS, training_report
+from gmpo.schedules import judged_metrics
 from gmpo.tracking import read_lines
 
 __all__ = ["RunHealth", "run_health", "unreadable_run"]
@@ -59,7 +60,7 @@ def run_health(folder: Path) -> RunHealth:
             last_evaluation = line["round"]
         elif line["kind"] == "round":
             rounds.append(line)
-            events, state = decide(line, state, round_number=line["round"])
+            events, state = decide(judged_metrics(line), state, round_number=line["round"])
             found |= {event.alarm: vars(event) for event in events}
     found = {alarm: found[alarm] for alarm in state.raised}
     last_round = rounds[-1]["round"] if rounds else 0

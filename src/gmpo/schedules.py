@@ -14,6 +14,7 @@ from typing import Any, Literal
 from gmpo.detectors import Baseline, robust_baseline
 
 __all__ = [
+    "REWARD_AT_FIRST_FLOOR",
     "ClipLaw",
     "ClipSide",
     "StepSize",
@@ -21,10 +22,14 @@ __all__ = [
     "Strain",
     "adapted_clip",
     "adapted_step_size",
-    "largest_strain",
+    "deciding_strain",
+    "judged_metrics",
     "learning_rate_factor",
     "scheduled_floor",
 ]
+
+REWARD_AT_FIRST_FLOOR = "adaptive/reward_at_first_floor"
+"""Metric of a round's mean reward, had the floor stayed where the recipe begins."""
 
 _LARGEST_ERROR = 0.2
 _RECENT_ROUNDS = 5
@@ -192,6 +197,7 @@ class Strain:
         value: median of the last 5 rounds.
         low: end of the range in which the step size stays as it is.
         high: other end of that range.
+        is_measured: whether the last round has the metric.
     """
 
     metric: str
@@ -199,6 +205,7 @@ class Strain:
     value: float
     low: float
     high: float
+    is_measured: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +250,8 @@ def adapted_step_size(
     KL(old || policy) and the reward. Each is the median of its last 5 rounds against the frozen
     baseline of its first rounds; s is the largest deviation to the bad side over the tolerance.
     Above 1 the factor is multiplied by exp(-gain * cut(s - 1)), below 1/2 by exp(gain / 25), the
-    error cut to 0.2; in between it stays. It is bounded itself, so no error piles up.
+    error cut to 0.2; in between it stays. It is bounded itself, so no error piles up. A signal that
+    the round did not measure lowers nothing: rounds without live rows say nothing new of gradients.
 
     Args:
         metrics: of the round, as logged; a figure that is missing leaves its signal as it was.
@@ -252,24 +260,40 @@ def adapted_step_size(
         frozen: the guard has an alarm: the factor may fall and does not rise.
     """
     followed = _followed(metrics, size, law)
-    strain = largest_strain(followed, law)
+    strain = deciding_strain(metrics, followed, law)
     if strain is None:
         return followed
     excess = strain.deviations / law.tolerance
     moved = size.factor
-    if excess > 1:
+    if excess > 1 and strain.is_measured:
         moved *= math.exp(-law.gain * _cut(excess - 1))
     elif excess < 0.5 and not frozen:
         moved *= math.exp(law.gain * _RISE * _LARGEST_ERROR)
     return replace(followed, factor=max(law.lowest, min(1.0, moved)))
 
 
-def largest_strain(size: StepSize, law: StepSizeLaw) -> Strain | None:
-    """The signal that is furthest on its bad side; None before there is a baseline."""
-    return max(_strains(size, law), key=lambda strain: strain.deviations, default=None)
+def deciding_strain(
+    metrics: Mapping[str, float | None], size: StepSize, law: StepSizeLaw
+) -> Strain | None:
+    """The signal that decides what becomes of the factor; None before there is a baseline.
+
+    Of those that the round measured the one furthest beyond the tolerance, because it lowers the
+    factor; if there is none, the one furthest on its bad side of all, which must be calm for it to
+    rise.
+
+    Args:
+        metrics: of the round.
+        size: with that round.
+        law: of the factor.
+    """
+    strains = list(_strains(metrics, size, law))
+    lowering = [each for each in strains if each.is_measured and each.deviations > law.tolerance]
+    return max(lowering or strains, key=lambda strain: strain.deviations, default=None)
 
 
-def _strains(size: StepSize, law: StepSizeLaw) -> Iterator[Strain]:
+def _strains(
+    metrics: Mapping[str, float | None], size: StepSize, law: StepSizeLaw
+) -> Iterator[Strain]:
     for name, baseline in size.baselines.items():
         signal = _SIGNALS[name]
         sign = -1 if signal.falls else 1
@@ -284,6 +308,7 @@ def _strains(size: StepSize, law: StepSizeLaw) -> Iterator[Strain]:
             value=signal.shown(value),
             low=ends[0],
             high=ends[1],
+            is_measured=signal.read(metrics) is not None,
         )
 
 
@@ -319,3 +344,10 @@ def scheduled_floor(rounds: int, *, first: float, last: float, total_rounds: int
     """
     progress = min(1.0, rounds / max(1, total_rounds - 1))
     return last if progress == 1.0 else first * (last / first) ** progress
+
+
+def judged_metrics(metrics: Mapping[str, float | None]) -> Mapping[str, float | None]:
+    """A round's metrics with a reward that rounds share: a falling floor is no falling reward."""
+    if REWARD_AT_FIRST_FLOOR not in metrics:
+        return metrics
+    return {**metrics, "rollout/reward": metrics[REWARD_AT_FIRST_FLOOR]}

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from gmpo.adaptation import adapt_round, adapted_parts, adaptive_metrics, judged_metrics
+from gmpo.adaptation import adapt_round, adapted_parts, adaptive_metrics
 from gmpo.assembly import TrainingParts, assemble
 from gmpo.checkpoint import (
     TrainingState,
@@ -27,6 +27,7 @@ from gmpo.resumption import begin_or_resume, inputs_of_run, tidy_checkpoints
 from gmpo.rollback import mended, mended_recipe, roll_back
 from gmpo.rounds import prompts_of_round, sample_round
 from gmpo.saved_rounds import SampledRound, load_round, save_round
+from gmpo.schedules import judged_metrics
 from gmpo.spikes import NormHistory, StepVerdict
 from gmpo.steps import RoundUpdate, update_policy
 from gmpo.tracked_attempts import TrackedAttempts

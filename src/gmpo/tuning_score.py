@@ -13,6 +13,7 @@ import numpy as np
 from gmpo.config import RunConfig
 from gmpo.errors import StudyError
 from gmpo.guard import GuardState, decide
+from gmpo.schedules import judged_metrics
 from gmpo.stability import run_figures
 from gmpo.tracking import read_lines
 
@@ -67,7 +68,8 @@ def stability(
     "article" is 1 / (1 + variance of the loss). GMPO's loss is about 0 on average and small, so
     that this is nearly 1 whatever happens. "meaningful" is calm * unclipped / (1 + spread):
 
-        calm        share of the rounds that are done with no alarm of the guard on
+        calm        share of the rounds that are done with no alarm of the guard on and no optimizer
+                    step left out
         unclipped   1 - max(0, c - 0.1) / 0.9 with c the clipped share of the later steps' tokens;
                     1 for objectives that clip whole sequences
         spread      (q95 - q50) / q50 of the gradient norm before clipping: how far the largest
@@ -170,10 +172,11 @@ def held_out_outcomes(run: Path) -> dict[str, float]:
 
 
 def _calm_rounds(lines: Sequence[_Line]) -> int:
-    """Rounds with no alarm on; the guard is asked anew, whatever the recipe's guard did."""
+    """Rounds with no alarm on and no step left out; the guard is asked anew, whatever it did."""
     state, calm = GuardState(), 0
     for line in lines:
         if line["kind"] == "round":
-            _, state = decide(line, state, round_number=line["round"])
-            calm += not state.raised
+            _, state = decide(judged_metrics(line), state, round_number=line["round"])
+            # A step left out is an alarm as well, which the loop raises and not `decide`.
+            calm += not state.raised and not line.get("update/skipped_steps_total")
     return calm

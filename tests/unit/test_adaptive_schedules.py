@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmpo.schedules import (
+    REWARD_AT_FIRST_FLOOR,
     ClipLaw,
     ClipSide,
     StepSize,
     StepSizeLaw,
     adapted_clip,
     adapted_step_size,
-    largest_strain,
+    deciding_strain,
+    judged_metrics,
     scheduled_floor,
 )
 
@@ -145,7 +147,7 @@ def test_each_signal_lowers_the_step_size_by_hand(trouble: dict[str, float]):
     # Strain 4 over tolerance 3: an error of 1/3, cut to 0.2, so exp(-0.5 x 0.2) a round.
     size = followed(*before, healthy(**trouble))
     assert size.factor == pytest.approx(math.exp(-0.1))
-    strain = largest_strain(size, SIZE_LAW)
+    strain = deciding_strain(healthy(**trouble), size, SIZE_LAW)
     assert strain is not None
     assert strain.deviations == pytest.approx(4)
     assert set(strain.metric.split(" - ")) & set(trouble)
@@ -186,6 +188,32 @@ def test_rounds_without_figures_leave_the_signals_as_they_were():
     size = followed(*[healthy()] * 6)
     nothing = {"update/gradient_norm": 0.0, "ratio/log_q99": None, "kl_old/k1": math.nan}
     assert adapted_step_size(nothing, size, SIZE_LAW, frozen=False) == size
+
+
+def test_a_strain_that_the_round_did_not_measure_lowers_nothing():
+    """Once every group is dead, the last gradients say nothing new."""
+    size = followed(*[healthy()] * 5, *[healthy(**{"update/gradient_norm": 9.0})] * 3)
+    assert size.factor < 1
+    dead = {"update/gradient_norm": 0.0, "rollout/reward": 0.5}
+    after = size
+    for _ in range(30):
+        after = adapted_step_size(dead, after, SIZE_LAW, frozen=False)
+    assert after.factor == size.factor  # nor does it rise while they are not calm
+    # A reward that falls meanwhile is measured, though gradients lie further off:
+    # 4 deviations of 0.02 over tolerance 3.
+    fallen = [dead | {"rollout/reward": 0.42}] * 3
+    for metrics in fallen:
+        after = adapted_step_size(metrics, after, SIZE_LAW, frozen=False)
+    assert after.factor == pytest.approx(size.factor * math.exp(-0.1))
+    strain = deciding_strain(fallen[-1], after, SIZE_LAW)
+    assert strain is not None
+    assert (strain.metric, strain.deviations) == ("rollout/reward", pytest.approx(4))
+
+
+def test_a_reward_under_a_falling_floor_is_judged_at_the_first_one():
+    plain = {"rollout/reward": 0.2}
+    assert judged_metrics(plain) == plain
+    assert judged_metrics(plain | {REWARD_AT_FIRST_FLOOR: 0.5})["rollout/reward"] == 0.5
 
 
 def test_what_is_remembered_survives_json():

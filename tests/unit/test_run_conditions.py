@@ -59,6 +59,13 @@ def test_an_alarm_lasts_as_long_as_its_cause(tmp_path: Path):
     assert names(run_folder(run, mended, told)) == []
 
 
+def test_a_falling_floor_is_no_alarm(tmp_path: Path):
+    fallen = [round_line(n, **{"rollout/reward": 0.8 - 0.02 * n}) for n in range(1, 41)]
+    same = [line | {"adaptive/reward_at_first_floor": 0.8} for line in fallen]
+    assert names(run_folder(tmp_path / "fallen", fallen, [])) == ["GmpoRewardDrop"]
+    assert names(run_folder(tmp_path / "same", same, [])) == []
+
+
 @pytest.mark.parametrize(
     ("events", "last_round", "expected"),
     [

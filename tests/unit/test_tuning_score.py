@@ -101,6 +101,20 @@ def test_rounds_that_are_missing_or_alarmed_count(recipe):
     assert stability(alarmed, recipe=recipe, kind="meaningful", rounds=2) == 0.5
 
 
+def test_a_falling_floor_is_no_falling_reward(recipe):
+    """Forty rounds whose floor takes the reward from 0.8 to 0, at equal completions."""
+    fallen = [round_line(n, **{"rollout/reward": 0.8 - 0.02 * n}) for n in range(1, 41)]
+    steps = two_rounds(norms=[2.0] * 4)[:2]
+    assert stability([*steps, *fallen], recipe=recipe, kind="meaningful", rounds=40) < 1
+    same = [line | {"adaptive/reward_at_first_floor": 0.8} for line in fallen]
+    assert stability([*steps, *same], recipe=recipe, kind="meaningful", rounds=40) == 1
+
+
+def test_a_round_with_a_step_left_out_is_not_calm(recipe):
+    lines = two_rounds(norms=[2.0] * 4, **{"update/skipped_steps_total": 1.0})
+    assert stability(lines, recipe=recipe, kind="meaningful", rounds=2) == 0.5
+
+
 def test_the_articles_formula_is_one_over_one_plus_the_variance(recipe):
     lines = two_rounds(norms=[2.0] * 4)
     # Losses 1, -1, 1, -1: sample variance 4 / 3.
