@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gmpo.policy.score import Policy
 __all__ = [
     "TrainingState",
     "begin_attempt",
+    "beginning_of_attempt",
     "checkpoint_model",
     "checkpoint_round",
     "checkpoints_newest_first",
@@ -286,7 +287,26 @@ def remove_newer_checkpoints(folder: Path, *, than: int) -> list[Path]:
     return newer
 
 
-def remove_old_checkpoints(folder: Path, *, keep: int, spares_first: bool = False) -> list[Path]:
+def beginning_of_attempt(folder: Path) -> int | None:
+    """Round of the oldest checkpoint of the newest one's attempt; None without any.
+
+    One that cannot be read counts to no attempt; it is named if the run goes back to it.
+    """
+    attempts = [(path, _attempt(path)) for path in checkpoints_newest_first(folder)]
+    known = [(path, attempt) for path, attempt in attempts if attempt is not None]
+    same = [path for path, attempt in known if attempt == known[0][1]]
+    return checkpoint_round(same[-1]) if same else None
+
+
+def _attempt(path: Path) -> int | None:
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return int(content["attempt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int, spared: Collection[int] = ()) -> list[Path]:
     """Remove all that is older than the newest `keep` whole checkpoints; returns what was removed.
 
     What a process that was killed had begun to write goes too.
@@ -294,11 +314,11 @@ def remove_old_checkpoints(folder: Path, *, keep: int, spares_first: bool = Fals
     Args:
         folder: of the checkpoints.
         keep: how many stay.
-        spares_first: whether the one from before the first round stays besides.
+        spared: rounds whose checkpoints stay besides.
     """
     kept = checkpoints_newest_first(folder)[:keep]
     old = [path for path in _folders(folder) if kept and path.name < kept[-1].name]
-    removed = [path for path in old if checkpoint_round(path) or not spares_first]
+    removed = [path for path in old if checkpoint_round(path) not in spared]
     removed += sorted(folder.glob(f".{_PREFIX}*.partial"))
     for path in removed:
         shutil.rmtree(path)

@@ -20,6 +20,7 @@ __all__ = [
     "LeaseHeld",
     "ModelError",
     "NonFiniteError",
+    "NonFiniteLossError",
     "PromotionRefused",
     "RunFolderError",
     "RunStopped",
@@ -56,6 +57,10 @@ class ModelError(GmpoError, ValueError):
 
 class NonFiniteError(GmpoError, ArithmeticError):
     """A loss, gradient or log-probability that counts is NaN or infinite; training stops."""
+
+
+class NonFiniteLossError(NonFiniteError):
+    """The loss of a batch is NaN or infinite though the policy's log-probabilities are not."""
 
 
 class CheckpointError(GmpoError, ValueError):

@@ -4,7 +4,7 @@
 out. An alarm needs two things, so that healthy learning raises none: a drift test over the frozen
 baseline of the run's first rounds (`gmpo.detectors`), and a recent level that is off by an amount
 that matters. Ratios and the sampler's mismatch have bounds of their own besides, which hold from
-the first round on.
+the first round on. What is never without a value in a healthy round has to be finite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from gmpo.detectors import Baseline, Direction, drift_onset, drifts, robust_baseline, scaled
+import numpy as np
+
+from gmpo.detectors import (
+    Baseline,
+    Direction,
+    cumulative_sum,
+    drift_onset,
+    drifts,
+    robust_baseline,
+    scaled,
+)
 from gmpo.guard_events import RESPONSES, GuardEvent
 from gmpo.spikes import StepVerdict
 
@@ -38,6 +48,21 @@ _MOST_VALUES = 200
 _DEAD_SHARE = 0.9
 _LOST_SHARE = 0.5
 _TINY = 1e-12
+_ALWAYS_FINITE = (
+    "update/loss",
+    "update/gradient_norm",
+    "ratio/am_gm_gap",
+    "rollout/mismatch_mean",
+)
+"""Left out of a round where they say nothing. Other figures may be NaN: the mean reward of a round
+in which no rollout has one, entropy without a token that the policy drew, a cosine of no gradient.
+"""
+_TRIAL_SUM = 10.0
+"""Threshold of Page's cumulative sum, which a stream that lies as before is above at any one time
+with probability exp(-10) at most. The other drift tests follow the mean, and a shift of two
+deviations after 20 rounds is lost on them.
+"""
+_OF_A_STEP = ("update/loss", "update/gradient_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +134,8 @@ class _Signal:
 
     `effect` is the smallest recent deviation that matters, in the transform's unit, and
     `effect_scales` the same in baseline scales; `beyond` and `at_once` are bounds on the metric
-    itself, of a drift and of a single round.
+    itself, of a drift and of a single round. `summed` is a threshold of Page's cumulative sum, a
+    third drift test.
     """
 
     metric: str
@@ -120,6 +146,7 @@ class _Signal:
     is_log: bool = True
     beyond: float | None = None
     at_once: float | None = None
+    summed: float | None = None
     follows_improvement: bool = False
     unless_improved: bool = False
 
@@ -183,24 +210,42 @@ _SIGNALS: Mapping[str, _Signal] = {
 }
 
 
+_TRIAL_SIGNALS: Mapping[str, _Signal] = {
+    **_SIGNALS,
+    "reward_drop": replace(_SIGNALS["reward_drop"], effect_scales=1.5, summed=_TRIAL_SUM),
+    # It grows with the square of the step size, which has been lowered.
+    "ratio_explosion": replace(
+        _SIGNALS["ratio_explosion"], effect=math.log(3), beyond=None, summed=_TRIAL_SUM
+    ),
+}
+"""After a roll-back: the trouble may go on in less, and a smaller step size moves ratios less."""
+
+
 def decide(
-    metrics: Mapping[str, float | None], state: GuardState, *, round_number: int
+    metrics: Mapping[str, float | None],
+    state: GuardState,
+    *,
+    round_number: int,
+    is_on_trial: bool = False,
 ) -> tuple[tuple[GuardEvent, ...], GuardState]:
     """The alarms that a round raises, each once while its cause goes on, and the next state.
 
     Args:
-        metrics: of the round, as logged. A round that ends in a non-finite figure has none, and
-            `non_finite_event` in their place.
+        metrics: of the round, as logged; None, as in a file, is a figure that was not finite. A
+            round that ends in a non-finite figure has none, and `non_finite_event` in their place.
         state: after the round before.
         round_number: counted from 1.
+        is_on_trial: the run has been rolled back and may be again: smaller drifts of ratios and
+            reward count.
     """
+    signals = _TRIAL_SIGNALS if is_on_trial else _SIGNALS
     tracks = {
         name: _followed(signal, state.tracks.get(name, Track()), metrics, round_number)
-        for name, signal in _SIGNALS.items()
+        for name, signal in signals.items()
     }
     dead_rounds = state.dead_rounds + 1 if _is_dead(metrics) else 0
     seen = replace(state, tracks=tracks, dead_rounds=dead_rounds)
-    events = tuple(_events(metrics, seen, round_number))
+    events = tuple(_events(metrics, seen, round_number, signals))
     new = tuple(event for event in events if event.alarm not in state.raised)
     return new, replace(seen, raised=tuple(event.alarm for event in events))
 
@@ -239,9 +284,9 @@ def judge_evaluation(
     return (event,), replace(state, best=measured)
 
 
-def non_finite_event(round_number: int) -> GuardEvent:
-    """The alarm of a round that a value which is not finite has ended."""
-    return _event("non_finite", round_number, metric="update/loss")
+def non_finite_event(round_number: int, *, metric: str = "update/loss") -> GuardEvent:
+    """The alarm of a round that has, or was ended by, a value which is not finite."""
+    return _event("non_finite", round_number, metric=metric)
 
 
 def skipped_step_event(verdict: StepVerdict, *, round_number: int, step: int) -> GuardEvent:
@@ -249,7 +294,7 @@ def skipped_step_event(verdict: StepVerdict, *, round_number: int, step: int) ->
     event = _event(
         "gradient_spike",
         round_number,
-        metric="update/gradient_norm",
+        metric=verdict.metric,
         value=verdict.norm,
         baseline=verdict.baseline,
         threshold=verdict.threshold,
@@ -294,8 +339,14 @@ def _moved_up(signal: _Signal, track: Track, baseline: Baseline) -> Track:
 
 
 def _events(
-    metrics: Mapping[str, float | None], state: GuardState, round_number: int
+    metrics: Mapping[str, float | None],
+    state: GuardState,
+    round_number: int,
+    signals: Mapping[str, _Signal],
 ) -> Iterator[GuardEvent]:
+    broken = next(_not_finite(metrics), None)
+    if broken is not None:
+        yield non_finite_event(round_number, metric=broken)
     lost = _lost_share(metrics)
     if lost >= _LOST_SHARE:
         yield _event(
@@ -315,7 +366,7 @@ def _events(
             threshold=_DEAD_SHARE,
             onset=round_number - state.dead_rounds + 1,
         )
-    for name, signal in _SIGNALS.items():
+    for name, signal in signals.items():
         if signal.unless_improved and improved:
             continue
         yield from _of_signal(name, signal, state.tracks[name], metrics, round_number)
@@ -343,7 +394,7 @@ def _of_signal(
     if signal.beyond is not None and signal.shown(recent) <= signal.beyond:
         return
     z = scaled(track.values, baseline)
-    test = drifts(z, direction=signal.direction)
+    test = drifts(z, direction=signal.direction) or _summed(z, signal)
     if test is None:
         return
     yield _event(
@@ -356,6 +407,14 @@ def _of_signal(
         test=test,
         onset=track.rounds[drift_onset(z, direction=signal.direction)],
     )
+
+
+def _summed(z: np.ndarray, signal: _Signal) -> str | None:
+    """The third test's name, if the signal has it and it finds a drift."""
+    total = 0.0
+    for value in z:
+        total = cumulative_sum(total, float(value), direction=signal.direction)
+    return "cumulative sum" if signal.summed is not None and total >= signal.summed else None
 
 
 def _event(  # noqa: PLR0913 - an event's evidence, all by keyword
@@ -390,6 +449,18 @@ def _has_improved(track: Track) -> bool:
         return False
     recent: Sequence[float] = track.values[-_RECENT_ROUNDS:]
     return median(recent) > track.first_center + track.baseline.scale
+
+
+def _not_finite(metrics: Mapping[str, float | None]) -> Iterator[str]:
+    """Figures that cannot be without a value, and are."""
+    # A step that was left out has an event of its own, and moved nothing.
+    has_left_out = bool(metrics.get("update/skipped_steps_total"))
+    for name in _ALWAYS_FINITE:
+        if name not in metrics or (has_left_out and name in _OF_A_STEP):
+            continue
+        value = metrics[name]
+        if value is None or not math.isfinite(value):
+            yield name
 
 
 def _is_dead(metrics: Mapping[str, float | None]) -> bool:

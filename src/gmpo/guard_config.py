@@ -20,11 +20,11 @@ class GuardConfig(Table):
     from before the trouble instead, and on from there with a smaller step size or a narrower
     clip."""
     skip_steps: bool = False
-    """Whether an optimizer step is left out whose gradient norm is not finite, or far above those
-    of the steps before it. Each is counted, and an event."""
+    """Whether an optimizer step is left out whose loss or gradient norm is not finite, or whose
+    norm is far above those of the steps before it. Each is counted, and an event."""
     learning_rate_factor: float = Field(default=0.5, gt=0, le=1)
-    """With mode = "mend": every roll-back multiplies `training.learning_rate` by this; 1 leaves
-    it."""
+    """With mode = "mend": the first roll-back multiplies `training.learning_rate` by this, the
+    second besides by its square, the third by its cube, and so on: 1/2, 1/8, 1/64; 1 leaves it."""
     clip_factor: float = Field(default=1.0, gt=0, le=1)
     """With mode = "mend": every roll-back multiplies the clip's half-widths by this; 1 leaves
     them."""

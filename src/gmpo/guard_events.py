@@ -91,7 +91,7 @@ class GuardEvent:
         value: of the metric, recent rounds together; None if there is no number.
         baseline: where it lay while healthy; None for a bound that needs none.
         threshold: that was passed.
-        test: "bound", "Page-Hinkley" or "ADWIN".
+        test: "bound", "Page-Hinkley" or "ADWIN"; "cumulative sum" only after a roll-back.
         recommended_action: for a person.
         step: optimizer step that it is about; None where it is about a round.
     """

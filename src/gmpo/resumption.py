@@ -12,6 +12,7 @@ from gmpo import __version__
 from gmpo.assembly import TrainingParts
 from gmpo.checkpoint import (
     TrainingState,
+    beginning_of_attempt,
     checkpoint_round,
     checkpoints_newest_first,
     load_newest_checkpoint,
@@ -113,11 +114,13 @@ def restored(
 def tidy_checkpoints(run: RunFolder, config: RunConfig) -> None:
     """Remove what newer checkpoints make needless, also where a killed run did not come to it.
 
-    A run that mends keeps the checkpoint from before its first round: there is always one to go
-    back to.
+    A run that mends keeps the checkpoint from before its first round, so that there is always one
+    to go back to, and the one that its attempt began from: those are the newest weights known to be
+    healthy, however slowly the trouble shows.
     """
     keep = config.checkpoint.keep
-    remove_old_checkpoints(run.checkpoints, keep=keep, spares_first=config.guard.mends)
+    spared = [0, beginning_of_attempt(run.checkpoints) or 0] if config.guard.mends else []
+    remove_old_checkpoints(run.checkpoints, keep=keep, spared=spared)
     oldest = checkpoints_newest_first(run.checkpoints)[:keep][-1]
     forget_rounds(run.rounds, up_to=checkpoint_round(oldest))
 

@@ -26,10 +26,15 @@ __all__ = ["mended", "mended_recipe", "roll_back"]
 
 
 def mended_recipe(config: RunConfig, *, attempt: int) -> RunConfig:
-    """The recipe after so many roll-backs: a smaller step size, a narrower clip."""
+    """The recipe after so many roll-backs: a smaller step size, a narrower clip.
+
+    Roll-back k multiplies the step size by `learning_rate_factor` to the power of k, so that a few
+    of them reach a step size that was many times too large; the clip by `clip_factor` each time.
+    """
     if not attempt:
         return config
-    rate = config.training.learning_rate * config.guard.learning_rate_factor**attempt
+    lowered = config.guard.learning_rate_factor ** (attempt * (attempt + 1) // 2)
+    rate = config.training.learning_rate * lowered
     clips = {
         name: width * config.guard.clip_factor**attempt
         for name, width in config.objective.clips().items()

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gmpo.detectors import robust_baseline
 
-__all__ = ["MOST_NON_FINITE", "NormHistory", "StepVerdict", "judge_step"]
+__all__ = ["MOST_NON_FINITE", "NormHistory", "StepVerdict", "judge_step", "verdict_on_loss"]
 
 MOST_NON_FINITE = 10
 """Steps in a row without a finite gradient that are left out; one more is no accident."""
@@ -35,7 +35,7 @@ class NormHistory:
     Attributes:
         norms: gradient norms of the last steps, at most 64, finite and above 0; those of steps
             left out among them, so that norms which stay high are the rule after 32 steps.
-        non_finite_in_a_row: steps since the last one with a finite norm.
+        non_finite_in_a_row: steps since the last one with a finite loss and norm.
     """
 
     norms: tuple[float, ...] = ()
@@ -64,6 +64,7 @@ class StepVerdict:
         baseline: median norm of the steps before it; None while there are fewer than 16.
         threshold: the largest norm that would have been taken; None likewise.
         history: with this step.
+        metric: that it was judged by.
     """
 
     is_taken: bool
@@ -71,6 +72,7 @@ class StepVerdict:
     baseline: float | None
     threshold: float | None
     history: NormHistory
+    metric: str = "update/gradient_norm"
 
 
 def judge_step(norm: float, history: NormHistory) -> StepVerdict:
@@ -102,3 +104,13 @@ def judge_step(norm: float, history: NormHistory) -> StepVerdict:
             non_finite_in_a_row=0 if is_finite else history.non_finite_in_a_row + 1,
         ),
     )
+
+
+def verdict_on_loss(history: NormHistory) -> StepVerdict:
+    """A step is left out whose loss is not finite: it has no gradient that could be judged.
+
+    Args:
+        history: of the steps before; the step is counted with those without a finite norm.
+    """
+    verdict = judge_step(math.nan, history)
+    return replace(verdict, baseline=None, threshold=None, metric="update/loss")

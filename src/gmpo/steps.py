@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,11 @@ import torch
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
 from gmpo.batch import StepBatch, build_step, reward_table, split_steps
-from gmpo.errors import NonFiniteError
+from gmpo.errors import NonFiniteError, NonFiniteLossError
 from gmpo.objective import step_diagnostics
 from gmpo.records import Group
 from gmpo.schedules import learning_rate_factor
-from gmpo.spikes import MOST_NON_FINITE, NormHistory, StepVerdict, judge_step
+from gmpo.spikes import MOST_NON_FINITE, NormHistory, StepVerdict, judge_step, verdict_on_loss
 from gmpo.update import (
     Mismatch,
     StepMeasures,
@@ -35,6 +36,15 @@ __all__ = [
 
 
 _NO_NORMS = NormHistory()
+_OF_A_BROKEN_LOSS = StepMeasures(
+    loss=math.nan,
+    terms=(),
+    masks=(),
+    row_names=(),
+    kl_ref_k3=None,
+    entropy=None,
+    mismatch=None,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +173,12 @@ def run_steps(
     for number, step in enumerate(steps):
         is_last = number == len(steps) - 1
         is_old_policy = number == 0 and not trusts_sampler
-        extra = {}
-        if measures_cosine and is_last:
-            extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
-        measures = accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=is_old_policy)
+        measures, extra = _gradients(
+            parts, step, measures_cosine=measures_cosine and is_last, is_old_policy=is_old_policy
+        )
         if number == 0:
             mismatch = Mismatch.over([measures.mismatch, of_later])
-            if trusts_sampler and mismatch is not None and not mismatch.is_small:
+            if trusts_sampler and not _fits_sampler(measures, mismatch):
                 parts.optimizer.zero_gradients()
                 return run_steps(
                     parts,
@@ -199,6 +208,32 @@ def advantages_of(parts: TrainingParts, groups: Sequence[Group]) -> torch.Tensor
     )
 
 
+def _gradients(
+    parts: TrainingParts, step: StepBatch, *, measures_cosine: bool, is_old_policy: bool
+) -> tuple[StepMeasures, dict[str, float]]:
+    """The step's gradient and, where it is measured, its cosine to GRPO's.
+
+    With `guard.skip_steps` a loss that is not finite is one of the measures, and leaves nothing
+    else to be measured.
+    """
+    try:
+        extra = {}
+        if measures_cosine:
+            extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
+        measures = accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=is_old_policy)
+    except NonFiniteLossError:
+        if not parts.config.guard.skip_steps:
+            raise
+        return _OF_A_BROKEN_LOSS, {}
+    return measures, extra
+
+
+def _fits_sampler(measures: StepMeasures, mismatch: Mismatch | None) -> bool:
+    """Whether the sampler's log-probabilities may stay the old ones, by the round's first step."""
+    # They may be why a loss is not finite, and then nothing has measured the mismatch.
+    return math.isfinite(measures.loss) and (mismatch is None or mismatch.is_small)
+
+
 def _apply_step(
     parts: TrainingParts, measures: StepMeasures, step_number: int, norms: NormHistory
 ) -> StepResult:
@@ -218,11 +253,17 @@ def _apply_step(
         _require_an_end(verdicts[-1].history)
         return verdicts[-1].is_taken
 
-    norm = parts.optimizer.apply_step(
-        learning_rate=learning_rate,
-        clip_norm=training.gradient_clip_norm,
-        is_wanted=is_wanted if parts.config.guard.skip_steps else lambda _: True,
-    )
+    if parts.config.guard.skip_steps and not math.isfinite(measures.loss):
+        parts.optimizer.zero_gradients()
+        norm = math.nan
+        verdicts.append(verdict_on_loss(norms))
+        _require_an_end(verdicts[-1].history)
+    else:
+        norm = parts.optimizer.apply_step(
+            learning_rate=learning_rate,
+            clip_norm=training.gradient_clip_norm,
+            is_wanted=is_wanted if parts.config.guard.skip_steps else lambda _: True,
+        )
     verdict = verdicts[0] if verdicts else None
     metrics = {
         "update/loss": measures.loss,
@@ -245,9 +286,9 @@ def _require_an_end(history: NormHistory) -> None:
     """Skipping is for accidents: a policy whose gradients stay broken has to be looked at."""
     if history.non_finite_in_a_row > MOST_NON_FINITE:
         raise NonFiniteError(
-            f"the gradients of {history.non_finite_in_a_row} steps in a row are not finite, and "
-            f"guard.skip_steps leaves out at most {MOST_NON_FINITE}; the weights were not moved. "
-            "Resume from the last checkpoint with a lower learning rate"
+            f"losses or gradients of {history.non_finite_in_a_row} steps in a row are not finite, "
+            f"and guard.skip_steps leaves out at most {MOST_NON_FINITE}; the weights were not "
+            "moved. Resume from the last checkpoint with a lower learning rate"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gmpo.batch import MicroBatch, StepBatch
-from gmpo.errors import NonFiniteError
+from gmpo.errors import NonFiniteError, NonFiniteLossError
 from gmpo.host_memory import keep_freed_memory
 from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
 from gmpo.policy.score import Policy, Scorer, TokenScores
@@ -121,7 +121,9 @@ def accumulate_gradients(
             are the old log-probabilities and those of the step are not used.
 
     Raises:
-        NonFiniteError: a log-probability or loss that counts is NaN or infinite; rows are named.
+        NonFiniteError: a log-probability that counts is NaN or infinite; rows are named.
+        NonFiniteLossError: a loss is, though no log-probability is. Micro-batches before it have
+            left their gradients.
     """
     wants_entropy = settings.entropy_coefficient > 0
     tally = _Tally()
@@ -348,18 +350,19 @@ def _with_regularisers(
 def _require_finite_logprobs(logprobs: Tensor, batch: MicroBatch) -> None:
     broken = (batch.mask & ~logprobs.isfinite()).any(dim=-1)
     if broken.any():
-        _raise_non_finite("log-probability of a sampled token", broken, batch)
+        what = "log-probability of a sampled token"
+        raise NonFiniteError(_non_finite_rows(what, broken, batch))
 
 
 def _require_finite_losses(losses: Tensor, batch: MicroBatch) -> None:
     broken = ~losses.isfinite()
     if broken.any():
-        _raise_non_finite("loss", broken, batch)
+        raise NonFiniteLossError(_non_finite_rows("loss", broken, batch))
 
 
-def _raise_non_finite(what: str, broken: Tensor, batch: MicroBatch) -> None:
+def _non_finite_rows(what: str, broken: Tensor, batch: MicroBatch) -> str:
     names = [name for name, is_bad in zip(batch.row_names, broken.tolist(), strict=True) if is_bad]
-    raise NonFiniteError(
+    return (
         f"the {what} is not finite for rollouts {names[:5]} ({len(names)} in all; prompt#index). "
         "The policy has diverged: resume from the last checkpoint with a lower learning rate"
     )

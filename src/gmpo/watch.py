@@ -90,7 +90,12 @@ def watch_round(
         if verdict is not None and not verdict.is_taken
     ]
     remembered = GuardState.from_record(state.guard) if state.guard else GuardState()
-    alarms, remembered = decide(metrics, remembered, round_number=state.round)
+    alarms, remembered = decide(
+        metrics,
+        remembered,
+        round_number=state.round,
+        is_on_trial=guard.mends and 0 < state.attempt < guard.most_rollbacks,
+    )
     state = replace(state, guard=asdict(remembered))
     return _answered(run, guard, state, [*skipped, *alarms], warn)
 

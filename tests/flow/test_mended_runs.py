@@ -14,7 +14,7 @@ from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
 from gmpo.checkpoint import checkpoint_round, checkpoints_newest_first, latest_checkpoint
 from gmpo.config import RunConfig
-from gmpo.errors import GuardStopped
+from gmpo.errors import GuardStopped, NonFiniteLossError
 from gmpo.inspection import summarize_run
 from gmpo.tracking import read_lines
 from gmpo.training import train
@@ -177,15 +177,15 @@ def test_the_command_tells_the_roll_back(model: str, tmp_path: Path):
     assert "roll-backs by the guard" in shown.stdout
 
 
-def spiking(model: str, **guard: Any) -> RunConfig:
-    """Rewards of the seventh round are a million times too large, and nothing divides by them."""
+def spiking(model: str, reward: str = "huge_once", **guard: Any) -> RunConfig:
+    """Rewards of the seventh round are far too large, and nothing divides by them."""
     return tiny_recipe(
         model,
         training__rounds=8,
         objective={"advantage_scale": "none"},
         reward={
             "weights": {"mine": 1.0},
-            "functions": {"mine": "tests.guard_rewards:huge_once"},
+            "functions": {"mine": f"tests.guard_rewards:{reward}"},
         },
         guard=guard,
     )
@@ -204,6 +204,37 @@ def test_steps_with_a_spike_are_left_out_and_counted(model: str, tmp_path: Path)
     counts = [line["update/skipped_steps_total"] for line in metric_lines(tmp_path, "round")]
     assert counts == [0] * 6 + [len(skipped), 0]
     assert summarize_run(tmp_path).skipped_steps_total == len(skipped)
+
+
+def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(model: str, tmp_path: Path):
+    guard_rewards.forget_calls()
+    config = spiking(model, "endless_once", skip_steps=True)
+    train(config, folder=tmp_path, warn=lambda _: None)
+    skipped = events(tmp_path)
+    assert {event["alarm"] for event in skipped} == {"gradient_spike"}
+    assert {event["round"] for event in skipped} == {7}
+    for event in skipped:
+        assert (event["metric"], event["value"], event["taken"]) == (
+            "update/loss",
+            None,
+            "skip_step",
+        )
+    left_out = [line for line in metric_lines(tmp_path, "step") if line["update/loss"] is None]
+    assert [line["step"] for line in left_out] == [event["step"] for event in skipped]
+    assert summarize_run(tmp_path).skipped_steps_total == len(skipped)
+    last = metric_lines(tmp_path, "round")[-1]
+    assert last["round"] == 8
+    assert last["update/gradient_norm"] > 0
+
+
+def test_without_leaving_steps_out_a_loss_that_is_not_finite_ends_the_run(
+    model: str, tmp_path: Path
+):
+    guard_rewards.forget_calls()
+    with pytest.raises(NonFiniteLossError, match="the loss is not finite for rollouts"):
+        train(spiking(model, "endless_once"), folder=tmp_path, warn=lambda _: None)
+    (event,) = events(tmp_path)
+    assert (event["alarm"], event["round"], event["taken"]) == ("non_finite", 7, "stop")
 
 
 def test_without_a_spike_nothing_is_left_out_and_the_weights_are_the_same(

@@ -13,10 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmpo.checkpoint import (
     TrainingState,
+    begin_attempt,
+    beginning_of_attempt,
     checkpoint_round,
+    checkpoints_newest_first,
     latest_checkpoint,
     load_checkpoint,
     load_newest_checkpoint,
+    remove_newer_checkpoints,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -311,6 +315,26 @@ def test_only_the_newest_are_kept(learner: Learner, tmp_path: Path):
     assert remove_old_checkpoints(tmp_path, keep=2) == [tmp_path / "round-000001"]
     assert remove_old_checkpoints(tmp_path, keep=2) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000002", "round-000003"]
+
+
+def test_what_an_attempt_began_from_can_be_spared(learner: Learner, tmp_path: Path):
+    for number in range(5):
+        learner.save(tmp_path, round_number=number)
+    assert beginning_of_attempt(tmp_path) == 0
+    begin_attempt(tmp_path / "round-000001", attempt=2)
+    remove_newer_checkpoints(tmp_path, than=1)
+    assert beginning_of_attempt(tmp_path) == 1
+    for number in (2, 3, 4, 5):
+        learner.save(tmp_path, round_number=number)
+        begin_attempt(tmp_path / f"round-{number:06d}", attempt=2)
+    assert beginning_of_attempt(tmp_path) == 1
+    remove_old_checkpoints(tmp_path, keep=2, spared=[0, 1])
+    kept = [checkpoint_round(path) for path in checkpoints_newest_first(tmp_path)]
+    assert kept == [5, 4, 1, 0]
+    # One that cannot be read is of no attempt.
+    (tmp_path / "round-000001" / "state.json").write_text("{")
+    assert beginning_of_attempt(tmp_path) == 4
+    assert beginning_of_attempt(tmp_path / "empty") is None
 
 
 def test_whole_checkpoints_are_kept_whatever_lies_beside_them(learner: Learner, tmp_path: Path):

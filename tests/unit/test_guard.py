@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -102,6 +103,89 @@ def test_a_bound_is_found_in_its_round_also_in_the_first(
 ):
     event = events_of(broken(change, first=1))[0]
     assert (event.alarm, event.round, event.onset, event.test) == (alarm, 1, 1, "bound")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+@pytest.mark.parametrize(
+    "metric",
+    ["update/loss", "update/gradient_norm", "ratio/am_gm_gap", "rollout/mismatch_mean"],
+)
+def test_a_figure_that_cannot_be_without_a_value_is_critical_once(metric: str, value: float | None):
+    trace = [{"update/loss": 0.01, **line} for line in broken({metric: value}, first=5)]
+    event = next(event for event in events_of(trace) if event.alarm == "non_finite")
+    assert (event.round, event.onset, event.metric, event.test) == (5, 5, metric, "bound")
+    assert (event.value, event.severity, event.action) == (None, "critical", "roll_back")
+    assert [event.alarm for event in events_of(trace)].count("non_finite") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # No rollout has a reward, no token is the policy's, no gradient has a direction.
+        {"rollout/reward": math.nan},
+        {"rollout/entropy": math.nan},
+        {"update/gradient_cosine_grpo": math.nan},
+        # Steps that were left out moved nothing, and have events of their own.
+        {"update/loss": None, "update/gradient_norm": None, "update/skipped_steps_total": 4.0},
+    ],
+)
+def test_figures_that_may_be_without_a_value_raise_nothing(change: dict[str, float | None]):
+    assert events_of(broken(change, first=5)) == []
+
+
+def test_a_step_left_out_does_not_hide_what_the_others_broke():
+    change = {"update/skipped_steps_total": 1.0, "ratio/am_gm_gap": math.nan}
+    assert {event.alarm for event in events_of(broken(change, first=5))} == {"non_finite"}
+
+
+def steady(seed: int, *, rounds: int = 60) -> list[Metrics]:
+    """A run that has learned what it can."""
+    chance = np.random.default_rng(seed)
+    flat = {"rollout/entropy": 0.4, "rollout/groups": 8.0, "rollout/dead_groups": 1.0}
+    return [
+        flat
+        | {
+            "rollout/reward": float(chance.normal(0.6, 0.08)),
+            "ratio/am_gm_gap": float(np.exp(chance.normal(-6.5, 1.0))),
+        }
+        for _ in range(rounds)
+    ]
+
+
+def trial_of(trace: Sequence[Metrics], *, first: int = 21) -> list[GuardEvent]:
+    """Events where the run is on trial from round `first` on."""
+    state, found = GuardState(), []
+    for number, metrics in enumerate(trace, start=1):
+        events, state = decide(metrics, state, round_number=number, is_on_trial=number >= first)
+        found += events
+    return found
+
+
+@pytest.mark.parametrize(
+    ("alarm", "metric", "change"),
+    [
+        # Two deviations lower; six times the ratios' spread, far below the bound of 0.1.
+        ("reward_drop", "rollout/reward", lambda value: value - 0.17),
+        ("ratio_explosion", "ratio/am_gm_gap", lambda value: 6 * value),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_on_trial_smaller_drifts_count(
+    alarm: str, metric: str, change: Callable[[float], float], seed: int
+):
+    trace = [
+        {**line, metric: change(line[metric])} if number > 25 else line
+        for number, line in enumerate(steady(seed), start=1)
+    ]
+    assert alarm not in {event.alarm for event in events_of(trace)}
+    found = next(event for event in trial_of(trace) if event.alarm == alarm)
+    assert 25 < found.round <= 60
+    assert found.severity == "critical"
+
+
+def test_a_steady_run_on_trial_raises_few_alarms():
+    alarmed = sum(bool(trial_of(steady(seed))) for seed in range(100, 160))
+    assert alarmed <= 6
 
 
 def test_ten_rounds_of_dead_groups_are_told_unless_the_task_is_learned():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.spikes import NormHistory, judge_step
+from gmpo.spikes import NormHistory, judge_step, verdict_on_loss
 
 STEADY = NormHistory(norms=(2.0,) * 16)
 
@@ -39,6 +39,16 @@ def test_a_norm_that_is_not_finite_is_left_out_and_counted(norm):
     assert second.history.non_finite_in_a_row == 2
     assert second.history.norms == STEADY.norms
     assert judge_step(2.0, second.history).history.non_finite_in_a_row == 0
+
+
+def test_a_loss_that_is_not_finite_counts_with_norms_that_are_not():
+    first = verdict_on_loss(STEADY)
+    assert (first.is_taken, first.metric) == (False, "update/loss")
+    assert first.baseline is first.threshold is None
+    second = judge_step(math.inf, first.history)
+    assert second.metric == "update/gradient_norm"
+    assert second.history.non_finite_in_a_row == 2
+    assert second.history.norms == STEADY.norms
 
 
 def test_a_step_without_live_rows_is_taken_and_says_nothing():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from gmpo.checkpoint import TrainingState
 from gmpo.errors import ConfigError
 from gmpo.guard import non_finite_event
 from gmpo.guard_config import GuardConfig
 from gmpo.guard_events import GuardEvent
 from gmpo.recipe import load_recipe
 from gmpo.rollback import mended_recipe
-from gmpo.watch import answer_to, round_to_go_back_to
+from gmpo.tracking import RunFolder
+from gmpo.watch import answer_to, round_to_go_back_to, watch_round
 
 CRITICAL = GuardEvent(
     alarm="ratio_explosion",
@@ -69,6 +72,40 @@ def test_the_run_goes_back_to_the_newest_weights_known_to_be_healthy(onset, roun
     assert round_to_go_back_to([later, event], rounds) == to_round
 
 
+@pytest.mark.parametrize(
+    ("mode", "attempt", "is_told"),
+    [("warn", 0, False), ("mend", 0, False), ("mend", 1, True), ("mend", 2, False)],
+)
+def test_an_attempt_is_on_trial_as_long_as_another_may_follow(
+    tmp_path: Path, mode: str, attempt: int, is_told: bool
+):
+    """Twenty healthy rounds, then ratios that spread four times as far."""
+    guard = GuardConfig(mode=mode) if mode == "warn" else MEND
+    state = TrainingState(
+        round=0,
+        step=0,
+        prompts_taken=0,
+        mismatch_is_small=None,
+        recipe_digest="",
+        version="",
+        attempt=attempt,
+    )
+    told: list[str] = []
+    for number in range(1, 61):
+        metrics = {"ratio/am_gm_gap": 0.001 if number <= 20 else 0.004}
+        watched = watch_round(
+            RunFolder(tmp_path),
+            guard,
+            state=replace(state, round=number),
+            metrics=metrics,
+            steps=[],
+            warn=told.append,
+        )
+        state = watched.state
+    assert bool(told) == is_told
+    assert all("ratio_explosion" in sentence for sentence in told)
+
+
 def test_each_attempt_has_a_smaller_step_size_and_a_narrower_clip():
     recipe = load_recipe(
         "quickstart",
@@ -81,8 +118,11 @@ def test_each_attempt_has_a_smaller_step_size_and_a_narrower_clip():
     )
     assert mended_recipe(recipe, attempt=0) == recipe
     second = mended_recipe(recipe, attempt=2)
-    assert second.training.learning_rate == recipe.training.learning_rate / 4
+    # Halved, then a quarter of that; the clip a quarter, then a quarter of that.
+    assert second.training.learning_rate == recipe.training.learning_rate / 8
     assert second.objective.clips() == {"clip_low": 0.025, "clip_high": 0.025}
+    third = mended_recipe(recipe, attempt=3)
+    assert third.training.learning_rate == recipe.training.learning_rate / 64
 
 
 @pytest.mark.parametrize(
