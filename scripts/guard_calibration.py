@@ -4,7 +4,8 @@ Small runs of five kinds are recorded (those that are there already are read), e
 by round, and every run is judged again on traces resampled from it: blocks of ten rounds of the
 run's later half, put behind its first half, so that a run lasts three times as long. The first
 interval counts runs; the second counts resampled traces, which share their runs and say how alarms
-grow with length rather than how runs differ.
+grow with length rather than how runs differ; the third counts runs once more, judged from round 21
+on as an attempt after a roll-back is, which costs a roll-back where nothing is wrong.
 
     python -m scripts.guard_calibration --seeds 0 1 2 --runs runs/guard --json guard.json
 """
@@ -32,6 +33,7 @@ from gmpo.training import train
 
 ROUNDS = 60
 BLOCK = 10
+TRIAL_ROUND = 21
 Trace = Sequence[Mapping[str, float | None]]
 
 
@@ -52,13 +54,15 @@ def main() -> int:
             lines = read_lines(folder, "metrics.jsonl")
             traces[folder.name] = [line for line in lines if line["kind"] == "round"]
     recorded = {name: alarms(trace) for name, trace in traces.items()}
+    on_trial = {name: alarms(trace, trial_from=TRIAL_ROUND) for name, trace in traces.items()}
     longer = {
         f"{name} resample {number}": alarms(resampled(trace, number))
         for name, trace in traces.items()
         for number in range(arguments.resamples)
     }
     report: dict[str, Any] = {"made_with": provenance(), "rounds": ROUNDS}
-    for what, found in (("recorded", recorded), ("resampled", longer)):
+    judged = {"recorded": recorded, "resampled": longer, "on_trial": on_trial}
+    for what, found in judged.items():
         report[what] = rate(found)
         print(f"{what}: {sentence(report[what])}")
     if arguments.json:
@@ -109,10 +113,11 @@ def steps(seed: int, rate: float, schedule: str) -> dict[str, Any]:
     }
 
 
-def alarms(trace: Trace) -> list[GuardEvent]:
+def alarms(trace: Trace, *, trial_from: int | None = None) -> list[GuardEvent]:
     state, found = GuardState(), []
     for number, metrics in enumerate(trace, start=1):
-        events, state = decide(metrics, state, round_number=number)
+        is_on_trial = trial_from is not None and number >= trial_from
+        events, state = decide(metrics, state, round_number=number, is_on_trial=is_on_trial)
         found += events
     return found
 

@@ -67,12 +67,18 @@ def main() -> int:
             print(row(outcome), flush=True)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n"
-        )
+        report = {"commit": commit(), "edits": [asdict(outcome) for outcome in outcomes]}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     num_killed = sum(outcome.result == "killed" for outcome in outcomes)
     print(f"{num_killed} of {len(outcomes)} edits killed")
     return 0 if outcomes and num_killed == len(outcomes) else 1
+
+
+def commit() -> str:
+    """Of the repository, marked if files were changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(describe, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def try_edit(edit: Edit) -> Outcome:
