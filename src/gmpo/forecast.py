@@ -255,8 +255,9 @@ def _named_sizes(name: str) -> PreTrainedConfig:
     Raises:
         ModelError: it cannot be read.
     """
+    folder = model_folder(name)
     try:
-        sizes: PreTrainedConfig = AutoConfig.from_pretrained(model_folder(name))
+        sizes: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -160,6 +160,7 @@ OTHER_TRAINERS = ("trl", "verl")
 # (importer, imported): the reason. A name is a stage or one module of a stage.
 ALLOWED: dict[tuple[str, str], str] = {
     ("rewards", "grading"): "the `correct` reward is a graded answer",
+    ("rewards.classifier", "policy.hub"): "a reward model is named as a policy is",
     (
         "tasks.rows",
         "grading.answers",

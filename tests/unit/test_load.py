@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.models import character_tokenizer, save_tiny, tiny_model
@@ -19,6 +26,7 @@ from transformers import (
 )
 
 from gmpo.errors import ModelError
+from gmpo.policy import hub
 from gmpo.policy.load import (
     choose_device,
     choose_dtype,
@@ -183,8 +191,124 @@ def test_the_bundled_model_is_listed_whether_or_not_it_is_installed():
     assert json.loads(json.dumps(first.as_dict())) == first.as_dict()
 
 
-def test_a_hub_name_or_folder_stands_for_itself():
-    assert model_folder("someone/some-model") == "someone/some-model"
+def test_a_folder_and_a_name_in_the_hubs_cache_stand_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert model_folder(str(tmp_path)) == str(tmp_path)
+    for name in ("someone/some-model", "gpt2"):
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        (cached / "snapshots" / "abc").mkdir(parents=True)
+        (cached / "snapshots" / "abc" / "config.json").write_text("{}")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("someone/some-model", "gpt2"):
+        assert model_folder(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smollm2-135", "no such folder.* OWNER/NAME; did you mean 'smollm2-135m'"),
+        ("smolm2_135m", "no such folder.* OWNER/NAME; did you mean 'smollm2-135m'"),
+        ("", "no such folder.* OWNER/NAME; give 'smollm2-135m'"),
+        ("a/b/c", "no such folder.* OWNER/NAME"),
+        ("/nowhere/model", "no such folder.* OWNER/NAME"),
+        ("runs/quickstrat", "HF_HUB_OFFLINE is set.*; did you mean 'runs/quickstart'"),
+        ("runs/quickstart/recipe.toml", "it is a file; give the folder 'runs/quickstart'"),
+    ],
+)
+def test_a_name_that_no_model_can_have_is_refused_with_the_nearest_known(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    (run / "recipe.toml").write_text("")
+    with pytest.raises(ModelError, match=f"cannot load model '{name}': .*{said}"):
+        model_folder(name)
+
+
+class Hub:
+    """A hub that has one model, or none; it counts what it is asked."""
+
+    def __init__(self, status: int, code: str = "") -> None:
+        hub = self
+        self.num_asked = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub.num_asked += 1
+                self.send_response(status)
+                self.send_header("x-repo-commit", "a" * 40)
+                self.send_header("etag", '"b"')
+                if code:
+                    self.send_header("x-error-code", code)
+                self.send_header("content-length", "2")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Makes an address the hub, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_HUB_SECONDS", 0.3)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def become(address: str) -> None:
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "why"),
+    [
+        (200, "", None),
+        (404, "EntryNotFound", None),
+        (404, "RepoNotFound", "has no such model that is open to you"),
+        (403, "GatedRepo", "only to those who accepted its terms"),
+        (503, "", "answers: .*503"),
+    ],
+)
+def test_the_hub_is_asked_once_about_a_name_of_its_form(
+    status: int, code: str, why: str | None, online: Callable[[str], None]
+):
+    there = Hub(status, code)
+    threading.Thread(target=there.server.serve_forever, daemon=True).start()
+    try:
+        online(f"http://127.0.0.1:{there.server.server_address[1]}")
+        found = hub.why_unknown("someone/some-model")
+        assert hub.why_unknown("some-model") is not None
+    finally:
+        there.server.shutdown()
+        there.server.server_close()
+    assert there.num_asked == 1, "once, and about the first alone"
+    assert found is None if why is None else re.search(why, str(found)), found
+
+
+def test_a_hub_that_is_not_reached_or_does_not_answer_is_given_up_soon(
+    online: Callable[[str], None],
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        online(f"http://127.0.0.1:{port}")
+        began = time.perf_counter()
+        with pytest.raises(ModelError, match=r"ReadTimeout.*mend the network, or set HF_HUB_OFFL"):
+            load("someone/some-model")
+    # The port is nobody's any more.
+    with pytest.raises(ModelError, match=r"cannot be reached.*ConnectError.*HF_HUB_OFFLINE=1"):
+        load_tokenizer("someone/some-model")
+    assert time.perf_counter() - began < 3
 
 
 # --- the bundled 135M model ---

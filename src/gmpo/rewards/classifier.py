@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from gmpo.errors import ModelError
+from gmpo.policy.hub import why_unknown
 from gmpo.rewards.convention import RewardFault
 
 __all__ = ["ClassifierReward", "load_classifier_reward"]
@@ -103,6 +104,10 @@ def load_classifier_reward(
     Raises:
         ModelError: there is none, weights of its head are missing, or it has not one output.
     """
+    hint = "give the hub name or the folder of a sequence classifier with its tokenizer"
+    why = why_unknown(name)
+    if why is not None:
+        raise ModelError(f"cannot load reward model {name!r}: {why}; {hint}")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, output_loading_info=True
@@ -110,10 +115,7 @@ def load_classifier_reward(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"cannot load reward model {name!r}: {first_line}; give the hub name or the folder of "
-            "a sequence classifier with its tokenizer"
-        ) from None
+        raise ModelError(f"cannot load reward model {name!r}: {first_line}; {hint}") from None
     if report["missing_keys"]:
         raise ModelError(
             f"reward model {name!r} lacks the weights {sorted(report['missing_keys'])[:3]}, which "
