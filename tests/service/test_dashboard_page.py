@@ -88,6 +88,29 @@ def test_a_filled_store_shows_its_figures_and_the_newest_events(page, tmp_path: 
     assert app.dataframe[0].value["what"][0] == "b serves in place of a"
 
 
+def test_a_change_that_rounds_to_nothing_has_no_arrow(page, tmp_path: Path):
+    now = time.time()
+    events = []
+    # An hour and the one before it, alike but for a quality that is worse by one in 100,000.
+    for start, quality, better in ((now - 7195, 0.9, 0), (now - 3595, 0.89999, 40)):
+        for place in range(100):
+            of = {"time": start + 35 * place, "request_id": f"{start}-{place}"}
+            payload = {"status": 200, "latency_s": 0.5, "quality": quality * (place % 2 or 0.5)}
+            events.append(Event(kind="answer", payload=payload, **of))
+            success = int(place % 2 == 0 or place < better)
+            events.append(Event(kind="outcome", payload={"success": success}, **of))
+    app = page(fill(tmp_path / "store.db", sorted(events, key=lambda one: one.time)))
+    app.segmented_control(key="span").set_value("1 hour").run()
+    accuracy, latency, stability, _ = app.metric
+    # 50 of 100, and 20 more of the second hour.
+    assert (accuracy.value, accuracy.delta) == ("70.0 %", "+20.0 points")
+    for one in (latency, stability):
+        assert one.delta == "no change", one
+        assert one.proto.direction == one.proto.MetricDirection.NONE
+        assert one.proto.color == one.proto.MetricColor.GRAY
+    assert accuracy.proto.direction == accuracy.proto.MetricDirection.UP
+
+
 def test_another_span_shows_other_figures(page, tmp_path: Path):
     now = time.time()
     old = list(answers(100, start=now - 9000, end=now - 8000))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal, TypedDict
 
 import numpy as np
 import streamlit as st
@@ -39,6 +41,14 @@ SPANS: Mapping[str, float | None] = {
 """Stretches of time that may be looked at, in seconds."""
 
 _LOG_LINES = 50
+
+
+class _Change(TypedDict):
+    """What `st.metric` is told of a change."""
+
+    delta: str | None
+    delta_color: Literal["normal", "inverse", "off"]
+    delta_arrow: Literal["auto", "off"]
 
 
 def draw_overview(watch: StoreWatch, run: tuple[str, RunLog] | None) -> None:
@@ -102,7 +112,7 @@ def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
     accuracy.metric(
         "Accuracy",
         "-" if one.now is None else f"{100 * one.now:.1f} %",
-        None if one.change is None else f"{100 * one.change:+.1f} points",
+        **_change(one.change, lambda change: f"{100 * change:+.1f} points"),
         help="Mean judgement of requests judged in this time, by outcomes or feedback.",
         border=True,
     )
@@ -111,8 +121,7 @@ def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
     latency.metric(
         "Latency, median",
         "-" if one.now is None else seconds_words(one.now),
-        None if one.change is None else _signed_seconds(one.change),
-        delta_color="inverse",
+        **_change(one.change, _signed_seconds, color="inverse"),
         help="Of whole answers, from the request to the end. "
         + ("" if p95 is None else f"95 % of them took at most {seconds_words(p95)}."),
         border=True,
@@ -121,7 +130,7 @@ def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
     stability.metric(
         "Stability",
         "-" if one.now is None else f"{one.now:.3f}",
-        None if one.change is None else f"{one.change:+.3f}",
+        **_change(one.change, lambda change: f"{change:+.3f}"),
         help="Geometric over arithmetic mean of the answers' "
         + ("quality scores" if steady == "quality" else "token probabilities")
         + ": 1 where all are alike, falling as some become much worse than the others.",
@@ -132,7 +141,7 @@ def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
     throughput.metric(
         "Throughput",
         "-" if one.now is None else f"{_rate(one.now)}/s",
-        None if one.change is None else f"{one.change:+.2g}/s",
+        **_change(one.change, lambda change: f"{change:+.2g}/s"),
         help="Whole answers a second. "
         + ("" if tokens is None else f"They had {_rate(tokens)} tokens a second."),
         border=True,
@@ -184,6 +193,19 @@ def _draw_log(watch: StoreWatch) -> None:
         st.dataframe(event_rows(events), key="log", hide_index=True, height=320)
     else:
         st.caption("Empty so far.")
+
+
+def _change(
+    change: float | None,
+    words: Callable[[float], str],
+    *,
+    color: Literal["normal", "inverse"] = "normal",
+) -> _Change:
+    """How a change is shown: with an arrow, and without one where it rounds to nothing."""
+    said = None if change is None else words(change)
+    if said is not None and not re.search("[1-9]", said):
+        return {"delta": "no change", "delta_color": "off", "delta_arrow": "off"}
+    return {"delta": said, "delta_color": color, "delta_arrow": "auto"}
 
 
 def _signed_seconds(seconds: float) -> str:
