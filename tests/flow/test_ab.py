@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,23 @@ def test_an_experiment_is_looked_at_and_ended(store: str, tmp_path: Path):
     assert "was stopped already" in refusal("ab", "stop", "greeting", "--store", store)
     again = json.loads(gmpo("ab", "status", "--store", store, "--json").stdout)
     assert again[0]["status"] == "stopped"
+
+
+def test_the_status_tells_when_hours_end_and_that_they_are_over(tmp_path: Path):
+    store = str(tmp_path / "store.db")
+    for name, hours in (("young", "24"), ("old", "0.0001"), ("open", None)):
+        end = () if hours is None else ("--set", f"end_after_hours={hours}")
+        begin = ("ab", "start", name, "--store", store, "--control", "a", "--candidate", "b", *end)
+        assert gmpo(*begin).exit_code == 0
+    time.sleep(0.5)  # longer than 0.36 s, which 0.0001 hours are
+    shown = gmpo("ab", "status", "--store", store).stdout
+    ended = r"^old \(over since 20..-.* UTC, everybody gets a\): Stop and stay"
+    assert re.search(ended, shown, re.M)
+    assert re.search(r"^young \(running until 20..-.* UTC\): Keep running", shown, re.M)
+    assert re.search(r"^open \(running\): Keep running", shown, re.M)
+    told = json.loads(gmpo("ab", "status", "--store", store, "--json").stdout)
+    found = {one["name"]: (one["status"], one["ends"] is None) for one in told}
+    assert found == {"young": ("running", False), "old": ("over", False), "open": ("running", True)}
 
 
 def test_what_is_wrong_is_said_in_one_line(store: str, tmp_path: Path):

@@ -4,148 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.gateways import RunningGateway, running_gateway
-from tests.upstreams import (
-    Behaviour,
-    Body,
-    Reply,
-    Upstream,
-    in_turn,
-    refuses,
-    running_upstream,
-    says,
-    text_event,
-)
+from tests.gateways import running_gateway
+from tests.routed_gateways import ASKED, STREAMED, begin, served
+from tests.upstreams import Body, Reply, in_turn, refuses, says, text_event
 
 from gmpo.abtest.analysis import analyse_records
 from gmpo.abtest.records import EVENT_KINDS, read_records
-from gmpo.serving.breaker import BreakerRules
-from gmpo.serving.feedback import FeedbackDesk
-from gmpo.serving.figures import GatewayFigures
-from gmpo.serving.judging import AnswerJudge, QualityRules
-from gmpo.serving.recording import EventWriter
-from gmpo.serving.router import VariantRouter
-from gmpo.serving.shadowing import ShadowSettings, ShadowTraffic
-from gmpo.serving.splitting import TrafficSplit, outcome_event
-from gmpo.serving.upstream import UpstreamBackend, UpstreamSettings
-from gmpo.store import Event, Experiment, Store, open_store
-
-ASKED: dict[str, Any] = {"model": "bot", "prompt": "12+3=", "max_tokens": 64}
-STREAMED = {**ASKED, "stream": True}
-
-
-class Served:
-    """A gateway over upstreams by name, with its store."""
-
-    def __init__(self, gateway: RunningGateway, store: Store, writer: EventWriter) -> None:
-        self.gateway, self.store, self.writer = gateway, store, writer
-        self.upstreams: dict[str, Upstream] = {}
-
-    def post(self, path: str, body: Body, **headers: str) -> Any:
-        with self.gateway.client(headers=headers) as client:
-            return client.post(f"/v1/{path}", json=body)
-
-    def ask(self, body: Body = ASKED, **headers: str) -> Body:
-        response = self.post("completions", body, **headers)
-        assert response.status_code == 200, response.text
-        answer: Body = response.json()
-        return answer
-
-    def health(self) -> Body:
-        with self.gateway.client() as client:
-            health: Body = client.get("/health").json()
-            return health
-
-    def events(self, *kinds: str, count: int) -> list[Event]:
-        """Events of these kinds, once there are so many."""
-        deadline = time.monotonic() + 10
-        while True:
-            found = self.store.events(kinds=list(kinds))
-            if len(found) >= count or time.monotonic() > deadline:
-                assert len(found) == count, found
-                return found
-            time.sleep(0.01)
-
-
-@contextmanager
-def served(
-    store_path: Path,
-    behaviours: Mapping[str, Behaviour],
-    *,
-    quality: QualityRules | None = None,
-    experiment: str | None = None,
-    shadow: ShadowSettings | None = None,
-    upstream: Mapping[str, Any] | None = None,
-    before: Callable[[Store], None] = lambda _: None,
-) -> Iterator[Served]:
-    with ExitStack() as stack:
-        upstreams = {
-            name: stack.enter_context(running_upstream(behave))
-            for name, behave in behaviours.items()
-        }
-        store = stack.enter_context(open_store(str(store_path)))
-        before(store)
-        writer = EventWriter(store)
-        stack.callback(writer.close)
-        more = {"retries": 0, "first_token_seconds": 1.0, "stall_seconds": 1.0, **(upstream or {})}
-        backends = {
-            name: UpstreamBackend(
-                name,
-                UpstreamSettings(url=one.url, model=f"{name}-model", **more),
-                random_source=random.Random(0),
-            )
-            for name, one in upstreams.items()
-        }
-        judge = AnswerJudge(quality or QualityRules())
-        router = VariantRouter(
-            "bot",
-            backends,
-            order=list(backends),
-            judge=judge,
-            rules=BreakerRules(failures=2, open_seconds=0.4),
-        )
-        if experiment is not None:
-            router.splitting = TrafficSplit(
-                store,
-                experiment,
-                backend_of={name: name for name in backends},
-                put=writer.put,
-                tell=lambda _: None,
-            )
-        if shadow is not None:
-            router.shadowing = ShadowTraffic(
-                backends[shadow.backend], shadow, judge=judge, put=writer.put
-            )
-        figures = GatewayFigures(events=writer.counts)
-        figures.watch_routing(lambda: router.counts, lambda: router.phases)
-        desk = FeedbackDesk(store, writer.put)
-
-        def outcome(record: Any) -> None:
-            event = outcome_event(record)
-            if event is not None:
-                writer.put(event)
-
-        gateway = stack.enter_context(
-            running_gateway(
-                router=router,
-                figures=figures,
-                feedback=desk,
-                observers=[writer.observe, outcome, desk.observe],
-            )
-        )
-        made = Served(gateway, store, writer)
-        made.upstreams = upstreams
-        yield made
+from gmpo.serving.judging import QualityRules
+from gmpo.serving.shadowing import ShadowSettings
 
 
 @pytest.fixture
@@ -245,17 +119,6 @@ def test_a_low_score_falls_back_where_answers_are_held_back(path: Path):
         (event,) = made.events("answer", count=1)
         assert event.payload["fallback_reason"] == "low_quality"
         assert event.payload["served_variant"] == "b"
-
-
-CONFIG = {
-    "salt": "s",
-    "models": {"control": "a", "candidate": "b"},
-    "weights": {"control": 0.5, "candidate": 0.5},
-}
-
-
-def begin(store: Store) -> None:
-    store.put_experiment(Experiment(name="e", created=1.0, status="running", config=dict(CONFIG)))
 
 
 def test_an_experiment_splits_by_unit_and_its_report_can_be_read(path: Path):
@@ -397,23 +260,93 @@ def test_feedback_on_an_earlier_gateways_answer_is_looked_up(path: Path):
         assert event.model_version == answer["gmpo"]["model_version"]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "said"),
-    [
-        ({"request_id": "cmpl-0", "score": 1}, 404, "there is no answer 'cmpl-0' on record"),
-        ({"request_id": "cmpl-0"}, 400, "give either score or thumbs"),
-        ({"request_id": "cmpl-0", "score": 1, "thumbs": "up"}, 400, "give either"),
-        ({"request_id": "cmpl-0", "score": 1.5}, 400, "score"),
-        ({"request_id": "cmpl-0", "thumb": "up"}, 400, "thumb"),
-        ({"score": 1}, 400, "request_id"),
-        ({"request_id": "a\0", "score": 1}, 400, "request_id"),
-    ],
-)
-def test_feedback_that_cannot_be_kept_is_refused(path: Path, body: Body, status: int, said: str):
+REFUSED_FEEDBACK: list[tuple[Any, int, str | None, str]] = [
+    (
+        {"request_id": "cmpl-0", "score": 1},
+        404,
+        "request_id",
+        "there is no answer 'cmpl-0' on record; give the id of a response, or of one with several "
+        "prompts a request_id in its gmpo",
+    ),
+    (
+        {"request_id": "cmpl-0"},
+        400,
+        None,
+        "neither score nor thumbs is given; give either score or thumbs: score is a number from 0 "
+        "to 1, thumbs is 'up' or 'down'",
+    ),
+    (
+        {"request_id": "cmpl-0", "score": 1, "thumbs": "up"},
+        400,
+        None,
+        "both are given; give either score or thumbs: score is a number from 0 to 1, thumbs is "
+        "'up' or 'down'",
+    ),
+    (
+        {"request_id": "cmpl-0", "score": 1.5},
+        400,
+        "score",
+        "score: it must be a number from 0 to 1, not 1.5",
+    ),
+    (
+        {"request_id": "cmpl-0", "score": "good"},
+        400,
+        "score",
+        "score: it must be a number from 0 to 1, not 'good'",
+    ),
+    (
+        {"request_id": "cmpl-0", "score": True},
+        400,
+        "score",
+        "score: it must be a number from 0 to 1, not True",
+    ),
+    (
+        {"request_id": "cmpl-0", "thumbs": "sideways"},
+        400,
+        "thumbs",
+        "thumbs: Input should be 'up' or 'down', not 'sideways'",
+    ),
+    (
+        {"request_id": "cmpl-0", "thumb": "up"},
+        400,
+        "thumb",
+        "there is no field 'thumb', which is 'up'; did you mean 'thumbs'?",
+    ),
+    (
+        {"request_id": "cmpl-0", "score": 1, "stars": 5},
+        400,
+        "stars",
+        "there is no field 'stars', which is 5; known are request_id, score, thumbs, comment",
+    ),
+    (
+        {"score": 1},
+        400,
+        "request_id",
+        "request_id: it is required, and missing; give the id of an answer",
+    ),
+    (
+        {"request_id": 7, "score": 1},
+        400,
+        "request_id",
+        "request_id: Input should be a valid string, not 7",
+    ),
+    (
+        {"request_id": "a\0", "score": 1},
+        400,
+        "request_id",
+        "request_id: it must hold no NUL character, not 'a\\x00'",
+    ),
+]
+
+
+def test_feedback_that_cannot_be_kept_is_refused_with_what_is_allowed(path: Path):
     with served(path, {"a": says("a")}) as made:
-        response = made.post("feedback", body)
-        assert response.status_code == status, response.text
-        assert said in response.json()["error"]["message"]
+        for body, status, param, said in REFUSED_FEEDBACK:
+            response = made.post("feedback", body)
+            assert response.status_code == status, response.text
+            error = response.json()["error"]
+            assert (error["message"], error["param"]) == (said, param)
+            assert error.keys() == {"message", "type", "param", "code"}
         assert not made.store.events(kinds=["feedback"])
 
 

@@ -70,6 +70,13 @@ def test_a_clear_gain_is_promoted_and_a_clear_loss_rolled_back():
     assert ended.decision.rule == "all_units_seen"
     timed = analyse(experiment(end_after_hours=0.1), *traffic((0.6, 0.6)))
     assert timed.decision.rule == "time_is_up"
+    # After the end nothing is split, so a later look finds no longer time.
+    later = analyse(experiment(end_after_hours=0.1), *traffic((0.6, 0.6)), now=1e6)
+    assert later.hours == 0.1
+    assert (later.decision, later.primary) == (timed.decision, timed.primary)
+    assert "0.1 hours of traffic do not show a whole week" in later.warnings
+    won = analyse(experiment(end_after_hours=0.1), *traffic((0.4, 0.8)), now=1e6)
+    assert won.decision.action == "promote", "an end takes nothing from what was shown"
 
 
 def test_a_burn_in_judges_nothing():

@@ -38,12 +38,14 @@ class Split:
     def __init__(self, store: Store, **backend_of: str) -> None:
         self.events: list[Event] = []
         self.told: list[str] = []
+        self.now = 1.0
         self.split = TrafficSplit(
             store,
             "e",
             backend_of=backend_of or {"old": "bot", "new": "new"},
             put=self.events.append,
             tell=self.told.append,
+            clock=lambda: self.now,
         )
 
     def assign(self, unit: str):
@@ -91,6 +93,69 @@ def test_new_weights_move_only_units_at_the_border_and_a_stop_ends_the_split(sto
     assert "does not run" in made.told[-1]
 
 
+def change(store: Store, **changes: Any) -> None:
+    running = store.experiment("e")
+    assert running is not None
+    store.put_experiment(replace(running, config={**CONFIG, **changes}))
+
+
+def test_once_its_hours_are_over_everybody_gets_control_and_it_is_told_once(store: Store):
+    change(store, end_after_hours=0.5)
+    made = Split(store)
+    made.now = 1800.9  # it began at 1
+    units = [str(number) for number in range(50)]
+    before = {unit: made.assign(unit) for unit in units}
+    assert {route.variant for route in before.values()} == {"control", "candidate"}
+    assert made.split.state() == {"name": "e", "status": "running", "ends": 1801.0}
+    made.now = 1801.0
+    for unit in [*units, "a new one"]:
+        route = made.assign(unit)
+        # It is part of no experiment any more: no exposure, and nothing for an outcome.
+        assert (route.backend, route.experiment, route.variant) == ("bot", None, None)
+    assert len(made.events) == 50
+    assert made.split.counts["after_experiment"] == 51
+    assert made.split.state() == {"name": "e", "status": "over", "ends": 1801.0}
+    asyncio.run(made.split.look())
+    (said,) = made.told[1:]
+    assert said.startswith("the 0.5 hours of experiment 'e' are over: everybody gets control (old)")
+    assert "gmpo ab report e" in said
+
+
+def test_an_experiment_that_nobody_asks_is_over_too(store: Store):
+    change(store, end_after_hours=0.5)
+    made = Split(store)
+    made.now = 1801.0
+    for _ in range(2):
+        asyncio.run(made.split.look())
+    assert len(made.told) == 2 and "are over" in made.told[1]
+    # A gateway that starts after the end says so, and splits nothing.
+    late = Split(store)
+    late.now = 1801.0
+    asyncio.run(late.split.look())
+    assert late.assign("0").experiment is None
+
+
+def test_more_hours_go_on_with_the_split_and_a_stop_ends_it(store: Store):
+    change(store, end_after_hours=0.5)
+    made = Split(store)
+    before = made.assign("0")
+    made.now = 2000.0
+    assert made.assign("0").variant is None
+    change(store, end_after_hours=1)
+    asyncio.run(made.split.look())
+    assert made.assign("0") == before
+    assert "splits traffic: 75 % old, 25 % new" in made.told[-1]
+    made.now = 3601.0
+    assert made.assign("0").variant is None
+    assert "the 1 hours" in made.told[-1], "a second end is told again"
+    running = store.experiment("e")
+    assert running is not None
+    store.put_experiment(replace(running, status="stopped"))
+    asyncio.run(made.split.look())
+    assert made.assign("0") is None
+    assert made.split.state()["status"] == "stopped"
+
+
 def test_an_experiment_that_cannot_be_followed_is_refused_at_the_start(store: Store):
     with pytest.raises(ConfigError, match="compares 'new', which is no backend"):
         Split(store, old="bot")
@@ -109,6 +174,7 @@ def test_an_experiment_that_becomes_wrong_ends_the_split(store: Store):
     asyncio.run(made.split.look())
     assert made.assign("0") is None
     assert "split no longer" in made.told[-1] and "'other'" in made.told[-1]
+    assert made.split.state()["status"] == "unusable"
     asyncio.run(made.split.look())
     assert len(made.told) == 2, "it is told once"
 

@@ -87,6 +87,8 @@ def analyse(
     primary = primary_result(look, plan)
     guardrails = tuple(guardrail_result(look, plan, one) for one in plan.guardrails)
     hours = max(0.0, now - experiment.created) / 3600
+    if plan.end_after_hours is not None:
+        hours = min(hours, plan.end_after_hours)  # after them no traffic is split
     decision = decide(
         Evidence(
             ratio_alarm=ratio.alarm,

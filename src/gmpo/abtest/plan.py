@@ -58,7 +58,8 @@ class ExperimentPlan(Table):
     max_units: int = Field(default=20_000, ge=20)
     """Units of both arms after which an undecided experiment is stopped for futility."""
     end_after_hours: float | None = Field(default=None, gt=0)
-    """Hours after which it is stopped likewise; None has no such end."""
+    """Hours after which the split ends by itself, so that everybody gets control, and an undecided
+    experiment is stopped for futility; None has no such end."""
     unanswered_after_seconds: float = Field(default=900.0, gt=0)
     """A unit without any outcome this long after its exposure counts as one failed request."""
     use_covariates: bool = True
@@ -89,6 +90,14 @@ class ExperimentPlan(Table):
         if twice:
             raise ValueError(f"{twice[0]!r} is judged twice; name each metric once")
         return self
+
+    def ends(self, began: float) -> float | None:
+        """When the hours of an experiment that began then are over; None without such an end.
+
+        Args:
+            began: unix seconds, as is what is returned.
+        """
+        return None if self.end_after_hours is None else began + 3600 * self.end_after_hours
 
     @property
     def guardrail_alpha(self) -> float:

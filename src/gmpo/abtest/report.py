@@ -94,7 +94,7 @@ class ExperimentReport:
         name: of the experiment.
         plan: its settings.
         time: of the look, unix seconds.
-        hours: since the experiment began.
+        hours: since the experiment began, until its hours were over.
         num_units: exposed units of both arms.
         ratio: test of the arms' shares.
         primary: the metric that decides.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,7 +111,8 @@ def status(store: _StoreUrl, as_json: JsonOption = False) -> None:
     if not found:
         console.print("no experiment yet; begin one with gmpo ab start")
     for one, report in found:
-        console.print(Text(f"{one.name} ({one.status}): {report.recommendation}"), soft_wrap=True)
+        state = _state_words(one, report)
+        console.print(Text(f"{one.name} ({state}): {report.recommendation}"), soft_wrap=True)
 
 
 @ab.command()
@@ -220,10 +222,27 @@ def _experiment(store: Store, name: str) -> Experiment:
     return found
 
 
+def _is_over(experiment: Experiment, report: ExperimentReport) -> bool:
+    """Whether nobody stopped it, but its hours are over."""
+    ends = report.plan.ends(experiment.created)
+    return experiment.status == "running" and ends is not None and report.time >= ends
+
+
+def _state_words(experiment: Experiment, report: ExperimentReport) -> str:
+    ends = report.plan.ends(experiment.created)
+    if experiment.status != "running" or ends is None:
+        return experiment.status
+    at = datetime.fromtimestamp(ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if _is_over(experiment, report):
+        return f"over since {at}, everybody gets {report.plan.models['control']}"
+    return f"running until {at}"
+
+
 def _summary(experiment: Experiment, report: ExperimentReport) -> dict[str, object]:
     return {
         "name": experiment.name,
-        "status": experiment.status,
+        "status": "over" if _is_over(experiment, report) else experiment.status,
+        "ends": report.plan.ends(experiment.created),
         "units": report.num_units,
         "action": report.decision.action,
         "recommendation": report.recommendation,

@@ -157,12 +157,19 @@ class Behind:
         beside: work that runs while it serves.
         reloads: what SIGHUP does.
         counts: what happened on the way to the backends, by name.
+        split: assigns requests to the arms of an experiment, if there is one.
     """
 
     router: VariantRouter
     counts: Callable[[], Mapping[str, int]]
+    split: TrafficSplit | None = None
     beside: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     reloads: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    @property
+    def experiment(self) -> Mapping[str, object] | None:
+        """How the experiment stands that splits the traffic; None where none does."""
+        return None if self.split is None else self.split.state()
 
     async def reload(self) -> None:
         """Load all models of this process anew."""
@@ -230,10 +237,12 @@ def build_behind(
             **router.counts,
             **judge.counts,
             **({} if shadow is None else shadow.counts),
+            **({} if split is None else split.counts),
             "retries": sum(one.num_retries for one in upstreams.values()),
         }
 
-    behind = Behind(router=router, counts=counts, beside=[] if split is None else [split.run])
+    beside: list[Callable[[], Awaitable[None]]] = [] if split is None else [split.run]
+    behind = Behind(router=router, counts=counts, split=split, beside=beside)
     for engine in engines.values():
         _change(behind, config, engine, engine_limits(), recorder)
     return behind

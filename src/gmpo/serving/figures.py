@@ -45,6 +45,7 @@ class GatewayFigures(Collector):
         self._entrance: Entrance | None = None
         self._routing: Callable[[], Mapping[str, int]] = dict
         self._breakers: Callable[[], Mapping[str, str]] = dict
+        self._experiment: Callable[[], Mapping[str, object] | None] = lambda: None
         self._registry.register(self)
         self._answers = ServingMetrics(self._registry)
         self._anomalies = AnomalyMetrics(self._registry)
@@ -54,15 +55,19 @@ class GatewayFigures(Collector):
         self._admission, self._entrance = admission, entrance
 
     def watch_routing(
-        self, counts: Callable[[], Mapping[str, int]], breakers: Callable[[], Mapping[str, str]]
+        self,
+        counts: Callable[[], Mapping[str, int]],
+        breakers: Callable[[], Mapping[str, str]],
+        experiment: Callable[[], Mapping[str, object] | None] = lambda: None,
     ) -> None:
         """Tell of these.
 
         Args:
             counts: what happened on the way to a backend, by name.
             breakers: phase of each backend's breaker, by the backend's name.
+            experiment: how the one that splits the traffic stands; None where none does.
         """
-        self._routing, self._breakers = counts, breakers
+        self._routing, self._breakers, self._experiment = counts, breakers, experiment
 
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
@@ -87,6 +92,7 @@ class GatewayFigures(Collector):
             "events": dict(self._events()),
             "routing": dict(self._routing()),
             "breakers": dict(self._breakers()),
+            "experiment": self._experiment(),
         }
 
     def collect(self) -> Iterator[Metric]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from gmpo.abtest.assignment import assign
 from gmpo.abtest.plan import ExperimentPlan, plan_of
@@ -24,8 +25,10 @@ _REFUSED = 400
 class TrafficSplit:
     """Assigns units by a running experiment, and follows its changes in the store.
 
-    A stopped experiment leaves all traffic to the backend that is asked first anyway; new weights
-    move only the units at the border. While the store cannot be read, what was read last goes on.
+    A stopped experiment leaves all traffic to the backend that is asked first anyway; one whose
+    hours are over (`end_after_hours`) gives everybody control, whatever was assigned before, and
+    records nothing more, until somebody stops it. New weights move only the units at the border.
+    While the store cannot be read, what was read last goes on.
 
     Args:
         store: where the experiment is.
@@ -33,7 +36,7 @@ class TrafficSplit:
         backend_of: backend's name for each model that an arm may name.
         put: takes events without waiting.
         tell: told in one sentence of what changed or cannot be done.
-        seconds: between two looks at the store.
+        clock: unix seconds, as the experiment's begin.
 
     Raises:
         ConfigError: there is no such experiment, or an arm's model is no backend.
@@ -51,16 +54,20 @@ class TrafficSplit:
         backend_of: Mapping[str, str],
         put: Callable[[Event], None],
         tell: Callable[[str], None],
-        seconds: float = 2.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._name = name
         self._backend_of = dict(backend_of)
         self._put = put
         self._tell = tell
-        self._seconds = seconds
+        self._clock = clock
         self._seen: Experiment | None = None
         self._plan: ExperimentPlan | None = None
+        self._ends: float | None = None
+        self._is_end_told = False
+        self.counts: Counter[str] = Counter()
+        """Requests that got control because the hours were over (`after_experiment`)."""
         self._exposed: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.num_failures = 0
         """Looks at which the store could not be read; the next one may."""
@@ -76,6 +83,10 @@ class TrafficSplit:
         plan = self._plan
         if plan is None:
             return None
+        if self.is_over:
+            self._tell_end(plan)
+            self.counts["after_experiment"] += 1
+            return Route(backend=self._backend_of[plan.models["control"]])
         variant = assign(self._name, plan.salt, request.unit, plan.weights)
         self._expose(request, variant, plan.weights[variant])
         backends = {arm: self._backend_of[model] for arm, model in plan.models.items()}
@@ -86,10 +97,28 @@ class TrafficSplit:
             variants={backend: arm for arm, backend in backends.items()},
         )
 
-    async def run(self) -> None:
-        """Follow the experiment until cancelled."""
+    @property
+    def is_over(self) -> bool:
+        """Whether it runs no more because its hours are over."""
+        is_late = self._ends is not None and self._clock() >= self._ends
+        return is_late and self._plan is not None
+
+    def state(self) -> dict[str, Any]:
+        """Its name, how it stands, and when its hours end in unix seconds (None: they do not).
+
+        The status is running, over (its hours are), stopped, or unusable: no plan that could be
+        followed here.
+        """
+        stopped = self._seen is not None and self._seen.status == "stopped"
+        status = "over" if self.is_over else "running"
+        if self._plan is None:
+            status = "stopped" if stopped else "unusable"
+        return {"name": self._name, "status": status, "ends": self._ends}
+
+    async def run(self, *, seconds: float = 2.0) -> None:
+        """Follow the experiment until cancelled, so many seconds between two looks."""
         while True:
-            await asyncio.sleep(self._seconds)
+            await asyncio.sleep(seconds)
             await self.look()
 
     async def look(self) -> None:
@@ -102,11 +131,13 @@ class TrafficSplit:
             self.num_failures += 1
             return
         if found == self._seen:
+            if self._plan is not None and self.is_over:
+                self._tell_end(self._plan)
             return
         try:
             self._take(found)
         except GmpoError as error:
-            self._seen, self._plan = found, None
+            self._seen, self._plan, self._ends = found, None, None
             self._tell(f"traffic is split no longer: {error}")
 
     def _read(self) -> Experiment:
@@ -129,16 +160,30 @@ class TrafficSplit:
             )
         if len({self._backend_of[model] for model in plan.models.values()}) < len(plan.models):
             raise ConfigError(f"both arms of experiment {self._name!r} are one backend")
-        before = self._plan
+        before = None if self._is_end_told else self._plan
         self._seen = found
         self._plan = plan if found.status == "running" else None
+        self._ends, self._is_end_told = plan.ends(found.created), False
         if self._plan is None:
             self._tell(f"experiment {self._name!r} does not run; its arms get no traffic of theirs")
+        elif self.is_over:
+            self._tell_end(plan)
         elif before is None or before.weights != plan.weights:
             shares = ", ".join(
                 f"{100 * plan.weights[arm]:g} % {plan.models[arm]}" for arm in plan.models
             )
             self._tell(f"experiment {self._name!r} splits traffic: {shares}")
+
+    def _tell_end(self, plan: ExperimentPlan) -> None:
+        """Say once that its hours are over."""
+        if self._is_end_told:
+            return
+        self._is_end_told = True
+        self._tell(
+            f"the {plan.end_after_hours:g} hours of experiment {self._name!r} are over: everybody "
+            f"gets control ({plan.models['control']}) from now on; see gmpo ab report "
+            f"{self._name}, and end it with gmpo ab stop"
+        )
 
     def _expose(self, request: GenerationRequest, variant: str, weight: float) -> None:
         key = variant, request.unit
