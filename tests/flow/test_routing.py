@@ -119,6 +119,11 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path):
     assert "name a MODEL, or give --config" in refusal("serve", "--port", "0")
     assert "leave MODEL out" in refusal("serve", "m", "--config", config, "--port", "0")
     assert "leave --dtype out" in refusal("serve", "--config", config, "--dtype", "fp32")
+    server = ("--upstream", "http://127.0.0.1:1/v1", "--port", "0")
+    for limit in ("--max-tokens", "--max-prompt-tokens", "--max-rows"):
+        assert f"{limit} is a limit of models in this process" in refusal(
+            "serve", "m", *server, limit, "5"
+        )
     assert "must begin with http" in refusal("serve", "m", "--upstream", "host:1", "--port", "0")
     assert "say which with --store" in refusal("serve", "m", "--experiment", "e", "--port", "0")
     missing = refusal("serve", "m", "--experiment", "e", "--store", store, "--port", "0")

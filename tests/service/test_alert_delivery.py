@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -300,3 +303,20 @@ def test_alertmanager_takes_alerts_under_the_same_fingerprint_and_ends_them(aler
     until(lambda: listed() == [])
     delivery.close()
     assert delivery.counts() == {"alertmanager": {"sent": 2, "dropped_closed": 0}}
+
+
+def test_the_pages_example_prints_what_the_page_says():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "monitoring.md").read_text()
+    found = re.search(r"```bash\n(python - <<'EOF'\n.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    assert found is not None, "docs/monitoring.md has lost its example"
+    command, says = found.groups()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, says), done.stderr

@@ -66,6 +66,16 @@ def test_half_open_lets_one_probe_through_which_closes_it_or_opens_it_for_twice_
     assert probe_fails(again, now=131.0).open_seconds == 35.0
 
 
+def test_what_passes_beside_a_probe_may_fail_for_it_and_proves_nothing():
+    state, probe = admit(opened(), RULES, now=110.0)
+    assert probe is not None and probe.is_probe
+    beside = Ticket(state.epoch, is_probe=False)
+    assert succeeded(state, RULES, beside, now=111.0) == state
+    assert withdrawn(state, beside) == state
+    assert failed(state, RULES, beside, now=111.0).phase == "open"
+    assert succeeded(state, RULES, probe, now=111.0).phase == "closed"
+
+
 def test_once_closed_it_opens_for_the_short_time_again():
     state = probe_fails(opened(), now=110.0)
     state, probe = admit(state, RULES, now=130.0)

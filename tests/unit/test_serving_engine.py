@@ -253,6 +253,20 @@ def test_a_change_of_weights_under_load_loses_and_mixes_nothing(folders: list[st
     run(work)
 
 
+def test_of_two_changes_at_once_the_later_one_stands(folders: list[str]):
+    async def work() -> None:
+        async with engine_of(folders[0]) as backend:
+            first = backend.model_version
+            there, back = await asyncio.gather(
+                backend.swap(lambda: loaded(folders[1])), backend.swap(lambda: loaded(folders[0]))
+            )
+            assert backend.model_version == first
+            assert (there.previous, back.version) == (first, first)
+            assert there.version == back.previous != first
+
+    run(work)
+
+
 def test_a_stream_that_is_closed_early_frees_its_rows(folders: list[str]):
     async def work() -> None:
         async with engine_of(folders[0]) as backend:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gmpo.serving.feedback import FeedbackDesk
     from gmpo.serving.figures import GatewayFigures
     from gmpo.serving.router import VariantRouter
+    from gmpo.serving.routing_config import RoutingConfig
 
 __all__ = ["serve"]
 
@@ -89,6 +91,7 @@ _DrainSeconds = Annotated[
 
 @refuses_clearly
 def serve(
+    context: typer.Context,
     model: _Model = None,
     name: _Name = None,
     upstream: _Upstream = None,
@@ -121,14 +124,6 @@ def serve(
     keys = read_api_keys(api_keys)
     if not keys and not is_loopback(host):
         warn(f"no API keys are set: whoever reaches {host} may ask; set GMPO_API_KEYS")
-
-    def engine_limits() -> EngineLimits:
-        from gmpo.serving.engine import EngineLimits
-
-        return EngineLimits(
-            max_rows=max_rows, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
-        )
-
     asked = Asked(
         model=model,
         name=name,
@@ -140,13 +135,40 @@ def serve(
     )
     recording = _recording(store, learn_anew=learn_anew, record_texts=record_texts)
     with bound_socket(host, port) as bound, recording as records:
-        behind = build_behind(wanted(asked, records.recorder), engine_limits, records.recorder)
+        found = wanted(asked, records.recorder)
+        _refuse_unused(context, found.config)
+        engine_limits = partial(_engine_limits, max_rows, max_prompt_tokens, max_tokens)
+        behind = build_behind(found, engine_limits, records.recorder)
         behind.beside.append(records.watch.run)
         admission = AdmissionLimits(
             max_running=max_running, max_queued=max_queued, queue_seconds=queue_seconds
         )
         limits = _limits(admission, max_body_bytes, request_seconds)
         _run(_gateway(behind, limits, keys, records), bound, behind, drain_seconds)
+
+
+def _engine_limits(max_rows: int, max_prompt_tokens: int, max_tokens: int) -> EngineLimits:
+    # Not imported before a model is to be loaded here: it brings torch along.
+    from gmpo.serving.engine import EngineLimits
+
+    return EngineLimits(
+        max_rows=max_rows, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
+    )
+
+
+def _refuse_unused(context: typer.Context, config: RoutingConfig) -> None:
+    """Refuse a limit that nothing would keep: servers have their own."""
+    from gmpo.serving.routing_config import EngineSettings
+
+    if any(isinstance(one, EngineSettings) for one in config.backends.values()):
+        return
+    for name in ("max_rows", "max_prompt_tokens", "max_tokens"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is a limit of models in this process, and all models "
+                "are at servers; set it there, and leave it out here"
+            )
 
 
 def _limits(
@@ -223,7 +245,9 @@ def _gateway(behind: Behind, limits: GatewayLimits, keys: ApiKeys, records: _Rec
     recorder = records.recorder
     desk = None if recorder is None else FeedbackDesk(recorder.store, recorder.events.put)
     observers = [] if recorder is None or desk is None else _observers(recorder, desk)
-    records.figures.watch_routing(behind.counts, lambda: behind.router.phases)
+    records.figures.watch_routing(
+        behind.counts, lambda: behind.router.phases, lambda: behind.experiment
+    )
     return build_gateway(
         behind.router,
         limits=limits,

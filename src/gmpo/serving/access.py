@@ -54,7 +54,8 @@ def read_api_keys(file: Path | None) -> ApiKeys:
     if variable:
         raise ConfigError(f"keys come from {_VARIABLE} or from --api-keys, not from both; take one")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a mark, which would become part of the first key.
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the file of API keys cannot be read: {error}; name a text file with one key a line"

@@ -66,7 +66,8 @@ class GenerationRequest:
     """One prompt and how to continue it; exactly one of `messages` and `prompt` is set.
 
     Attributes:
-        id: unique among requests; the response's id begins with it.
+        id: unique among requests; that of the response, and the prompt's place if it has several.
+        response_id: of the response that it is a part of; empty where that is `id`.
         route: the endpoint that was asked.
         model: the name that was asked for.
         messages: turns of a chat, in OpenAI's form with plain text contents.
@@ -105,6 +106,7 @@ class GenerationRequest:
     stream: bool = False
     unit: str = ""
     session: str | None = None
+    response_id: str = ""
     body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gmpo.serving.backend import GenerationRequest
+from gmpo.serving.faults import ApiError
 
 __all__ = ["Asker", "ChatBody", "CompletionBody", "chat_requests", "completion_requests"]
 
@@ -150,12 +151,26 @@ def chat_requests(body: ChatBody, raw: Mapping[str, Any], asker: Asker) -> list[
 def completion_requests(
     body: CompletionBody, raw: Mapping[str, Any], asker: Asker
 ) -> list[GenerationRequest]:
-    """One request for each prompt."""
+    """One request for each prompt.
+
+    Raises:
+        ApiError: they ask for too many completions together.
+    """
     prompts = body.prompts
     common = _common(body, asker)
+    num_completions = len(prompts) * common["n"]
+    if num_completions > _MAX_CHOICES:
+        # Each limit alone would let one request ask for 16,384, and nobody else gets a turn.
+        raise ApiError(
+            400,
+            f"{len(prompts)} prompts with n {common['n']} are {num_completions} completions, and "
+            f"at most {_MAX_CHOICES} are made for one request; ask for fewer",
+            param="n",
+        )
     return [
         GenerationRequest(
             id=asker.id if len(prompts) == 1 else f"{asker.id}-{place}",
+            response_id=asker.id,
             route="completions",
             prompt=prompt,
             max_tokens=_DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,

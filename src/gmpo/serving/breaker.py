@@ -84,9 +84,15 @@ class Ticket:
 
     Requests that began before a breaker opened still end while it is half open. They say nothing
     about the backend as it is now, so the epoch sets them apart.
+
+    Attributes:
+        epoch: of the breaker when it was let through.
+        is_probe: False for one that passes beside a probe of the same response: its failure counts
+            as any, its success proves no more than the probe's own.
     """
 
     epoch: int
+    is_probe: bool = True
 
 
 def admit(
@@ -110,6 +116,8 @@ def succeeded(
         return state
     if state.phase == "closed":
         return replace(state, failures=0)
+    if not ticket.is_probe:
+        return state
     passed = state.passed + 1
     if passed >= rules.probes:
         return replace(_enter(state, "closed", now), open_seconds=0.0)
@@ -128,7 +136,7 @@ def failed(state: BreakerState, rules: BreakerRules, ticket: Ticket, *, now: flo
 
 def withdrawn(state: BreakerState, ticket: Ticket) -> BreakerState:
     """The request ended without saying anything about the backend, as when the client left."""
-    if ticket.epoch != state.epoch or state.phase != "half_open":
+    if ticket.epoch != state.epoch or state.phase != "half_open" or not ticket.is_probe:
         return state
     return replace(state, probing=state.probing - 1)
 

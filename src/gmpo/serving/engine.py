@@ -193,8 +193,9 @@ class EmbeddedBackend:
             gmpo.errors.GmpoError: the other model cannot be loaded.
         """
         start = time.perf_counter()
-        previous = self._model.version
         loaded = await asyncio.get_running_loop().run_in_executor(self._loading, load)
+        # Another change may have come first: what serves now counts, not what served when asked.
+        previous = self._model.version
         if loaded.version != previous:
             self._model = loaded
         return Swap(previous=previous, version=loaded.version, seconds=time.perf_counter() - start)

@@ -39,7 +39,11 @@ class FeedbackBody(BaseModel):
     @model_validator(mode="after")
     def _one_opinion(self) -> FeedbackBody:
         if (self.score is None) == (self.thumbs is None):
-            raise ValueError("give either score or thumbs")
+            what = "neither score nor thumbs is" if self.score is None else "both are"
+            raise ValueError(
+                f"{what} given; give either score or thumbs: score is a number from 0 to 1, thumbs "
+                "is 'up' or 'down'"
+            )
         return self
 
     @property
@@ -128,7 +132,8 @@ class FeedbackDesk:
         if not found:
             raise ApiError(
                 404,
-                f"there is no answer {ascii(request_id)[:80]} on record; give the id of a response",
+                f"there is no answer {ascii(request_id)[:80]} on record; give the id of a "
+                "response, or of one with several prompts a request_id in its gmpo",
                 param="request_id",
                 code="unknown_request",
             )

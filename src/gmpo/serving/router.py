@@ -73,10 +73,24 @@ class Lane:
     rules: BreakerRules
     clock: Callable[[], float]
     state: BreakerState = field(default_factory=BreakerState)
+    _probing: tuple[int, frozenset[str]] = (0, frozenset())
+    """An epoch, and the responses that have a probe in it."""
 
-    def admit(self) -> Ticket | None:
-        """Ask for a request to be let through; None is no."""
+    def admit(self, request: GenerationRequest) -> Ticket | None:
+        """Ask for a request to be let through; None is no.
+
+        Prompts of one response pass together: if only the first did, the response would fail for
+        want of the others, its probe would be withdrawn, and the breaker never closed.
+        """
         self.state, ticket = breaker.admit(self.state, self.rules, now=self.clock())
+        if self.state.phase != "half_open":
+            return ticket
+        of, epoch = request.response_id or request.id, self.state.epoch
+        known = self._probing[1] if self._probing[0] == epoch else frozenset()
+        if ticket is not None:
+            self._probing = epoch, known | {of}
+        elif of in known:
+            return Ticket(epoch, is_probe=False)
         return ticket
 
     def settle(self, ticket: Ticket, fault: BackendFault | None) -> None:
@@ -223,7 +237,7 @@ class VariantRouter:
         Raises:
             BackendError: it does not answer, or its breaker is open.
         """
-        ticket = lane.admit()
+        ticket = lane.admit(request)
         if ticket is None:
             raise BackendError(
                 "it failed several times and is left alone for a while",

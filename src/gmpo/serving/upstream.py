@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import AsyncGenerator, Mapping
@@ -20,6 +21,7 @@ from gmpo.task_config import Table
 __all__ = ["UpstreamBackend", "UpstreamSettings"]
 
 _PATHS = {"chat": "chat/completions", "completions": "completions"}
+_JSON = {"content-type": "application/json"}
 _FAULTS: dict[int, BackendFault] = {
     400: "bad_request",
     408: "timeout",
@@ -37,6 +39,7 @@ _UNSUPPORTED = ("tools", "functions", "audio", "web_search_options")
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 2.0
 _LONGEST_REFUSAL = 1 << 16
+_LONGEST_DIGITS = 9
 _CLOSING_SECONDS = 1.0
 _READY_SECONDS = 2.0
 
@@ -125,7 +128,7 @@ class UpstreamBackend:
         Raises:
             BackendError: there is no answer, or no more of it.
         """
-        body = self._body(request)
+        body = _encoded(self._body(request))
         first_seconds = None if request.echo else self._settings.first_token_seconds
         attempt = 0
         while True:
@@ -198,12 +201,14 @@ class UpstreamBackend:
         return body
 
     async def _streamed(
-        self, request: GenerationRequest, body: Mapping[str, Any]
+        self, request: GenerationRequest, body: bytes
     ) -> AsyncGenerator[Chunk, None]:
         answer = self._answer(request)
         decoder = EventDecoder()
         try:
-            async with self._client.stream("POST", _PATHS[request.route], json=body) as response:
+            async with self._client.stream(
+                "POST", _PATHS[request.route], content=body, headers=_JSON
+            ) as response:
                 if not response.is_success:
                     raise await self._refusal(response)
                 pieces = response.aiter_bytes()
@@ -219,12 +224,12 @@ class UpstreamBackend:
         except httpx2.RequestError as error:
             raise self._unreached(error) from None
 
-    async def _whole(
-        self, request: GenerationRequest, body: Mapping[str, Any]
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _whole(self, request: GenerationRequest, body: bytes) -> AsyncGenerator[Chunk, None]:
         answer = self._answer(request)
         try:
-            async with self._client.stream("POST", _PATHS[request.route], json=body) as response:
+            async with self._client.stream(
+                "POST", _PATHS[request.route], content=body, headers=_JSON
+            ) as response:
                 if not response.is_success:
                     raise await self._refusal(response)
                 text = (await response.aread()).decode(errors="replace")
@@ -292,9 +297,29 @@ def _authorization(name: str, settings: UpstreamSettings) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    """The body as JSON.
+
+    Fields that this server does not know hold whatever the client sent: NaN, which Python's JSON
+    reads and nobody's writes, or lists in lists without end. That is the request's fault; passed
+    off as the backend's, a few such requests would open its breaker for everybody.
+    """
+    try:
+        # Halves of surrogate pairs go on as they came, as escapes.
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise BackendError(
+            "the body holds NaN, an infinity, or lists nested too deeply, which JSON does not "
+            "have or servers do not read; leave them out",
+            fault="bad_request",
+        ) from None
+
+
 def _seconds(text: str | None) -> float | None:
-    """Of a Retry-After header; dates are not looked at."""
-    return float(text) if text is not None and text.isdigit() else None
+    """Of a Retry-After header; dates, and numbers that no clock has, are not looked at."""
+    if text is None or not (text.isascii() and text.isdigit()) or len(text) > _LONGEST_DIGITS:
+        return None
+    return float(text)
 
 
 async def _read_on(pieces: Any) -> None:
