@@ -42,6 +42,7 @@ class Bench:
         threads: of each side.
         scratch: files that the sides exchange; starting weights lie there.
         say: told what happens, a line each.
+        device: of both sides.
     """
 
     workload: Workload
@@ -49,6 +50,7 @@ class Bench:
     threads: int
     scratch: Scratch
     say: Callable[[str], None]
+    device: str = "cpu"
 
     def trl(self, setup: str) -> AbstractContextManager[Side]:
         """A TRL worker run as the named setup says."""
@@ -65,6 +67,7 @@ class Bench:
             "workload": asdict(self.workload),
             "threads": self.threads,
             "scratch": str(self.scratch.folder),
+            "device": self.device,
         }
         with Worker(module, common | settings) as worker:
             yield worker

@@ -18,8 +18,9 @@ from scripts.replay import ADVANTAGE_EPS, cosine_similarity, relative_difference
 from torch import nn
 from transformers import AutoConfig
 
+from benchmarks.devices import forget_peak_memory, peak_memory_gib, wait_for
 from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights, save_weights
-from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
+from benchmarks.worker import serve
 from benchmarks.workloads import (
     STEPS_PER_ROUND,
     Workload,
@@ -40,7 +41,7 @@ from gmpo.rounds import live_groups as live_places
 from gmpo.rounds import sample_round
 from gmpo.steps import RoundUpdate, build_steps, update_policy
 from gmpo.tasks.task import Task
-from gmpo.update import with_old_logprobs
+from gmpo.update import accumulate_gradients, with_old_logprobs
 
 PATTERN = "pattern"
 Changes = Mapping[str, Mapping[str, Any]]
@@ -54,11 +55,19 @@ class GmpoSide:
         dtype: as the recipe's `model.dtype`.
         scratch: where the starting weights and TRL's rounds lie.
         changes: of the recipe, by table and key.
+        device: "cpu" or "cuda".
     """
 
     def __init__(
-        self, workload: Workload, dtype: str, scratch: Scratch, changes: Changes | None = None
+        self,
+        workload: Workload,
+        dtype: str,
+        scratch: Scratch,
+        changes: Changes | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
+        self._device = device
         self._workload = workload
         self._scratch = scratch
         self.notes: list[str] = []
@@ -69,7 +78,7 @@ class GmpoSide:
             instruction="",
         )
         self.parts = build_parts(
-            recipe(workload, dtype, changes or {}),
+            recipe(workload, dtype, changes or {}, device=device),
             warn=self.notes.append,
             given=Given(task=task),
         )
@@ -99,12 +108,13 @@ class GmpoSide:
         return {}
 
     def _played(self, parts: TrainingParts, number: int) -> dict[str, Any]:
-        forget_peak_memory()
+        forget_peak_memory(self._device)
         started = time.perf_counter()
         sampled = sample_round(parts, self._state(number))
         rewarded = time.perf_counter()
         update = self._update(parts, sampled.trained_groups, first_step=number * STEPS_PER_ROUND)
         figures = round_metrics(parts, sampled, update)
+        wait_for(self._device)
         ended = time.perf_counter()
         self._may_trust_sampler = update.mismatch is None or update.mismatch.is_small
         groups = sampled.scored.groups
@@ -117,7 +127,7 @@ class GmpoSide:
             "prompt_tokens": mean(len(group.prompt.token_ids or ()) for group in groups),
             "live_share": len(live_places(groups)) / len(groups),
             "mean_reward": figures["rollout/reward"],
-            "peak_gib": peak_memory_gib(),
+            "peak_gib": peak_memory_gib(self._device),
             "mismatch_mean": None if update.mismatch is None else update.mismatch.mean,
             "used_sampler_logprobs": update.used_sampler_logprobs,
         }
@@ -138,14 +148,40 @@ class GmpoSide:
             parts = with_sgd(parts, sgd_learning_rate)
         groups = self._groups(number, SampledRows.read(self._scratch.completions))
         groups = with_sampler_logprobs(parts, groups)
+        wait_for(self._device)
         started = time.perf_counter()
         update = self._update(parts, groups, first_step=0)
+        wait_for(self._device)
         seconds = time.perf_counter() - started
         return {
             "update_seconds": seconds,
             "used_sampler_logprobs": update.used_sampler_logprobs,
-            **self._compared(parts),
+            **self._compared(),
         }
+
+    def record(self, *, number: int, live_groups: int, sgd_learning_rate: float) -> dict[str, Any]:
+        """A round with SGD whose completions and update are left where TRL leaves its own.
+
+        So that another side's `replay` is held against this one's.
+        """
+        parts = with_sgd(self._restarted(live_groups), sgd_learning_rate)
+        sampled = sample_round(parts, self._state(number))
+        rows_of(sampled.scored.groups).write(self._scratch.completions)
+        groups = with_sampler_logprobs(parts, sampled.trained_groups)
+        self._update(parts, groups, first_step=0)
+        save_weights(self._moved(), self._scratch.update)
+        return {"tokens": num_completion_tokens(groups)}
+
+    def first_gradient(self, *, number: int) -> dict[str, torch.Tensor]:
+        """The gradient of the first step on the completions that were left, in fp32 on the CPU."""
+        parts = self._restarted(None)
+        groups = self._groups(number, SampledRows.read(self._scratch.completions))
+        step = build_steps(parts, groups)[0]
+        accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=True)
+        masters = parts.policy.masters.items()
+        gradients = {name: w.grad.float().cpu() for name, w in masters if w.grad is not None}
+        parts.optimizer.zero_gradients()
+        return gradients
 
     def mismatch(self, *, number: int) -> dict[str, Any]:
         """|log pi_trainer - log pi_sampler| of each token of a round, in nats, on equal weights."""
@@ -240,9 +276,14 @@ class GmpoSide:
             groups.append(group_of(prompt, rows, places))
         return groups
 
-    def _compared(self, parts: TrainingParts) -> dict[str, float]:
-        start, theirs = load_weights(self._scratch.start), load_weights(self._scratch.update)
-        update = {name: w.detach() - start[name] for name, w in parts.policy.masters.items()}
+    def _moved(self) -> dict[str, torch.Tensor]:
+        """How far each weight is from where rounds start."""
+        start = load_weights(self._scratch.start)
+        masters = self.parts.policy.masters.items()
+        return {name: weight.detach().cpu() - start[name] for name, weight in masters}
+
+    def _compared(self) -> dict[str, float]:
+        theirs, update = load_weights(self._scratch.update), self._moved()
         if not any(bool(moved.any()) for moved in theirs.values()):
             # Every group was dead, so neither side may have moved.
             has_moved = any(bool(moved.any()) for moved in update.values())
@@ -281,10 +322,10 @@ def with_sgd(parts: TrainingParts, learning_rate: float) -> TrainingParts:
     return replace(parts, optimizer=cast(Any, Sgd(parts.policy, learning_rate)))
 
 
-def recipe(workload: Workload, dtype: str, changes: Changes) -> RunConfig:
+def recipe(workload: Workload, dtype: str, changes: Changes, *, device: str) -> RunConfig:
     """A run of the workload with TRL's constants where the two differ by default."""
     tables: dict[str, dict[str, Any]] = {
-        "model": {"name": workload.model, "device": "cpu", "dtype": dtype},
+        "model": {"name": workload.model, "device": device, "dtype": dtype},
         "task": {
             "kind": "given",
             "train_items": len(training_prompts(workload.prompts)),
@@ -347,6 +388,16 @@ def group_of(prompt: Prompt, rows: SampledRows, places: range) -> Group:
     )
 
 
+def rows_of(groups: Sequence[Group]) -> SampledRows:
+    """Completions and rewards, group by group."""
+    rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
+    return SampledRows(
+        prompt_ids=[list(group.prompt.token_ids or ()) for group, _ in rollouts],
+        completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
+        rewards=[float(rollout.reward or 0.0) for _, rollout in rollouts],
+    )
+
+
 def with_sampler_logprobs(parts: TrainingParts, groups: Sequence[Group]) -> list[Group]:
     """The groups with the policy's own log-probabilities on live rows, as its sampler reports."""
     scored, _ = with_old_logprobs(
@@ -357,7 +408,7 @@ def with_sampler_logprobs(parts: TrainingParts, groups: Sequence[Group]) -> list
         for batch in step.micro_batches:
             lengths = batch.completion_lengths.tolist()
             for name, row, length in zip(batch.row_names, batch.old_logprobs, lengths, strict=True):
-                found[name] = row[:length].float().numpy()
+                found[name] = row[:length].float().cpu().numpy()
 
     def reported(rollout: Rollout) -> Rollout:
         logprobs = found.get(f"{rollout.prompt_id}#{rollout.index}", rollout.sampler_logprobs)
@@ -384,6 +435,7 @@ def main(settings: Mapping[str, Any]) -> None:
         settings["dtype"],
         Scratch(folder=Path(settings["scratch"])),
         settings.get("changes"),
+        device=settings.get("device", "cpu"),
     )
     serve(commands_of(side))
     side.close()

@@ -10,16 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.devices import device_name
 from gmpo.tracking import provenance
 
 
-def made_with(*, threads: int) -> dict[str, Any]:
-    """Machine, versions, commit and threads: what must not change within one file."""
+def made_with(*, threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Machine, device, versions, commit and threads: what must not change within one file."""
     return {
         **provenance(),
         "trl": version("trl"),
         "accelerate": version("accelerate"),
         "threads": threads,
+        "device": device_name(device),
         **processor(Path("/proc/cpuinfo").read_text()),
     }
 

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.trainer import grpo_trainer
 
+from benchmarks.devices import forget_peak_memory, peak_memory_gib, wait_for
 from benchmarks.exchange import (
     SampledRows,
     Scratch,
@@ -26,7 +27,7 @@ from benchmarks.exchange import (
     load_weights,
     save_weights,
 )
-from benchmarks.worker import forget_peak_memory, peak_memory_gib, serve
+from benchmarks.worker import serve
 from benchmarks.workloads import (
     STEPS_PER_ROUND,
     Workload,
@@ -72,11 +73,13 @@ class TimedTrainer(GMPOTrainer):
     """TRL's trainer with marks at the borders of its stages, and its rows kept."""
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
+        wait_for(self.model.device.type)
         self.marks = {"start": time.perf_counter()}
         self.rows = super()._generate_and_score_completions(inputs)
         return self.rows
 
     def _calculate_rewards(self, *arguments: Any) -> Any:
+        wait_for(self.model.device.type)
         self.marks["generated"] = time.perf_counter()
         rewards = super()._calculate_rewards(*arguments)
         self.marks["rewarded"] = time.perf_counter()
@@ -96,7 +99,8 @@ class StepClock(TrainerCallback):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rates[state.global_step]
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        wait_for(model.device.type)
         self.ended = time.perf_counter()
 
 
@@ -108,9 +112,19 @@ class TrlSide:
         setup: how TRL is run.
         scratch: where the starting weights lie, and its rounds are left.
         folder: TRL's own output.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, workload: Workload, setup: TrlSetup, scratch: Scratch, folder: str) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        setup: TrlSetup,
+        scratch: Scratch,
+        folder: str,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        self._device = device
         self._workload = workload
         self._scratch = scratch
         self._dtype, _ = PRECISIONS[setup.precision]
@@ -121,11 +135,11 @@ class TrlSide:
         self._rewards: list[float] = []
         self._clock = StepClock()
         self._took_sgd = False
-        model = load_model(workload.model, device="cpu", dtype="fp32").to(self._dtype)
+        model = load_model(workload.model, device=device, dtype="fp32").to(self._dtype)
         self._trainer = TimedTrainer(
             model,
             self._reward,
-            args=trl_arguments(workload, setup, folder),
+            args=trl_arguments(workload, setup, folder, device=device),
             train_dataset=self._dataset(),
             processing_class=load_tokenizer(workload.model),
             callbacks=[self._clock],
@@ -171,9 +185,9 @@ class TrlSide:
 
     def _played(self) -> dict[str, Any]:
         """Train one round; its figures."""
-        forget_peak_memory()
+        forget_peak_memory(self._device)
         self._trainer.train()
-        peak = peak_memory_gib()
+        peak = peak_memory_gib(self._device)
         rows = self._sampled_rows()
         marks, ended = self._trainer.marks, self._clock.ended
         return {
@@ -260,15 +274,15 @@ class TrlSide:
     def _update(self) -> dict[str, torch.Tensor]:
         start = load_weights(self._scratch.start)
         return {
-            name: weight.detach().float() - start[name].to(weight.dtype).float()
+            name: weight.detach().float().cpu() - start[name].to(weight.dtype).float()
             for name, weight in self._trainer.model.named_parameters()
         }
 
 
-def trl_arguments(workload: Workload, setup: TrlSetup, folder: str) -> GMPOConfig:
+def trl_arguments(workload: Workload, setup: TrlSetup, folder: str, *, device: str) -> GMPOConfig:
     """One round of STEPS_PER_ROUND steps without vLLM and without gradient checkpointing."""
     return GMPOConfig(
-        **TRL_ON_CPU,
+        **TRL_ON_CPU | {"use_cpu": device == "cpu"},
         **ROLLOUTS[setup.rollouts],
         output_dir=folder,
         bf16=PRECISIONS[setup.precision][1],
@@ -312,6 +326,7 @@ def main(settings: Mapping[str, Any]) -> None:
             TrlSetup(**settings["setup"]),
             Scratch(folder=Path(settings["scratch"])),
             folder,
+            device=settings.get("device", "cpu"),
         )
         serve(commands_of(side))
 

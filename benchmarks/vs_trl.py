@@ -29,6 +29,7 @@ from benchmarks.comparison import (
     setups_of,
     warm_up,
 )
+from benchmarks.devices import DEVICES
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
 from benchmarks.options import require_at_least_one
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = {
         "workload": asdict(workload),
         "dtype": arguments.dtype,
-        "made_with": made_with(threads=arguments.threads),
+        "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }
     try:
         results = Results(arguments.json, setting, section=section_of(arguments.dtype))
@@ -103,6 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="updates of each side at every share of live groups; none unless given",
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of both sides")
     parser.add_argument(
         "--trl", choices=setups_of("auto"), help="take this setting of TRL and hold no trial"
     )
@@ -140,6 +142,7 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             threads=arguments.threads,
             scratch=scratch,
             say=say,
+            device=arguments.device,
         )
         setup = arguments.trl or choose_setup(bench, results)
         if results.content.setdefault("trl_setup", setup) != setup:
