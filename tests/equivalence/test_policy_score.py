@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gmpo.batch import MicroBatch
 from gmpo.errors import ModelError
+from gmpo.policy import packed
 from gmpo.policy.prefix import common_length
 from gmpo.policy.score import Policy
 from gmpo.records import Group
@@ -121,6 +122,20 @@ def test_scores_are_those_of_each_row_alone_in_the_models_own_forward(family: st
     for row, expected in enumerate(obvious_logprobs(policy.model, batch)):
         actual = scores.logprobs[row, : len(expected)].detach()
         torch.testing.assert_close(actual, expected, rtol=0, atol=ACROSS_PATHS)
+
+
+@llama_families
+@pytest.mark.parametrize("prompts", ["many tokens in common", "nothing in common"])
+def test_rows_attend_in_blocks_as_they_do_whole(
+    family: str, prompts: str, monkeypatch: pytest.MonkeyPatch
+):
+    policy, batch = shared_policy(family, "fast"), batch_of(PROMPTS[prompts])
+    whole = policy.score(batch).logprobs.detach(), weighted_gradients(policy, batch)
+    monkeypatch.setattr(packed, "_QUERY_BLOCK", 2)
+    generations = packed._generations(policy.body, batch)
+    assert max(len(generation.blocks) for generation in generations) >= 3
+    torch.testing.assert_close(policy.score(batch).logprobs, whole[0], rtol=0, atol=WITHIN_PATH)
+    assert_gradients_close(weighted_gradients(policy, batch), whole[1], tolerance=WITHIN_PATH)
 
 
 @llama_families

@@ -7,7 +7,8 @@ gets its gradient from one product; only attention looks at generations apart, e
 at themselves and at the rows before them. Gradients of shared rows add up over all that follow.
 
 Dimensions: **N** tokens of all generations, **R** rows of one, **W** tokens of its longest row,
-**S** positions attended to, **M** hidden size, **H** query heads, **K** key heads, **D** head size.
+**S** positions attended to, **C** columns of a block, **M** hidden size, **H** query heads, **K**
+key heads, **h** query heads of a key head, **D** head size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,26 @@ from gmpo.policy.recompute import recomputed
 
 __all__ = ["scored_hidden_states"]
 
+_QUERY_BLOCK = 128
+"""Tokens of a row that attend together: a block leaves out the keys that lie after all of it, which
+of a long row are nearly half. Smaller blocks cost more in small products than they leave out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QueryBlock:
+    """Columns of a generation's rows that attend together.
+
+    Attributes:
+        columns: which of the own ones.
+        seen: positions, counted from the first of the rows before, that any of them attends to.
+        bias: 0 where a token attends, -inf where it does not; query heads of a key head lie along
+            the second-last axis.
+    """
+
+    columns: slice
+    seen: int
+    bias: Float[Tensor, "R 1 HC s"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Generation:
@@ -45,8 +66,7 @@ class _Generation:
         real: places in the padded table, flattened, of the tokens in order.
         parent: row of the generation before that each row follows; None in the first.
         valid: which columns of the rows before and of the own ones are no padding.
-        bias: 0 where a token attends, -inf where it does not; query heads of a key head lie along
-            the second-last axis.
+        blocks: all own columns, in order, as they attend.
     """
 
     token_ids: Int[Tensor, " n"]
@@ -56,7 +76,7 @@ class _Generation:
     real: Int[Tensor, " n"]
     parent: Int[Tensor, " R"] | None
     valid: Bool[Tensor, "R S"]
-    bias: Float[Tensor, "R 1 HW S"]
+    blocks: tuple[_QueryBlock, ...]
 
 
 def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
@@ -109,17 +129,12 @@ def _add_generation(
     own = columns[None] < lengths[:, None]
     ends = lengths.cumsum(0)
     before = generations[-1] if parent is not None else None
-    attends = (columns[:, None] >= columns[None, :]).expand(len(lengths), width, width)
     valid, starts, first = own, torch.zeros_like(lengths), 0
     if before is not None:
         past = before.valid[parent]
         valid = torch.cat((past, own), dim=1)
-        attends = torch.cat((past[:, None].expand(-1, width, -1), attends), dim=2)
         starts = past.sum(dim=1)
         first = before.first + len(before.token_ids)
-    shared_heads = body.num_heads // body.num_key_heads
-    bias = torch.zeros(attends.shape, dtype=_attention_dtype(body), device=token_ids.device)
-    bias = bias.masked_fill(~attends, -math.inf).repeat(1, shared_heads, 1)
     generations.append(
         _Generation(
             token_ids=token_ids[own],
@@ -129,9 +144,31 @@ def _add_generation(
             real=torch.nonzero(own.flatten())[:, 0],
             parent=parent,
             valid=valid,
-            bias=bias[:, None],
+            blocks=_query_blocks(valid, width, body),
         )
     )
+
+
+def _query_blocks(
+    valid: Bool[Tensor, "R S"], width: int, body: LlamaBody
+) -> tuple[_QueryBlock, ...]:
+    """Every row's `width` own columns, which are its last: each sees what is valid up to itself."""
+    rows, positions = valid.shape
+    before = positions - width
+    columns = torch.arange(width, device=valid.device)
+    shared_heads = body.num_heads // body.num_key_heads
+    count = max(1, width // _QUERY_BLOCK)
+    blocks = []
+    for block in columns.tensor_split(count):
+        start, stop = int(block[0]), int(block[-1]) + 1
+        seen = before + stop
+        attends = (block[:, None] >= columns[None, :stop]).expand(rows, -1, -1)
+        past = valid[:, None, :before].expand(-1, len(block), -1)
+        attends = torch.cat((past, attends), dim=2)
+        bias = torch.zeros(attends.shape, dtype=_attention_dtype(body), device=valid.device)
+        bias = bias.masked_fill(~attends, -math.inf).repeat(1, shared_heads, 1)
+        blocks.append(_QueryBlock(columns=slice(start, stop), seen=seen, bias=bias[:, None]))
+    return tuple(blocks)
 
 
 def _predictors(generations: Sequence[_Generation], batch: MicroBatch) -> Int[Tensor, " N"]:
@@ -229,29 +266,39 @@ def _attend(
     rows, width = generation.padded.shape
     shared = num_heads // num_key_heads
     packed = _as_rows(queries, generation).view(rows, width, num_key_heads, shared, head_dim)
-    attended = functional.scaled_dot_product_attention(
-        _laid_out(packed.permute(0, 2, 3, 1, 4), generation).flatten(2, 3),
-        keys.transpose(1, 2).to(generation.bias.dtype),
-        values.transpose(1, 2).to(generation.bias.dtype),
-        attn_mask=generation.bias,
-    )
-    by_token = attended.unflatten(2, (shared, width)).permute(0, 3, 1, 2, 4)
-    by_token = by_token.to(queries.dtype, memory_format=torch.contiguous_format)
+    dtype = generation.blocks[0].bias.dtype
+    by_head = keys.transpose(1, 2).to(dtype), values.transpose(1, 2).to(dtype)
+    attended = [
+        _attend_block(packed[:, block.columns], by_head, block) for block in generation.blocks
+    ]
+    by_token = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
     flat = by_token.reshape(rows * width, num_heads * head_dim)
     if rows * width > num_tokens:
         flat = flat.index_select(0, generation.real)
     return flat, (keys, values)
 
 
+def _attend_block(
+    queries: Float[Tensor, "R C K h D"],
+    by_head: tuple[Float[Tensor, "R K S D"], Float[Tensor, "R K S D"]],
+    block: _QueryBlock,
+) -> Float[Tensor, "R C K h D"]:
+    """What some columns of each row attend to."""
+    columns, shared = queries.shape[1], queries.shape[3]
+    laid_out = queries.permute(0, 2, 3, 1, 4)
+    laid_out = laid_out.to(block.bias.dtype, memory_format=torch.contiguous_format).contiguous()
+    keys, values = (states[:, :, : block.seen] for states in by_head)
+    attended = functional.scaled_dot_product_attention(
+        laid_out.flatten(2, 3), keys, values, attn_mask=block.bias
+    )
+    by_token: Tensor = attended.unflatten(2, (shared, columns)).permute(0, 3, 1, 2, 4)
+    return by_token.to(queries.dtype, memory_format=torch.contiguous_format)
+
+
 def _as_rows(states: Float[Tensor, "n A D"], generation: _Generation) -> Float[Tensor, "R W A D"]:
     """Tokens end to end as rows, padded on the right."""
     rows = fused.gathered_rows(states.flatten(1), generation.padded, generation.real)
     return rows.view(*rows.shape[:2], *states.shape[1:])
-
-
-def _laid_out(states: Tensor, generation: _Generation) -> Tensor:
-    """In the precision of attention, and in memory in the order of the axes."""
-    return states.to(generation.bias.dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _attention_dtype(body: LlamaBody) -> torch.dtype:
