@@ -22,12 +22,21 @@ __all__ = ["CheckedBatch", "champion_sampler", "checked_batch"]
 
 _KNOWN, _NEW = "known tasks", "new tasks"
 
+_OF_THE_WHOLE = ("no_row_left", "too_many_rejected")
+"""Refusals that a few rows of the one kind of task must not bring upon many of the other."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedBatch:
-    """Reports of a batch's rows of tasks that earlier rows have, and of the others."""
+    """Reports of a batch's rows of tasks that earlier rows have, and of the others.
+
+    Attributes:
+        reports: of both.
+        most_rejected: share of all rows rejected above which the batch is refused.
+    """
 
     reports: Mapping[str, BatchReport]
+    most_rejected: float
 
     @property
     def accepted(self) -> list[Mapping[str, Any]]:
@@ -41,11 +50,24 @@ class CheckedBatch:
 
     def step(self, *, min_rows: int) -> StepReport:
         """Whether the accepted rows are trained on; the reason names what refused the batch."""
-        refusals = list(
-            dict.fromkeys(name for report in self.reports.values() for name in report.refusals)
+        refused = {
+            name: why
+            for report in self.reports.values()
+            for name, why in report.refusals.items()
+            if name not in _OF_THE_WHOLE
+        }
+        refusals = list(refused)
+        sentence = "; ".join(
+            [*(f"{name}: {one.found}" for name, one in self.reports.items()), *refused.values()]
         )
-        sentence = "; ".join(f"{name}: {one.sentence}" for name, one in self.reports.items())
-        if not refusals and len(self.accepted) < min_rows:
+        accepted, rejected = len(self.accepted), len(self.rejected)
+        if not accepted:
+            refusals.append("no_row_left")
+            sentence += "; no row is left"
+        elif rejected > self.most_rejected * (accepted + rejected):
+            refusals.append("too_many_rejected")
+            sentence += f"; more than {self.most_rejected:.0%} of the rows are rejected"
+        if not refusals and accepted < min_rows:
             refusals.append("too_few_rows")
             sentence += f"; at least {min_rows} accepted rows are needed"
         return StepReport(
@@ -99,6 +121,7 @@ def checked_batch(
         for name, path in plan.suites.items()
     ]
     return CheckedBatch(
+        most_rejected=plan.checks.most_rejected,
         reports={
             name: validate_batch(
                 part,
@@ -109,7 +132,7 @@ def checked_batch(
             )
             for name, part in parts.items()
             if part or (not rows and name == _NEW)
-        }
+        },
     )
 
 

@@ -42,7 +42,7 @@ def due(
 ) -> str | None:
     """Why a cycle is due now, in a sentence; None if none is.
 
-    With triggers, rows that a cycle had already begin no other one.
+    With triggers, no rows begin none, and rows that a cycle had already begin no other one.
 
     Args:
         store: of cycles and anomalies.
@@ -54,6 +54,8 @@ def due(
     """
     if not triggers.any_is_set:
         return "asked for"
+    if not num_rows:
+        return None
     cycles = store.cycles(name)
     if any(cycle.payload["request"].get("data_digest") == data_digest for cycle in cycles):
         return None

@@ -148,19 +148,24 @@ class BatchReport:
     @property
     def sentence(self) -> str:
         """The whole in one sentence."""
+        verdict = "may be trained on" if self.passed else "is refused"
+        rows = "1 row" if self.counts["rows"] == 1 else f"{self.counts['rows']} rows"
+        return "; ".join([f"the batch of {rows} {verdict}: {self.found}", *self.refusals.values()])
+
+    @property
+    def found(self) -> str:
+        """How many rows were accepted and rejected, and why; how they differ from earlier data."""
         reasons = ", ".join(
             f"{count} {name}"
             for name, count in self.counts.items()
             if name not in ("rows", "accepted", "rejected")
         )
         rejected = f"{self.counts['rejected']} rejected" + (f" ({reasons})" if reasons else "")
-        verdict = "may be trained on" if self.passed else "is refused"
-        rows = "1 row" if self.counts["rows"] == 1 else f"{self.counts['rows']} rows"
-        said = f"the batch of {rows} {verdict}: {self.counts['accepted']} accepted, {rejected}"
+        said = f"{self.counts['accepted']} accepted, {rejected}"
         moved = [figure.sentence for figure in self.shift if figure.is_alarm]
         if moved and "shift" not in self.refusals:
             said += f"; it differs from earlier data ({'; '.join(moved)})"
-        return "; ".join([said, *self.refusals.values()])
+        return said
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON, without the rows; reasons quote a few of their words."""

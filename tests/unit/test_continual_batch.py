@@ -77,6 +77,19 @@ def test_the_champion_is_no_judge_of_a_task_that_it_has_not_learned(
     assert details["new tasks"]["counts"]["accepted"] == 30
 
 
+def test_rows_of_a_known_task_that_are_all_rejected_do_not_refuse_those_of_a_new_one(
+    champion: KnowsSums, tmp_path: Path
+):
+    new = sums(30, category="other sums", start=300)
+    batch = checked(champion, tmp_path, [*new, *sums(3)], sums(60)).step(min_rows=20)
+    assert batch.passed, batch.sentence
+    assert batch.details["known tasks"]["counts"]["accepted"] == 0
+    # More than half of all rows are another matter.
+    many = checked(champion, tmp_path, [*new, *sums(31)], sums(60)).step(min_rows=20)
+    assert many.reason == "Data validation failed: too_many_rejected"
+    assert many.sentence.endswith("more than 50% of the rows are rejected")
+
+
 def test_rows_known_by_now_are_left_out_and_too_few_are_refused(
     champion: KnowsSums, tmp_path: Path
 ):

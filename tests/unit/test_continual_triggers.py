@@ -49,6 +49,7 @@ def test_enough_rows_are_due_once(store: Store):
 def test_enough_time_is_due(store: Store):
     triggers = Triggers(every_seconds=60)
     assert asked(store, triggers) == "no cycle has been run yet"
+    assert asked(store, triggers, num_rows=0) is None
     begun = ended_cycle(store)
     assert asked(store, triggers, now=begun + 59) is None
     assert asked(store, triggers, now=begun + 60) == "60 seconds since cycle 1"
