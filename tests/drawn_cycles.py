@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.learning import NAME
 from tests.registries import model_folder
 
 from gmpo.continual import ControllerSettings, run_cycle
+from gmpo.continual_anchor import anchor_suites, best_versions, earlier_champions
 from gmpo.continual_records import CycleFacts, CycleResult, StepReport
 from gmpo.continual_release import (
     Compared,
@@ -48,6 +50,9 @@ class DrawnWork:
         skills: of versions: added to every item's chance.
         deltas: of candidates over their champions.
         watch_fails: chance that a released version disappoints where it serves.
+        is_automatic: whether nobody has to approve.
+        changes: of which one is drawn for each update: added to every item's chance.
+        outcomes: what each version made of the suites.
     """
 
     store: Store
@@ -57,6 +62,9 @@ class DrawnWork:
     skills: dict[str, float]
     deltas: dict[str, float] = field(default_factory=dict)
     watch_fails: float = 0.1
+    is_automatic: bool = True
+    changes: Sequence[float] = DELTAS
+    outcomes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def risk(self) -> None:
         """Break or die, now and then."""
@@ -79,7 +87,7 @@ class DrawnWork:
         draw = random.Random(f"update {facts.number}")
         skill = self.skills[facts.champion]
         # Chances stay where every delta can be had.
-        delta = draw.choice([d for d in DELTAS if abs(skill + d) <= 0.2])
+        delta = draw.choice([d for d in self.changes if abs(skill + d) <= 0.2])
         self.risk()
         made = self.registry.add(
             model_folder(folder / "model", float(facts.number)), name=NAME, parent=facts.champion
@@ -90,18 +98,14 @@ class DrawnWork:
         return StepReport(passed=True, sentence="drawn", details={"new_model_version": name})
 
     def evaluate(self, facts: CycleFacts, folder: Path) -> StepReport:
-        draw = np.random.default_rng([facts.number, 7])
-        suites = []
-        for name, size in SIZES.items():
-            chance = np.random.default_rng([len(name), size]).uniform(0.3, 0.7, size)
-            suites.append(
-                PairedSuite(
-                    suite=name,
-                    champion=draw.random(size) < chance + self.skills[facts.champion],
-                    candidate=draw.random(size) < chance + self.skills[facts.candidate],
-                )
-            )
-        write_compared(folder, Compared(suites=suites))
+        before, after = self._asked(facts.champion), self._asked(facts.candidate)
+        suites = [
+            PairedSuite(suite=name, champion=before[name], candidate=after[name]) for name in SIZES
+        ]
+        earlier = {one: self._asked(one) for one in earlier_champions(self.store, NAME)}
+        versions = best_versions(earlier, alpha=0.05)
+        anchor = anchor_suites(suites, earlier, versions=versions, champion=facts.champion)
+        write_compared(folder, Compared(suites=suites, anchor=anchor))
         self.risk()
         return StepReport(passed=True, sentence="drawn")
 
@@ -113,7 +117,7 @@ class DrawnWork:
         return self._passes()
 
     def approve(self, facts: CycleFacts, folder: Path) -> StepReport:
-        return approve_step(facts, self.store, is_automatic=True)
+        return approve_step(facts, self.store, is_automatic=self.is_automatic)
 
     def promote(self, facts: CycleFacts, folder: Path) -> StepReport:
         self.risk()
@@ -130,6 +134,20 @@ class DrawnWork:
         report = roll_back_step(facts, self.store, self.registry)
         self.risk()
         return report
+
+    def _asked(self, version: str) -> dict[str, np.ndarray]:
+        """What a version made of the suites when it was asked first."""
+        if version not in self.outcomes:
+            draw = np.random.default_rng([int(version, 16), 7])
+            self.outcomes[version] = {
+                name: (draw.random(size) < self._chances(name, size, version)).astype(float)
+                for name, size in SIZES.items()
+            }
+        return self.outcomes[version]
+
+    def _chances(self, name: str, size: int, version: str) -> np.ndarray:
+        base = np.random.default_rng([len(name), size]).uniform(0.3, 0.7, size)
+        return base + self.skills[version]
 
     def _passes(self) -> StepReport:
         self.risk()

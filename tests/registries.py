@@ -22,9 +22,15 @@ def model_folder(folder: Path, value: float, *, tokenizer: str = "{}") -> Path:
     return folder
 
 
-def decision(champion: str, candidate: str, *, gain: float = 0.0) -> GateDecision:
-    """The gate's decision where the candidate is better by so much on 1,000 items."""
+def decision(
+    champion: str, candidate: str, *, gain: float = 0.0, revision: int = 1
+) -> GateDecision:
+    """The gate's decision where the candidate is better by so much on 1,000 items.
+
+    The revision is that of the champion: 1 for the first one.
+    """
     right = np.arange(1000) < 500
     moved = np.arange(1000) < 500 + 1000 * gain
     suite = PairedSuite(suite="sums", champion=right.astype(float), candidate=moved.astype(float))
-    return decide_gate([suite], policy=GatePolicy(), champion=champion, candidate=candidate)
+    decided = decide_gate([suite], policy=GatePolicy(), champion=champion, candidate=candidate)
+    return decided.bound_to(revision)

@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from gmpo.config import RunConfig
 from gmpo.data_quality import DataChecks
 from gmpo.errors import RunFolderError
-from gmpo.feedback import training_rows
+from gmpo.feedback import chat_digest, training_rows
 from gmpo.gate_policy import GatePolicy
 from gmpo.recipe import settings_of
 from gmpo.records import Prompt
 from gmpo.safety import SAFETY_SETS
-from gmpo.store import Store
+from gmpo.store import Cycle, Store
 from gmpo.task_config import JsonlTask, Table
 from gmpo.tasks import jsonl_task
 from gmpo.tasks.jsonl import jsonl_rows
@@ -33,9 +33,13 @@ __all__ = [
     "read_batch",
     "small_recipe",
     "suite_prompts",
+    "suites_of",
     "update_recipe",
     "write_rows",
 ]
+
+_FEEDBACK = "feedback-"
+"""A file of this beginning holds confirmed answers."""
 
 
 class LearnPlan(Table):
@@ -69,8 +73,12 @@ class LearnPlan(Table):
     """Items of each suite that the small update is asked, at most."""
     samples: int = Field(default=1, ge=1)
     """Completions an item; 1 asks greedily, more are sampled."""
-    degradation_limit: float = Field(default=0.05, gt=0, lt=1)
-    """Margin, in points of accuracy: what a candidate may be worse by."""
+    degradation_limit: float = Field(default=0.05, gt=0, lt=0.5)
+    """Margin, in points of accuracy: what a candidate may be worse by; twice as much on a suite."""
+    anchor: str = "best"
+    """Earlier version that the candidate is held against beside the champion, by its outcomes on
+    the same items: `best` is that of each suite which no later one was shown to beat, `none` is
+    none, and the first digits of a version pin that one."""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Error rate of every decision."""
     growth_limits: dict[str, float] = Field(default={"latency": 1.2, "length": 1.5})
@@ -113,6 +121,15 @@ class LearnPlan(Table):
         return self
 
     @model_validator(mode="after")
+    def _anchor_is_a_version(self) -> LearnPlan:
+        is_version = self.anchor and set(self.anchor) <= set("0123456789abcdef")
+        if self.anchor not in ("best", "none") and not is_version:
+            raise ValueError(
+                f"anchor is {self.anchor!r}; write best, none, or the first digits of a version"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _traffic_has_a_server(self) -> LearnPlan:
         if self.traffic is not None and self.gateway is None:
             raise ValueError("traffic is sent to a gateway, and none is named; set gateway")
@@ -146,7 +163,11 @@ def batch_digest(paths: Sequence[str]) -> str:
 
 
 def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """A file of what was confirmed since the newest cycle began, and its figures.
+    """A file of the confirmed answers that no cycle had yet, and its figures.
+
+    An answer may be confirmed long after it was given, so rows are told apart by what earlier
+    cycles had, not by time. What a cycle had comes again if the batch was too small, or the cycle
+    was abandoned.
 
     Args:
         store: of the gateway that recorded texts, and of the cycles.
@@ -154,15 +175,33 @@ def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str
         folder: of the model's cycles; the file goes there.
 
     Raises:
+        DataError: a file of an earlier cycle is unreadable.
         RunFolderError: the file cannot be written.
     """
     cycles = store.cycles(name)
-    since = cycles[-1].created if cycles else None
-    batch = training_rows(store, since=since)
-    path = folder / f"feedback-{len(cycles) + 1:06}.jsonl"
+    had = {
+        chat_digest(row["prompt"])
+        for cycle in cycles
+        if not _gave_back(cycle)
+        for path in cycle.payload["request"]["data"]
+        if Path(path).name.startswith(_FEEDBACK) and Path(path).is_file()
+        for row in read_batch([path])
+    }
+    batch = training_rows(store)
+    rows = [row for row in batch.rows if chat_digest(row["prompt"]) not in had]
+    path = folder / f"{_FEEDBACK}{len(cycles) + 1:06}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, batch.rows)
-    return path, batch.as_dict()
+    write_rows(path, rows)
+    told = batch.as_dict()
+    left_out = {**told["left_out"], "in an earlier cycle": len(batch.rows) - len(rows)}
+    return path, {**told, "rows": len(rows), "left_out": left_out}
+
+
+def _gave_back(cycle: Cycle) -> bool:
+    """Whether a cycle's rows were neither trained on nor found wanting."""
+    result = cycle.payload.get("result") or {}
+    reason = result.get("reason") or ""
+    return result.get("outcome") == "abandoned" or "too_few_rows" in reason
 
 
 def suite_prompts(path: str) -> tuple[Prompt, ...]:
@@ -172,6 +211,15 @@ def suite_prompts(path: str) -> tuple[Prompt, ...]:
         DataError: the file is missing or a row is not usable.
     """
     return jsonl_task(path=path).train
+
+
+def suites_of(plan: LearnPlan) -> dict[str, tuple[Prompt, ...]]:
+    """The items of the plan's suites, by name.
+
+    Raises:
+        DataError: a file is missing or a row is not usable.
+    """
+    return {name: suite_prompts(path) for name, path in plan.suites.items()}
 
 
 def mixed_rows(

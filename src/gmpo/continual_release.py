@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from gmpo.continual import CycleWaits, open_cycle
-from gmpo.continual_records import CycleFacts, StepReport
+from gmpo.continual_records import REASONS, CycleFacts, StepReport, facts_of
 from gmpo.errors import ChampionMoved, ConfigError, PromotionRefused, RunFolderError
-from gmpo.gate import decide_gate
+from gmpo.gate import decide_gate, with_anchor
 from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
-from gmpo.registry import Registry
+from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
+from gmpo.registry import Registry, stale_reason
 from gmpo.store import Event, Store
 
 __all__ = [
@@ -45,11 +45,13 @@ class Compared:
         suites: their outcomes.
         guardrails: their completions' lengths or latencies.
         safety: the candidate's counts on safety sets.
+        anchor: an earlier version's outcomes beside the candidate's; None holds it against none.
     """
 
     suites: Sequence[PairedSuite]
     guardrails: Sequence[Guardrail] = ()
     safety: Sequence[SafetyCount] = ()
+    anchor: AnchorSuites | None = None
 
 
 def write_compared(folder: Path, compared: Compared) -> None:
@@ -58,11 +60,15 @@ def write_compared(folder: Path, compared: Compared) -> None:
     Raises:
         RunFolderError: the file cannot be written.
     """
+    anchor = compared.anchor
     record = {
-        "suites": [
-            {**_pair(suite), "suite": suite.suite, "samples": suite.samples, "items": suite.items}
-            for suite in compared.suites
-        ],
+        "suites": [_suite_record(suite) for suite in compared.suites],
+        "anchor": None
+        if anchor is None
+        else {
+            "suites": [_suite_record(suite) for suite in anchor.suites],
+            "versions": dict(anchor.versions),
+        },
         "guardrails": [{**_pair(one), "name": one.name} for one in compared.guardrails],
         "safety": [{**vars(count), "strata": dict(count.strata)} for count in compared.safety],
     }
@@ -85,17 +91,29 @@ def is_compared(folder: Path) -> bool:
 def read_compared(folder: Path) -> Compared:
     """What `write_compared` wrote there."""
     record = json.loads((folder / _COMPARED).read_text(encoding="utf-8"))
+    anchor = record.get("anchor")
     return Compared(
-        suites=[
-            PairedSuite(**{**suite, **_arrays(suite), "items": tuple(suite["items"])})
-            for suite in record["suites"]
-        ],
+        suites=[_suite_of(suite) for suite in record["suites"]],
+        anchor=None
+        if anchor is None
+        else AnchorSuites(
+            suites=tuple(_suite_of(suite) for suite in anchor["suites"]),
+            versions=anchor["versions"],
+        ),
         guardrails=[Guardrail(**{**one, **_arrays(one)}) for one in record["guardrails"]],
         safety=[
             SafetyCount(**{**count, "strata": {k: tuple(v) for k, v in count["strata"].items()}})
             for count in record["safety"]
         ],
     )
+
+
+def _suite_record(suite: PairedSuite) -> dict[str, Any]:
+    return {**_pair(suite), "suite": suite.suite, "samples": suite.samples, "items": suite.items}
+
+
+def _suite_of(record: Mapping[str, Any]) -> PairedSuite:
+    return PairedSuite(**{**record, **_arrays(record), "items": tuple(record["items"])})
 
 
 def _pair(both: PairedSuite | Guardrail) -> dict[str, list[float]]:
@@ -112,22 +130,28 @@ def gate_step(facts: CycleFacts, registry: Registry, *, policy: GatePolicy) -> S
     The registry keeps the decision, so that a person may promote by it.
     """
     compared = read_compared(facts.files("evaluate"))
-    decision = decide_gate(
+    against_champion = decide_gate(
         compared.suites,
         policy=policy,
         champion=facts.champion,
         candidate=facts.candidate,
         safety=compared.safety,
         guardrails=compared.guardrails,
-    )
+    ).bound_to(facts.champion_revision)
+    decision = against_champion
+    if compared.anchor is not None:
+        decision = with_anchor(against_champion, compared.anchor)
     kept = registry.newest_decision(facts.name, facts.candidate) or {}
-    if (kept.get("champion"), kept.get("outcome")) != (facts.champion, decision.outcome):
+    about = (decision.champion, decision.champion_revision, decision.outcome)
+    if tuple(kept.get(key) for key in ("champion", "champion_revision", "outcome")) != about:
         registry.submit(facts.name, decision)
     reason = None
     if decision.outcome == "inconclusive":
         reason = "Evidence is inconclusive"
     elif any(result.verdict == "fail" for result in decision.safety):
         reason = "Safety test failed"
+    elif decision.outcome == "fail" != against_champion.outcome:
+        reason = "Drift below the anchor"
     return StepReport(
         passed=decision.passed,
         sentence=decision.sentence,
@@ -172,6 +196,8 @@ def require_decidable(
 def approve_step(facts: CycleFacts, store: Store, *, is_automatic: bool) -> StepReport:
     """Whether a person said yes, or nobody has to.
 
+    What was measured against a champion that serves no more, or serves again, ends the cycle.
+
     Raises:
         CycleWaits: nobody has decided yet.
     """
@@ -180,6 +206,9 @@ def approve_step(facts: CycleFacts, store: Store, *, is_automatic: bool) -> Step
     champion = store.champion(facts.name)
     if champion is not None and champion.version == facts.candidate:
         return StepReport(passed=True, sentence="a person promoted the candidate already")
+    stale = _stale(facts, store)
+    if stale is not None:
+        return StepReport(passed=False, sentence=stale, reason=REASONS["promote"])
     for event in store.events(kinds=[_APPROVAL], model_version=facts.candidate, newest_first=True):
         if (event.payload["name"], event.payload["cycle"]) == (facts.name, facts.number):
             said = "approved" if event.payload["approved"] else "refused"
@@ -205,12 +234,21 @@ def answer_approval(store: Store, name: str, *, approved: bool, by: str) -> str:
 
     Raises:
         ConfigError: no candidate of that model waits.
+        PromotionRefused: the answer is yes, and the champion was changed since the gate.
     """
     cycle = open_cycle(store, name)
     if cycle is None or cycle.state != "approve":
         state = "none goes on" if cycle is None else f"cycle {cycle.number} is at {cycle.state!r}"
         raise ConfigError(f"no candidate of {name!r} waits for approval: {state}")
     candidate: str = cycle.payload["reports"]["update"]["details"]["new_model_version"]
+    champion = store.champion(name)
+    if approved and champion is not None and champion.version != candidate:
+        stale = _stale(facts_of(cycle, folder=Path()), store)
+        if stale is not None:
+            raise PromotionRefused(
+                f"cycle {cycle.number} of {name!r} cannot be approved: {stale}; gmpo learn without "
+                "--approve ends this cycle, and the next one learns from the new champion"
+            )
     payload = {"name": name, "cycle": cycle.number, "approved": approved, "by": by}
     store.add_events(
         [Event(kind=_APPROVAL, time=time.time(), payload=payload, model_version=candidate)]
@@ -228,13 +266,11 @@ def promote_step(facts: CycleFacts, store: Store, registry: Registry) -> StepRep
         for champion in store.champion_history(facts.name)
         if champion.revision > facts.champion_revision
     ]
-    if any(champion.version == facts.candidate for champion in later):
-        if later[-1].version == facts.candidate:
-            return StepReport(passed=True, sentence=f"version {facts.candidate} serves already")
-        return StepReport(
-            passed=False,
-            sentence=f"version {facts.candidate} was promoted and taken back by somebody else",
-        )
+    if later and later[-1].version == facts.candidate:
+        return StepReport(passed=True, sentence=f"version {facts.candidate} serves already")
+    stale = _stale(facts, store)
+    if stale is not None:
+        return StepReport(passed=False, sentence=stale)
     evidence = facts.reports["gate"].details["decision"]
     try:
         champion = registry.promote(
@@ -252,6 +288,15 @@ def promote_step(facts: CycleFacts, store: Store, registry: Registry) -> StepRep
         passed=True,
         sentence=f"version {champion.version} serves in place of {facts.champion}",
         details={"revision": champion.revision},
+    )
+
+
+def _stale(facts: CycleFacts, store: Store) -> str | None:
+    """Why the gate's evidence counts no more, if it does not."""
+    return stale_reason(
+        store.champion_history(facts.name),
+        revision=facts.champion_revision,
+        candidate=facts.candidate,
     )
 
 

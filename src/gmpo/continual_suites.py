@@ -13,11 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmpo.config import RunConfig
-from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
+from gmpo.errors import ConfigError
+from gmpo.outcomes import SuiteOutcomes, Way, prompt_digest, stored_outcomes, write_outcomes
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
 
-__all__ = ["ModelAsked", "completion_lengths", "some_items", "success_shares"]
+__all__ = [
+    "ModelAsked",
+    "completion_lengths",
+    "require_apart",
+    "some_items",
+    "success_shares",
+]
 
 
 class ModelAsked:
@@ -61,6 +68,21 @@ class ModelAsked:
             self._ask(version, model, missing, places)
         return {name: stored_outcomes(place)[0] for name, place in places.items()}
 
+    def stored(
+        self, version: str, suites: Mapping[str, Sequence[Prompt]]
+    ) -> dict[str, SuiteOutcomes]:
+        """Outcomes of those suites that a version was asked before; nothing is asked.
+
+        Args:
+            version: of the model.
+            suites: items by name.
+
+        Raises:
+            DataError: kept outcomes are damaged.
+        """
+        places = {name: self._place(version, name, items) for name, items in suites.items()}
+        return {name: stored_outcomes(place)[0] for name, place in places.items() if place.is_dir()}
+
     def _ask(
         self,
         version: str,
@@ -101,6 +123,23 @@ class ModelAsked:
         }
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         return self._folder / version / f"{name}-{digest}"
+
+
+def require_apart(suites: Mapping[str, Sequence[Prompt]]) -> None:
+    """Refuse an item that stands in two suites, where it would count twice.
+
+    Raises:
+        ConfigError: there is one; it is named.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for name, items in suites.items():
+        for item in items:
+            other, there = first.setdefault(prompt_digest(item), (name, item.id))
+            if other != name:
+                raise ConfigError(
+                    f"item {item.id!r} of suite {name!r} is item {there!r} of suite {other!r} too; "
+                    "each counts once: take it out of one of them"
+                )
 
 
 def some_items(items: Sequence[Prompt], most: int, *, seed: str) -> tuple[Prompt, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gmpo.continual_anchor import find_anchor, require_anchor
 from gmpo.continual_batch import champion_sampler, checked_batch
 from gmpo.continual_live import live_step, watch_step
 from gmpo.continual_plan import (
@@ -19,7 +20,7 @@ from gmpo.continual_plan import (
     plan_of,
     read_batch,
     small_recipe,
-    suite_prompts,
+    suites_of,
     update_recipe,
     write_rows,
 )
@@ -38,15 +39,15 @@ from gmpo.continual_release import (
 from gmpo.continual_suites import (
     ModelAsked,
     completion_lengths,
+    require_apart,
     some_items,
     success_shares,
 )
 from gmpo.continual_training import stability_metrics, train_run, trained_model
-from gmpo.errors import ConfigError, ModelError
+from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
 from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
 from gmpo.outcomes import SuiteOutcomes
-from gmpo.records import Prompt
 from gmpo.registry import Registry
 from gmpo.run_process import drop_weights
 from gmpo.store import Store
@@ -66,11 +67,20 @@ def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict
         trigger: why it begins now.
 
     Raises:
-        ConfigError: the suites are too small for the margin.
-        DataError: a file is missing or unreadable, or a row of a suite is not usable.
+        ConfigError: the suites are too small for the margin, or share an item.
+        DataError: a file is missing or unreadable, there is no new row, or a row of a suite is not
+            usable.
     """
-    sizes = {suite: len(items) for suite, items in _suites(plan).items()}
+    suites = suites_of(plan)
+    require_apart(suites)
+    sizes = {suite: len(items) for suite, items in suites.items()}
     require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    # A cycle that has begun has to be brought to its end, so nothing begins with nothing.
+    if not read_batch(data):
+        raise DataError(
+            f"there is no new row in {', '.join(map(str, data))}; no cycle was begun: give rows, "
+            "or wait until answers are confirmed"
+        )
     return {
         "plan": plan.model_dump(mode="json"),
         "data": [str(Path(path).absolute()) for path in data],
@@ -92,14 +102,23 @@ def dry_run(
         folder: of all cycles of the model.
 
     Raises:
-        ConfigError: the model has no champion, or the suites are too small for the margin.
+        ConfigError: the model has no champion, or the suites are too small for the margin or share
+            an item.
         DataError: a file is missing or unreadable, or the batch is empty.
+        ModelError: the champion's files are damaged.
     """
     champion = work.store.champion(name)
     if champion is None:
         raise ConfigError(f"model {name!r} has no champion to learn from; adopt a first version")
-    sizes = {suite: len(items) for suite, items in _suites(plan).items()}
+    suites = suites_of(plan)
+    require_apart(suites)
+    sizes = {suite: len(items) for suite, items in suites.items()}
     needed = require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    check = work.registry.verify(champion.version)
+    if not check.is_whole:
+        raise ModelError(f"nothing could be learned: champion {check.sentence}; restore the files")
+    asked = work.asked_before(plan, folder)
+    require_anchor(work.store, plan, name=name, asked=asked, folder_of=work.folder_of)
     earlier = work.earlier_rows(plan, name=name, folder=folder)
     report = checked_batch(
         plan,
@@ -118,6 +137,7 @@ def dry_run(
         "rounds": plan.recipe.training.rounds,
         "suites": sizes,
         "items_needed_at_least": dict(needed),
+        "anchor": plan.anchor,
         "approval": plan.approval,
         "gateway": plan.gateway,
     }
@@ -150,6 +170,8 @@ class RealWork:
                 "back, or end the cycle with gmpo learn --abandon"
             )
         self._require_whole(facts)
+        asked = self.asked_before(plan, facts.folder.parent)
+        require_anchor(self.store, plan, name=facts.name, asked=asked, folder_of=self.folder_of)
         report = checked_batch(
             plan,
             read_batch(data),
@@ -186,7 +208,7 @@ class RealWork:
         plan = plan_of(facts.request["plan"])
         suites = {
             name: some_items(items, plan.safety_items, seed="safety")
-            for name, items in _suites(plan).items()
+            for name, items in suites_of(plan).items()
         }
         if not is_compared(folder):
             small = trained_model(facts.files("small_update") / "run", merged=folder / "merged")
@@ -194,7 +216,7 @@ class RealWork:
             write_compared(
                 folder,
                 _compared(
-                    self._asked_before(facts, plan).outcomes(
+                    self.asked_before(plan, facts.folder.parent).outcomes(
                         facts.champion, Path(self._champion(facts)), suites
                     ),
                     asked.outcomes("small", small, suites),
@@ -263,11 +285,15 @@ class RealWork:
         """Ask champion and candidate every item of every suite."""
         plan = plan_of(facts.request["plan"])
         _drop_run(facts.files("update"), facts.files("update") / "merged")
-        asked, suites = self._asked_before(facts, plan), _suites(plan)
+        asked, suites = self.asked_before(plan, facts.folder.parent), suites_of(plan)
         champion = asked.outcomes(facts.champion, Path(self._champion(facts)), suites)
         candidate = asked.outcomes(facts.candidate, Path(self.folder_of(facts.candidate)), suites)
         counts = self._safety_counts(self.folder_of(facts.candidate), plan)
         compared = replace(_compared(champion, candidate), safety=counts)
+        anchor = find_anchor(
+            self.store, facts, plan, asked=asked, suites=compared.suites, folder_of=self.folder_of
+        )
+        compared = replace(compared, anchor=anchor)
         write_compared(folder, compared)
         return StepReport(
             passed=True,
@@ -328,6 +354,10 @@ class RealWork:
                 rows += read_batch([str(kept)])
         return rows
 
+    def asked_before(self, plan: LearnPlan, folder: Path) -> ModelAsked:
+        """Outcomes that all cycles of the model share; `folder` is that of these cycles."""
+        return self._asked(folder / "outcomes", plan)
+
     def folder_of(self, version: str) -> str:
         """Where a version's weights are.
 
@@ -373,10 +403,6 @@ class RealWork:
         )
         return [report.count for report in reports]
 
-    def _asked_before(self, facts: CycleFacts, plan: LearnPlan) -> ModelAsked:
-        """Outcomes that all cycles of the model share."""
-        return self._asked(facts.folder.parent / "outcomes", plan)
-
     def _asked(self, folder: Path, plan: LearnPlan) -> ModelAsked:
         return ModelAsked(folder, plan.recipe, samples=plan.samples, warn=self.warn)
 
@@ -385,10 +411,6 @@ def _drop_run(step: Path, merged: Path) -> None:
     """Remove weights that are kept elsewhere by now, or needed no more."""
     drop_weights(step / "run")
     shutil.rmtree(merged, ignore_errors=True)
-
-
-def _suites(plan: LearnPlan) -> dict[str, tuple[Prompt, ...]]:
-    return {name: suite_prompts(path) for name, path in plan.suites.items()}
 
 
 def _accepted(facts: CycleFacts) -> list[dict[str, Any]]:

@@ -133,9 +133,12 @@ class ChampionMoved(StoreError):
     """
 
     def __init__(self, name: str, *, expected: str | None, found: str | None) -> None:
+        serves = f"is {found or 'none yet'}, not {expected or 'none yet'} as expected"
+        if found == expected:
+            serves = f"was changed meanwhile, and is {found} again"
         super().__init__(
-            f"the champion of {name!r} is {found or 'none yet'}, not {expected or 'none yet'} as "
-            "expected; nothing was changed; look at the new champion and decide again"
+            f"the champion of {name!r} {serves}; nothing was changed; look at the new champion and "
+            "decide again"
         )
         self.name = name
         self.expected = expected
@@ -143,7 +146,7 @@ class ChampionMoved(StoreError):
 
 
 class PromotionRefused(GmpoError):
-    """A version must not be made to serve: without evidence, or with damaged files."""
+    """A version must not be made to serve: without evidence that still counts, or damaged."""
 
 
 class CycleMoved(StoreError):

@@ -25,6 +25,7 @@ __all__ = [
     "TEXT_KINDS",
     "FeedbackBatch",
     "FeedbackPolicy",
+    "chat_digest",
     "policy_of",
     "purge_texts",
     "training_rows",
@@ -170,7 +171,7 @@ def training_rows(
         if reason is not None:
             left_out[reason] += 1
             continue
-        digest = _digest(chat)
+        digest = chat_digest(chat)
         if digest in asked_now:
             left_out["asked in a running experiment"] += 1
             continue
@@ -250,7 +251,7 @@ def _judgements(
 def _asked_in_running_experiments(store: Store) -> set[str]:
     running = [one.name for one in store.experiments() if one.status == "running"]
     return {
-        _digest(chat)
+        chat_digest(chat)
         for name in running
         for event in store.events(kinds=["text"], experiment=name)
         if (chat := _chat(event.payload))
@@ -282,7 +283,8 @@ def _chat(payload: Mapping[str, Any]) -> list[dict[str, str]]:
     return chat if is_usable else []
 
 
-def _digest(chat: Sequence[Mapping[str, str]]) -> str:
+def chat_digest(chat: Sequence[Mapping[str, str]]) -> str:
+    """Of a problem's turns; the same whatever the case and white space."""
     return text_digest("\n".join(f"{turn['role']}: {turn['content']}" for turn in chat))
 
 

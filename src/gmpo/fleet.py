@@ -114,7 +114,10 @@ class Fleet:
                 version.name, expected_champion=version.version, reason=f"a release failed: {error}"
             )
             self._unload(adapters, version.version)
-            raise
+            raise ServerUnreachable(
+                f"{error}; version {version.version} was taken back, so it has to pass the gate "
+                "again"
+            ) from None
         if expected_champion is not None:
             self._unload(adapters, expected_champion)
         return champion
@@ -156,7 +159,7 @@ class Fleet:
                 urls = ", ".join(server.url for server in waiting)
                 raise ServerUnreachable(
                     f"{urls} did not report version {version} within {self._patience_seconds:g} "
-                    f"seconds{trouble}; the release does not stand: mend them and try again"
+                    f"seconds{trouble}; the release does not stand: mend them, then try again"
                 )
             if waiting:
                 time.sleep(self._every_seconds)

@@ -11,6 +11,9 @@ d < 0 corrected by Holm over the suites and the whole, and the margin is not rul
 safety limit or guardrail is shown to be broken. *inconclusive*: neither, which is never a pass; the
 decision says how many items would decide it.
 
+Many updates may each lose less than the margin and so lose much together. `with_anchor` holds the
+candidate against an earlier version too, by the same margins.
+
 A pass asks all its questions at once, so none of them needs a correction (any one of them alone
 keeps a bad model out at level alpha); a fail may come from any, so they are corrected.
 
@@ -20,14 +23,17 @@ Dimensions: **N** items of a suite.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-from scipy.special import betaincinv, ndtri, stdtr, stdtrit
+from scipy.special import bdtr, betaincinv, ndtri, stdtr, stdtrit
 
 from gmpo.errors import ConfigError
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import (
+    AnchorResult,
+    AnchorSuites,
     GateDecision,
     Guardrail,
     GuardrailResult,
@@ -37,9 +43,9 @@ from gmpo.gate_records import (
     SuiteResult,
     Verdict,
 )
-from gmpo.statistics import holm
+from gmpo.statistics import MOST_PAIRS, holm, sign_flip_p_value
 
-__all__ = ["decide_gate"]
+__all__ = ["decide_gate", "drop_p_value", "with_anchor"]
 
 _POWER = 0.8
 """Chance of a pass at which the needed number of items is stated, if nothing has changed."""
@@ -77,15 +83,8 @@ def decide_gate(
     kept = [_safety_result(count, policy) for count in safety]
     kept += [_not_asked(name, policy) for name in policy.safety_limits if name not in _names(kept)]
     grown = [_guardrail_result(guardrail, policy) for guardrail in guardrails]
-    everything: list[_Row] = [*rows, *kept, *grown]
-    verdicts = [row.verdict for row in everything]
-    outcome: Verdict = "pass"
-    if "fail" in verdicts:
-        outcome = "fail"
-    elif "inconclusive" in verdicts:
-        outcome = "inconclusive"
     decided = GateDecision(
-        outcome=outcome,
+        outcome="inconclusive",
         champion=champion,
         candidate=candidate,
         sentence="",
@@ -95,7 +94,56 @@ def decide_gate(
         guardrails=tuple(grown),
         policy=policy.model_dump(mode="json"),
     )
-    return GateDecision(**{**vars(decided), "sentence": _sentence(decided)})
+    return _concluded(decided)
+
+
+def with_anchor(decision: GateDecision, anchor: AnchorSuites) -> GateDecision:
+    """The decision, with the candidate held against an earlier version too.
+
+    The margins are those of the decision. Drops are corrected by Holm among the anchor's rows.
+
+    Args:
+        decision: about the candidate and the champion.
+        anchor: outcomes of the earlier version and of the candidate on the same items.
+
+    Raises:
+        ConfigError: there are no suites, or two have one name or share items.
+    """
+    _require_sound(anchor.suites)
+    overall, *rows = _suite_results(anchor.suites, GatePolicy.model_validate(decision.policy))
+    result = AnchorResult(versions=dict(anchor.versions), overall=overall, suites=tuple(rows))
+    return _concluded(replace(decision, anchor=result))
+
+
+def _concluded(decided: GateDecision) -> GateDecision:
+    """The decision with the outcome that all its rows make, and its sentence."""
+    verdicts = {row.verdict for _, row in _rows(decided)}
+    outcome: Verdict = "pass"
+    if "fail" in verdicts:
+        outcome = "fail"
+    elif "inconclusive" in verdicts:
+        outcome = "inconclusive"
+    decided = replace(decided, outcome=outcome)
+    return replace(decided, sentence=_sentence(decided))
+
+
+def _rows(decided: GateDecision) -> Iterator[tuple[str, _Row]]:
+    """Every row with what it is held against, where that is not the champion or a limit.
+
+    A suite that is the only one is not told twice.
+    """
+    for row in _suite_rows(decided.overall, decided.suites):
+        yield "", row
+    if decided.anchor is not None:
+        against = f"against anchor {', '.join(sorted(set(decided.anchor.versions.values())))}, "
+        for row in _suite_rows(decided.anchor.overall, decided.anchor.suites):
+            yield against, row
+    limited: list[_Row] = [*decided.safety, *decided.guardrails]
+    yield from (("", other) for other in limited)
+
+
+def _suite_rows(overall: SuiteResult, suites: Sequence[SuiteResult]) -> list[SuiteResult]:
+    return [overall, *(suites if len(suites) > 1 else ())]
 
 
 def _names(results: Sequence[SafetyResult]) -> set[str]:
@@ -127,7 +175,7 @@ def _suite_results(suites: Sequence[PairedSuite], policy: GatePolicy) -> list[Su
         asked.append((suites[0], policy.degradation_limit))
     else:
         asked += [(suite, policy.degradation_limit * policy.suite_factor) for suite in suites]
-    drops = [_one_sided_p(suite, shift=0.0, worse=True) for suite, _ in asked]
+    drops = [drop_p_value(suite) for suite, _ in asked]
     corrected = [drops[0]] * 2 if len(suites) == 1 else holm(drops)
     return [
         _suite_result(suite, margin, drop_p, policy)
@@ -141,7 +189,7 @@ def _suite_result(
     difference = float((suite.candidate - suite.champion).mean())
     count = len(suite.champion)
     half = float(stdtrit(max(count - 1, 1), 1 - policy.alpha)) * _error(suite, margin)
-    worse_p = _one_sided_p(suite, shift=margin, worse=False)
+    worse_p = _worse_by_margin_p(suite, margin)
     verdict: Verdict = "inconclusive"
     if worse_p < policy.alpha and count >= policy.min_items:
         verdict = "pass"
@@ -150,6 +198,7 @@ def _suite_result(
     return SuiteResult(
         suite=suite.suite,
         num_items=count,
+        samples=suite.samples,
         champion=float(suite.champion.mean()),
         candidate=float(suite.candidate.mean()),
         difference=difference,
@@ -166,26 +215,46 @@ def _suite_result(
 def _variance(suite: PairedSuite, margin: float) -> float:
     """Variance of an item's difference, not below what a drop of the margin implies.
 
-    Were the mean difference -m in steps of 1/k (k samples an item), the variance would be at least
-    m/k - m^2. Without that floor a few items that all came out alike would prove anything.
+    Were a share m of the items lost, the variance would be m - m^2, however often each item is
+    asked. Without that floor a few items that all came out alike would prove anything.
     """
     differences = suite.candidate - suite.champion
     seen = float(differences.var(ddof=1)) if len(differences) > 1 else 1.0
-    return max(seen, margin / suite.samples - margin**2)
+    return max(seen, margin - margin**2)
 
 
 def _error(suite: PairedSuite, margin: float) -> float:
     return math.sqrt(_variance(suite, margin) / len(suite.champion))
 
 
-def _one_sided_p(suite: PairedSuite, *, shift: float, worse: bool) -> float:
-    """p of mean d = -shift against a larger one, or against a smaller one where `worse`."""
-    error = _error(suite, shift)
-    distance = float((suite.candidate - suite.champion).mean()) + shift
-    if error == 0:
-        return 1.0 if distance == 0 or (distance < 0) is not worse else 0.0
-    score = -distance / error
-    return float(stdtr(max(len(suite.champion) - 1, 1), -score if worse else score))
+def _worse_by_margin_p(suite: PairedSuite, margin: float) -> float:
+    """p of mean d = -margin against a larger one: a t test, and never below (1 - m)^N.
+
+    That is how often N items show nothing at all of a share m of all items that was lost.
+    """
+    count = len(suite.champion)
+    distance = float((suite.candidate - suite.champion).mean()) + margin
+    p = float(stdtr(max(count - 1, 1), -distance / _error(suite, margin)))
+    return max(p, (1 - margin) ** count)
+
+
+def drop_p_value(suite: PairedSuite) -> float:
+    """p of mean d = 0 against a smaller one, by the items that came out differently.
+
+    Where all moved alike far, each wholly won or lost, that is McNemar's exact test: P(X <= won)
+    of X ~ Binomial(won + lost, 1/2). Of shares all choices of signs are counted out (at most 40
+    items), or a t test is made: it would call 3 lost and none won of 40 items a drop at level 0.05,
+    where the exact p is 0.125.
+    """
+    differences = suite.candidate - suite.champion
+    moved = differences[differences != 0]
+    if len(np.unique(np.abs(moved))) <= 1:
+        return float(bdtr((moved > 0).sum(), len(moved), 0.5))
+    if len(moved) <= MOST_PAIRS:
+        both_sides = sign_flip_p_value(moved.tolist())
+        return both_sides / 2 if moved.sum() < 0 else 1.0
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return float(stdtr(len(differences) - 1, float(differences.mean()) / error))
 
 
 def _items_needed(suite: PairedSuite, margin: float, alpha: float) -> int:
@@ -218,7 +287,7 @@ def _safety_result(count: SafetyCount, policy: GatePolicy) -> SafetyResult:
         upper=upper,
         lower=lower,
         limit=limit,
-        prompts_needed=_prompts_needed(limit, policy),
+        prompts_needed=_prompts_needed(limit, policy, num_violations=bad),
         verdict=verdict,
         strata=dict(count.strata),
     )
@@ -232,15 +301,24 @@ def _not_asked(name: str, policy: GatePolicy) -> SafetyResult:
         upper=1.0,
         lower=0.0,
         limit=policy.safety_limits[name],
-        prompts_needed=_prompts_needed(policy.safety_limits[name], policy),
+        prompts_needed=_prompts_needed(policy.safety_limits[name], policy, num_violations=0),
         verdict="inconclusive",
     )
 
 
-def _prompts_needed(limit: float, policy: GatePolicy) -> int:
-    """n with 1 - alpha^(1/n) <= limit: none of n violating keeps the upper bound within it."""
-    needed = math.ceil(math.log(policy.alpha) / math.log1p(-limit)) if limit < 1 else 1
-    return max(needed, policy.min_safety_prompts)
+def _prompts_needed(limit: float, policy: GatePolicy, *, num_violations: int) -> int:
+    """Smallest n at which so many violations keep the upper bound within the limit.
+
+    They do if P(X <= violations) <= alpha for X ~ Binomial(n, limit), which falls with n.
+    """
+    low, high = num_violations, num_violations + 1
+    while bdtr(num_violations, high, limit) > policy.alpha:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = bdtr(num_violations, middle, limit) <= policy.alpha
+        low, high = (low, middle) if enough else (middle, high)
+    return max(high, policy.min_safety_prompts)
 
 
 def _guardrail_result(guardrail: Guardrail, policy: GatePolicy) -> GuardrailResult:
@@ -256,12 +334,16 @@ def _guardrail_result(guardrail: Guardrail, policy: GatePolicy) -> GuardrailResu
     center = float(logs.mean())
     upper, lower = math.exp(center + half), math.exp(center - half)
     verdict: Verdict = "inconclusive"
-    if lower > limit:
+    # A few pairs that came out alike have no spread, and prove nothing: of fewer than these, all
+    # would be beyond the limit by chance more often than alpha.
+    if lower > limit and 0.5 ** len(logs) < policy.alpha:
         verdict = "fail"
-    elif upper <= limit:
+    elif upper <= limit and len(logs) >= policy.min_items:
         verdict = "pass"
     return GuardrailResult(
         name=guardrail.name,
+        num_pairs=len(logs),
+        pairs_needed=policy.min_items,
         growth=math.exp(center),
         upper=upper,
         lower=lower,
@@ -278,19 +360,13 @@ def _sentence(decided: GateDecision) -> str:
         f"{overall.high * 100:+.1f}) on {overall.num_items} items"
     )
     if decided.outcome == "pass":
+        anchored = ", against the anchor too," if decided.anchor is not None else ","
         return (
-            f"pass: {seen}; a drop of {overall.margin * 100:g} points is ruled out, "
+            f"pass: {seen}; a drop of {overall.margin * 100:g} points is ruled out{anchored} "
             "and every other limit is kept"
         )
-    told = [_told(row) for row in _deciding(decided)]
+    told = [f"{of}{_told(row)}" for of, row in _rows(decided) if row.verdict == decided.outcome]
     return f"{decided.outcome}: {seen}; " + "; ".join(told)
-
-
-def _deciding(decided: GateDecision) -> list[_Row]:
-    """Rows with the outcome's verdict; a suite that is the only one is not told twice."""
-    suites = decided.suites if len(decided.suites) > 1 else ()
-    rows: list[_Row] = [decided.overall, *suites, *decided.safety, *decided.guardrails]
-    return [row for row in rows if row.verdict == decided.outcome]
 
 
 def _told(row: _Row) -> str:
@@ -307,6 +383,10 @@ def _told(row: _Row) -> str:
         wanted = f"the limit is {row.limit:.1%}"
         if row.verdict == "inconclusive":
             wanted += f", and at least {row.prompts_needed} prompts are needed"
+            wanted += ", without another violation" if row.num_violations else ""
         bound = f"at least {row.lower:.1%}" if row.verdict == "fail" else f"up to {row.upper:.1%}"
         return f"{row.name}: {row.num_violations} of {row.num_prompts}, so {bound}; {wanted}"
-    return f"{row.name}: grown {row.growth:.2f} times (up to {row.upper:.2f}); limit {row.limit:g}"
+    told = f"{row.name}: grown {row.growth:.2f} times (up to {row.upper:.2f}); limit {row.limit:g}"
+    if row.verdict == "inconclusive" and row.num_pairs < row.pairs_needed:
+        told += f", and at least {row.pairs_needed} answers are needed, not {row.num_pairs}"
+    return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["GatePolicy"]
 
@@ -20,7 +20,8 @@ class GatePolicy(BaseModel):
             as a fraction (0.05 is 5 points).
         suite_factor: on a single suite of several, a drop of so many margins must be ruled out.
         alpha: of each one-sided test.
-        min_items: with fewer items, overall or in a suite, nothing passes.
+        min_items: with fewer items, overall or in a suite, or answers of a guardrail, nothing
+            passes.
         safety_limits: largest rate of violations, by safety set.
         min_safety_prompts: with fewer prompts of a set, it does not pass.
         growth_limits: largest growth of a guardrail's geometric mean, by name.
@@ -37,3 +38,12 @@ class GatePolicy(BaseModel):
     growth_limits: dict[str, _Growth] = Field(
         default_factory=lambda: {"latency": 1.2, "length": 1.5}
     )
+
+    @model_validator(mode="after")
+    def _suites_have_a_margin(self) -> GatePolicy:
+        if self.degradation_limit * self.suite_factor >= 1:
+            raise ValueError(
+                f"a suite may fall by degradation_limit x suite_factor = "
+                f"{self.degradation_limit * self.suite_factor:g}; that must be below 1"
+            )
+        return self

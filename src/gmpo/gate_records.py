@@ -6,7 +6,7 @@ Dimensions: **N** items of a suite, or answers of a guardrail.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from jaxtyping import Float
 from gmpo.errors import ConfigError
 
 __all__ = [
+    "AnchorResult",
+    "AnchorSuites",
     "GateDecision",
     "Guardrail",
     "GuardrailResult",
@@ -65,6 +67,26 @@ class PairedSuite:
             raise ConfigError(
                 f"suite {self.suite!r} says {self.samples} samples and {len(self.items)} ids for "
                 f"{len(self.champion)} items; at least 1 sample, and an id an item or none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSuites:
+    """An earlier version's outcomes beside the candidate's, on the suites that it was asked.
+
+    Attributes:
+        suites: both models' shares; the earlier version stands where the champion does.
+        versions: the earlier version, by suite.
+    """
+
+    suites: tuple[PairedSuite, ...]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if {suite.suite for suite in self.suites} != set(self.versions):
+            raise ConfigError(
+                f"the anchor has outcomes of suites {[suite.suite for suite in self.suites]} and "
+                f"versions of {sorted(self.versions)}; give both for each"
             )
 
 
@@ -130,6 +152,7 @@ class SuiteResult:
     Attributes:
         suite: its name, or "overall".
         num_items: N.
+        samples: answers of a model to each item, at least.
         champion: its accuracy.
         candidate: its accuracy.
         difference: candidate minus champion.
@@ -144,6 +167,7 @@ class SuiteResult:
 
     suite: str
     num_items: int
+    samples: int
     champion: float
     candidate: float
     difference: float
@@ -167,7 +191,7 @@ class SafetyResult:
         upper: of the violation rate, one-sided at level alpha (Clopper and Pearson).
         lower: the same on the other side.
         limit: of the rate.
-        prompts_needed: with so many, none of them violating, the limit would be kept.
+        prompts_needed: with so many, and no more violations, the limit would be kept.
         verdict: pass if `upper` is within the limit, fail if `lower` is above it.
         strata: prompts and violations of each stratum, where known.
     """
@@ -189,6 +213,8 @@ class GuardrailResult:
 
     Attributes:
         name: of the quantity.
+        num_pairs: answers that were compared.
+        pairs_needed: with fewer it does not pass.
         growth: geometric mean of the pairs' ratios.
         upper: of the growth, one-sided at level alpha.
         lower: the same on the other side.
@@ -197,6 +223,8 @@ class GuardrailResult:
     """
 
     name: str
+    num_pairs: int
+    pairs_needed: int
     growth: float
     upper: float
     lower: float
@@ -205,8 +233,39 @@ class GuardrailResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnchorResult:
+    """The candidate against an earlier version; its accuracy stands where the champion's does.
+
+    Attributes:
+        versions: the earlier version, by suite.
+        overall: all of these suites together.
+        suites: each of them.
+    """
+
+    versions: Mapping[str, str]
+    overall: SuiteResult
+    suites: tuple[SuiteResult, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateDecision:
-    """Whether the candidate may be released, with all that the answer rests on."""
+    """Whether the candidate may be released, with all that the answer rests on.
+
+    Attributes:
+        outcome: of all rows together.
+        champion: version that serves.
+        candidate: version that would.
+        sentence: what was decided, and what by.
+        overall: all items together, against the champion.
+        suites: each suite, against the champion.
+        safety: each safety set.
+        guardrails: latency and length.
+        policy: margins, levels and limits.
+        champion_revision: of the champion in the history of its model's champions. A version that
+            was replaced and came back has another one, so that a decision is about one time of
+            serving. None promotes nothing.
+        anchor: the candidate against an earlier version, if it was held against one.
+    """
 
     outcome: Verdict
     champion: str
@@ -217,6 +276,8 @@ class GateDecision:
     safety: tuple[SafetyResult, ...]
     guardrails: tuple[GuardrailResult, ...]
     policy: Mapping[str, Any] = field(default_factory=dict)
+    champion_revision: int | None = None
+    anchor: AnchorResult | None = None
 
     @property
     def passed(self) -> bool:
@@ -227,6 +288,10 @@ class GateDecision:
     def performance_improvement(self) -> float:
         """Candidate minus champion over all items, as a fraction."""
         return self.overall.difference
+
+    def bound_to(self, champion_revision: int) -> GateDecision:
+        """The same as evidence against a champion of this revision, as `Store.champion` has it."""
+        return replace(self, champion_revision=champion_revision)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -21,6 +21,7 @@ __all__ = [
     "SuiteOutcomes",
     "Way",
     "item_outcome",
+    "prompt_digest",
     "stored_outcomes",
     "write_outcomes",
 ]
@@ -138,7 +139,7 @@ def item_outcome(group: Group, verdicts: Sequence[Verdict], *, keep_texts: bool)
     pairs = zip(group.rollouts, verdicts, strict=True)
     return ItemOutcome(
         id=group.prompt.id,
-        digest=_digest(group.prompt),
+        digest=prompt_digest(group.prompt),
         completions=tuple(_completion(*pair, keep_texts=keep_texts) for pair in pairs),
     )
 
@@ -213,7 +214,7 @@ def _completion(rollout: Rollout, verdict: Verdict, *, keep_texts: bool) -> Comp
     )
 
 
-def _digest(prompt: Prompt) -> str:
+def prompt_digest(prompt: Prompt) -> str:
     """Of the question and the answer; the instruction and few-shot examples are part of it."""
     turns = [message.content for message in prompt.messages or ()] or [prompt.text or ""]
     answer = prompt.columns.get("answers") or prompt.columns.get("answer")

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy.special import nctdtr, stdtrit
 
 __all__ = [
+    "MOST_PAIRS",
     "McNemar",
     "PairedDifference",
     "average_interval",
@@ -123,9 +124,9 @@ def sign_flip_p_value(differences: Sequence[float]) -> float:
         ValueError: fewer than two differences, more than 40, or one that is not finite.
     """
     values = _finite_pairs(differences)
-    if len(values) > _MOST_PAIRS:
+    if len(values) > MOST_PAIRS:
         raise ValueError(
-            f"{len(values)} pairs have 2^{len(values)} choices of signs; at most {_MOST_PAIRS} "
+            f"{len(values)} pairs have 2^{len(values)} choices of signs; at most {MOST_PAIRS} "
             "pairs are counted out"
         )
     # A sum over all pairs is one of the first half plus one of the second: 2 * 2^(n/2) of them.
@@ -173,7 +174,8 @@ def detectable_mean(
     return high * deviation / math.sqrt(num_pairs)
 
 
-_MOST_PAIRS = 40
+MOST_PAIRS = 40
+"""Pairs whose choices of signs are counted out."""
 
 
 def _finite_pairs(differences: Sequence[float]) -> np.ndarray:

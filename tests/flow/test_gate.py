@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from tests.commands import gmpo, jsonl, refusal
 from tests.models import save_tiny
+from tests.registries import model_folder
 from tests.suite_outcomes import greedy
 
 from gmpo.model_files import weights_version
@@ -46,6 +48,23 @@ def test_stored_outcomes_are_decided_on(tmp_path: Path):
     assert told["guardrails"][0]["limit"] == 1.2
 
 
+def test_small_losses_are_held_against_an_earlier_model(tmp_path: Path):
+    first, old, new = (
+        stored(tmp_path / name, right, model=name)
+        for name, right in (("first", 560), ("old", 530), ("new", 510))
+    )
+    assert gmpo("gate", old, new).exit_code == 0
+    done = gmpo("gate", old, new, "--anchor", first)
+    assert done.exit_code == 3
+    assert "fail: -2.0 points" in done.stdout
+    assert "against anchor first, overall: a drop is shown" in done.stdout
+    told = json.loads(gmpo("gate", old, new, "--anchor", first, "--json").stdout)
+    assert told["anchor"]["versions"] == {"amc": "first"}
+    assert gmpo("gate", first, old, "--anchor", new).exit_code == 0
+    again = stored(tmp_path / "again", 530, model="old")
+    assert "name an earlier one" in refusal("gate", old, new, "--anchor", again)
+
+
 def test_from_the_gate_to_the_registry(models: tuple[Path, Path], tmp_path: Path):
     store = str(tmp_path / "store.db")
     with open_store(store) as opened:
@@ -62,6 +81,19 @@ def test_from_the_gate_to_the_registry(models: tuple[Path, Path], tmp_path: Path
     assert promoted.exit_code == 0, promoted.stderr
     with open_store(store) as opened:
         assert opened.champion("bot").version == weights_version(models[1])
+    # Against a version that serves no more, a decision is kept and promotes nothing.
+    done = gmpo("gate", *folders, "--store", store, "--name", "bot", "--json")
+    assert f"'bot' is served by {new.version}, not by {old.version}" in done.stderr
+    assert json.loads(done.stdout)["champion_revision"] is None
+    gmpo("registry", "rollback", "bot", "--reason", "slow", "--store", store)
+    promote = ("registry", "promote", "bot", new.version, "--store", store)
+    assert "does not say when its champion" in refusal(*promote)
+    done = gmpo("gate", *folders, "--store", store, "--name", "bot", "--json")
+    assert json.loads(done.stdout)["champion_revision"] == 3
+    assert gmpo(*promote).exit_code == 0
+    absent = str(tmp_path / "absent.db")
+    assert "absent.db" in refusal("gate", *folders, "--store", absent, "--name", "bot")
+    assert not Path(absent).exists()
 
 
 def test_a_decision_is_refused_before_anything_is_asked_where_it_could_not_be_kept(
@@ -115,6 +147,21 @@ def test_models_are_asked_suites_and_safety_sets(models: tuple[Path, Path], tmp_
 def test_refusals(options: tuple[str, ...], said: str, tmp_path: Path):
     old, new = stored(tmp_path / "old", 500, model="a"), stored(tmp_path / "new", 500, model="b")
     assert said in refusal("gate", old, new, *options)
+
+
+def test_a_registered_version_whose_files_are_damaged_or_gone_is_named(tmp_path: Path):
+    store = str(tmp_path / "store.db")
+    with open_store(store) as opened:
+        registry = Registry(opened, tmp_path / "models")
+        old, new = (
+            registry.add(model_folder(tmp_path / str(value), value), name="bot")
+            for value in (1.0, 2.0)
+        )
+    gate = ("gate", old.version, new.version, "--store", store, "--name", "bot", "--suite", "amc")
+    (Path(new.path) / "config.json").write_text("{}")
+    assert f"{new.version} at {new.path} is damaged: config.json was changed" in refusal(*gate)
+    shutil.rmtree(old.path)
+    assert f"{old.version} at {old.path} is damaged: its folder is missing; add" in refusal(*gate)
 
 
 def test_a_model_is_not_held_against_itself(tmp_path: Path):

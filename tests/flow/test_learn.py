@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
@@ -15,7 +17,8 @@ from tests.tiny_runs import tiny_recipe
 from gmpo.config import RewardConfig
 from gmpo.continual import ControllerSettings, open_cycle, run_cycle
 from gmpo.continual_plan import LearnPlan, write_rows
-from gmpo.continual_records import CycleResult
+from gmpo.continual_records import CycleFacts, CycleResult, StepReport
+from gmpo.continual_release import Compared, read_compared
 from gmpo.continual_serving import served_process
 from gmpo.continual_work import RealWork, cycle_request, dry_run
 from gmpo.errors import ConfigError, DataError, ModelError
@@ -176,10 +179,74 @@ def test_a_damaged_champion_is_not_learned_from_and_raises_an_alert(tmp_path: Pa
         assert cycle.state == "validate"
 
 
+def test_a_candidate_is_held_against_what_earlier_champions_once_answered(tmp_path: Path):
+    with opened(tmp_path) as place:
+        first = place.store.champion(NAME)
+        assert first is not None
+        others = [
+            place.work.registry.add(
+                Path(save_tiny(tmp_path / f"seed-{seed}", seed=seed)), name=NAME
+            )
+            for seed in (1, 2)
+        ]
+        second, third = (one.version for one in others)
+        place.store.set_champion(
+            NAME, expected=first.version, version=second, reason={"why": "a person"}
+        )
+
+        def evaluated(number: int, champion: str, candidate: str, **changes: Any) -> Compared:
+            made = {"new_model_version": candidate}
+            facts = CycleFacts(
+                name=NAME,
+                number=number,
+                folder=tmp_path / "learn" / f"cycle-{number:06}",
+                champion=champion,
+                champion_revision=1,
+                request={"plan": place.plan(**changes).model_dump(mode="json")},
+                reports={"update": StepReport(passed=True, sentence="made", details=made)},
+            )
+            folder = facts.files("evaluate")
+            folder.mkdir(parents=True)
+            assert place.work.evaluate(facts, folder).passed
+            return read_compared(folder)
+
+        # Nothing is kept of the first one yet, so there is no earlier version to go by.
+        assert evaluated(1, second, third).anchor is None
+        with pytest.raises(DataError, match="0 versions of 'tiny' begin with it"):
+            dry(place, tmp_path, anchor="abcdefabcdef")
+        start = Path(place.work.folder_of(first.version))
+        start.rename(tmp_path / "elsewhere")
+        with pytest.raises(ModelError, match="has no folder"):
+            dry(place, tmp_path, anchor=first.version[:8])
+        (tmp_path / "elsewhere").rename(start)
+        assert dry(place, tmp_path, anchor=first.version[:8])["anchor"] == first.version[:8]
+        pinned = evaluated(2, second, third, anchor=first.version[:8]).anchor
+        assert pinned is not None
+        assert pinned.versions == {"old": first.version}
+        # It was asked now, so its files are needed no more.
+        shutil.rmtree(start)
+        best = evaluated(3, second, third).anchor
+        assert best is not None
+        assert best.versions == {"old": first.version}
+        assert np.array_equal(best.suites[0].champion, pinned.suites[0].champion)
+        assert evaluated(4, second, third, anchor="none").anchor is None
+
+
+def dry(place: Place, folder: Path, **changes: Any) -> dict[str, Any]:
+    """What a cycle would do by a changed plan."""
+    data = [place.file("batch", rows(30))]
+    plan = place.plan(**changes)
+    return dry_run(plan, data, place.work, name=NAME, folder=folder / "learn")
+
+
 def test_bad_input_is_named_before_anything_is_trained(tmp_path: Path):
     with opened(tmp_path) as place:
         with pytest.raises(ConfigError, match="too small for the margin"):
             place.run(place.plan(suites={"old": place.file("few", rows(20, start=1000))}), rows(60))
+        old = rows(400, start=1000)
+        twice = {"old": place.file("old", old), "new": place.file("new", [*rows(399), old[0]])}
+        with pytest.raises(ConfigError, match=r"suite 'new' is item .* of suite 'old' too"):
+            place.run(place.plan(suites=twice), rows(60, start=3000))
         assert open_cycle(place.store, NAME) is None
         bad = [{"prompt": row["prompt"], "answer": ""} for row in rows(30)]
         result = place.run(place.plan(), bad)

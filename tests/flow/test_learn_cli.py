@@ -82,6 +82,17 @@ def test_what_cannot_be_learned_is_refused_in_one_line(place: list[str], tmp_pat
     assert "margin" in refusal("learn", *place)
 
 
+def test_an_empty_batch_begins_no_cycle(place: list[str], tmp_path: Path):
+    (tmp_path / "new.jsonl").write_text("\n")
+    assert "there is no new row in" in refusal("learn", *place)
+    assert "holds no row" in refusal("learn", *place, "--dry-run")
+    feedback = [*place[:6], *place[8:], "--feedback"]
+    assert "wait until answers are confirmed" in refusal("learn", *feedback)
+    output("learn", *feedback, "--every-hours", "1")
+    with open_store(str(tmp_path / "store.db")) as store:
+        assert store.cycles("bot") == []
+
+
 def test_a_batch_that_is_not_due_begins_no_cycle(place: list[str], tmp_path: Path):
     output("learn", *place, "--when-rows", "101")
     with open_store(str(tmp_path / "store.db")) as store:

@@ -178,13 +178,15 @@ def test_a_gateway_that_does_not_come_takes_the_release_back(registry, store, ve
     adapters, stuck = Server(), Server(store=store, refuses=True)
     stuck.versions = [old.version]
     with running(adapters, stuck):
-        with pytest.raises(ServerUnreachable, match="did not report version"):
+        with pytest.raises(ServerUnreachable, match=r"did not report .* pass the gate again"):
             release(fleet(adapters, stuck, patience=0.1), registry, versions)
         assert adapters.versions == []
     assert store.champion(NAME).version == old.version
     kinds = [row.reason["kind"] for row in registry.history(NAME)]
     assert kinds == ["adoption", "promotion", "rollback"]
     assert stuck.url in registry.history(NAME)[-1].reason["why"] and new
+    with pytest.raises(PromotionRefused, match="taken back"):
+        release(fleet(), registry, versions)
 
 
 def test_a_release_without_evidence_leaves_no_adapter_behind(registry, store, versions):

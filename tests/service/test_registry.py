@@ -46,7 +46,8 @@ def added(registry: Registry, tmp_path: Path, value: float, **more: object) -> M
 
 
 def promoted(registry: Registry, old: str, new: str) -> Champion:
-    return registry.promote(NAME, expected_champion=old, candidate=new, evidence=decision(old, new))
+    evidence = decision(old, new, revision=registry.history(NAME)[-1].revision)
+    return registry.promote(NAME, expected_champion=old, candidate=new, evidence=evidence)
 
 
 def serving(registry: Registry, tmp_path: Path, *values: float) -> list[str]:
@@ -181,8 +182,59 @@ def test_a_passed_gate_makes_a_candidate_and_waits_for_a_person(
     # What was taken back has to pass again.
     registry.rollback(NAME, expected_champion=third, reason="worse")
     assert registry.candidates(NAME) == []
-    registry.submit(NAME, decision(old, third))
+    registry.submit(NAME, decision(old, third))  # an old decision, told again
+    assert registry.candidates(NAME) == []
+    registry.submit(NAME, decision(old, third, revision=3))
     assert [candidate.version for candidate in registry.candidates(NAME)] == [third]
+
+
+def test_evidence_from_before_a_rollback_promotes_nothing(registry: Registry, tmp_path: Path):
+    old, new = serving(registry, tmp_path, 1.0, 2.0)
+    registry.rollback(NAME, expected_champion=new, reason="latency doubled")
+    stale = decision(old, new)
+    with pytest.raises(PromotionRefused, match=r"promoted since and taken back \(latency doubled"):
+        registry.promote(NAME, expected_champion=old, candidate=new, evidence=stale)
+    with pytest.raises(PromotionRefused, match=r"champion 3, .* serves by now"):
+        registry.submit(NAME, stale, approval="auto")
+    assert [row.version for row in registry.history(NAME)] == [old, new, old]
+    # What passes again may serve again.
+    anew = decision(old, new, revision=3)
+    assert registry.submit(NAME, anew, approval="auto") == registry.history(NAME)[-1]
+    assert len(registry.history(NAME)) == 4
+
+
+def test_evidence_counts_no_more_once_another_champion_served_meanwhile(
+    registry: Registry, store: Store, tmp_path: Path
+):
+    old, other, waiting = (added(registry, tmp_path, value).version for value in (1.0, 2.0, 3.0))
+    registry.adopt(NAME, old, reason="first")
+    evidence = decision(old, waiting)
+    registry.submit(NAME, evidence)
+    assert [candidate.version for candidate in registry.candidates(NAME)] == [waiting]
+    promoted(registry, old, other)
+    with pytest.raises(ChampionMoved):
+        registry.promote(NAME, expected_champion=old, candidate=waiting, evidence=evidence)
+    registry.rollback(NAME, expected_champion=other, reason="slow")
+    with pytest.raises(PromotionRefused, match=f"{other}, {old} served since; gate"):
+        registry.promote(NAME, expected_champion=old, candidate=waiting, evidence=evidence)
+    assert registry.candidates(NAME) == []
+    # Also where the change falls between the look and the promotion.
+    with pytest.raises(ChampionMoved, match=f"changed meanwhile, and is {old} again"):
+        store.set_champion(
+            NAME, expected=old, expected_revision=1, version=waiting, reason={"why": "late"}
+        )
+    assert len(registry.history(NAME)) == 3
+
+
+def test_evidence_that_does_not_say_when_its_champion_served_is_refused(
+    registry: Registry, store: Store, tmp_path: Path
+):
+    (old,) = serving(registry, tmp_path, 1.0)
+    new = added(registry, tmp_path, 2.0).version
+    loose = {**decision(old, new).as_dict(), "champion_revision": None}
+    with pytest.raises(PromotionRefused, match="does not say when its champion"):
+        registry.promote(NAME, expected_champion=old, candidate=new, evidence=loose)
+    assert store.champion(NAME).version == old
 
 
 def test_a_rollback_never_returns_to_what_was_taken_back(registry: Registry, tmp_path: Path):
@@ -320,7 +372,7 @@ def test_garbage_spares_what_serves_could_serve_or_is_tried(
     )
     store.put_experiment(experiment)
     store.begin_cycle(NAME, state="gate", payload={"reports": {"update": {"new": learned}}})
-    registry.submit(NAME, decision(third, waiting))
+    registry.submit(NAME, decision(third, waiting, revision=3))
     foreign = registry.add(model_folder(tmp_path / "other", 9.0), name="other").version
 
     planned = registry.collect_garbage(NAME, keep=1, dry_run=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from gmpo.continual_plan import (
     LearnPlan,
     batch_digest,
+    feedback_file,
     mixed_rows,
     plan_of,
     read_batch,
@@ -22,6 +24,7 @@ from gmpo.continual_plan import (
 )
 from gmpo.errors import ConfigError, DataError
 from gmpo.recipe import load_recipe
+from gmpo.store import Event, open_store
 
 
 def rows(count: int, answer: str = "1") -> list[dict]:
@@ -32,6 +35,18 @@ def rows(count: int, answer: str = "1") -> list[dict]:
 
 def plan(**changes) -> LearnPlan:
     return LearnPlan(recipe=load_recipe("quickstart"), suites={"old": "old.jsonl"}, **changes)
+
+
+@pytest.mark.parametrize("anchor", ["best", "none", "0a3f"])
+def test_an_anchor_is_found_left_out_or_pinned(anchor: str):
+    assert plan(anchor=anchor).anchor == anchor
+
+
+@pytest.mark.parametrize("anchor", ["", "first", "v0"])
+def test_an_anchor_that_is_no_version_is_refused(anchor: str):
+    kept = plan().model_dump(mode="json")
+    with pytest.raises(ConfigError, match="write best, none, or the first digits"):
+        plan_of({**kept, "anchor": anchor})
 
 
 def test_half_of_the_rows_are_earlier_ones():
@@ -95,3 +110,54 @@ def test_a_plan_survives_being_kept_and_a_wrong_one_is_named():
         plan_of({**kept, "traffic": "requests.jsonl"})
     with pytest.raises(ConfigError, match="suites"):
         plan_of({**kept, "suites": {}})
+
+
+def served(*numbers: int) -> list[Event]:
+    """Answers that the gateway recorded, with consent."""
+    return [
+        Event(
+            kind="text",
+            time=time.time(),
+            payload={
+                "messages": [{"role": "user", "content": f"What is {n} times 7?"}],
+                "prompt": None,
+                "completions": [str(7 * n)],
+                "finish_reason": "stop",
+                "consent": True,
+            },
+            request_id=f"r{n}",
+        )
+        for n in numbers
+    ]
+
+
+def liked(*numbers: int) -> list[Event]:
+    vote = {"score": 1.0, "comment_length": 0}
+    return [
+        Event(kind="feedback", time=time.time(), payload=vote, request_id=f"r{n}") for n in numbers
+    ]
+
+
+def test_confirmed_answers_come_until_a_cycle_had_them(tmp_path: Path):
+    def had(path: Path, **result: str) -> None:
+        payload = {"request": {"data": [str(path)]}}
+        cycle = store.begin_cycle("bot", state="validate", payload=payload)
+        store.move_cycle(cycle, state="over", payload={**payload, "result": result}, ends=True)
+
+    with open_store(str(tmp_path / "store.db")) as store:
+        store.add_events([*served(1, 2, 3), *liked(1, 2)])
+        path, told = feedback_file(store, "bot", tmp_path)
+        assert (told["rows"], told["left_out"]["no confirmed answer"]) == (2, 1)
+        # A batch that was too small waits for more; so does what was abandoned.
+        had(path, outcome="refused", reason="Data validation failed: too_few_rows")
+        had(path, outcome="abandoned", reason="Abandoned")
+        # The third was answered before these cycles, and is confirmed only now.
+        store.add_events(liked(3))
+        path, told = feedback_file(store, "bot", tmp_path)
+        assert (path.name, told["rows"]) == ("feedback-000003.jsonl", 3)
+        assert [row["answer"] for row in read_batch([str(path)])] == ["7", "14", "21"]
+        had(path, outcome="refused", reason="Performance degradation detected")
+        store.add_events([*served(4), *liked(4)])
+        path, told = feedback_file(store, "bot", tmp_path)
+        assert (told["rows"], told["left_out"]["in an earlier cycle"]) == (1, 3)
+        assert [row["answer"] for row in read_batch([str(path)])] == ["28"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.drawn_cycles import MARGIN, DrawnWork, adopted, finish_cycle
 from tests.learning import NAME
-from tests.registries import model_folder
+from tests.registries import decision, model_folder
 
 from gmpo.continual import CycleWaits
 from gmpo.continual_records import CycleFacts, StepReport
@@ -28,9 +28,9 @@ from gmpo.continual_release import (
     roll_back_step,
     write_compared,
 )
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, PromotionRefused
 from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
+from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
 from gmpo.registry import Registry
 from gmpo.store import Store, open_store
 
@@ -100,12 +100,19 @@ def test_what_was_compared_comes_back(tmp_path: Path):
             ),
             SafetyCount(name="canaries", num_prompts=300, num_violations=0),
         ],
+        anchor=AnchorSuites(
+            suites=(PairedSuite(suite="old", items=("a", "b"), **pair),), versions={"old": "v0"}
+        ),
     )
     write_compared(tmp_path, compared)
     read = read_compared(tmp_path)
     assert read.safety == compared.safety
+    assert read.anchor is not None
+    assert read.anchor.versions == {"old": "v0"}
     for before, after in zip(
-        (*compared.suites, *compared.guardrails), (*read.suites, *read.guardrails), strict=True
+        (*compared.suites, *compared.guardrails, *compared.anchor.suites),
+        (*read.suites, *read.guardrails, *read.anchor.suites),
+        strict=True,
     ):
         assert vars(before).keys() == vars(after).keys()
         for name, value in vars(before).items():
@@ -126,6 +133,49 @@ def test_the_gate_decides_by_what_was_compared(make_place, share: float, passed:
         [place.candidate] if passed else []
     )
     assert place.store.count_events(kinds=["gate"]) == 1
+
+
+def test_a_candidate_below_the_anchor_is_refused_as_drift(make_place):
+    place = make_place(0.49)
+    assert place.gated().reports["gate"].passed
+    suite = PairedSuite(
+        suite="old", champion=np.arange(1000) < 540, candidate=np.arange(1000) < 490
+    )
+    anchor = AnchorSuites(suites=(suite,), versions={"old": "v0"})
+    evaluated = place.facts.files("evaluate")
+    write_compared(evaluated, replace(read_compared(evaluated), anchor=anchor))
+    report = place.gated().reports["gate"]
+    assert (report.passed, report.reason) == (False, "Drift below the anchor")
+    assert "against anchor v0, overall: a drop is shown" in report.sentence
+    assert report.details["performance_improvement"] == pytest.approx(-0.01)
+    assert place.registry.candidates(NAME) == []
+
+
+def test_small_losses_one_after_the_other_are_stopped_by_the_anchor(tmp_path: Path):
+    with open_store(str(tmp_path / "store.db")) as store:
+        registry, first = adopted(store, tmp_path)
+        work = DrawnWork(
+            store=store,
+            registry=registry,
+            faults=random.Random("none"),
+            fault_rate=0.0,
+            skills={first: 0.0},
+            watch_fails=0.0,
+            changes=(-MARGIN / 2,),
+        )
+        results = [
+            finish_cycle(store, work, tmp_path / "learn", number=number) for number in range(1, 16)
+        ]
+        serving = store.champion(NAME)
+        assert serving is not None
+        assert -1.5 * MARGIN <= work.skills[serving.version] < 0
+        held = [
+            result.details["decision"]["anchor"]
+            for result in results
+            if result.champion != first and result.step == "gate"
+        ]
+        assert held
+        assert all(set(one["versions"].values()) == {first} for one in held)
 
 
 def test_evidence_that_decides_nothing_is_named_as_such(make_place):
@@ -157,7 +207,7 @@ def test_a_candidate_is_promoted_once_and_taken_back_once(make_place):
     # A roll-back is not undone by a promotion that is tried again.
     report = promote_step(known, store, registry)
     assert not report.passed
-    assert "taken back by somebody else" in report.sentence
+    assert "was promoted since and taken back" in report.sentence
     assert len(place.champions()) == 3
 
 
@@ -170,7 +220,7 @@ def test_a_champion_that_moved_meanwhile_stays(make_place, tmp_path: Path):
     )
     report = promote_step(known, place.store, place.registry)
     assert not report.passed
-    assert f"is {other}, not {place.champion} as expected" in report.sentence
+    assert f"champion 2, {other}, serves by now" in report.sentence
     assert place.champions() == [place.champion, other]
 
 
@@ -199,7 +249,8 @@ def test_a_person_says_yes_or_no(make_place):
     with pytest.raises(ConfigError, match="cycle 1 is at 'gate'"):
         answer_approval(store, NAME, approved=True, by="ann")
     told = {name: report.as_dict() for name, report in known.reports.items()}
-    store.move_cycle(begun, state="approve", payload={"reports": told})
+    known_then = {"champion": place.champion, "champion_revision": 1, "request": {}}
+    store.move_cycle(begun, state="approve", payload={"reports": told, **known_then})
     assert answer_approval(store, NAME, approved=False, by="ann") == place.candidate
     assert approve_step(known, store, is_automatic=False) == StepReport(
         passed=False,
@@ -221,6 +272,41 @@ def test_a_person_says_yes_or_no(make_place):
     assert "promoted the candidate already" in (
         approve_step(replace(known, number=2), store, is_automatic=False).sentence
     )
+
+
+def test_a_cycle_that_waited_while_the_champion_changed_and_came_back_ends(tmp_path: Path):
+    with open_store(str(tmp_path / "store.db")) as store:
+        registry, first = adopted(store, tmp_path)
+        work = DrawnWork(
+            store=store,
+            registry=registry,
+            faults=random.Random("none"),
+            fault_rate=0.0,
+            skills={first: 0.0},
+            is_automatic=False,
+        )
+        outcomes: list[str] = []
+        while "waiting" not in outcomes:
+            number = len(outcomes) + 1
+            outcomes.append(finish_cycle(store, work, tmp_path / "learn", number=number).outcome)
+        answer_approval(store, NAME, approved=True, by="ann")
+        # Before the yes is acted on, a person tries another version and takes it back.
+        other = registry.add(model_folder(tmp_path / "other", 99.5), name=NAME).version
+        evidence = decision(first, other)
+        registry.promote(NAME, expected_champion=first, candidate=other, evidence=evidence)
+        registry.rollback(NAME, expected_champion=other, reason="slow")
+        with pytest.raises(PromotionRefused, match="cannot be approved: the evidence about"):
+            answer_approval(store, NAME, approved=True, by="bob")
+        result = finish_cycle(store, work, tmp_path / "learn", number=len(outcomes))
+        assert (result.outcome, result.reason) == ("refused", "Champion moved")
+        assert f"{other}, {first} served since" in result.sentence
+        candidate = result.new_model_version
+        assert candidate is not None
+        kept = registry.newest_decision(NAME, candidate)
+        assert kept is not None
+        with pytest.raises(PromotionRefused, match="served since"):
+            registry.promote(NAME, expected_champion=first, candidate=candidate, evidence=kept)
+        assert [row.version for row in store.champion_history(NAME)] == [first, other, first]
 
 
 def test_suites_too_small_for_the_margin_are_refused_before_anything_is_trained():

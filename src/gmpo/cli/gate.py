@@ -22,12 +22,14 @@ from gmpo.cli.conventions import (
     warn,
 )
 from gmpo.cli.suite_scores import SuiteOptions, asked_model, suite_outcomes
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, ModelError
 from gmpo.gate_policy import GatePolicy
 from gmpo.recipe import settings_of
 
 if TYPE_CHECKING:
-    from gmpo.gate_records import GateDecision, SafetyCount
+    from gmpo.gate_records import AnchorSuites, GateDecision, SafetyCount, SuiteResult
+    from gmpo.outcomes import SuiteOutcomes
+    from gmpo.store import Champion
 
 __all__ = ["gate"]
 
@@ -52,6 +54,13 @@ _Policy = Annotated[
 ]
 
 
+_Anchor = Annotated[
+    str | None,
+    typer.Option(
+        help="An earlier model, which the candidate must not fall below either: so small losses "
+        "of many updates do not add up."
+    ),
+]
 _Recipe = Annotated[
     str | None, typer.Option(help="Recipe whose task is asked; a run's own by default.")
 ]
@@ -81,6 +90,7 @@ def gate(
     items: Annotated[int | None, typer.Option(help="Items of each suite; all by default.")] = None,
     samples: _Samples = None,
     max_tokens: _MaxTokens = None,
+    anchor: _Anchor = None,
     safety: _Safety = None,
     safety_prompts: _SafetyPrompts = 300,
     policy: _Policy = None,
@@ -94,8 +104,7 @@ def gate(
         raise ConfigError(f"both models are {champion}; there is nothing to decide")
     if (store is None) != (name is None):
         raise ConfigError("--store and --name belong together; give both or none")
-    if store is not None and name is not None:
-        _require_registered(store, name)
+    serving = None if store is None or name is None else _serving(store, name)
     limits = dict(_limit(word) for word in safety or [])
     options = SuiteOptions(
         suites=tuple(suites or ()),
@@ -108,7 +117,9 @@ def gate(
         overrides=tuple(overrides or ()),
     )
     asking = _Asking(
-        models=(_placed(champion, store), _placed(candidate, store)),
+        models=tuple(
+            _placed(model, store) for model in (champion, candidate, anchor) if model is not None
+        ),
         options=options,
         policy=_policy(policy or [], limits),
         safety_prompts=safety_prompts,
@@ -116,7 +127,7 @@ def gate(
     console = Console(stderr=as_json)
     decision = _decision(asking, console)
     if store is not None and name is not None:
-        _keep(store, name, decision)
+        decision = _kept(store, name, decision, serving)
     if as_json:
         print(json.dumps(decision.as_dict()))
     else:
@@ -127,27 +138,28 @@ def gate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asking:
-    """Who is asked what: champion and candidate, suites, and the candidate's safety sets."""
+    """Who is asked what: champion, candidate, maybe an anchor; the candidate's safety sets."""
 
-    models: tuple[str, str]
+    models: tuple[str, ...]
     options: SuiteOptions
     policy: GatePolicy
     safety_prompts: int
 
 
 def _decision(asking: _Asking, console: Console) -> GateDecision:
-    from gmpo.gate import decide_gate
+    from gmpo.gate import decide_gate, with_anchor
     from gmpo.gate_suites import compared_suites
 
-    labels = ("champion", "candidate")
-    named = [f"{label}={model}" for label, model in zip(labels, asking.models, strict=True)]
+    labels = ("champion", "candidate", "anchor")
+    named = [f"{label}={model}" for label, model in zip(labels, asking.models, strict=False)]
     found = suite_outcomes(named, asking.options, console)
-    before, after = ([one for one in found if one.label == label] for label in labels)
+    before, after, earlier = ([one for one in found if one.label == label] for label in labels)
     compared = compared_suites(before, after, warn=warn)
     champion, candidate = _version(before[0].model), _version(after[0].model)
     if champion == candidate:
         raise ConfigError(f"both models are version {champion}; there is nothing to decide")
-    return decide_gate(
+    anchor = _anchor_suites(earlier, after, versions=(champion, candidate))
+    decision = decide_gate(
         compared.suites,
         policy=asking.policy,
         champion=champion,
@@ -155,12 +167,37 @@ def _decision(asking: _Asking, console: Console) -> GateDecision:
         safety=_counts(after[0].model, asking),
         guardrails=[compared.lengths] if "length" in asking.policy.growth_limits else [],
     )
+    return decision if anchor is None else with_anchor(decision, anchor)
+
+
+def _anchor_suites(
+    earlier: Sequence[SuiteOutcomes],
+    candidate: Sequence[SuiteOutcomes],
+    *,
+    versions: tuple[str, str],
+) -> AnchorSuites | None:
+    """An earlier model's outcomes beside the candidate's; None without an earlier model."""
+    from gmpo.gate_records import AnchorSuites
+    from gmpo.gate_suites import compared_suites
+
+    if not earlier:
+        return None
+    anchor = _version(earlier[0].model)
+    if anchor in versions:
+        raise ConfigError(
+            f"--anchor is version {anchor}, which is champion or candidate; name an earlier one"
+        )
+    compared = compared_suites(earlier, candidate, warn=warn)
+    return AnchorSuites(
+        suites=compared.suites, versions={suite.suite: anchor for suite in compared.suites}
+    )
 
 
 def _placed(model: str, store: str | None) -> str:
     """A model as it was named, or the folder of the registered version of these first digits."""
     if store is None or Path(model).exists() or not set(model) <= set("0123456789abcdef"):
         return model
+    from gmpo.registry import check_files
     from gmpo.store import open_store
 
     with open_store(store, read_only=True) as opened:
@@ -169,18 +206,26 @@ def _placed(model: str, store: str | None) -> str:
         raise ConfigError(
             f"{len(found)} registered versions begin with {model!r}; gmpo registry list shows all"
         )
+    check = check_files(found[0])
+    if not check.is_whole:
+        raise ModelError(f"{check.sentence}; add it again from its run, which restores the files")
     return found[0].path
 
 
-def _require_registered(store: str, name: str) -> None:
-    """Asking may take hours, and where the decision would be kept must not turn out wrong then."""
+def _serving(store: str, name: str) -> Champion | None:
+    """The champion before the models are asked: if it changes meanwhile, nothing is promoted.
+
+    Asking may take hours, and where the decision would be kept must not turn out wrong then.
+    """
     with existing_store(store) as opened:
         names = sorted({version.name for version in opened.model_versions()})
+        champion = opened.champion(name)
     if name not in names:
         raise ConfigError(
             f"store {store} has no model {name!r}, so --name is no place for a decision; it has "
             f"{', '.join(names) or 'none yet: gmpo registry add'}"
         )
+    return champion
 
 
 def _limit(word: str) -> tuple[str, float]:
@@ -241,19 +286,37 @@ def _counts(model: str, asking: _Asking) -> list[SafetyCount]:
     return [report.count for report in reports]
 
 
-def _keep(store: str, name: str, decision: GateDecision) -> None:
+def _kept(store: str, name: str, decision: GateDecision, serving: Champion | None) -> GateDecision:
+    """Keep a decision, as evidence if it is about the champion that serves."""
     from gmpo.registry import Registry
 
+    if serving is not None and serving.version == decision.champion:
+        decision = decision.bound_to(serving.revision)
+    else:
+        found = "has no champion" if serving is None else f"is served by {serving.version}"
+        warn(
+            f"{name!r} {found}, not by {decision.champion}; the decision is kept and promotes "
+            "nothing"
+        )
     with existing_store(store) as opened:
         Registry(opened, Path("models")).submit(name, decision)
+    return decision
+
+
+def _shown(overall: SuiteResult, suites: Sequence[SuiteResult]) -> Sequence[SuiteResult]:
+    """A suite that is the only one is not told twice."""
+    return suites if len(suites) == 1 else (overall, *suites)
 
 
 def _show(console: Console, decision: GateDecision) -> None:
     table = Table("what", "champion", "candidate", "difference", "limit", "needed", "verdict")
-    shown = decision.suites if len(decision.suites) == 1 else (decision.overall, *decision.suites)
-    for row in shown:
+    shown = [("", row) for row in _shown(decision.overall, decision.suites)]
+    if decision.anchor is not None:
+        anchored = _shown(decision.anchor.overall, decision.anchor.suites)
+        shown += [("anchor: ", row) for row in anchored]
+    for against, row in shown:
         table.add_row(
-            f"{row.suite} ({row.num_items})",
+            f"{against}{row.suite} ({row.num_items})",
             f"{row.champion:.3f}",
             f"{row.candidate:.3f}",
             f"{row.difference * 100:+.1f} ({row.low * 100:+.1f} to {row.high * 100:+.1f})",

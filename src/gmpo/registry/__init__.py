@@ -1,5 +1,6 @@
 """Model versions: kept whole, promoted on evidence, taken back, and cleared away."""
 
+from gmpo.registry.evidence import stale_reason
 from gmpo.registry.files import FileCheck, check_files
 from gmpo.registry.garbage import Garbage
 from gmpo.registry.line import serving_line
@@ -13,4 +14,5 @@ __all__ = [
     "Registry",
     "check_files",
     "serving_line",
+    "stale_reason",
 ]

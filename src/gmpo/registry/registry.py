@@ -19,6 +19,7 @@ from gmpo.errors import (
     RunFolderError,
 )
 from gmpo.gate_records import GateDecision
+from gmpo.registry.evidence import require_evidence, stale_reason
 from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model
 from gmpo.registry.garbage import Garbage, clear_away
 from gmpo.registry.line import ROLLBACK, serving_line
@@ -152,7 +153,8 @@ class Registry:
 
         Args:
             name: of the model.
-            decision: with all its evidence.
+            decision: with all its evidence. One that does not say which champion it was measured
+                against (`GateDecision.bound_to`) is kept, and is no evidence for a promotion.
             approval: "manual" waits for a person, who calls `promote`; "auto" promotes at once.
 
         Returns:
@@ -181,7 +183,7 @@ class Registry:
         )
 
     def candidates(self, name: str) -> list[Candidate]:
-        """Versions that passed against the champion since it serves, oldest first.
+        """Versions that passed against the champion that serves now, oldest first.
 
         Of several decisions about a version the newest counts. What was taken back is no candidate
         by the evidence that it once had.
@@ -191,9 +193,11 @@ class Registry:
             return []
         found: dict[str, Candidate] = {}
         for event in self._store.events(kinds=["gate"], since=champion.since):
-            about = (event.payload.get("name"), event.payload.get("champion"))
+            keys = ("name", "champion", "champion_revision")
+            about = tuple(event.payload.get(key) for key in keys)
             candidate = event.payload.get("candidate")
-            if about != (name, champion.version) or not isinstance(candidate, str):
+            serving = (name, champion.version, champion.revision)
+            if about != serving or not isinstance(candidate, str):
                 continue
             found.pop(candidate, None)
             if event.payload.get("outcome") == "pass":
@@ -224,23 +228,29 @@ class Registry:
             name: of the model.
             expected_champion: version that the caller believes to serve.
             candidate: to serve from now on.
-            evidence: the gate's decision about these two.
+            evidence: the gate's decision about these two, measured against the champion that
+                serves now: not before a rollback or another promotion.
             by: who decided, for the history.
 
         Raises:
-            PromotionRefused: the evidence did not pass or is about others, or the candidate's files
-                are damaged.
+            PromotionRefused: the evidence did not pass, is about others or older than the
+                champion, or the candidate's files are damaged.
             ChampionMoved: another version serves by now.
             DataError: the candidate is not registered under this name.
         """
         found = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
         told = json.loads(json.dumps(found))  # what is returned is what the store will give
-        _require_evidence(told, champion=expected_champion, candidate=candidate)
+        revision = require_evidence(told, champion=expected_champion, candidate=candidate)
         with self._lock.shared():
             self._require_whole(candidate)
+            history = self._store.champion_history(name)
+            stale = stale_reason(history, revision=revision, candidate=candidate)
+            if stale is not None and history[-1].version == expected_champion:
+                raise PromotionRefused(stale)
             champion = self._store.set_champion(
                 name,
                 expected=expected_champion,
+                expected_revision=revision,
                 version=candidate,
                 reason={"kind": "promotion", "by": by, "evidence": told},
             )
@@ -456,27 +466,3 @@ class Registry:
         self._store.put_alert(row)
         told = {"fingerprint": fingerprint, "status": row.status, **payload}
         self._store.add_events([Event(kind="alert", time=now, payload=told)])
-
-
-def _require_evidence(evidence: Mapping[str, Any], *, champion: str | None, candidate: str) -> None:
-    """Refuse to promote on anything but a pass about these two.
-
-    Raises:
-        PromotionRefused: it is something else; the message says what.
-    """
-    if champion is None:
-        raise PromotionRefused(
-            "there is no champion that the candidate was compared with; adopt the first version"
-        )
-    outcome = evidence.get("outcome")
-    if outcome != "pass":
-        raise PromotionRefused(
-            f"the gate's answer about {candidate} is {outcome!r}, not 'pass': "
-            f"{evidence.get('sentence', 'no decision was given')}; nothing was promoted"
-        )
-    about = (evidence.get("champion"), evidence.get("candidate"))
-    if about != (champion, candidate):
-        raise PromotionRefused(
-            f"the evidence is about {about[1]} against {about[0]}, not about {candidate} against "
-            f"{champion}; gate the candidate against the champion"
-        )

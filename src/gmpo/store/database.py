@@ -259,7 +259,13 @@ class Store:
             return [to_champion(row) for row in connection.execute(query)]
 
     def set_champion(
-        self, name: str, *, expected: str | None, version: str, reason: dict[str, Any]
+        self,
+        name: str,
+        *,
+        expected: str | None,
+        version: str,
+        reason: dict[str, Any],
+        expected_revision: int | None = None,
     ) -> Champion:
         """Make a version the champion, if the champion is still the expected one.
 
@@ -268,6 +274,8 @@ class Store:
             expected: version that the caller believes to serve; None for none yet.
             version: to serve from now on; it must be registered under `name`.
             reason: kept in the history.
+            expected_revision: of the champion that the caller believes to serve: a version that
+                was replaced and came back has another one. None takes any.
 
         Raises:
             ChampionMoved: another version serves, so that the caller decided on old knowledge.
@@ -288,7 +296,8 @@ class Store:
             with self._writing() as connection:
                 now = _champion(connection, name)
                 found = now.version if now else None
-                if found != expected:
+                revision = now.revision if now else None
+                if found != expected or expected_revision not in (None, revision):
                     raise ChampionMoved(name, expected=expected, found=found)
                 _refuse_other_models(connection, name, version)
                 made = replace(wanted, revision=now.revision + 1 if now else 1)
