@@ -11,7 +11,7 @@ from gmpo.monitoring.alerts import Condition, Notification
 from gmpo.monitoring.severity import Level
 from gmpo.run_conditions import run_health, unreadable_run
 from gmpo.store import Event, Store
-from gmpo.store_conditions import store_conditions, unusable_store
+from gmpo.store_conditions import CHAMPION_DAMAGED, store_conditions, unusable_store
 
 __all__ = ["Monitored"]
 
@@ -63,9 +63,13 @@ class Monitored:
         return found
 
     def keep(self, told: Sequence[Notification]) -> None:
-        """Write what was told into the store, if there is one; it waits where that cannot be."""
+        """Write what was told into the store, if there is one; it waits where that cannot be.
+
+        What the registry wrote there is there already.
+        """
         if self._book is None:
             return
+        told = [one for one in told if one.labels["alertname"] != CHAMPION_DAMAGED]
         try:
             if self._is_first:
                 self._book.end_all_but([one.labels for one in told])

@@ -1,19 +1,22 @@
-"""What is wrong with answers now, read from the store: anomalies that gateways have told lately."""
+"""What is wrong now, read from the store: anomalies that gateways told, damaged champions."""
 
 from __future__ import annotations
 
 from gmpo.errors import StoreError
 from gmpo.monitoring.alerts import Condition
-from gmpo.store import Event, Store
+from gmpo.store import AlertRow, Event, Store
 
-__all__ = ["store_conditions", "unusable_store"]
+__all__ = ["CHAMPION_DAMAGED", "store_conditions", "unusable_store"]
+
+CHAMPION_DAMAGED = "ChampionDamaged"
+"""Alert that the registry itself begins and ends in the store."""
 
 _FRESH_SECONDS = 300.0
 """Gateways tell what lasts again each minute: what is older was left by one that ended."""
 
 
 def store_conditions(store: Store, *, now: float) -> list[Condition]:
-    """Anomalies that last, of every gateway that writes to the store.
+    """Anomalies that last, of every gateway that writes to the store, and damaged champions.
 
     Args:
         store: open.
@@ -27,7 +30,13 @@ def store_conditions(store: Store, *, now: float) -> list[Condition]:
         told_by = event.payload.get("gateway")
         if told_by is not None:  # those of training runs are told by the runs themselves
             newest[told_by, event.model_version, event.payload["variant"]] = event
-    return [_condition(event) for event in newest.values() if event.payload["level"] != "ok"]
+    anomalies = [event for event in newest.values() if event.payload["level"] != "ok"]
+    damaged = [
+        row
+        for row in store.alerts(status="firing")
+        if row.payload["labels"]["alertname"] == CHAMPION_DAMAGED
+    ]
+    return [*map(_condition, anomalies), *map(_damage, damaged)]
 
 
 def unusable_store(where: str, error: StoreError) -> Condition:
@@ -54,6 +63,18 @@ def _condition(event: Event) -> Condition:
         annotations={
             "summary": "; ".join(_sentences(event)) or "the level is about to be left",
             "action": "; ".join(payload["recommended_actions"]) or "wait for the next blocks",
+        },
+    )
+
+
+def _damage(row: AlertRow) -> Condition:
+    annotations = row.payload["annotations"]
+    return Condition(
+        labels=row.payload["labels"],
+        severity="critical",
+        annotations={
+            "summary": f"{annotations['summary']}; serving: {annotations['serving']}",
+            "action": "; ".join(row.payload["recommended_actions"]),
         },
     )
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from tests.commands import gmpo, jsonl, refusal
+from tests.registries import decision, model_folder
 
 from gmpo.monitored import Monitored
 from gmpo.monitoring.alerts import Alert, AlertTimes, Condition, Notification, Now, advance
+from gmpo.registry import Registry
 from gmpo.store import Event, Store, open_store
 
 TIMES = AlertTimes(fire_after=0, resolve_after=0)
@@ -154,6 +156,35 @@ def test_a_runs_level_is_an_event_when_it_changes(store: Store, tmp_path: Path):
     assert [one.payload["level"] for one in events] == ["critical", "ok"]
     assert events[0].payload["run"] == str(run)
     assert events[0].payload["families"]["importance_ratio"] == {"sampler_mismatch": 1.0}
+
+
+def test_a_damaged_champion_is_told_and_stays_the_registrys_alert(store: Store, tmp_path: Path):
+    registry = Registry(store, tmp_path / "models")
+    first, second = (
+        registry.add(model_folder(tmp_path / str(value), value), name="bot") for value in (1.0, 2.0)
+    )
+    registry.adopt("bot", first.version, reason="first")
+    evidence = decision(first.version, second.version)
+    registry.submit("bot", evidence, approval="auto")
+    (Path(second.path) / "config.json").unlink()
+    assert registry.servable("bot").version == first.version
+    monitor = Monitor(Monitored([], store))
+    (told,) = monitor.look(time.time())
+    assert (told.status, told.labels["alertname"], told.labels["model"]) == (
+        "firing",
+        "ChampionDamaged",
+        "bot",
+    )
+    assert "config.json is missing" in told.annotations["summary"]
+    assert told.annotations["summary"].endswith(f"serving: {first.version}")
+    assert told.annotations["action"].endswith("gmpo registry rollback bot")
+    (row,) = store.alerts()
+    assert (row.fingerprint, row.status) == ("registry/bot", "firing")
+    registry.rollback("bot", expected_champion=second.version, reason="damaged")
+    assert registry.servable("bot").version == first.version
+    (over,) = monitor.look(time.time())
+    assert over.status == "resolved"
+    assert [row.status for row in store.alerts()] == ["resolved"]
 
 
 def test_the_command_looks_at_a_store_and_refuses_what_is_none(store: Store, tmp_path: Path):

@@ -172,8 +172,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _no_such_model(name: str, why: str) -> str:
-    if Path(name).is_absolute() and not Path(name).exists():
-        return f"cannot load model {name!r}: there is no such folder; restore it, or give another"
     near = near_names(name, [one.name for one in known_models()])
     said = " or ".join(map(repr, near))
     hint = f"did you mean {said}? Or give" if near else f"give {_SMOLLM2!r},"
