@@ -264,7 +264,10 @@ def _version(model: str) -> str:
     if not folder.exists():
         from gmpo.policy.load import model_folder
 
-        folder = Path(model_folder(model))
+        try:
+            folder = Path(model_folder(model))
+        except ModelError:
+            return model  # outcomes that were stored outlive their model
     return weights_version(folder) if holds_weights(folder) else model
 
 
