@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gmpo.contamination import TrainingText, items_in_rows
 from gmpo.continual_plan import LearnPlan, suite_prompts
 from gmpo.continual_records import StepReport
-from gmpo.data_quality import BatchReport, EarlierData, validate_batch
+from gmpo.data_quality import BatchReport, EarlierData, row_texts, validate_batch
 from gmpo.data_samples import Sampler
 from gmpo.errors import DataError
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
 from gmpo.tasks.rows import Row, RowForm, read_rows
 
-__all__ = ["CheckedBatch", "champion_sampler", "checked_batch"]
+__all__ = ["CheckedBatch", "apart_from_suites", "champion_sampler", "checked_batch"]
 
 
 _KNOWN, _NEW = "known tasks", "new tasks"
@@ -116,10 +117,7 @@ def checked_batch(
         profile = validate_batch(_unnamed(drawn), checks=plan.checks, sampler=sampler).profile
     known = EarlierData(prompts=_prompts(earlier), profile=profile)
     new = EarlierData(prompts=_prompts([*earlier, *parts[_KNOWN]]))
-    suites = [
-        SuiteItems(name=name, title=name, prompts=suite_prompts(path), max_tokens=1)
-        for name, path in plan.suites.items()
-    ]
+    suites = _judges(plan)
     return CheckedBatch(
         most_rejected=plan.checks.most_rejected,
         reports={
@@ -134,6 +132,44 @@ def checked_batch(
             if part or (not rows and name == _NEW)
         },
     )
+
+
+def apart_from_suites(
+    rows: Sequence[Mapping[str, Any]], plan: LearnPlan
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Rows that hold no item by which a candidate is judged, and how many others there are.
+
+    New rows are checked when they come; earlier ones may be older than a suite.
+
+    Args:
+        rows: to train on again.
+        plan: with suites, live requests and checks.
+    """
+    held = items_in_rows(
+        [(suite.name, suite.title, suite.prompts) for suite in _judges(plan)],
+        (
+            TrainingText(id=str(place), text="\n".join(row_texts(row)))
+            for place, row in enumerate(rows)
+        ),
+    )
+    limit = plan.checks.contamination
+    kept = [
+        row
+        for place, row in enumerate(rows)
+        if (item := held.get(str(place))) is None or item.coverage <= limit
+    ]
+    return kept, len(rows) - len(kept)
+
+
+def _judges(plan: LearnPlan) -> list[SuiteItems]:
+    """What candidates are judged by: the suites, and requests of a file of their own."""
+    files = dict(plan.suites)
+    if plan.traffic is not None:
+        files["live requests"] = plan.traffic
+    return [
+        SuiteItems(name=name, title=name, prompts=suite_prompts(path), max_tokens=1)
+        for name, path in files.items()
+    ]
 
 
 def champion_sampler(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gmpo.continual_anchor import find_anchor, require_anchor
-from gmpo.continual_batch import champion_sampler, checked_batch
+from gmpo.continual_batch import apart_from_suites, champion_sampler, checked_batch
 from gmpo.continual_live import live_step, watch_step
 from gmpo.continual_plan import (
     LearnPlan,
@@ -128,12 +128,14 @@ def dry_run(
         seed=0,
     )
     step = report.step(min_rows=plan.min_rows)
-    trained = mixed_rows(report.accepted, earlier, replay_share=plan.replay_share, seed=0)
+    again, left_out = apart_from_suites(earlier, plan)
+    trained = mixed_rows(report.accepted, again, replay_share=plan.replay_share, seed=0)
     return {
         "champion": champion.version,
         "data_passes": step.passed,
         "data": step.sentence,
         "trained_rows": len(trained),
+        "earlier_rows_left_out": left_out,
         "rounds": plan.recipe.training.rounds,
         "suites": sizes,
         "items_needed_at_least": dict(needed),
@@ -240,11 +242,11 @@ class RealWork:
     def update(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Train the candidate on new and earlier rows, and register it."""
         plan = plan_of(facts.request["plan"])
+        earlier, left_out = apart_from_suites(self._earlier(facts, plan), plan)
+        if left_out:
+            self.warn(f"{left_out} earlier rows hold an item of a suite, and are left out")
         rows = mixed_rows(
-            _accepted(facts),
-            self._earlier(facts, plan),
-            replay_share=plan.replay_share,
-            seed=facts.number,
+            _accepted(facts), earlier, replay_share=plan.replay_share, seed=facts.number
         )
         write_rows(folder / _TRAINED_ON, rows)
         recipe = update_recipe(
@@ -263,7 +265,7 @@ class RealWork:
                 "cycle": facts.number,
                 "data": facts.request["data"],
                 "data_digest": facts.request["data_digest"],
-                "rows": {"new": new, "replay": len(rows) - new},
+                "rows": {"new": new, "replay": len(rows) - new, "left_out": left_out},
                 "recipe": recipe.model_dump(mode="json", exclude_none=True),
             },
             metrics={"stability": figures["stability"]},

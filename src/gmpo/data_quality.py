@@ -37,6 +37,7 @@ __all__ = [
     "RejectedRow",
     "checks_of",
     "profile_of",
+    "row_texts",
     "validate_batch",
 ]
 
@@ -319,7 +320,7 @@ def _check_suites(batch: _Batch, suites: Sequence[SuiteItems]) -> None:
     held = items_in_rows(
         [(suite.name, suite.title, suite.prompts) for suite in suites],
         (
-            TrainingText(id=place, text="\n".join(_texts(one.row)))
+            TrainingText(id=place, text="\n".join(row_texts(one.row)))
             for place, one in of_place.items()
         ),
     )
@@ -334,7 +335,7 @@ def _check_suites(batch: _Batch, suites: Sequence[SuiteItems]) -> None:
 
 def _check_pii(batch: _Batch) -> None:
     for one in batch.rows:
-        found = [find for text in _texts(one.row) for find in find_pii(text, batch.checks.pii)]
+        found = [find for text in row_texts(one.row) for find in find_pii(text, batch.checks.pii)]
         for find in dict.fromkeys(found):
             one.reject("pii", f"{find.kind} {find.excerpt}")
 
@@ -452,7 +453,7 @@ def _refusals(
     return refusals
 
 
-def _texts(value: object) -> Iterator[str]:
+def row_texts(value: object) -> Iterator[str]:
     """Every text in a row, chats and lists included; a line that is no row is one text."""
     if isinstance(value, Unreadable):
         yield value.text
@@ -460,7 +461,7 @@ def _texts(value: object) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _texts(part)
+            yield from row_texts(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _texts(part)
+            yield from row_texts(part)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.continual_batch import checked_batch
+from gmpo.continual_batch import apart_from_suites, checked_batch
 from gmpo.continual_plan import LearnPlan, write_rows
 from gmpo.errors import DataError
 from gmpo.records import Prompt
@@ -88,6 +88,26 @@ def test_rows_of_a_known_task_that_are_all_rejected_do_not_refuse_those_of_a_new
     many = checked(champion, tmp_path, [*new, *sums(31)], sums(60)).step(min_rows=20)
     assert many.reason == "Data validation failed: too_many_rejected"
     assert many.sentence.endswith("more than 50% of the rows are rejected")
+
+
+def test_nothing_that_judges_a_candidate_is_trained_on(champion: KnowsSums, tmp_path: Path):
+    files = {"suite": sums(5, start=900), "live": sums(5, start=950)}
+    for name, rows in files.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    plan = LearnPlan(
+        recipe=tiny_recipe("unused"),
+        suites={"old": str(tmp_path / "suite.jsonl")},
+        gateway="http://127.0.0.1:1/v1",
+        traffic=str(tmp_path / "live.jsonl"),
+    )
+    # Earlier rows may be older than the suite; some of the new ones are asked live.
+    kept, left_out = apart_from_suites([*sums(7), *files["suite"], *files["live"][:2]], plan)
+    assert (kept, left_out) == (sums(7), 7)
+    assert apart_from_suites([], plan) == ([], 0)
+    new = checked_batch(plan, [*sums(30), *files["live"]], [], sampler=None, seed=0)
+    assert list(new.accepted) == sums(30)
+    reasons = {reason["check"] for one in new.rejected for reason in one["reasons"]}
+    assert reasons == {"contamination"}
 
 
 def test_rows_known_by_now_are_left_out_and_too_few_are_refused(
