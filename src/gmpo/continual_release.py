@@ -26,6 +26,7 @@ __all__ = [
     "approve_step",
     "gate_step",
     "is_compared",
+    "kept_or_withdrawn",
     "promote_step",
     "read_compared",
     "require_decidable",
@@ -221,6 +222,23 @@ def approve_step(facts: CycleFacts, store: Store, *, is_automatic: bool) -> Step
         f"version {facts.candidate} passed the gate and waits for a person: approve it with "
         "gmpo learn --approve or gmpo registry promote, or refuse it with --refuse"
     )
+
+
+def kept_or_withdrawn(report: StepReport, facts: CycleFacts, registry: Registry) -> StepReport:
+    """The report of a step after the gate; if it did not pass, nobody promotes by the gate's pass.
+
+    Args:
+        report: of the step.
+        facts: of the cycle, the gate's decision among them.
+        registry: that keeps the decision.
+    """
+    if not report.passed:
+        registry.withdraw(
+            facts.name,
+            facts.reports["gate"].details["decision"],
+            reason=f"cycle {facts.number}: {report.sentence}",
+        )
+    return report
 
 
 def answer_approval(store: Store, name: str, *, approved: bool, by: str) -> str:

@@ -30,6 +30,7 @@ from gmpo.continual_release import (
     approve_step,
     gate_step,
     is_compared,
+    kept_or_withdrawn,
     promote_step,
     read_compared,
     require_decidable,
@@ -322,12 +323,14 @@ class RealWork:
     def live_test(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Run the candidate in the champion's shadow."""
         plan = plan_of(facts.request["plan"])
-        return live_step(facts, folder, plan=plan, store=self.store, threads=self.threads)
+        report = live_step(facts, folder, plan=plan, store=self.store, threads=self.threads)
+        return kept_or_withdrawn(report, facts, self.registry)
 
     def approve(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Wait for a person, if the plan wants one."""
         automatic = plan_of(facts.request["plan"]).approval == "auto"
-        return approve_step(facts, self.store, is_automatic=automatic)
+        report = approve_step(facts, self.store, is_automatic=automatic)
+        return kept_or_withdrawn(report, facts, self.registry)
 
     def promote(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Move the registry's pointer."""

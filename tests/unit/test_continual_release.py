@@ -16,21 +16,25 @@ from tests.learning import NAME
 from tests.registries import decision, model_folder
 
 from gmpo.continual import CycleWaits
+from gmpo.continual_plan import LearnPlan
 from gmpo.continual_records import CycleFacts, StepReport
 from gmpo.continual_release import (
     Compared,
     answer_approval,
     approve_step,
     gate_step,
+    kept_or_withdrawn,
     promote_step,
     read_compared,
     require_decidable,
     roll_back_step,
     write_compared,
 )
+from gmpo.continual_work import RealWork
 from gmpo.errors import ConfigError, PromotionRefused
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
+from gmpo.recipe import load_recipe
 from gmpo.registry import Registry
 from gmpo.store import Store, open_store
 
@@ -272,6 +276,47 @@ def test_a_person_says_yes_or_no(make_place):
     assert "promoted the candidate already" in (
         approve_step(replace(known, number=2), store, is_automatic=False).sentence
     )
+
+
+def test_what_disappoints_after_the_gate_is_no_candidate_any_more(make_place):
+    place = make_place(0.5)
+    known, registry = place.gated(), place.registry
+    evidence = known.reports["gate"].details["decision"]
+    good = StepReport(passed=True, sentence="as fast")
+    assert kept_or_withdrawn(good, known, registry) is good
+    assert [one.version for one in registry.candidates(NAME)] == [place.candidate]
+    slow = StepReport(passed=False, sentence="twice as slow")
+    assert kept_or_withdrawn(slow, known, registry) is slow
+    assert registry.candidates(NAME) == []
+    newest = registry.newest_decision(NAME, place.candidate)
+    assert newest is not None
+    assert newest["outcome"] == "withdrawn"
+    for told, said in ((newest, "'withdrawn', not 'pass'"), (evidence, "since: cycle 1: twice")):
+        with pytest.raises(PromotionRefused, match=said):
+            registry.promote(
+                NAME,
+                expected_champion=place.champion,
+                candidate=place.candidate,
+                evidence=told,
+            )
+    assert place.champions() == [place.champion]
+    # A person who wants it all the same has it gated again.
+    again = decision(place.champion, place.candidate)
+    assert registry.submit(NAME, again, approval="auto") is not None
+
+
+def test_a_persons_no_holds_for_the_registry_too(make_place, tmp_path: Path):
+    place = make_place(0.5)
+    known, store = place.gated(), place.store
+    plan = LearnPlan(recipe=load_recipe("quickstart"), suites={"old": "old.jsonl"})
+    facts = replace(known, request={"plan": plan.model_dump(mode="json")})
+    told = {name: report.as_dict() for name, report in known.reports.items()}
+    payload = {"champion": place.champion, "champion_revision": 1, "request": {}, "reports": told}
+    store.begin_cycle(NAME, state="approve", payload=payload)
+    answer_approval(store, NAME, approved=False, by="ann")
+    work = RealWork(store=store, registry=place.registry, threads=1)
+    assert work.approve(facts, tmp_path).sentence == "refused by ann"
+    assert place.registry.candidates(NAME) == []
 
 
 def test_a_cycle_that_waited_while_the_champion_changed_and_came_back_ends(tmp_path: Path):

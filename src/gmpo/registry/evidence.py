@@ -8,16 +8,26 @@ from typing import Any
 from gmpo.errors import PromotionRefused
 from gmpo.store import Champion
 
-__all__ = ["require_evidence", "stale_reason"]
+__all__ = ["WITHDRAWN", "require_evidence", "stale_reason"]
+
+WITHDRAWN = "withdrawn"
+"""Outcome that takes a pass back: something spoke against the version since."""
 
 
-def require_evidence(evidence: Mapping[str, Any], *, champion: str | None, candidate: str) -> int:
+def require_evidence(
+    evidence: Mapping[str, Any],
+    *,
+    champion: str | None,
+    candidate: str,
+    newest: Mapping[str, Any] | None,
+) -> int:
     """The revision of the champion that a pass about these two was measured against.
 
     Args:
         evidence: the gate's decision, as JSON.
         champion: version that it must have been compared with.
         candidate: version that it must be about.
+        newest: what the store last holds about the candidate, which may have been withdrawn.
 
     Raises:
         PromotionRefused: it is something else; the message says what.
@@ -44,6 +54,13 @@ def require_evidence(evidence: Mapping[str, Any], *, champion: str | None, candi
             f"the evidence about {candidate} does not say when its champion {champion} served "
             "(champion_revision), so it may be older than a rollback; gate the candidate with "
             "gmpo gate ... --store STORE --name NAME"
+        )
+    withdrawn = newest or {}
+    about = (withdrawn.get("outcome"), withdrawn.get("champion_revision"))
+    if about == (WITHDRAWN, revision):
+        raise PromotionRefused(
+            f"{candidate} passed the gate and was withdrawn since: {withdrawn['sentence']}; gate "
+            "it again if it is to serve all the same"
         )
     return revision
 

@@ -19,7 +19,7 @@ from gmpo.errors import (
     RunFolderError,
 )
 from gmpo.gate_records import GateDecision
-from gmpo.registry.evidence import require_evidence, stale_reason
+from gmpo.registry.evidence import WITHDRAWN, require_evidence, stale_reason
 from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model
 from gmpo.registry.garbage import Garbage, clear_away
 from gmpo.registry.line import ROLLBACK, serving_line
@@ -206,6 +206,23 @@ class Registry:
                 )
         return list(found.values())
 
+    def withdraw(
+        self, name: str, evidence: GateDecision | Mapping[str, Any], *, reason: str
+    ) -> None:
+        """Take back a decision that passed: its version has to pass again to be promoted.
+
+        Args:
+            name: of the model.
+            evidence: the decision.
+            reason: what was found since, in a sentence.
+        """
+        found = evidence.as_dict() if isinstance(evidence, GateDecision) else evidence
+        about = {key: found.get(key) for key in ("champion", "candidate", "champion_revision")}
+        payload = {"name": name, **about, "outcome": WITHDRAWN, "sentence": reason}
+        version = str(about["candidate"])
+        event = Event(kind="gate", time=time.time(), payload=payload, model_version=version)
+        self._store.add_events([event])
+
     def newest_decision(self, name: str, candidate: str) -> dict[str, Any] | None:
         """What the gate last said about a version, whatever it said; None if it was not asked."""
         for event in self._store.events(kinds=["gate"], model_version=candidate, newest_first=True):
@@ -233,14 +250,17 @@ class Registry:
             by: who decided, for the history.
 
         Raises:
-            PromotionRefused: the evidence did not pass, is about others or older than the
-                champion, or the candidate's files are damaged.
+            PromotionRefused: the evidence did not pass, was withdrawn, is about others or older
+                than the champion, or the candidate's files are damaged.
             ChampionMoved: another version serves by now.
             DataError: the candidate is not registered under this name.
         """
         found = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
         told = json.loads(json.dumps(found))  # what is returned is what the store will give
-        revision = require_evidence(told, champion=expected_champion, candidate=candidate)
+        newest = self.newest_decision(name, candidate)
+        revision = require_evidence(
+            told, champion=expected_champion, candidate=candidate, newest=newest
+        )
         with self._lock.shared():
             self._require_whole(candidate)
             history = self._store.champion_history(name)
