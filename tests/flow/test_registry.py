@@ -46,7 +46,9 @@ def test_from_the_first_version_to_a_rollback(store: str, tmp_path: Path):
         "is the champion of bot"
         in gmpo("registry", "adopt", "bot", old[:8], "--store", store).stdout
     )
-    assert "no decision of the gate" in refusal("registry", "promote", "bot", new, "--store", store)
+    undecided = refusal("registry", "promote", "bot", new, "--store", store)
+    assert "no decision of the gate" in undecided
+    assert f"gmpo gate CHAMPION {new[:8]} --suite SUITE --store {store} --name bot" in undecided
     with open_store(store) as opened:
         Registry(opened, tmp_path / "models").submit("bot", decision(old, new))
     assert roles(store) == {old: "champion", new: "candidate"}

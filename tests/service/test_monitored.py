@@ -187,6 +187,12 @@ def test_a_damaged_champion_is_told_and_stays_the_registrys_alert(store: Store, 
     assert [row.status for row in store.alerts()] == ["resolved"]
 
 
+def test_one_look_at_what_is_well_says_so(store: Store):
+    result = gmpo("monitor", "--store", store.where, "--once")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "note: nothing is wrong now: no alert fires, and none has ended\n"
+
+
 def test_the_command_looks_at_a_store_and_refuses_what_is_none(store: Store, tmp_path: Path):
     store.add_events([anomaly("critical", time.time())])
     result = gmpo("monitor", "--store", store.where, "--once")

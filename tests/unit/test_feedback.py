@@ -309,3 +309,11 @@ def test_settings_are_refused_with_the_nearest_name():
     assert policy_of({"least_votes": 2}).least_votes == 2
     with pytest.raises(ConfigError, match=r"least_agreement = 0\.5: input should be greater"):
         policy_of({"least_agreement": 0.5})
+
+
+def test_a_store_without_texts_says_how_they_are_kept(tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    open_store(path).close()
+    done = gmpo("data", "collect", "--store", path, "--out", tmp_path / "rows.jsonl")
+    assert done.exit_code == 0 and done.stdout.startswith("0 rows of 0 recorded answers")
+    assert "the gateway runs with --record-texts" in done.stderr

@@ -137,6 +137,11 @@ def collect(
     if as_json:
         print(json.dumps(found.as_dict()))
         return
+    if not found.num_texts:
+        warn(
+            "the store holds no texts of answers: they are kept where the gateway runs with "
+            '--record-texts and the request says "store": true'
+        )
     reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
     Console().print(
         Text(

@@ -69,6 +69,8 @@ def monitor(
             seen.keep(told)
             _tell(told)  # last: who reads it may end this process
             if once:
+                if not told:
+                    warn("nothing is wrong now: no alert fires, and none has ended")
                 return
             time.sleep(every)
 

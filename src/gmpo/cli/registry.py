@@ -214,8 +214,9 @@ def promote(
         decision = found.newest_decision(name, candidate) if evidence is None else _read(evidence)
         if decision is None:
             raise ConfigError(
-                f"the store has no decision of the gate about {candidate}; gate it against the "
-                f"champion: gmpo gate ... --store, or give --evidence"
+                f"the store has no decision of the gate about {candidate}; have the gate decide, "
+                f"gmpo gate CHAMPION {candidate[:8]} --suite SUITE --store {store} --name {name}, "
+                "or give --evidence"
             )
         if chosen.name != name:
             raise ConfigError(f"{candidate} is a version of {chosen.name!r}, not of {name!r}")
