@@ -300,9 +300,10 @@ def _authorization(name: str, settings: UpstreamSettings) -> dict[str, str]:
 def _encoded(body: Mapping[str, Any]) -> bytes:
     """The body as JSON.
 
-    Fields that this server does not know hold whatever the client sent: NaN, which Python's JSON
-    reads and nobody's writes, or lists in lists without end. That is the request's fault; passed
-    off as the backend's, a few such requests would open its breaker for everybody.
+    Fields that this server does not know hold whatever the client sent: NaN too, which Python's
+    JSON reads and nobody's writes. That is the request's fault; passed off as the backend's, a few
+    such requests would open its breaker for everybody. Lists in lists are refused when they are
+    read; that they may be read and still not written is only guarded against.
     """
     try:
         # Halves of surrogate pairs go on as they came, as escapes.
