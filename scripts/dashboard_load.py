@@ -58,7 +58,7 @@ def measure(path: Path, *, events: int) -> dict[str, Any]:
     maker.start()
     maker.join()
     assert maker.exitcode == 0, "the store could not be written"
-    os.environ[VARIABLE] = DashboardSettings(store=str(path)).as_json()
+    os.environ[VARIABLE] = DashboardSettings(store=str(path), runs=()).as_json()
     app = AppTest.from_file(str(PAGE), default_timeout=600)
     first = cpu_seconds(lambda: look(app))
     later = []
