@@ -51,9 +51,9 @@ def main() -> int:
 
 
 def install_steps(*, extras: bool) -> list[list[str]]:
-    """The arguments of each `pip install`, in order; `extras` is for the tests of all of them."""
+    """The arguments of each `pip install`, in order; `extras` is for lint and tests."""
     pinned = ["-c", "constraints.txt"]
-    package = ".[all,dev]" if extras else ".[dev]"
+    package = ".[all,dev]" if extras else "."
     return [
         # torch by itself and pinned: left to a range, another package may pull a newer, larger one.
         [*pinned, "torch"],

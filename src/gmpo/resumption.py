@@ -67,7 +67,7 @@ def begin_or_resume(
             "or choose another run folder"
         )
     if resume:
-        _warn_if_made_elsewhere(run, warn)
+        _warn_if_made_elsewhere(run, rounds=parts.config.training.rounds, warn=warn)
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
     state = restored(run, parts, recipe_digest=digest, warn=warn)
     run.write_text("recipe.toml", dump_recipe(parts.config))
@@ -140,7 +140,7 @@ def _made_with() -> dict[str, str | int | None]:
     return {**provenance(), "threads": torch.get_num_threads()}
 
 
-def _warn_if_made_elsewhere(run: RunFolder, warn: Callable[[str], None]) -> None:
+def _warn_if_made_elsewhere(run: RunFolder, *, rounds: int, warn: Callable[[str], None]) -> None:
     """Rounding differs between versions, machines and thread counts: the user should know."""
     try:
         recorded = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
@@ -153,7 +153,9 @@ def _warn_if_made_elsewhere(run: RunFolder, warn: Callable[[str], None]) -> None
         if recorded.get(name) != value
     ]
     if changed:
-        warn(
-            f"this is not what made {run.path}: {'; '.join(changed)}; the run goes on, but not "
-            "bit for bit as it would have there"
-        )
+        newest = checkpoints_newest_first(run.checkpoints)[:1]
+        is_finished = any(checkpoint_round(one) >= rounds for one in newest)
+        what_follows = "the run goes on, but not bit for bit as it would have there"
+        if is_finished:
+            what_follows = "its rounds are done, and stay as they were"
+        warn(f"this is not what made {run.path}: {'; '.join(changed)}; {what_follows}")

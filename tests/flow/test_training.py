@@ -310,16 +310,19 @@ def test_a_finished_run_that_is_resumed_has_its_answer(llama: str, tmp_path: Pat
 
 
 def test_a_run_resumed_with_other_means_says_so(llama: str, tmp_path: Path):
-    first = run(llama, tmp_path / "run")
+    often: dict[str, Any] = {"checkpoint": {"every_rounds": 1, "keep": 9}}
+    first = run(llama, tmp_path / "run", **often)
     path = first.folder / "run.json"
     made_with = json.loads(path.read_text())
     path.write_text(json.dumps({**made_with, "threads": 99}))
     said: list[str] = []
-    run(llama, first.folder, resume=True, warn=said.append)
-    assert said == [
-        f"this is not what made {first.folder}: threads was 99, is {torch.get_num_threads()}; the "
-        "run goes on, but not bit for bit as it would have there"
-    ]
+    run(llama, first.folder, resume=True, warn=said.append, **often)
+    changed = f"this is not what made {first.folder}: threads was 99, is {torch.get_num_threads()}"
+    assert said == [f"{changed}; its rounds are done, and stay as they were"]
+    shutil.rmtree(first.checkpoint)  # as if it had been killed before its last checkpoint
+    said.clear()
+    run(llama, first.folder, resume=True, warn=said.append, **often)
+    assert said == [f"{changed}; the run goes on, but not bit for bit as it would have there"]
 
 
 def test_both_engines_draw_the_same_and_learn_the_same(llama: str, tmp_path: Path):
