@@ -61,13 +61,14 @@ def test_from_the_first_version_to_a_rollback(store: str, tmp_path: Path):
     assert gmpo("registry", "promote", "bot", new, "--store", store).exit_code == 0
     back = gmpo("registry", "rollback", "bot", "--reason", "slow", "--store", store, "--json")
     assert json.loads(back.stdout)["version"] == old
+    assert roles(store) == {old: "champion", new: "taken back"}
     # What was taken back is not promoted by what was decided before.
     file = tmp_path / "decision.json"
     file.write_text(json.dumps(decision(old, new).as_dict()))
     for more in ((), ("--evidence", file)):
         stale = refusal("registry", "promote", "bot", new, "--store", store, *more)
         assert f"{new} was promoted since and taken back (slow); gate" in stale
-    assert roles(store) == {old: "champion", new: ""}
+    assert roles(store) == {old: "champion", new: "taken back"}
     listed = gmpo("registry", "list", "--store", store)
     assert old in listed.stdout and "accuracy 0.5" in listed.stdout
     history = json.loads(gmpo("registry", "show", "bot", "--store", store, "--json").stdout)

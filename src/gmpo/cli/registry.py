@@ -366,9 +366,12 @@ def _whole(opened: Store, digits: str) -> ModelVersion:
 def _row(opened: Store, version: ModelVersion) -> dict[str, Any]:
     from gmpo.registry import Registry, serving_line
 
-    line = serving_line(opened.champion_history(version.name))
+    history = opened.champion_history(version.name)
+    line = serving_line(history)
     waiting = Registry(opened, _folder(opened, None, needed=False)).candidates(version.name)
     role = ""
+    if version.version in [champion.version for champion in history]:
+        role = "taken back"  # unless it passed again, or is in the line that serves
     if version.version in [candidate.version for candidate in waiting]:
         role = "candidate"
     if version.version in line:
