@@ -74,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--guards", nargs="+", choices=GUARDS, default=list(GUARDS))
     parser.add_argument("--runs", type=Path, default=Path("runs/faults"), help="folder of the runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome here too")
     arguments = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> int:
     outcomes = []
     for seed in arguments.seeds:
         for fault in arguments.faults:
-            for guard in GUARDS if fault != "none" else ("mend",):
+            for guard in arguments.guards if fault != "none" else ("mend",):
                 folder = arguments.runs / f"{fault}-{guard}-seed{seed}"
                 outcomes.append(outcome_of(folder, model, fault=fault, guard=guard, seed=seed))
     rows = table(outcomes)
