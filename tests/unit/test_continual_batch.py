@@ -9,6 +9,7 @@ import pytest
 from tests.tiny_runs import tiny_recipe
 
 from gmpo.continual_batch import apart_from_suites, checked_batch
+from gmpo.continual_demo import default_settings, larger_and_sums
 from gmpo.continual_plan import LearnPlan, write_rows
 from gmpo.errors import DataError
 from gmpo.records import Prompt
@@ -121,3 +122,22 @@ def test_rows_known_by_now_are_left_out_and_too_few_are_refused(
     assert held_out.accepted == []
     with pytest.raises(DataError, match="holds no row"):
         checked(champion, tmp_path, [], sums(60))
+
+
+def test_the_demonstrations_items_are_never_learned():
+    rows = larger_and_sums()
+    assert len(rows.old_held_out) == 1000
+    held_out = {row["prompt"] for row in (*rows.old_held_out, *rows.new_held_out)}
+    learned = [row["prompt"] for row in (*rows.old, *rows.new)]
+    assert not held_out & set(learned)
+    assert len(set(learned)) == len(learned)
+    first = rows.old[0]
+    words = first["prompt"].replace(",", "").replace("?", "").split()
+    assert first["answer"] == str(max(int(words[4]), int(words[6])))
+
+
+@pytest.mark.real_model
+def test_the_demonstrations_settings_are_a_plan():
+    settings = default_settings()
+    assert settings.recipe.lora.rank
+    assert len(settings.rows.old) > 5 * settings.batch_rows

@@ -22,7 +22,7 @@ from gmpo.cli.conventions import (
     threads_of_each,
     warn,
 )
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, RunStopped
 from gmpo.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ _Refuse = Annotated[
     bool, typer.Option("--refuse", help="Say no to the candidate that waits, and go on.")
 ]
 _Abandon = Annotated[str | None, typer.Option(help="End the unfinished cycle, for this reason.")]
+_Demo = Annotated[
+    bool, typer.Option("--demo", help="Five cycles of a small model, two of them bad ones.")
+]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check data and plan; train and store nothing.")
 ]
@@ -110,11 +113,15 @@ def learn(
     refuse: _Refuse = False,
     abandon: _Abandon = None,
     dry_run: _DryRun = False,
+    demo: _Demo = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bring new data into the model that serves, if what comes out is no worse."""
+    if demo:
+        _run_demo(folder, as_json=as_json)
+        return
     if store is None or name is None:
-        raise ConfigError("--store and --name say which model learns")
+        raise ConfigError("--store and --name say which model learns; or try gmpo learn --demo")
     acts = [approve, refuse, abandon is not None, dry_run]
     if sum(acts) > 1:
         raise ConfigError("give one of --approve, --refuse, --abandon and --dry-run")
@@ -340,3 +347,38 @@ def _print(result: CycleResult, *, as_json: bool) -> None:
     why = f": {result.reason}" if result.reason else ""
     print(f"cycle {result.number} of {result.name}: {result.outcome}{why}")
     print(f"  {result.step}: {result.sentence}")
+
+
+def _run_demo(folder: Path | None, *, as_json: bool) -> None:
+    from gmpo.continual_demo import run_demo
+    from gmpo.terminal import asked_to_stop
+    from gmpo.tracking import fresh_folder
+
+    place = (fresh_folder("learn-demo") if folder is None else folder).absolute()
+    with asked_to_stop(warn) as should_stop:
+        cycles = run_demo(
+            place, threads=threads_of_each(1), tell=_tell, warn=warn, should_stop=should_stop
+        )
+        try:
+            for told in cycles:
+                print(json.dumps(told) if as_json else _demo_lines(told), flush=True)
+        except RunStopped:
+            raise RunStopped(f"the demonstration was stopped; what it did is in {place}") from None
+    warn(f"the trail: gmpo registry list --store {place / 'store.db'}")
+
+
+def _demo_lines(told: dict[str, Any]) -> str:
+    served = ", ".join(
+        f"{name} {suite['accuracy']:.3f} of {suite['items']}"
+        for name, suite in told["served"].items()
+        if name != "version"
+    )
+    if not told["cycle"]:
+        return f"start: served {served}"
+    why = f": {told['reason']}" if told["reason"] else ""
+    return (
+        f"cycle {told['cycle']} ({told['data']}): {told['outcome']}{why}\n"
+        f"  {told['step']}: {told['sentence']}\n"
+        f"  served {served}; {told['traffic']['requests']} requests meanwhile, "
+        f"{told['traffic']['failed']} failed; {told['seconds']:.0f} s so far"
+    )

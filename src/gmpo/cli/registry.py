@@ -82,7 +82,7 @@ def versions(
     for column in table.columns[1:4]:
         column.no_wrap = True  # a digest in two lines cannot be copied
     for row in rows:
-        metrics = ", ".join(f"{key} {value}" for key, value in row["metrics"].items())
+        metrics = ", ".join(f"{key} {value:.4g}" for key, value in row["metrics"].items())
         table.add_row(
             *map(Text, (row["name"], row["version"], row["role"], _clock(row["created"])[:10])),
             Text((row["parent"] or "")[:8]),
