@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gmpo.kernels.library import build
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUSY_LOAD = 0.5
 """Runnable processes, one-minute mean, from which on a warning is printed."""
@@ -21,6 +23,7 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
+        "kernels": build().said,
         **{name: version(name) for name in packages},
         "commit": commit(),
     }

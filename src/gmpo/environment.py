@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from gmpo.errors import ModelError
+from gmpo.kernels.library import build, cache_folder
 
 __all__ = ["Finding", "extras", "faults_of", "findings"]
 
@@ -126,6 +127,15 @@ def _machine() -> Iterator[Finding]:
     choose_dtype("auto", device=device, warn=said.append)
     threads = f"{torch.get_num_threads()} CPU threads"
     yield Finding(what="device", state="ok", said=f"{'; '.join(said)}; {threads}")
+    made = build()
+    yield Finding(
+        what="kernels",
+        state="ok" if made.library is not None else "off",
+        said=made.said,
+        remedy=""
+        if made.library is not None
+        else "a C compiler (apt install gcc) makes CPUs faster",
+    )
     free = free_bytes(device)
     told = "the system does not say" if free is None else f"{free / _GIB:.1f} GiB free"
     yield Finding(
@@ -147,8 +157,6 @@ def _default_model() -> Finding:
 
 def _cache() -> Finding:
     """Where the default model is dequantised to; nothing is written to find out."""
-    from gmpo.policy.load import cache_folder
-
     folder = cache_folder()
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free

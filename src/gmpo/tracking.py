@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.errors import DataError, RunFolderError
+from gmpo.kernels.library import build
 
 __all__ = ["METRICS", "METRIC_FAMILIES", "RunFolder", "fresh_folder", "provenance", "read_lines"]
 
@@ -284,6 +285,7 @@ def provenance() -> dict[str, str | None]:
         **versions,
         "commit": _commit(),
         "python": platform.python_version(),
+        "kernels": build().said,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 

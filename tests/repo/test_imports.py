@@ -35,7 +35,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "named_functions",
         "store",
     ),
-    "mathematics": ("geometric", "statistics", "detectors", "spikes", "objective", "advantages"),
+    "mathematics": (
+        "geometric",
+        "statistics",
+        "detectors",
+        "spikes",
+        "objective",
+        "advantages",
+        "kernels",
+    ),
     "stages": (
         "tasks",
         "rewards",

@@ -29,13 +29,13 @@ from transformers import (
 )
 
 from gmpo.errors import ModelError
+from gmpo.kernels.library import cache_folder
 from gmpo.policy.adapter_files import is_adapter_folder, merge_adapter, read_adapter
 from gmpo.policy.hub import near_names, why_unknown
 from gmpo.policy.score import Policy
 
 __all__ = [
     "KnownModel",
-    "cache_folder",
     "choose_device",
     "choose_dtype",
     "context_length",
@@ -307,11 +307,6 @@ def model_folder(name: str) -> str:
     if not (folder / "config.json").is_file():
         _convert_smollm2(gguf, folder)
     return str(folder)
-
-
-def cache_folder() -> Path:
-    """Where the default model's dequantised weights are kept."""
-    return Path(os.environ.get("GMPO_CACHE", Path.home() / ".cache" / "gmpo"))
 
 
 def default_model_file() -> Path:

@@ -1,0 +1,22 @@
+/* All kernels in one unit; each source is written once for bf16 and once for float. */
+#include "common.h"
+
+#define T bf16
+#define WIDE wide_bf16
+#define NARROW narrow_bf16
+#define NAME(name) name##_bf16
+#include "norms.h"
+#undef T
+#undef WIDE
+#undef NARROW
+#undef NAME
+
+#define T float
+#define WIDE wide_float
+#define NARROW narrow_float
+#define NAME(name) name##_float
+#include "norms.h"
+#undef T
+#undef WIDE
+#undef NARROW
+#undef NAME
