@@ -6,6 +6,7 @@
 #define NARROW narrow_bf16
 #define NAME(name) name##_bf16
 #include "norms.h"
+#include "training.h"
 #undef T
 #undef WIDE
 #undef NARROW
@@ -16,6 +17,7 @@
 #define NARROW narrow_float
 #define NAME(name) name##_float
 #include "norms.h"
+#include "training.h"
 #undef T
 #undef WIDE
 #undef NARROW

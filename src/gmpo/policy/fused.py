@@ -30,6 +30,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmpo.kernels.training import (
+    gated,
+    gated_gradients,
+    norm_again,
+    norm_gradients,
+    stream_sum,
+    sum_norm,
+)
 from gmpo.policy.head import widened
 
 __all__ = ["feed_forward", "gathered_rows", "is_covered", "project", "rms_norm", "rotate"]
@@ -116,14 +124,14 @@ def gathered_rows(
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = _norm_scale(hidden, eps)
+        _, normed, scale = sum_norm(widened(hidden), None, weight, eps=eps)
         ctx.save_for_backward(hidden, weight, scale)
-        return _normed(hidden, weight, scale)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, scale = ctx.saved_tensors
-        by_hidden, by_weight = _norm_gradients(gradients[0], hidden, weight, scale)
+        by_hidden, _, by_weight = norm_gradients(gradients[0], widened(hidden), weight, scale)
         return by_hidden.to(hidden.dtype), by_weight, None
 
 
@@ -133,8 +141,7 @@ class _Project(torch.autograd.Function):
         ctx: Any, hidden: Tensor, norm_weight: Tensor, eps: float, *layers: Tensor | None
     ) -> tuple[Tensor, ...]:
         count = len(layers) // 2
-        scale = _norm_scale(hidden, eps)
-        normed = _normed(hidden, norm_weight, scale)
+        _, normed, scale = sum_norm(widened(hidden), None, norm_weight, eps=eps)
         ctx.save_for_backward(hidden, norm_weight, scale, *layers[:count])
         ctx.has_bias = [bias is not None for bias in layers[count:]]
         return tuple(
@@ -145,14 +152,14 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, norm_weight, scale, *weights = ctx.saved_tensors
-        normed = _normed(hidden, norm_weight, scale)
+        normed = norm_again(widened(hidden), norm_weight, scale)
         by_normed = _input_gradient(gradients, weights)
         by_weights = [gradient.t() @ normed for gradient in gradients]
         by_biases = [
             gradient.sum(0) if has_bias else None
             for gradient, has_bias in zip(gradients, ctx.has_bias, strict=True)
         ]
-        by_hidden, by_norm = _norm_gradients(by_normed, hidden, norm_weight, scale)
+        by_hidden, _, by_norm = norm_gradients(by_normed, widened(hidden), norm_weight, scale)
         return by_hidden.to(hidden.dtype), by_norm, None, *by_weights, *by_biases
 
 
@@ -167,16 +174,13 @@ class _FeedForward(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         output, gate, up, down = weights
-        stream = hidden + attended @ output.t()
-        scale = _norm_scale(stream, eps)
-        normed = _normed(stream, norm_weight, scale)
+        stream, normed, scale = sum_norm(hidden, attended @ output.t(), norm_weight, eps=eps)
         gate_states, up_states = normed @ gate.t(), normed @ up.t()
         del normed
         ctx.save_for_backward(
             attended, stream, scale, gate_states, up_states, norm_weight, *weights
         )
-        joined = functional.silu(gate_states).mul_(up_states)
-        return stream + joined @ down.t()
+        return stream_sum(stream, gated(gate_states, up_states) @ down.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -185,14 +189,15 @@ class _FeedForward(torch.autograd.Function):
         output, gate, up, down = weights
         # Products are taken in the weights' precision; only the stream is wider.
         narrow = gradient.to(attended.dtype)
-        by_gate, by_up, by_down = _gated_gradients(narrow, gate_states, up_states, down)
-        normed = _normed(stream, norm_weight, scale)
+        by_gate, by_up, joined = gated_gradients(narrow @ down, gate_states, up_states)
+        by_down = narrow.t() @ joined
+        normed = norm_again(stream, norm_weight, scale)
         by_gate_weight, by_up_weight = by_gate.t() @ normed, by_up.t() @ normed
         by_normed = _input_gradient((by_gate, by_up), (gate, up))
-        del by_gate, by_up, normed
-        by_stream, by_norm = _norm_gradients(by_normed, stream, norm_weight, scale)
-        by_stream = by_stream.add_(gradient).to(stream.dtype)
-        narrow = by_stream.to(attended.dtype)
+        del by_gate, by_up, joined, normed
+        by_stream, narrow, by_norm = norm_gradients(
+            by_normed, stream, norm_weight, scale, residual=gradient
+        )
         by_output = narrow.t() @ attended
         by_weights = (by_output, by_gate_weight, by_up_weight, by_down)
         return by_stream, narrow @ output, by_norm, None, *by_weights
@@ -220,42 +225,6 @@ class _GatheredRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (real,) = ctx.saved_tensors
         return gradients[0].flatten(0, 1).index_select(0, real), None, None
-
-
-def _norm_scale(hidden: Tensor, eps: float) -> Tensor:
-    """r of each token, in fp32 or wider."""
-    mean = widened(hidden).square().mean(dim=-1, keepdim=True)
-    return mean.add_(eps).rsqrt_()
-
-
-def _normed(hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return (widened(hidden) * scale).to(weight.dtype).mul_(weight)
-
-
-def _norm_gradients(
-    gradient: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of the norm's input, in fp32 or wider, and of its weight."""
-    wide, by_output, wide_weight = widened(hidden), widened(gradient), widened(weight)
-    product = by_output * wide
-    by_weight = product.flatten(0, -2).t().mv(scale.flatten())
-    mean = (product @ wide_weight)[..., None].div_(hidden.shape[-1])
-    del product
-    by_hidden = (by_output * wide_weight).mul_(scale)
-    by_hidden.addcmul_(wide, mean.mul_(scale.pow(3)), value=-1)
-    return by_hidden, by_weight.to(weight.dtype)
-
-
-def _gated_gradients(
-    gradient: Tensor, gate_states: Tensor, up_states: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of both halves of the feed-forward part and of the weight that takes them joined."""
-    by_joined = gradient @ down
-    activated = functional.silu(gate_states)
-    by_down = gradient.t() @ (activated * up_states)
-    by_up = activated.mul_(by_joined)
-    by_gate = torch.ops.aten.silu_backward(by_joined.mul_(up_states), gate_states)
-    return by_gate, by_up, by_down
 
 
 def _input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
