@@ -6,6 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from tests.models import character_tokenizer, save_tiny, tiny_model
 
 from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
-from gmpo.policy.load import end_token_ids
+from gmpo.model_files import weights_version
+from gmpo.policy.adapter_files import save_adapter
+from gmpo.policy.load import end_token_ids, load_model
+from gmpo.policy.lora import add_adapters
 from gmpo.policy.score import Policy
 from gmpo.rollouts import decode_text
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
@@ -86,6 +90,33 @@ def offline(seed: int = 0) -> tuple[Sampler, tuple[int, ...]]:
     model, tokenizer = tiny_model(seed=seed), character_tokenizer()
     policy = Policy(model, engine="fast", warn=lambda _: None)
     return build_sampler(policy, tokenizer, max_rows=4), end_token_ids(model, tokenizer)
+
+
+def version_served(folder: str, dtype: Any) -> str:
+    config = ModelConfig(name=folder, dtype=dtype)
+    return load_served_model(config, max_rows=MAX_ROWS).version
+
+
+def test_a_version_has_one_name_in_any_precision_and_on_disk(folders: list[str], tmp_path: Path):
+    on_disk = weights_version(Path(folders[0]))
+    assert [version_served(folders[0], dtype) for dtype in ("fp32", "bf16")] == [on_disk] * 2
+    model = load_model(folders[0], dtype="fp32")
+    add_adapters(model, rank=2, alpha=4.0, targets=("q_proj",), seed=0)
+    save_adapter(Policy(model, warn=lambda _: None), tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    of_adapter = weights_version(tmp_path)
+    assert of_adapter != on_disk
+    assert [version_served(str(tmp_path), dtype) for dtype in ("fp32", "bf16")] == [of_adapter] * 2
+
+
+def test_weights_that_are_no_safetensors_are_known_by_what_was_loaded(
+    folders: list[str], tmp_path: Path
+):
+    model = load_model(folders[0], dtype="fp32")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    character_tokenizer().save_pretrained(tmp_path)
+    assert version_served(str(tmp_path), "fp32") == weights_version(Path(folders[0]))
 
 
 def offline_completions(request: GenerationRequest, seed: int = 0) -> list[Completion]:

@@ -14,11 +14,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from tests.models import save_tiny
 
+from gmpo.model_files import weights_version
 from gmpo.monitoring.training_metrics import BY_NAME, TrainingMetrics, exposed_name
-from gmpo.policy.load import load_policy, model_version
 from gmpo.trackers import TrackedRun, Trackers
 from gmpo.trackers.prometheus import PrometheusFile
-from gmpo.trackers.weights_version import weights_version
 from gmpo.tracking import METRIC_FAMILIES, METRICS
 from gmpo.tracking_config import TrackingConfig
 
@@ -59,7 +58,7 @@ def test_the_newest_round_and_evaluation_are_exposed():
     metrics.logged({"kind": "step", "round": 2, "step": 5, "ratio/max": 99.0})
     metrics.logged({"kind": "evaluation", "round": 2, "step": 8, "evaluation/accuracy": 0.75})
     metrics.logged(row(3, **{"rollout/reward": 0.5, "ratio/max": None, "rollout/reward/a": 0.125}))
-    metrics.weights("ab12", rounded="cd34")
+    metrics.weights("ab12")
     by = {"run": "mine", "model_version": "ab12"}
     value = registry.get_sample_value
     assert value("gmpo_training_rollout_reward", by) == 0.5
@@ -67,7 +66,6 @@ def test_the_newest_round_and_evaluation_are_exposed():
     assert value("gmpo_training_evaluation_accuracy", by) == 0.75
     assert value("gmpo_training_rollout_reward_by_name", {**by, "name": "a"}) == 0.125
     assert (value("gmpo_training_round", by), value("gmpo_training_step", by)) == (3, 12)
-    assert value("gmpo_training_weights", {**by, "bf16_version": "cd34"}) == 1
 
 
 def test_every_figure_that_the_dashboard_names_is_exposed():
@@ -75,19 +73,6 @@ def test_every_figure_that_the_dashboard_names_is_exposed():
     named = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
     assert len(named) >= 8
     assert named <= {exposed_name(metric)[0] for metric in METRICS} | {"gmpo_training_round"}
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_checkpoints_files_have_the_version_by_which_gateways_know_it(
-    family: str, tmp_path: Path
-):
-    folder = save_tiny(tmp_path / "model", family)
-    version = weights_version(Path(folder))
-    assert version is not None
-    assert version.fp32 == model_version(load_policy(folder, dtype="fp32").model)
-    assert version.bf16 == model_version(load_policy(folder, dtype="bf16").model)
-    assert version.bf16 != version.fp32
-    assert weights_version(tmp_path) is None
 
 
 def tracked(folder: Path, **parameters: Any) -> TrackedRun:
@@ -99,9 +84,7 @@ def checkpoint(folder: Path, number: int, seed: int) -> str:
     whole = folder / "checkpoints" / f"round-{number:06d}"
     save_tiny(whole / "model", seed=seed)
     (whole / "state.json").write_text("{}")
-    version = weights_version(whole / "model")
-    assert version is not None
-    return version.fp32
+    return weights_version(whole / "model")
 
 
 def test_the_file_shows_the_weights_that_a_round_has_come_to(tmp_path: Path):
@@ -118,7 +101,7 @@ def test_the_file_shows_the_weights_that_a_round_has_come_to(tmp_path: Path):
         tool.write(row(number, **{"rollout/reward": number / 8}))
         expected = {("gmpo_training_rollout_reward", version, "mine"): number / 8}
         assert expected.items() <= samples(shown.read_text()).items()
-        assert len(samples(shown.read_text())) == 4
+        assert len(samples(shown.read_text())) == 3
     tool.close()
     assert said == []
 

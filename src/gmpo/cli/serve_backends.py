@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -340,9 +340,8 @@ class EngineChanges:
         def load() -> ServedModel:
             config = _model_config(self.settings.engine, self.settings.dtype)
             loaded = self._load(config.model_copy(update={"name": version.path}))
-            # In bf16 the loaded weights have another digest than those on disk.
-            if version.version in (loaded.version, _version_on_disk(Path(version.path))):
-                return replace(loaded, version=version.version)
+            if loaded.version == version.version:
+                return loaded
             raise ModelError(
                 f"the weights at {version.path} are version {loaded.version}; somebody changed "
                 "them: restore them, or register them as what they are"
@@ -379,12 +378,6 @@ def _model_config(model: str, dtype: str | None) -> ModelConfig:
     trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
     changed = {"name": model_name(model), **({} if dtype is None else {"dtype": dtype})}
     return trained.model_copy(update=changed)
-
-
-def _version_on_disk(folder: Path) -> str | None:
-    from gmpo.model_files import holds_weights, weights_version
-
-    return weights_version(folder) if holds_weights(folder) else None
 
 
 def _last_part(model: str) -> str:

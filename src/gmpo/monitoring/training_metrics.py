@@ -51,7 +51,7 @@ class TrainingMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry, *, run: str) -> None:
         self._run = run
-        self._version = self._rounded_version = "none"
+        self._version = "none"
         self._rows: dict[str, Mapping[str, Any]] = {}
         registry.register(self)
 
@@ -60,14 +60,13 @@ class TrainingMetrics(Collector):
         if row["kind"] != "step":
             self._rows = {**self._rows, row["kind"]: row}
 
-    def weights(self, version: str | None, *, rounded: str | None) -> None:
+    def weights(self, version: str | None) -> None:
         """Say which weights the figures have come to; None where they have no version yet.
 
         Args:
-            version: digest of the fp32 weights, the label of all figures.
-            rounded: digest of the same weights in bf16, by which a gateway may serve them.
+            version: digest of the weights, the label of all figures.
         """
-        self._version, self._rounded_version = version or "none", rounded or "none"
+        self._version = version or "none"
 
     def collect(self) -> Iterator[Metric]:
         """Gauges of every figure that is there; one that was not finite is absent."""
@@ -92,13 +91,6 @@ class TrainingMetrics(Collector):
                 family.add_metric(labels, max(numbers))
                 families[counted] = family
         yield from families.values()
-        weights = GaugeMetricFamily(
-            "gmpo_training_weights",
-            "1; a gateway that serves these weights in bf16 calls them bf16_version",
-            labels=(*_LABELS, "bf16_version"),
-        )
-        weights.add_metric((*labels, self._rounded_version), 1)
-        yield weights
 
 
 def _plain(metric: str) -> str:

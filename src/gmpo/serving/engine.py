@@ -15,20 +15,24 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
+from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
-from gmpo.errors import DataError
+from gmpo.errors import DataError, ModelError
 from gmpo.inputs import resolve_model
+from gmpo.model_files import holds_weights, weights_version
 from gmpo.policy.load import (
     context_length,
     end_token_ids,
     load_policy,
     load_tokenizer,
+    model_folder,
     model_version,
 )
 from gmpo.records import Message, Prompt
@@ -78,7 +82,7 @@ class ServedModel:
     """A loaded model with all that is needed to answer with it.
 
     Attributes:
-        version: digest of the weights.
+        version: digest of the weights, by which the registry and the run know them too.
         tokenizer: of the model.
         renderer: turns a chat into token ids as in training.
         stop_ids: token ids that end a completion.
@@ -108,7 +112,7 @@ def load_served_model(
     policy = load_policy(config.name, device=config.device, dtype=config.dtype, warn=warn)
     tokenizer = load_tokenizer(config.name)
     return ServedModel(
-        version=model_version(policy.model),
+        version=_version(config.name, policy.model),
         tokenizer=tokenizer,
         renderer=PromptRenderer(
             tokenizer,
@@ -121,6 +125,26 @@ def load_served_model(
         source=SamplerSource(lambda: build_sampler(policy, tokenizer, max_rows=max_rows)),
         texts=_token_texts(tokenizer),
     )
+
+
+def _version(name: str, model: PreTrainedModel) -> str:
+    """The digest of the weights as they lie on disk: one name in whatever precision they serve.
+
+    Weights that have none there (other files than safetensors, quantised ones) are not in any
+    registry; they are known by what was loaded.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(model_folder(name))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if not holds_weights(folder):
+        return model_version(model)
+    try:
+        return weights_version(folder)
+    except ModelError:
+        return model_version(model)
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase) -> TokenTexts:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server, write_to_textfile
 
+from gmpo.model_files import holds_weights, weights_version
 from gmpo.monitoring.training_metrics import TrainingMetrics
 from gmpo.trackers.tools import Row, TrackedRun
-from gmpo.trackers.weights_version import WeightsVersion, weights_version
 
 __all__ = ["PrometheusFile"]
 
@@ -33,7 +33,7 @@ class PrometheusFile:
         registry = CollectorRegistry()
         self._file = run.folder / _NAME
         self._checkpoints = run.folder / "checkpoints"
-        self._versions: dict[str, WeightsVersion | None] = {}
+        self._versions: dict[str, str | None] = {}
         self._metrics = TrainingMetrics(registry, run=run.name)
         self._registry = registry
         port = run.parameters.get("tracking.prometheus_port")
@@ -62,14 +62,10 @@ class PrometheusFile:
             server.server_close()
 
     def _write(self, *, last_round: int | None) -> None:
-        version = self._version(last_round)
-        if version is None:
-            self._metrics.weights(None, rounded=None)
-        else:
-            self._metrics.weights(version.fp32, rounded=version.bf16)
+        self._metrics.weights(self._version(last_round))
         write_to_textfile(str(self._file), self._registry)
 
-    def _version(self, last_round: int | None) -> WeightsVersion | None:
+    def _version(self, last_round: int | None) -> str | None:
         found: Path | None = None
         for state in sorted(self._checkpoints.glob("round-*/state.json")):
             if last_round is None or int(state.parent.name.removeprefix("round-")) <= last_round:
@@ -77,5 +73,8 @@ class PrometheusFile:
         if found is None:
             return None
         if found.name not in self._versions:
-            self._versions = {found.name: weights_version(found / "model")}
+            # A run with adapters leaves those, not a whole model.
+            folders = [found / name for name in ("adapter", "model")]
+            version = next((weights_version(one) for one in folders if holds_weights(one)), None)
+            self._versions = {found.name: version}
         return self._versions[found.name]
