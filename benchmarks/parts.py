@@ -24,7 +24,7 @@ PARTS = (
     "optimizer",
     "norms and elementwise",
 )
-OVERHEAD = "python and dispatch"
+OVERHEAD = "compiled functions, python and dispatch"
 
 _PRODUCTS = (
     "mm",
@@ -103,8 +103,9 @@ def shares(
 ) -> dict[str, dict[str, float]]:
     """Each part's seconds and share of `seconds`, which were taken without the profiler.
 
-    What the operators do not account for is Python and dispatch; the profiler lengthens every
-    operator by about a microsecond, so it is a little less than the truth.
+    What the operators do not account for is Python, dispatch, and gmpo's own compiled functions,
+    which the profiler does not see; it lengthens every operator by about a microsecond, so that
+    this is a little less than the truth.
     """
     totals: dict[str, float] = defaultdict(float)
     for operator in operators:

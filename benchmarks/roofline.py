@@ -31,7 +31,7 @@ from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.options import add_threads, require_threads
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
-from benchmarks.roofline_report import counted_table, timing_tables
+from benchmarks.roofline_report import BY_TORCH, counted_table, timing_tables
 from benchmarks.shapes import (
     STEPS_PER_ROUND,
     WORKLOADS,
@@ -45,6 +45,7 @@ from benchmarks.shapes import (
 from benchmarks.spread import spread
 from gmpo.assembly import build_sampler
 from gmpo.batch import StepBatch
+from gmpo.kernels.library import kernels_off
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
 from gmpo.policy.score import Policy
 from gmpo.sampler.local import LocalSampler
@@ -205,11 +206,16 @@ def cycle(measured: Measured) -> dict[str, Any]:
             "gradient": middle - start,
             "optimizer": time.perf_counter() - middle,
         }
+        start = time.perf_counter()
+        with kernels_off():
+            accumulate_gradients(measured.policy, step, LOSS)
+        updates[name][BY_TORCH] = time.perf_counter() - start
+        measured.optimizer.zero_gradients()
     return {"peaks": peaks, "decode": decode, "updates": updates}
 
 
 def seconds_of(one: dict[str, Any]) -> dict[str, float]:
-    updates = {f"update {n}": sum(parts.values()) for n, parts in one["updates"].items()}
+    updates = {f"update {n}": of["gradient"] + of["optimizer"] for n, of in one["updates"].items()}
     return {"decode": one["decode"], **updates}
 
 
@@ -334,6 +340,11 @@ def update_report(
         "optimizer": lambda: measured.optimizer.apply_step(learning_rate=0.0, clip_norm=1.0),
     }
     pieces, all_seconds, all_bounds = {}, [0.0] * len(cycles), [0.0] * len(cycles)
+    least, traffic = needs["gradient"]
+    by_torch = against_bound(
+        [c["updates"][name][BY_TORCH] for c in cycles],
+        [bound_in(c, dtype, operations=least, traffic=traffic) for c in cycles],
+    )
     for piece, (least, traffic) in needs.items():
         bounds = [bound_in(c, dtype, operations=least, traffic=traffic) for c in cycles]
         seconds = [c["updates"][name][piece] for c in cycles]
@@ -350,7 +361,7 @@ def update_report(
                 draws=False,
             ),
         }
-    return {**against_bound(all_seconds, all_bounds), "pieces": pieces}
+    return {**against_bound(all_seconds, all_bounds), "pieces": pieces, BY_TORCH: by_torch}
 
 
 def counted(measured: Measured, workloads: Sequence[Workload], model: str) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Any
 from benchmarks.parts import parts_table
 from benchmarks.spread import Spread
 
+BY_TORCH = "gradient with torch's operations"
+"""The same gradient without the compiled functions: what these give, in the same run."""
+
 
 def timing_tables(report: Mapping[str, Any]) -> str:
     """Peaks, decoding and updates against their bounds, and their parts."""
@@ -37,7 +40,8 @@ def bounds_table(report: Mapping[str, Any]) -> str:
     rows = {f"decode, {decode['rows']} rows at position {decode['position']}": decode}
     for name, update in report["updates"].items():
         rows[f"update, {name}"] = update
-        rows |= {f"update, {name}: {piece}": of for piece, of in update["pieces"].items()}
+        pieces = {**update["pieces"], BY_TORCH: update[BY_TORCH]}
+        rows |= {f"update, {name}: {piece}": of for piece, of in pieces.items()}
     lines = ["| work | ms | bound, ms | share of the bound |", "|---|---|---|---|"]
     for name, of in rows.items():
         cells = [scaled(of[key], 1e3).text() for key in ("seconds", "bound_seconds")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import flops, peaks, roofline
-from benchmarks.roofline_report import count_ratios
+from benchmarks.roofline_report import BY_TORCH, count_ratios
 from benchmarks.shapes import Round, Workload, counts, layout_of, prefills_of, steps_of
 from tests.models import save_tiny, tiny_model
 
@@ -105,4 +105,6 @@ def test_a_run_reports_peaks_bounds_parts_and_counts(
         ("as sampled", 4),
         ("as sampled", 1),
     ]
-    assert "| share of the bound |" in capsys.readouterr().out
+    assert update[BY_TORCH]["seconds"]["min"] > 0
+    shown = capsys.readouterr().out
+    assert "| share of the bound |" in shown and f"| update, short: {BY_TORCH} |" in shown

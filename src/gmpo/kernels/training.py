@@ -106,7 +106,8 @@ def norm_gradients(
         scale: r of each token.
         residual: a gradient of the stream from elsewhere, added to the first two results.
     """
-    run = _function("norm_backward", "pppppppppii", weight, stream)
+    wide = (stream,) if residual is None else (stream, residual)
+    run = _function("norm_backward", "pppppppppii", weight, *wide)
     if run is None or gradient.dtype != weight.dtype:
         by_stream, by_weight = _norm_gradients(gradient, stream, weight, scale)
         if residual is not None:

@@ -65,7 +65,11 @@ def rms_norm(
 def project(
     hidden: Float[Tensor, "N M"], norm: Any, linears: Sequence[nn.Linear]
 ) -> tuple[Float[Tensor, "N O"], ...]:
-    """Several linear layers, with or without bias, over the same normed tokens."""
+    """The tokens themselves and several linear layers, with or without bias, over their norm.
+
+    What goes on with the first result instead of `hidden` has its gradient added where the norm's
+    is formed, and not in a pass of its own.
+    """
     return cast(
         tuple[Tensor, ...],
         _Project.apply(  # type: ignore[no-untyped-call]
@@ -144,13 +148,14 @@ class _Project(torch.autograd.Function):
         _, normed, scale = sum_norm(widened(hidden), None, norm_weight, eps=eps)
         ctx.save_for_backward(hidden, norm_weight, scale, *layers[:count])
         ctx.has_bias = [bias is not None for bias in layers[count:]]
-        return tuple(
+        projected = (
             functional.linear(normed, cast(Tensor, weight), bias)
             for weight, bias in zip(layers[:count], layers[count:], strict=True)
         )
+        return hidden, *projected
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, residual: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, norm_weight, scale, *weights = ctx.saved_tensors
         normed = norm_again(widened(hidden), norm_weight, scale)
         by_normed = _input_gradient(gradients, weights)
@@ -159,7 +164,9 @@ class _Project(torch.autograd.Function):
             gradient.sum(0) if has_bias else None
             for gradient, has_bias in zip(gradients, ctx.has_bias, strict=True)
         ]
-        by_hidden, _, by_norm = norm_gradients(by_normed, widened(hidden), norm_weight, scale)
+        by_hidden, _, by_norm = norm_gradients(
+            by_normed, widened(hidden), norm_weight, scale, residual=residual
+        )
         return by_hidden.to(hidden.dtype), by_norm, None, *by_weights, *by_biases
 
 

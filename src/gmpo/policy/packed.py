@@ -196,8 +196,10 @@ def _run_layer(
         attended = _attend_all(generations, *_projected(body, layer, hidden, rotary))
         by_head = attended.unflatten(1, (body.num_heads, -1)).transpose(0, 1)
         return body.finish(layer, hidden[None], by_head[None])[0]
-    attended = _attend_all(generations, *_fused_heads(body, layer, hidden, rotary))
-    return fused.feed_forward(hidden, attended, layer)
+    stream, heads = _fused_heads(body, layer, hidden, rotary)
+    attended = _attend_all(generations, *heads)
+    del heads
+    return fused.feed_forward(stream, attended, layer)
 
 
 def _projected(
@@ -210,11 +212,11 @@ def _projected(
 
 def _fused_heads(
     body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], rotary: tuple[Tensor, Tensor]
-) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
-    """The same by functions that keep little for their backward pass."""
+) -> tuple[Float[Tensor, "N M"], tuple[Tensor, Tensor, Tensor]]:
+    """The stream, and the same by functions that keep little for their backward pass."""
     attention = layer.self_attn
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    projected = fused.project(hidden, layer.input_layernorm, linears)
+    stream, *projected = fused.project(hidden, layer.input_layernorm, linears)
     queries, keys, values = (heads.unflatten(1, (-1, body.head_dim)) for heads in projected)
     if body.has_head_norms:
         norms = attention.q_norm, attention.k_norm
@@ -223,7 +225,7 @@ def _fused_heads(
             for heads, norm in zip((queries, keys), norms, strict=True)
         )
     cos, sin = (part[0].transpose(0, 1) for part in rotary)
-    return fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin), values
+    return stream, (fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin), values)
 
 
 def _attend_all(
