@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, add_adapters
+from gmpo.policy.prefix import extend
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
-from gmpo.sampler.prepared import gated_projection, projection
+from gmpo.sampler.prefilling import prepared_layer_run
+from gmpo.sampler.prepared import gated_projection, prepare_body, projection
 from gmpo.sampler.requests import Completion, SampleRequest, complete
 
 # bf16 keeps 8 bits; a difference of rounding order is a few of their last.
@@ -172,3 +174,26 @@ def test_adapters_are_run_and_not_merged():
         for layer in adapters_of(model).values():
             layer.lora_B.normal_(std=0.3)
     check_against_the_full_forward(sampler_over(model, max_rows=20), model)
+
+
+@every_llama
+@every_precision
+@pytest.mark.parametrize("with_past", [False, True])
+@torch.no_grad()
+def test_prompts_run_with_reordered_weights_as_with_the_modules(
+    family: str, dtype: torch.dtype, with_past: bool
+):
+    body = LlamaBody(tiny_model(family, dtype=dtype))
+    run = prepared_layer_run(body, prepare_body(body, rows=64))
+    beginning = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    past = extend(body, beginning, torch.tensor([3, 2]))[1] if with_past else None
+    asked = torch.tensor([[11, 12, 13, 14], [20, 21, 0, 0]]), torch.tensor([4, 2])
+    expected, expected_own = extend(body, *asked, past)
+    hidden, own = extend(body, *asked, past, run=run)
+    # The stream of these models grows to about 10.
+    for ours, theirs in ((hidden[0], expected[0]), (hidden[1, :2], expected[1, :2])):
+        assert (ours - theirs).abs().max() <= 10 * TOLERANCE[dtype]
+    for pair, expected_pair in zip(own.layers, expected_own.layers, strict=True):
+        for states, others in zip(pair, expected_pair, strict=True):
+            assert states.shape == others.shape
+            assert (states[0] - others[0]).abs().max() <= 10 * TOLERANCE[dtype]

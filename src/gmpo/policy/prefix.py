@@ -10,7 +10,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.recompute import recomputed
 
 __all__ = [
+    "LayerRun",
     "Past",
     "common_length",
     "extend",
@@ -70,11 +71,18 @@ class Past:
         )
 
 
+LayerRun = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""One layer: of the body, the layer, hidden states, cos and sin, which keys are seen, and the keys
+and values before it, its output and its own keys and values."""
+
+
 def extend(
     body: LlamaBody,
     token_ids: Int[Tensor, "B T"],
     lengths: Int[Tensor, " B"],
     past: Past | None = None,
+    *,
+    run: LayerRun | None = None,
 ) -> tuple[Float[Tensor, "B T M"], Past]:
     """Run rows of tokens, padded on the right, after a past; hidden states and their own past.
 
@@ -83,6 +91,7 @@ def extend(
         token_ids: what lies beyond a row's length has no effect on the rest.
         lengths: real tokens of each row.
         past: what each row follows; None starts at position 0.
+        run: how a layer is run; by the model's modules if None.
     """
     hidden = body.embed(token_ids)
     offsets = torch.arange(token_ids.shape[1], device=token_ids.device)
@@ -93,9 +102,9 @@ def extend(
         rows, width = token_ids.shape
         sees_past = past.valid[:, None, None].expand(rows, 1, width, -1)
         mask = torch.cat((sees_past, mask.expand(rows, 1, width, width)), dim=-1)
-    run = _run_layer
+    run = run or _run_layer
     if body.recomputes_layers and torch.is_grad_enabled():
-        run = partial(recomputed, _run_layer)
+        run = partial(recomputed, run)
     own = []
     for number, layer in enumerate(body.layers):
         before = None if past is None else past.layers[number]
@@ -123,7 +132,11 @@ def _run_layer(
 
 
 def run_prompts(
-    body: LlamaBody, prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]
+    body: LlamaBody,
+    prompt_ids: Int[Tensor, "P L"],
+    lengths: Int[Tensor, " P"],
+    *,
+    run: LayerRun | None = None,
 ) -> tuple[Float[Tensor, "P R M"], Past]:
     """Run prompts, their common beginning once; hidden states of the rest, and the whole past.
 
@@ -132,10 +145,11 @@ def run_prompts(
     """
     shared = common_length(prompt_ids, lengths)
     if not shared:
-        return extend(body, prompt_ids, lengths)
-    _, beginning = extend(body, prompt_ids[:1, :shared], torch.full_like(lengths[:1], shared))
+        return extend(body, prompt_ids, lengths, run=run)
+    once = torch.full_like(lengths[:1], shared)
+    _, beginning = extend(body, prompt_ids[:1, :shared], once, run=run)
     beginning = beginning.rows(torch.zeros_like(lengths))
-    hidden, rest = extend(body, prompt_ids[:, shared:], lengths - shared, beginning)
+    hidden, rest = extend(body, prompt_ids[:, shared:], lengths - shared, beginning, run=run)
     return hidden, beginning.then(rest)
 
 

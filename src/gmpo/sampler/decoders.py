@@ -25,6 +25,7 @@ from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
 from gmpo.sampler.cache import PromptState, SharedCache
+from gmpo.sampler.prefilling import prepared_layer_run
 from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 
 __all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
@@ -210,8 +211,10 @@ class LlamaDecoder:
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
         """Run prompts together; their common beginning once, unless all logits are wanted."""
         prompt_ids, lengths = padded(prompts, device=self.device)
-        run = extend if all_logits else run_prompts
-        hidden, past = run(self.body, prompt_ids, lengths)
+        run_all = extend if all_logits else run_prompts
+        # While rows run, their reordered weights are there and serve new prompts too.
+        run = prepared_layer_run(self.body, self._prepared) if self._prepared else None
+        hidden, past = run_all(self.body, prompt_ids, lengths, run=run)
         not_run = prompt_ids.shape[1] - hidden.shape[1]
         results = []
         for row, prompt in enumerate(prompts):

@@ -22,6 +22,11 @@ __all__ = ["LocalSampler"]
 
 _PREFILL_TOKENS = 2048
 """Prompt tokens run in one prefill, padding included."""
+_PATIENCE = 4
+"""Steps that a prompt waits for others while many rows run: prefilling one takes about as long as a
+step of all rows, and prefilling eight hardly longer."""
+_ROWS_A_PREFILL = 8
+"""So many running rows for each that may start are enough for a prefill at once."""
 _STOP_TAIL_MARGIN = 8
 """Tokens decoded to look for a stop string, beyond one for each of its bytes."""
 _LEAST_TEMPERATURE = 1e-4
@@ -89,6 +94,7 @@ class LocalSampler:
         self._queue: deque[_Pending] = deque()
         self._rows: list[_Row] = []
         self._is_double = False
+        self._steps_waited = 0
         self._cancelled: set[str] = set()
 
     @property
@@ -227,7 +233,11 @@ class LocalSampler:
 
     def _admit(self) -> list[Tensor]:
         """Start waiting completions on free rows, in the order the requests came; their logits."""
-        new_logits = []
+        new_logits: list[Tensor] = []
+        if self._should_wait():
+            self._steps_waited += 1
+            return new_logits
+        self._steps_waited = 0
         while self._queue and len(self._rows) < self._max_rows:
             if self._queue[0].prefill is None:
                 self._prefill_next()
@@ -245,6 +255,15 @@ class LocalSampler:
             if pending.started == request.num_completions:
                 self._queue.popleft()
         return new_logits
+
+    def _should_wait(self) -> bool:
+        """Whether a prefill now would be for few rows beside those that it would hold up."""
+        if not self._queue or self._queue[0].prefill is not None:
+            return False  # nothing has to be prefilled
+        waiting = sum(p.request.num_completions - p.started for p in self._queue)
+        starting = min(waiting, self._max_rows - len(self._rows))
+        is_few = starting * _ROWS_A_PREFILL < len(self._rows)
+        return is_few and self._steps_waited < _PATIENCE
 
     def _prefill_next(self) -> None:
         """Run the first waiting prompts together, up to the token budget and the free rows."""
