@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
@@ -96,6 +97,12 @@ class Added:
 def prompts_of(load: Load) -> list[str]:
     """Turns that are all different, so that an answer tells whose it is."""
     return [f"Tell a long story about the number {n}." for n in range(load.num_prompts)]
+
+
+def on_passing_thread(work: Callable[..., Offline], *arguments: Any) -> Offline:
+    """A thread on which torch ran keeps OpenMP workers, which would slow the gateway's own."""
+    with ThreadPoolExecutor(max_workers=1) as passing:
+        return passing.submit(work, *arguments).result()
 
 
 def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
@@ -239,14 +246,14 @@ def added_latency(
 def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
     """All figures of one run."""
     served = load_served_model(ModelConfig(name=model, dtype=dtype), max_rows=load.rows)
-    before = run_offline(served, load, load.seconds / 2)
+    before = on_passing_thread(run_offline, served, load, load.seconds / 2)
     limits = EngineLimits(max_rows=load.rows, max_tokens=load.max_tokens)
     backend = EmbeddedBackend(served, name=NAME, limits=limits)
     with gateway(backend, load) as (url, loop):
         through = run_clients(url, load, before)
         added = added_latency(backend, url, loop, load.latency_pairs)
     served.source.renew()
-    after = run_offline(served, load, load.seconds / 2)
+    after = on_passing_thread(run_offline, served, load, load.seconds / 2)
     offline = (before.tokens_per_second + after.tokens_per_second) / 2
     num_answers = sum(through.statuses.values())
     return {

@@ -204,6 +204,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sampler.prepared", "policy.llama"): "it lays out that body's linear layers for decoding",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
+    ("sampler.prefilling", "policy"): "it runs that body's layers where `prefix` would",
 }
 
 # (layer, earlier layer): what alone it may know of that. Mathematics takes tensors, arrays and

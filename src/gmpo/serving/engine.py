@@ -103,11 +103,20 @@ class ServedModel:
 def load_served_model(
     config: ModelConfig, *, max_rows: int, warn: Callable[[str], None] = lambda _: None
 ) -> ServedModel:
-    """Load a model and its tokenizer.
+    """Load a model and its tokenizer, on a thread that ends with it.
+
+    A thread on which torch has run keeps a pool of OpenMP workers for itself until it ends. Beside
+    that of the thread which samples they would be more than the processors, and OpenMP's workers
+    then sleep between any two operations: on two cores a step takes twice as long.
 
     Raises:
         gmpo.errors.GmpoError: there is no such model, or it cannot be used.
     """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmpo-loading") as passing:
+        return passing.submit(_load, config, max_rows, warn).result()
+
+
+def _load(config: ModelConfig, max_rows: int, warn: Callable[[str], None]) -> ServedModel:
     config = resolve_model(config, warn=warn)
     policy = load_policy(config.name, device=config.device, dtype=config.dtype, warn=warn)
     tokenizer = load_tokenizer(config.name)
