@@ -47,6 +47,11 @@ class GroupSampler(Protocol):
 class PromptRenderer:
     """Turns prompts into token ids, always in the same format.
 
+    What a turn says is text: where it spells a control token (`<|im_end|>`), the letters are
+    encoded, so that nobody closes a turn or writes another one by its content. Only the template's
+    own control tokens become tokens. A prompt that is one text, not a chat, is its author's own
+    template and encoded as it is.
+
     Args:
         tokenizer: of the model that will be sampled.
         prompt_format: "chat", "text", or "auto": chat where the tokenizer has a template.
@@ -121,16 +126,29 @@ class PromptRenderer:
         if not any(turn.content.strip() for turn in turns):
             raise DataError(f"prompt {prompt.id!r} is empty; give it some text")
         if self.uses_chat and prompt.messages is not None:
-            chat = [{"role": turn.role, "content": turn.content} for turn in turns]
-            rendered = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=False
-            )
-            token_ids = cast(list[int], rendered)
-        else:
+            token_ids = self._templated(turns, prompt_id=prompt.id)
+        elif prompt.text is None:
             joined = "".join(f"{turn.content}\n" for turn in turns)
-            text = joined if prompt.text is None else prompt.text  # a text stays as it is
-            token_ids = cast(list[int], self.tokenizer(text)["input_ids"])
+            encoded = self.tokenizer(joined, split_special_tokens=True)
+            token_ids = cast(list[int], encoded["input_ids"])
+        else:
+            token_ids = cast(list[int], self.tokenizer(prompt.text)["input_ids"])
         return prompt.with_tokens(tuple(token_ids))
+
+    def _templated(self, turns: Sequence[Message], *, prompt_id: str) -> list[int]:
+        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+            )
+        except ValueError as error:
+            if not str(error).startswith("Can't sanitize"):
+                raise
+            raise DataError(
+                f"prompt {prompt_id!r} spells a control token that this tokenizer cannot encode as "
+                f"text ({error}); write it differently"
+            ) from None
+        return cast(list[int], rendered)
 
     def _turns(self, prompt: Prompt) -> tuple[Message, ...]:
         if prompt.messages is None:

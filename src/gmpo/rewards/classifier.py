@@ -77,17 +77,19 @@ class ClassifierReward:
 
     def _token_ids(self, prompt: Any, completion: Any) -> list[int]:
         if isinstance(prompt, str):
-            return self._encoded(prompt + completion, is_rendered=False)
+            return self._encoded(prompt + completion)
         turns = [*prompt, *completion]
         if self.tokenizer.chat_template is None:
-            return self._encoded("\n".join(turn["content"] for turn in turns), is_rendered=False)
-        rendered: Any = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        return self._encoded(rendered, is_rendered=True)
+            return self._encoded("\n".join(turn["content"] for turn in turns))
+        # A completion that spells a control token would else write a turn for the reward model.
+        rendered: Any = self.tokenizer.apply_chat_template(
+            turns, return_dict=False, sanitize_control_tokens=True
+        )
+        token_ids: list[int] = rendered
+        return token_ids
 
-    def _encoded(self, text: str, *, is_rendered: bool) -> list[int]:
-        # A chat template writes its special tokens itself.
-        encoded = self.tokenizer(text, add_special_tokens=not is_rendered)
-        token_ids: list[int] = encoded["input_ids"]
+    def _encoded(self, text: str) -> list[int]:
+        token_ids: list[int] = self.tokenizer(text)["input_ids"]
         return token_ids
 
 
