@@ -27,6 +27,7 @@ from gmpo.kernels.training import (
     stream_sum,
     sum_norm,
     tile_slopes,
+    weight_gradient,
 )
 
 pytestmark = pytest.mark.skipif(loaded() is None, reason="no compiled functions here")
@@ -173,6 +174,30 @@ def test_gateds_gradients_are_those_of_autograd_in_fp64(dtype: torch.dtype):
     by_gate, by_up, joined = gated_gradients(gradient, gate, up)
     for one, other in zip((by_gate, by_up, joined), (*wanted, expected.detach()), strict=True):
         assert_near(one, other, bound=2**-7 if dtype == BF16 else 2e-6)
+
+
+@given(rows=st.integers(1, 70), outputs=st.integers(1, 70), number=st.sampled_from([1, 2]))
+@settings(max_examples=30, deadline=None)
+def test_a_table_is_turned_whatever_its_sizes(rows: int, outputs: int, number: int):
+    table = random(rows, outputs, dtype=BF16)
+    with threads(number):
+        turned = training._transposed(table)
+    assert turned.is_contiguous() and torch.equal(turned, table.t())
+    wide = table.float()
+    assert training._transposed(wide).data_ptr() == wide.data_ptr(), "fp32 products need no table"
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+def test_the_weights_gradient_is_a_new_one_or_added_to_another(dtype: torch.dtype):
+    gradient, inputs = random(300, 150, dtype=dtype, seed=1), random(300, 40, dtype=dtype, seed=2)
+    expected = gradient.to(F64).t() @ inputs.to(F64)
+    bound = {BF16: 2**-8, F32: 1e-6, F64: 1e-14}[dtype]
+    assert_near(weight_gradient(gradient, inputs), expected, bound=bound)
+    room = torch.full((150, 40), math.nan, dtype=dtype)
+    assert weight_gradient(gradient, inputs, into=room) is room
+    assert_near(room, expected, bound=bound)
+    weight_gradient(gradient, inputs, into=room, adds=True)
+    assert_near(room, 2 * expected, bound=bound)
 
 
 def head_case(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

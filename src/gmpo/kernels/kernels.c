@@ -1,5 +1,6 @@
 /* All kernels in one unit; each source is written once for bf16 and once for float. */
 #include "common.h"
+#include "transposed.h"
 
 #define T bf16
 #define WIDE wide_bf16

@@ -109,8 +109,9 @@ void NAME(stream_sum)(
     for (int64_t i = 0; i < count; i++) sums[i] = stream[i] + WIDE(added[i]);
 }
 
-static inline T NAME(joined_of)(float gate, float up) {
-    return NARROW(WIDE(NARROW(gate / (1.0f + fast_exp(-gate)))) * up);
+/* T(x s) up, with s = sigmoid(x). */
+static inline T NAME(joined_of)(float x, float s, float up) {
+    return NARROW(WIDE(NARROW(x * s)) * up);
 }
 
 /* joined = T(silu(gate)) * up. */
@@ -119,7 +120,7 @@ void NAME(gated)(
 ) {
 #pragma omp parallel for simd if (count > MIN_PARALLEL) schedule(static)
     for (int64_t i = 0; i < count; i++)
-        joined[i] = NAME(joined_of)(WIDE(gate[i]), WIDE(up[i]));
+        joined[i] = NAME(joined_of)(WIDE(gate[i]), sigmoid(WIDE(gate[i])), WIDE(up[i]));
 }
 
 /* by_up = g silu(gate), by_gate = g up silu'(gate) with silu'(x) = s (1 + x (1 - s)), s = sigmoid(x);
@@ -132,7 +133,7 @@ void NAME(gated_backward)(
     for (int64_t i = 0; i < count; i++) {
         float g = WIDE(gradient[i]), x = WIDE(gate[i]), u = WIDE(up[i]);
         float s = sigmoid(x);
-        joined[i] = NAME(joined_of)(x, u);
+        joined[i] = NAME(joined_of)(x, s, u);
         by_up[i] = NARROW(g * x * s);
         by_gate[i] = NARROW(g * u * s * (1.0f + x * (1.0f - s)));
     }

@@ -30,6 +30,7 @@ __all__ = [
     "stream_sum",
     "sum_norm",
     "tile_slopes",
+    "weight_gradient",
 ]
 
 _BLOCK_ROWS = 32
@@ -140,6 +141,27 @@ def stream_sum(stream: Float[Tensor, "N M"], added: Float[Tensor, "N M"]) -> Flo
     sums = torch.empty_like(stream)
     run(address(stream), address(added), address(sums), sums.numel())
     return sums
+
+
+def weight_gradient(
+    gradient: Float[Tensor, "N O"],
+    inputs: Float[Tensor, "N I"],
+    *,
+    into: Float[Tensor, "O I"] | None = None,
+    adds: bool = False,
+) -> Float[Tensor, "O I"]:
+    """gradient^T inputs: of a linear layer's weight, from its result's gradient and its input.
+
+    Args:
+        gradient: of the layer's result.
+        inputs: of the layer.
+        into: gets the result; without it the result is a new tensor.
+        adds: add to what `into` holds.
+    """
+    turned = _transposed(gradient)
+    if into is None:
+        return turned @ inputs
+    return into.addmm_(turned, inputs, beta=1 if adds else 0)
 
 
 def gated(gate: Float[Tensor, "N F"], up: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
@@ -276,6 +298,22 @@ def _function(name: str, arguments: str, like: Tensor, *wide: Tensor) -> Callabl
     if any(tensor.dtype != torch.float32 for tensor in wide):
         return None
     return kernel(name, arguments, like)
+
+
+def _transposed(table: Tensor) -> Tensor:
+    """As a table of its own in bf16, else as a view.
+
+    oneDNN's bf16 products read a left side that lies turned at a half to a third of their speed.
+    Measured with torch 2.13 on a processor with AMX, one thread: [1536, 2276] by [2276, 576] 10.6
+    ms, and 3.2 of a table of its own.
+    """
+    run = kernel("transposed", "ppii", table) if table.dtype == torch.bfloat16 else None
+    if run is None:
+        return table.t()
+    table = table.contiguous()
+    turned = table.new_empty(table.shape[1], table.shape[0])
+    run(address(table), address(turned), *table.shape)
+    return turned
 
 
 def _normed(stream: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

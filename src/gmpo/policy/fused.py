@@ -37,6 +37,7 @@ from gmpo.kernels.training import (
     norm_gradients,
     stream_sum,
     sum_norm,
+    weight_gradient,
 )
 from gmpo.policy.head import widened
 
@@ -159,7 +160,7 @@ class _Project(torch.autograd.Function):
         hidden, norm_weight, scale, *weights = ctx.saved_tensors
         normed = norm_again(widened(hidden), norm_weight, scale)
         by_normed = _input_gradient(gradients, weights)
-        by_weights = [gradient.t() @ normed for gradient in gradients]
+        by_weights = [weight_gradient(gradient, normed) for gradient in gradients]
         by_biases = [
             gradient.sum(0) if has_bias else None
             for gradient, has_bias in zip(gradients, ctx.has_bias, strict=True)
@@ -197,15 +198,15 @@ class _FeedForward(torch.autograd.Function):
         # Products are taken in the weights' precision; only the stream is wider.
         narrow = gradient.to(attended.dtype)
         by_gate, by_up, joined = gated_gradients(narrow @ down, gate_states, up_states)
-        by_down = narrow.t() @ joined
+        by_down = weight_gradient(narrow, joined)
         normed = norm_again(stream, norm_weight, scale)
-        by_gate_weight, by_up_weight = by_gate.t() @ normed, by_up.t() @ normed
+        by_gate_weight, by_up_weight = (weight_gradient(g, normed) for g in (by_gate, by_up))
         by_normed = _input_gradient((by_gate, by_up), (gate, up))
         del by_gate, by_up, joined, normed
         by_stream, narrow, by_norm = norm_gradients(
             by_normed, stream, norm_weight, scale, residual=gradient
         )
-        by_output = narrow.t() @ attended
+        by_output = weight_gradient(narrow, attended)
         by_weights = (by_output, by_gate_weight, by_up_weight, by_down)
         return by_stream, narrow @ output, by_norm, None, *by_weights
 

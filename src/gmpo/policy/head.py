@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gmpo.kernels.training import TileSums, tile_slopes
+from gmpo.kernels.training import TileSums, tile_slopes, weight_gradient
 
 __all__ = ["TOKENS_PER_TILE", "chunked_token_logprobs", "token_logprobs", "widened"]
 
@@ -87,10 +87,10 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         by_logprob = gradients[0] / ctx.temperature
         by_entropy = gradients[1] / ctx.temperature if ctx.with_entropy else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden_gradient = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
-        weight_gradient = None
+        by_hidden = torch.zeros_like(hidden, dtype=wide) if wants_hidden else None
+        by_weight = None
         if wants_weight:  # without positions nothing fills it
-            weight_gradient = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
+            by_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
         for start in range(0, len(weight), TOKENS_PER_TILE):
             entries = weight[start : start + TOKENS_PER_TILE]
             for first in range(0, len(hidden), _ROWS_PER_TILE):
@@ -103,14 +103,14 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                     None if by_entropy is None else (entropy[rows], by_entropy[rows]),
                     temperature=ctx.temperature,
                 )
-                if hidden_gradient is not None:
-                    hidden_gradient[rows] += slope @ entries
-                if weight_gradient is not None:
-                    of_entries = weight_gradient[start : start + TOKENS_PER_TILE]
-                    of_entries.addmm_(slope.T, hidden[rows], beta=1 if first else 0)
-        if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient.to(hidden.dtype)
-        return hidden_gradient, weight_gradient, None, None, None
+                if by_hidden is not None:
+                    by_hidden[rows] += slope @ entries
+                if by_weight is not None:
+                    of_entries = by_weight[start : start + TOKENS_PER_TILE]
+                    weight_gradient(slope, hidden[rows], into=of_entries, adds=first > 0)
+        if by_hidden is not None:
+            by_hidden = by_hidden.to(hidden.dtype)
+        return by_hidden, by_weight, None, None, None
 
 
 def _sums(
