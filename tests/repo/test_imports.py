@@ -188,10 +188,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("checkpoint", "policy.adapter_files"): "a LoRA checkpoint holds the adapters as PEFT's files",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.packed", "batch"): "the shared prefix is laid out in the micro-batch",
-    (
-        "sampler.decoders",
-        "policy.head",
-    ): "logits are widened alike before they become probabilities",
+    ("sampler.decoders", "policy.head"): "logits are widened alike before they are drawn from",
     ("sampler.cache", "policy.head"): "keys and values are widened as logits are",
     ("sampler.drawing", "policy.head"): "logits are widened a few rows at a time",
     ("sampler.local", "policy.head"): "a token's alternatives come from widened logits",
@@ -204,6 +201,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sampler.prepared", "policy.llama"): "it lays out that body's linear layers for decoding",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",
+    ("sampler.attention", "policy"): "queries and keys are turned and normed as that body does",
     ("sampler.prefilling", "policy"): "it runs that body's layers where `prefix` would",
 }
 

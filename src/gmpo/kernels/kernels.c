@@ -8,6 +8,7 @@
 #define NAME(name) name##_bf16
 #include "norms.h"
 #include "training.h"
+#include "decoding.h"
 #undef T
 #undef WIDE
 #undef NARROW
@@ -19,6 +20,7 @@
 #define NAME(name) name##_float
 #include "norms.h"
 #include "training.h"
+#include "decoding.h"
 #undef T
 #undef WIDE
 #undef NARROW

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gmpo.policy.head import widened
 
-__all__ = ["PromptState", "SharedCache", "StepPlan"]
+__all__ = ["PromptState", "RowPlan", "SharedCache", "StepPlan"]
 
 _STEP = 32
 """Either part grows by this many positions at a time."""
@@ -67,6 +67,25 @@ class StepPlan:
     to_rows: Int[Tensor, " RK"]
     own: Sequence[tuple[Float[Tensor, "RK S D"], Float[Tensor, "RK S D"]]]
     prompts: Sequence[tuple[Float[Tensor, "PK L D"], Float[Tensor, "PK L D"]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """A step for functions that walk each row's positions one by one.
+
+    Attributes:
+        prompts: both parts are keys and values of all layers, with room for C positions.
+        own: the rows' own positions, with room for the new token.
+        slots: where each row's prompt lies.
+        prompt_lengths: of each row's prompt.
+        own_lengths: of each row's own part, the new token left out.
+    """
+
+    prompts: Float[Tensor, "A 2 N K C D"]
+    own: Float[Tensor, "A 2 n K c D"]
+    slots: Int[Tensor, " R"]
+    prompt_lengths: Int[Tensor, " R"]
+    own_lengths: Int[Tensor, " R"]
 
 
 class SharedCache:
@@ -151,6 +170,21 @@ class SharedCache:
             to_rows=to_rows,
             own=_by_layer(self._own, self.num_rows, own_positions),
             prompts=_by_layer(self._prompts, len(self._states), prompt_mask.shape[1]),
+        )
+
+    def begin_rows(self) -> RowPlan:
+        """Make room as `begin_step` does; what a walk over each row's positions needs."""
+        self._reserve_own(max(self._own_lengths) + 1)
+        assert self._own is not None and self._prompts is not None
+        lengths = [self._prompt_lengths[slot] for slot in self._slots]
+        table = torch.tensor([self._slots, lengths, self._own_lengths], device=self.device)
+        slots, prompt_lengths, own_lengths = table.unbind(0)
+        return RowPlan(
+            prompts=self._prompts,
+            own=self._own,
+            slots=slots,
+            prompt_lengths=prompt_lengths,
+            own_lengths=own_lengths,
         )
 
     def attend(

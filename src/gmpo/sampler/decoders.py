@@ -20,10 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from gmpo.kernels.decoding import add_norm
 from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
+from gmpo.sampler.attention import attention_of_step
 from gmpo.sampler.cache import PromptState, SharedCache
 from gmpo.sampler.prefilling import prepared_layer_run
 from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
@@ -236,18 +238,22 @@ class LlamaDecoder:
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Append one token to every row's own part and attend to what the row sees."""
         linear = self._linear(len(token_ids))
-        body, plan = self.body, self._cache.begin_step()
+        body, layers = self.body, self.body.layers
+        # The residual stream, this step's own: what layers compute is added in place.
         hidden = body.embed(token_ids[:, None])[:, 0]
-        rotary = self._rotary(hidden)
-        for number, (layer, prepared) in enumerate(zip(body.layers, linear.layers, strict=True)):
-            projected = prepared.query_key_value(body.attention_norm(layer, hidden))
-            queries, keys_values = self._heads(layer, projected, rotary)
-            attended = self._cache.attend(number, plan, queries, keys_values)
-            # The stream is this step's own.
-            hidden += prepared.output(attended.flatten(1).to(projected.dtype))
-            hidden += prepared.down(prepared.gated(body.feed_forward_norm(layer, hidden)))
+        attend = attention_of_step(body, self._cache)
+        next_norms = [*(layer.input_layernorm for layer in layers[1:]), body.model.model.norm]
+        normed = _add_and_norm(hidden, None, layers[0].input_layernorm)
+        for number, (layer, prepared) in enumerate(zip(layers, linear.layers, strict=True)):
+            attended = attend(number, prepared.query_key_value(normed))
+            normed = _add_and_norm(
+                hidden, prepared.output(attended), layer.post_attention_layernorm
+            )
+            normed = _add_and_norm(
+                hidden, prepared.down(prepared.gated(normed)), next_norms[number]
+            )
         self._cache.end_step()
-        return linear.head(body.final_norm(hidden))
+        return linear.head(normed)
 
     def _linear(self, rows: int) -> PreparedBody:
         """The model's linear layers for a step of so many rows, reordered where that pays."""
@@ -257,30 +263,6 @@ class LlamaDecoder:
                 self._prepared = prepare_body(self.body, rows=rows)
         self._unprepared_steps += 1
         return self._prepared or self._plain
-
-    def _rotary(self, hidden: Float[Tensor, "R M"]) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rows' new positions, [R, 1, D], the first half of sin negated."""
-        cos, sin = self.body.rotary(hidden[:, None], self._cache.positions()[:, None])
-        first, second = widened(sin[:, 0]).chunk(2, dim=-1)
-        return widened(cos[:, 0]), torch.cat((-first, second), dim=-1)
-
-    def _heads(
-        self, layer: Any, projected: Float[Tensor, "R O"], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Float[Tensor, "R H D"], Float[Tensor, "R KK D"]]:
-        """Queries, and keys followed by values, positions applied, in the cache's precision."""
-        body = self.body
-        num_turned = body.num_heads + body.num_key_heads
-        heads = projected.view(len(projected), -1, body.head_dim)
-        if body.has_head_norms:
-            heads = body.normed_heads(layer, heads)
-        heads = widened(heads)
-        cos, sin = rotary
-        turned = heads[:, :num_turned]
-        first, second = turned.chunk(2, dim=-1)
-        # In place: the products are this step's own.
-        swapped = torch.cat((second, first), dim=-1)
-        turned.mul_(cos).addcmul_(swapped, sin)
-        return heads[:, : body.num_heads], heads[:, body.num_heads :]
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
@@ -293,3 +275,9 @@ class LlamaDecoder:
         """Copy weights into the module, where they are not the module's own already."""
         assert not self._cache.num_rows, "weights must not change under running rows"
         copy_weights(dict(self.body.model.named_parameters()), named_tensors)
+
+
+def _add_and_norm(
+    hidden: Float[Tensor, "R M"], added: Float[Tensor, "R M"] | None, norm: Any
+) -> Float[Tensor, "R M"]:
+    return add_norm(hidden, added, norm.weight, eps=norm.variance_epsilon)
