@@ -25,11 +25,11 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
 
 
-def answer(*, status: int = 200) -> AnswerRecord:
+def answer(*, status: int = 200, version: str = "ab12") -> AnswerRecord:
     return AnswerRecord(
         request=GenerationRequest(id="1", route="chat", model="m", prompt="1+1=", stream=True),
         report=AnswerReport(
-            backend="engine", model_version="ab12", quality=0.9, mean_logprob=-0.5, fell_back=True
+            backend="engine", model_version=version, quality=0.9, mean_logprob=-0.5, fell_back=True
         ),
         time=time.time(),
         status=status,
@@ -58,6 +58,21 @@ def test_every_metric_that_the_rules_and_the_dashboard_name_is_exposed():
     for text in (RULES.read_text(), *expressions):
         assert names_in(text)
         assert names_in(text) <= exposed
+
+
+def test_a_server_with_a_version_for_each_answer_does_not_make_the_figures_grow():
+    figures = GatewayFigures()
+    watch = AnomalyWatch(figures)
+    for number in range(2000):
+        record = answer(version=f"fp_{number}")
+        figures.observe(record)
+        watch.observe(record)
+    shown = figures.exposition().decode()
+    assert len(set(re.findall(r'model_version="(\w+)"', shown))) == 64 + 1
+    assert "gmpo_gateway_folded_versions_total 1936.0" in shown
+    assert figures.as_dict()["folded_versions"] == 2000 - 64
+    assert re.search(r'gmpo_answers_total{[^}]*model_version="other"[^}]*} 1936.0', shown)
+    assert len(watch._monitor._streams) == 64 + 1  # nothing public tells of streams at rest
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ class AnomalyWatch:
     when it has learned what is usual.
 
     Args:
-        figures: exposes what was found.
+        figures: exposes what was found, and labels versions.
         put: takes events for the store; None where there is none.
         baselines: learned earlier, by stream.
     """
@@ -46,7 +46,7 @@ class AnomalyWatch:
 
     def observe(self, record: AnswerRecord) -> None:
         """Note an answer that is over."""
-        version = record.report.model_version
+        version = self._figures.versions.label(record.report.model_version)
         judgement = self._monitor.observe(
             record.payload(), model_version=version, now=time.monotonic()
         )

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from gmpo.monitoring.anomaly_metrics import AnomalyMetrics
 from gmpo.monitoring.serving_metrics import ServingMetrics
 from gmpo.monitoring.serving_monitor import Judgement
+from gmpo.monitoring.version_labels import VersionLabels
 from gmpo.serving.admission import Admission
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.entrance import Entrance
@@ -41,6 +42,8 @@ class GatewayFigures(Collector):
         self._registry = registry or CollectorRegistry()
         self._events = events
         self._tokens: Counter[str] = Counter()
+        self.versions = VersionLabels()
+        """Labels of the versions that answered."""
         self._admission: Admission | None = None
         self._entrance: Entrance | None = None
         self._routing: Callable[[], Mapping[str, int]] = dict
@@ -71,7 +74,8 @@ class GatewayFigures(Collector):
 
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
-        self._answers.answered(record.payload(), model_version=record.report.model_version)
+        version = self.versions.counted(record.report.model_version)
+        self._answers.answered(record.payload(), model_version=version)
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens
             self._tokens["completion"] += record.usage.completion_tokens
@@ -93,6 +97,7 @@ class GatewayFigures(Collector):
             "routing": dict(self._routing()),
             "breakers": dict(self._breakers()),
             "experiment": self._experiment(),
+            "folded_versions": self.versions.num_folded,
         }
 
     def collect(self) -> Iterator[Metric]:
@@ -127,6 +132,11 @@ class GatewayFigures(Collector):
             routing.add_metric((name,), count)
         yield from (requests, turned_away, tokens, events, routing)
         yield self._open_breakers()
+        yield CounterMetricFamily(
+            "gmpo_gateway_folded_versions",
+            'Answers whose model version is exposed as "other", because there are too many',
+            value=self.versions.num_folded,
+        )
         for name, value in {**self.gauges(), "waiting_events": waiting}.items():
             yield GaugeMetricFamily(
                 f"gmpo_gateway_{name}", f"{name.replace('_', ' ').capitalize()} now", value=value
