@@ -389,3 +389,59 @@ def test_a_change_of_weights_under_load_answers_everybody(
     again = [ask(number) for number in range(12)]
     assert all(by_version[version, n] == text for n, (version, text) in enumerate(again))
     asyncio.run_coroutine_threadsafe(backend.swap(lambda: served(folder)), gateway.loop).result(30)
+
+
+def open_connection(gateway: RunningGateway) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
+
+
+def test_connections_beyond_the_limit_are_refused_and_then_dropped(folder: str):
+    settings = ServerSettings(max_connections=3, head_seconds=30, drain_seconds=1)
+    ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with running_gateway(lambda: tiny_backend(folder), settings=settings) as gateway:
+        wait_for(lambda: not gateway.server.server_state.connections)
+        idle = [open_connection(gateway) for _ in range(3)]
+        wait_for(lambda: len(gateway.server.server_state.connections) == 3)
+        refused = raw(gateway, ask)
+        assert refused.startswith(b"HTTP/1.1 503 Service Unavailable\r\n"), refused
+        assert b"retry-after: 1\r\n" in refused and b"too_many_connections" in refused
+        assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["type"] == "overloaded_error"
+        more = [open_connection(gateway) for _ in range(64)]
+        wait_for(lambda: len(gateway.server.server_state.connections) == 3 + 64)
+        with open_connection(gateway) as dropped, pytest.raises(ConnectionResetError):
+            # The reset may come while this is sent, or instead of an answer.
+            dropped.sendall(ask)
+            if not dropped.recv(1):
+                raise ConnectionResetError
+        assert gateway.entrance.turned_away["connections"] == 2
+        # Those who have a place keep it, and places that are left are given again.
+        idle[0].sendall(ask)
+        assert idle[0].recv(65536).startswith(b"HTTP/1.1 200")
+        for one in (*idle, *more):
+            one.close()
+        wait_for(lambda: not gateway.server.server_state.connections)
+        with gateway.client() as client:
+            assert client.get("/health").json()["turned_away"]["connections"] == 2
+
+
+def test_an_address_that_guesses_keys_has_to_wait(folder: str):
+    limits = GatewayLimits(entrance=EntranceLimits(wrong_keys=3, wrong_key_seconds=1.0))
+    right = {"authorization": f"Bearer {KEYS[0]}"}
+    wrong = {"authorization": "Bearer sk-guess"}
+    with (
+        running_gateway(lambda: tiny_backend(folder), limits=limits, keys=KEYS) as gateway,
+        gateway.client() as client,
+    ):
+        for _ in range(5):
+            error_of(client.get("/v1/models"), 401)  # no key is no guess
+        for _ in range(3):
+            assert client.get("/v1/models", headers=right).status_code == 200
+            error_of(client.get("/v1/models", headers=wrong), 401)
+        for headers in (wrong, right):
+            error = error_of(client.get("/v1/models", headers=headers), 429)
+            assert error["code"] == "too_many_wrong_keys" and "127.0.0.1" in error["message"]
+        # A proxy on this machine is believed: another client's guesses are not this one's.
+        forwarded = {**right, "x-forwarded-for": "192.0.2.7"}
+        assert client.get("/v1/models", headers=forwarded).status_code == 200
+        assert client.get("/health").json()["turned_away"] == {"api_key": 8, "wrong_keys": 2}
+        wait_for(lambda: client.get("/v1/models", headers=right).status_code == 200)

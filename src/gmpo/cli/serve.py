@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gmpo.serving.figures import GatewayFigures
     from gmpo.serving.router import VariantRouter
     from gmpo.serving.routing_config import RoutingConfig
+    from gmpo.serving.server import ServerSettings
 
 __all__ = ["serve"]
 
@@ -84,6 +85,9 @@ _Dtype = Annotated[
 _MaxRunning = Annotated[
     int, typer.Option(min=1, help="Completions taken at once; other requests wait.")
 ]
+_MaxConnections = Annotated[
+    int, typer.Option(min=1, help="Open connections, idle ones too; 503 beyond them.")
+]
 _DrainSeconds = Annotated[
     float, typer.Option(min=0.0, help="How long requests may go on after SIGTERM.")
 ]
@@ -110,6 +114,7 @@ def serve(
     max_queued: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 256,
     queue_seconds: Annotated[float, typer.Option(min=0.0, help="Longest wait for a turn.")] = 30.0,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest answer.")] = 600.0,
+    max_connections: _MaxConnections = 512,
     drain_seconds: _DrainSeconds = 30.0,
     learn_anew: _LearnAnew = False,
     record_texts: _RecordTexts = False,
@@ -119,7 +124,7 @@ def serve(
     _require_packages()
     from gmpo.serving.access import read_api_keys
     from gmpo.serving.admission import AdmissionLimits
-    from gmpo.serving.server import bound_socket
+    from gmpo.serving.server import ServerSettings, bound_socket
 
     keys = read_api_keys(api_keys)
     if not keys and not is_loopback(host):
@@ -144,7 +149,8 @@ def serve(
             max_running=max_running, max_queued=max_queued, queue_seconds=queue_seconds
         )
         limits = _limits(admission, max_body_bytes, request_seconds)
-        _run(_gateway(behind, limits, keys, records), bound, behind, drain_seconds)
+        settings = ServerSettings(max_connections=max_connections, drain_seconds=drain_seconds)
+        _run(_gateway(behind, limits, keys, records), bound, behind, settings)
 
 
 def _engine_limits(max_rows: int, max_prompt_tokens: int, max_tokens: int) -> EngineLimits:
@@ -270,13 +276,13 @@ def _observers(recorder: Recorder, desk: FeedbackDesk) -> list[Observer]:
     return [recorder.events.observe, outcome, desk.observe]
 
 
-def _run(gateway: Entrance, bound: socket.socket, behind: Behind, drain_seconds: float) -> None:
+def _run(gateway: Entrance, bound: socket.socket, behind: Behind, settings: ServerSettings) -> None:
     """Serve until a signal ends it."""
-    from gmpo.serving.server import GatewayServer, ServerSettings
+    from gmpo.serving.server import GatewayServer
 
     server = GatewayServer(
         gateway,
-        settings=ServerSettings(drain_seconds=drain_seconds),
+        settings=settings,
         reload=behind.reload,
         started=lambda: _announce(behind.router, bound),
         beside=behind.beside,
@@ -284,7 +290,8 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, drain_seconds:
     asyncio.run(server.serve(sockets=[bound]))
     if server.num_cut:
         warn(
-            f"{server.num_cut} requests had not ended after {drain_seconds:g} seconds and were cut"
+            f"{server.num_cut} requests had not ended after {settings.drain_seconds:g} seconds and "
+            "were cut"
         )
     if server.ended_by == signal.SIGINT:
         raise typer.Exit(_INTERRUPTED)

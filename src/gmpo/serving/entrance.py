@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gmpo.serving.access import ApiKeys
+from gmpo.serving.access import ApiKeys, WrongKeys
 from gmpo.serving.faults import ApiError, error_response
 
 __all__ = ["Entrance", "EntranceLimits"]
@@ -23,10 +24,15 @@ class EntranceLimits:
     """Attributes:
     max_body_bytes: longest body.
     body_seconds: longest time that a body may take to arrive.
+    wrong_keys: that an address may send within `wrong_key_seconds`; beyond them it is not listened
+        to until they are over.
+    wrong_key_seconds: from the first of them.
     """
 
     max_body_bytes: int = 1 << 20
     body_seconds: float = 20.0
+    wrong_keys: int = 20
+    wrong_key_seconds: float = 60.0
 
 
 class Entrance:
@@ -35,13 +41,15 @@ class Entrance:
     Args:
         app: what comes behind.
         keys: who may ask; without any, everybody.
-        limits: of bodies.
+        limits: of bodies and wrong keys.
     """
 
     def __init__(self, app: ASGIApp, *, keys: ApiKeys, limits: EntranceLimits) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
+        self.wrong_keys = WrongKeys(most=limits.wrong_keys, seconds=limits.wrong_key_seconds)
+        """Of each address."""
         self.is_draining = False
         """Whether new requests are turned away because the server is about to end."""
         self.num_active = 0
@@ -88,14 +96,32 @@ class Entrance:
                 code="draining",
                 retry_after_seconds=5.0,
             )
-        if self._keys and not self._keys.accept(_key(headers)):
-            self.turned_away["api_key"] += 1
-            raise ApiError(
-                401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
+        if self._keys:
+            self._check_key(_key(headers), scope["client"])
         return await self._body(headers, receive)
+
+    def _check_key(self, key: bytes, client: tuple[str, int] | None) -> None:
+        address, now = "" if client is None else client[0], time.monotonic()
+        left = self.wrong_keys.seconds_left(address, now=now)
+        if left:
+            self.turned_away["wrong_keys"] += 1
+            raise ApiError(
+                429,
+                f"{self._limits.wrong_keys} wrong API keys came from {address}, which is not "
+                f"listened to for {left:.0f} seconds; then send a right one",
+                code="too_many_wrong_keys",
+                retry_after_seconds=left,
+            )
+        if self._keys.accept(key):
+            return
+        self.turned_away["api_key"] += 1
+        if key:  # without one nobody guesses
+            self.wrong_keys.note(address, now=now)
+        raise ApiError(
+            401,
+            "the API key is missing or wrong; send Authorization: Bearer KEY",
+            code="invalid_api_key",
+        )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         limit = self._limits.max_body_bytes

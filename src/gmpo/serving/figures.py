@@ -98,6 +98,9 @@ class GatewayFigures(Collector):
             "breakers": dict(self._breakers()),
             "experiment": self._experiment(),
             "folded_versions": self.versions.num_folded,
+            "forgotten_addresses": (
+                0 if self._entrance is None else self._entrance.wrong_keys.num_forgotten
+            ),
         }
 
     def collect(self) -> Iterator[Metric]:

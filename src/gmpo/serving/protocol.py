@@ -1,4 +1,4 @@
-"""HTTP of the gateway: uvicorn's, with a limit on how slowly a request may begin."""
+"""HTTP of the gateway: uvicorn's, with limits on connections and how slowly a request begins."""
 
 from __future__ import annotations
 
@@ -14,26 +14,44 @@ from gmpo.serving.faults import ApiError, error_body
 
 __all__ = ["GatewayProtocol", "protocol_with"]
 
-_PHRASES = {400: "Bad Request", 408: "Request Timeout"}
+_PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
+_ROOM_TO_REFUSE = 64
+"""Connections beyond the limit that are told so; those beyond these are dropped without a word."""
 
 
 class GatewayProtocol(H11Protocol):
-    """uvicorn's own, which would wait for the end of a request's head for ever."""
+    """uvicorn's own, which would wait for the end of a request's head for ever.
+
+    Its limit on connections answers in plain text, and only those that send a request.
+    """
 
     head_seconds = 10.0
     """Longest time from a connection's or a head's first byte to the head's last."""
+    max_connections = 512
+    """Open connections, idle ones included."""
     turned_away: ClassVar[Counter[str]] = Counter()
     """Connections ended here, by reason."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _is_beyond = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
+        """Wait for the first request, unless there are too many who do."""
         super().connection_made(transport)
+        beyond = len(self.connections) - self.max_connections
+        self._is_beyond = beyond > 0
+        if beyond > _ROOM_TO_REFUSE:
+            self.turned_away["connections"] += 1
+            transport.abort()
+            return
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Take in a piece of a request."""
+        if self._is_beyond:
+            # Only now: a refusal sent before the request was read would be lost with it.
+            self._turn_away()
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
@@ -49,6 +67,18 @@ class GatewayProtocol(H11Protocol):
         """Refuse what is not HTTP, in the one shape of errors."""
         self.turned_away["not_http"] += 1
         self._refuse(ApiError(400, f"{msg} Send HTTP/1.1."))
+
+    def _turn_away(self) -> None:
+        self._stop_waiting()
+        self.turned_away["connections"] += 1
+        self._refuse(
+            ApiError(
+                503,
+                f"{self.max_connections} connections are open, and more are not taken; close some, "
+                "or ask again later",
+                code="too_many_connections",
+            )
+        )
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.head_seconds, self._head_is_late)
@@ -77,14 +107,20 @@ class GatewayProtocol(H11Protocol):
         head = (
             f"HTTP/1.1 {error.status} {_PHRASES[error.status]}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            + ("retry-after: 1\r\n" if error.status == 408 else "")
+            + ("retry-after: 1\r\n" if error.status in (408, 503) else "")
             + "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
 
 
-def protocol_with(*, head_seconds: float, turned_away: Counter[str]) -> type[GatewayProtocol]:
-    """A protocol with this limit, which counts there: uvicorn takes a class."""
-    members: dict[str, Any] = {"head_seconds": head_seconds, "turned_away": turned_away}
+def protocol_with(
+    *, head_seconds: float, max_connections: int, turned_away: Counter[str]
+) -> type[GatewayProtocol]:
+    """A protocol with these limits, which counts there: uvicorn takes a class."""
+    members: dict[str, Any] = {
+        "head_seconds": head_seconds,
+        "max_connections": max_connections,
+        "turned_away": turned_away,
+    }
     return type("GatewayProtocol", (GatewayProtocol,), members)

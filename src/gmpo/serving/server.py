@@ -25,11 +25,13 @@ _CUT_SECONDS = 1
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """Attributes:
+    max_connections: open connections; 503 beyond them.
     head_seconds: longest time for the head of a request.
     keep_alive_seconds: how long a connection may be idle between requests.
     drain_seconds: how long running requests may go on after SIGTERM.
     """
 
+    max_connections: int = 512
     head_seconds: float = 10.0
     keep_alive_seconds: int = 15
     drain_seconds: float = 30.0
@@ -86,7 +88,9 @@ class GatewayServer(uvicorn.Server):
             uvicorn.Config(
                 entrance,
                 http=protocol_with(
-                    head_seconds=settings.head_seconds, turned_away=entrance.turned_away
+                    head_seconds=settings.head_seconds,
+                    max_connections=settings.max_connections,
+                    turned_away=entrance.turned_away,
                 ),
                 ws="none",
                 lifespan="on",
