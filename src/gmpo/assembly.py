@@ -78,6 +78,13 @@ class TrainingParts:
     grpo_loss: LossSettings
     warn: Callable[[str], None]
 
+    @property
+    def base(self) -> Policy | None:
+        """What holds frozen weights that the run needs beside those it trains; None if nothing."""
+        if self.policy.adapters:
+            return self.policy
+        return self.reference if isinstance(self.reference, Policy) else None
+
     def score(self, groups: Sequence[Group], *, step: int, prompts_taken: int) -> ScoredGroups:
         """Groups with rewards, by the recipe's reward table.
 

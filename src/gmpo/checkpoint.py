@@ -83,12 +83,22 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     tokenizer: PreTrainedTokenizerBase,
     state: TrainingState,
+    base: Policy | None = None,
 ) -> Path:
     """Write `folder/round-NNNNNN` and return it.
 
     `model/` in it loads with transformers; a policy with adapters leaves `adapter/` in its place,
-    which loads with PEFT, and the digest of its frozen base. Everything goes to a temporary name
-    first, is flushed to disk, and is then renamed.
+    which loads with PEFT. Everything goes to a temporary name first, is flushed to disk, and is
+    then renamed.
+
+    Args:
+        folder: of the checkpoints.
+        policy: whose weights are saved.
+        optimizer: whose moments are.
+        tokenizer: of the policy.
+        state: where the run stands.
+        base: whose frozen weights the run needs besides: the policy itself if it has adapters, or
+            else its reference. Not they are saved but their digest. None: it needs no others.
 
     Raises:
         RunFolderError: the disk is full or not writable; older checkpoints are untouched.
@@ -110,8 +120,8 @@ def save_checkpoint(
             **asdict(state),
             "digests": {str(file.relative_to(partial)): _digest(file) for file in files},
         }
-        if policy.adapters:
-            content["base_digest"] = policy.base_digest
+        if base is not None:
+            content["base_digest"] = base.base_digest
         (partial / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         flush_folder(partial)
         if final.exists():
@@ -128,13 +138,25 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, policy: Policy, optimizer: torch.optim.Optimizer, recipe_digest: str
+    path: Path,
+    *,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    recipe_digest: str,
+    base: Policy | None = None,
 ) -> TrainingState:
     """Put a checkpoint's weights and moments back; returns where the run stood.
 
+    Args:
+        path: of the checkpoint.
+        policy: takes the weights.
+        optimizer: takes the moments.
+        recipe_digest: of the recipe that it must have been made with.
+        base: as for `save_checkpoint`; its weights must be those of then.
+
     Raises:
         DamagedCheckpointError: files are missing, or are not what was written.
-        CheckpointError: it belongs to another recipe, or its adapters to another base model.
+        CheckpointError: it belongs to another recipe, or to another base model.
         ModelError: it belongs to another model.
     """
     content = verified_content(path)
@@ -145,18 +167,27 @@ def load_checkpoint(
             f"checkpoint {path} was made with another recipe; resume with the run's own "
             "recipe.toml, or choose another run folder"
         )
+    if base is not None and base_digest != base.base_digest:
+        raise CheckpointError(_why_another_base(path, base, is_told=base_digest is not None))
     if policy.adapters:
-        if base_digest != policy.base_digest:
-            raise CheckpointError(
-                f"checkpoint {path} holds adapters of another base model than "
-                f"{policy.model.name_or_path!r} is now; bring back the model it was trained on, or "
-                "choose another run folder"
-            )
         load_adapter_weights(policy, path / "adapter")
     else:
         policy.load_weights(load_file(path / _WEIGHTS).items())
     _restore_moments(load_file(path / _MOMENTS), policy, optimizer)
     return state
+
+
+def _why_another_base(path: Path, base: Policy, *, is_told: bool) -> str:
+    name = repr(base.model.name_or_path)
+    remedy = "bring back the model it was trained on, or choose another run folder"
+    if not is_told:
+        return (
+            f"checkpoint {path} does not say what its run's starting model was, which KL is "
+            f"measured to, so that {name} may be another by now; it is of an older version of "
+            "gmpo: train anew in another run folder, without KL to the start, or with that version"
+        )
+    what = "holds adapters of" if base.adapters else "measures KL to"
+    return f"checkpoint {path} {what} another base model than {name} is now; {remedy}"
 
 
 def verified_content(path: Path) -> dict[str, Any]:
@@ -190,6 +221,7 @@ def load_newest_checkpoint(
     optimizer: torch.optim.Optimizer,
     recipe_digest: str,
     warn: Callable[[str], None],
+    base: Policy | None = None,
 ) -> TrainingState | None:
     """Put the newest undamaged checkpoint back; None if there is no checkpoint at all.
 
@@ -198,7 +230,7 @@ def load_newest_checkpoint(
 
     Raises:
         DamagedCheckpointError: all are damaged; it names the oldest.
-        CheckpointError: it belongs to another recipe.
+        CheckpointError: it belongs to another recipe or another base model.
         ModelError: it belongs to another model.
     """
     damaged: list[Path] = []
@@ -207,7 +239,11 @@ def load_newest_checkpoint(
     for path in found:
         try:
             state = load_checkpoint(
-                path, policy=policy, optimizer=optimizer, recipe_digest=recipe_digest
+                path,
+                policy=policy,
+                optimizer=optimizer,
+                recipe_digest=recipe_digest,
+                base=base,
             )
         except DamagedCheckpointError as error:
             what = str(error).removesuffix(_REMEDY)

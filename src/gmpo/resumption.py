@@ -93,7 +93,7 @@ def restored(
     """The run as its newest checkpoint has it, lines and sampler included; None without one.
 
     Raises:
-        CheckpointError: the checkpoints are damaged, or of another recipe.
+        CheckpointError: the checkpoints are damaged, or of another recipe or base model.
         RunFolderError: the folder cannot be written.
     """
     state = load_newest_checkpoint(
@@ -102,6 +102,7 @@ def restored(
         optimizer=parts.optimizer.adamw,
         recipe_digest=recipe_digest,
         warn=warn,
+        base=parts.base,
     )
     if state is None:
         return None

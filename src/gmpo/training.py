@@ -387,5 +387,6 @@ def _save(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
         optimizer=parts.optimizer.adamw,
         tokenizer=parts.tokenizer,
         state=state,
+        base=parts.base,
     )
     tidy_checkpoints(run, parts.config)

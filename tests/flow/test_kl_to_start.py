@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from tests.models import save_tiny
 from tests.tiny_runs import metric_lines, same_weights, tiny_recipe
 
+from gmpo.errors import CheckpointError
 from gmpo.training import train
 
 
@@ -33,3 +36,29 @@ def test_it_is_what_a_kl_term_of_no_weight_would_log(model: str, tmp_path: Path)
         expected = by_term[line["step"] - 1]["kl_ref/k3"]
         assert line["kl_ref/k3"] == pytest.approx(expected, rel=1e-6)
         assert line["kl_ref/k3"] > 1e-4
+
+
+def test_a_run_goes_on_only_with_the_model_it_began_from(model: str, tmp_path: Path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    term, plain = tmp_path / "term", tmp_path / "plain"
+
+    def trained(folder: Path, *, resume: bool, **more: object) -> None:
+        recipe = tiny_recipe(str(base), training__rounds=2, checkpoint={"every_rounds": 1}, **more)
+        if not resume:
+            train(recipe, folder=folder)
+            # As if it had been killed in its second round.
+            shutil.rmtree(folder / "checkpoints" / "round-000002")
+            return
+        train(recipe, folder=folder, resume=True)
+
+    measures = {"objective": {"kl_coefficient": 0.1}}
+    trained(term, resume=False, **measures)
+    trained(plain, resume=False)
+    save_tiny(base, seed=1)
+    with pytest.raises(CheckpointError, match="measures KL to another base model than"):
+        trained(term, resume=True, **measures)
+    trained(plain, resume=True)  # all that it needs is in the checkpoint
+    shutil.rmtree(base)
+    shutil.copytree(model, base)
+    trained(term, resume=True, **measures)

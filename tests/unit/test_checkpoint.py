@@ -35,6 +35,7 @@ class Learner:
     def __init__(self, family: str = "llama", *, seed: int = 0, dtype=torch.float32) -> None:
         self.policy = Policy(tiny_model(family, seed=seed, dtype=dtype), engine="plain")
         self.optimizer = PolicyOptimizer(self.policy)
+        self.base: Policy | None = None
 
     def step(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -49,11 +50,16 @@ class Learner:
             optimizer=self.optimizer.adamw,
             tokenizer=character_tokenizer(),
             state=state(round_number),
+            base=self.base,
         )
 
     def load(self, path: Path, *, digest: str = "abc") -> TrainingState:
         return load_checkpoint(
-            path, policy=self.policy, optimizer=self.optimizer.adamw, recipe_digest=digest
+            path,
+            policy=self.policy,
+            optimizer=self.optimizer.adamw,
+            recipe_digest=digest,
+            base=self.base,
         )
 
     def load_newest(self, folder: Path, said: list[str]) -> TrainingState | None:
@@ -224,6 +230,29 @@ def test_a_checkpoint_of_another_model_is_refused(learner: Learner, tmp_path: Pa
     with pytest.raises(ModelError, match="weights are of another model"):
         other.load(path)
     assert same(other.weights(), before)
+
+
+def frozen(seed: int) -> Policy:
+    model = tiny_model(seed=seed)
+    model.requires_grad_(False)
+    return Policy(model, engine="plain")
+
+
+def test_a_checkpoint_of_another_reference_is_refused(learner: Learner, tmp_path: Path):
+    without = learner.save(tmp_path / "without", round_number=3)
+    learner.base = frozen(0)
+    path = learner.save(tmp_path, round_number=3)
+    assert learner.load(path) == state(3)
+    other = Learner(seed=1)
+    before = other.weights()
+    other.base = frozen(1)
+    with pytest.raises(CheckpointError, match="measures KL to another base model than"):
+        other.load(path)
+    with pytest.raises(CheckpointError, match="does not say what its run's starting model was"):
+        other.load(without)
+    assert same(other.weights(), before)
+    other.base = None  # nothing is measured to it
+    assert other.load(path) == state(3)
 
 
 def test_the_newest_whole_checkpoint_is_found(learner: Learner, tmp_path: Path):
