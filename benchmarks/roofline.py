@@ -31,7 +31,12 @@ from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.options import add_threads, require_threads
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
-from benchmarks.roofline_report import BY_TORCH, counted_table, timing_tables
+from benchmarks.roofline_report import (
+    BY_TORCH,
+    DECODE_BY_TORCH,
+    counted_table,
+    timing_tables,
+)
 from benchmarks.shapes import (
     STEPS_PER_ROUND,
     WORKLOADS,
@@ -195,6 +200,8 @@ def cycle(measured: Measured) -> dict[str, Any]:
     peaks = {name: product_rates(wanted, dtype) for name, dtype in DTYPES.items()}
     peaks["copy"] = copy_rates()
     decode = spread(decode_block(measured)).median
+    with kernels_off():
+        decode_by_torch = spread(decode_block(measured)).median
     updates = {}
     for name, (step, _) in measured.updates.items():
         start = time.perf_counter()
@@ -211,7 +218,8 @@ def cycle(measured: Measured) -> dict[str, Any]:
             accumulate_gradients(measured.policy, step, LOSS)
         updates[name][BY_TORCH] = time.perf_counter() - start
         measured.optimizer.zero_gradients()
-    return {"peaks": peaks, "decode": decode, "updates": updates}
+    decodes = {"decode": decode, DECODE_BY_TORCH: decode_by_torch}
+    return {"peaks": peaks, **decodes, "updates": updates}
 
 
 def seconds_of(one: dict[str, Any]) -> dict[str, float]:
@@ -306,6 +314,7 @@ def decode_report(
         "operations": operations,
         "bytes": traffic,
         **against_bound(seconds, bounds),
+        DECODE_BY_TORCH: against_bound([one[DECODE_BY_TORCH] for one in cycles], bounds),
         "parts": per_step(parts, steps),
         "part_bounds": {
             name: spread([bound_in(one, dtype, operations=o, traffic=b) for one in cycles]).median

@@ -10,6 +10,8 @@ from benchmarks.spread import Spread
 
 BY_TORCH = "gradient with torch's operations"
 """The same gradient without the compiled functions: what these give, in the same run."""
+DECODE_BY_TORCH = "decode with torch's operations"
+"""The same decoding steps without them."""
 
 
 def timing_tables(report: Mapping[str, Any]) -> str:
@@ -38,6 +40,7 @@ def bounds_table(report: Mapping[str, Any]) -> str:
     """Decoding, every update and its two pieces against their bounds."""
     decode = report["decode"]
     rows = {f"decode, {decode['rows']} rows at position {decode['position']}": decode}
+    rows[DECODE_BY_TORCH] = decode[DECODE_BY_TORCH]
     for name, update in report["updates"].items():
         rows[f"update, {name}"] = update
         pieces = {**update["pieces"], BY_TORCH: update[BY_TORCH]}
