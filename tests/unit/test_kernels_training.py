@@ -130,6 +130,14 @@ def test_the_norms_gradients_are_those_of_autograd_in_fp64(dtype: torch.dtype):
     assert_near(by_norm, by_weight, bound=2**-8 if dtype == BF16 else 2e-6)
 
 
+def test_the_norm_is_rounded_before_it_is_weighted():
+    """As the modules do; a single rounding would give a fifth of these numbers another value."""
+    case = norm_case(64, 96, BF16)
+    run = partial(sum_norm, case["stream"], case["added"], case["weight"], eps=EPS)
+    actual, expected = by_both(run)
+    assert (actual[1] != expected[1]).float().mean() < 0.01
+
+
 def test_the_fp32_stream_needs_no_copy_of_its_gradient():
     case = norm_case(3, 5, F32)
     scale = torch.ones(3, 1)
