@@ -45,11 +45,18 @@ def run_in_process(config: RunConfig, folder: Path, death: Death | None = None) 
     """Start the run in a process of its own, or resume it."""
     touched, seconds = _FORKS.Value("i", 0), _FORKS.Value("d", 0.0)
     arguments = (config, folder, death or Death(), touched, seconds)
-    process = _FORKS.Process(target=_train, args=arguments)
+    # Forks have the environment in which their server was started, by whichever test came first.
+    process = _FORKS.Process(target=_train_under, args=(dict(os.environ), *arguments))
     process.start()
     process.join()
     assert process.exitcode is not None
     return Ended(exit_code=process.exitcode, touches=touched.value, seconds=seconds.value)
+
+
+def _train_under(environment: dict[str, str], *arguments: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    _train(*arguments)
 
 
 def _train(config: RunConfig, folder: Path, death: Death, touched: Any, seconds: Any) -> None:

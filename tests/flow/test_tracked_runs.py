@@ -78,6 +78,10 @@ def test_a_killed_and_resumed_run_is_in_every_tool_once(
         "tensorboard": tensorboard_points(folder / "tensorboard"),
         "wandb": wandb_points(folder / "wandb"),
     }
+    given = same_for_every_process(held.pop("wandb"))
+    # W&B gets a row at most once: those of the step at which the kill came may be missing.
+    assert not given - expected
+    assert len({step for _, step, _ in expected - given}) <= 1
     for tool, points in held.items():
         assert same_for_every_process(points) == expected, tool
     assert same_weights(
