@@ -107,6 +107,27 @@ def test_control_tokens_are_text_in_a_chat_and_tokens_in_a_completion(folders: l
     run(work)
 
 
+def test_an_answer_lists_only_so_many_log_probabilities(folders: list[str]):
+    # 128 answers of 6 + 4 tokens: 1,280, of which each of two prompts gets half.
+    limits = EngineLimits(max_rows=8, max_prompt_tokens=6, max_tokens=4)
+
+    async def work() -> None:
+        async with engine_of(folders[0], limits) as backend:
+            # 5 tokens of the prompt and 4 of the completion, each with its alternatives.
+            fits = {"echo": True, "n": 8, "max_tokens": 4, "num_prompts": 1}
+            chunks = await answer(backend, asked(**fits, logprobs=16))  # 8 x 9 x 17 = 1,224
+            assert sum(len(chunk.logprobs) for chunk in chunks if chunk.is_echo) == 8 * 5
+            for changed in ({"logprobs": 17}, {"logprobs": 8, "num_prompts": 2}):
+                with pytest.raises(BackendError, match="ask for fewer alternatives") as refused:
+                    await answer(backend, asked(**{**fits, **changed}))
+                assert (refused.value.fault, refused.value.param) == ("bad_request", "logprobs")
+            # Without log-probabilities, and without the prompt's, there is less to list.
+            await answer(backend, asked(**{**fits, "n": 32}))
+            await answer(backend, asked(**{**fits, "echo": False, "logprobs": 17}))
+
+    run(work)
+
+
 def version_served(folder: str, dtype: Any) -> str:
     config = ModelConfig(name=folder, dtype=dtype)
     return load_served_model(config, max_rows=MAX_ROWS).version

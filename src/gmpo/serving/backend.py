@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from gmpo.errors import GmpoError
 
 __all__ = [
+    "MAX_COMPLETIONS",
     "AnswerReport",
     "Backend",
     "BackendError",
@@ -23,6 +24,9 @@ __all__ = [
     "TokenLogprob",
     "Usage",
 ]
+
+MAX_COMPLETIONS = 128
+"""Of one request, over all its prompts."""
 
 BackendFault = Literal["bad_request", "overloaded", "unavailable", "timeout", "broken", "failed"]
 """Why a backend gave no whole answer.
@@ -85,6 +89,7 @@ class GenerationRequest:
         echo: whether each choice begins with the prompt (with its log-probabilities, if wanted).
         stream: whether the client reads the answer as it is made.
         unit: whom an experiment assigns: the caller's user, or this request.
+        num_prompts: that share the response which this is a part of.
         session: the caller's name for the conversation, where it has one.
         body: the JSON body as it came; of a body with several prompts, with this one alone.
     """
@@ -107,6 +112,7 @@ class GenerationRequest:
     unit: str = ""
     session: str | None = None
     response_id: str = ""
+    num_prompts: int = 1
     body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from gmpo.serving.backend import GenerationRequest
+from gmpo.serving.backend import MAX_COMPLETIONS, GenerationRequest
 from gmpo.serving.faults import ApiError
 
 __all__ = ["Asker", "ChatBody", "CompletionBody", "chat_requests", "completion_requests"]
 
 _MAX_LOGPROBS = 20
-_MAX_CHOICES = 128
 _LARGEST_SEED = 2**63 - 1
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default of the plain endpoint."""
@@ -63,7 +62,7 @@ class _StreamOptions(_Body):
 
 class _Common(_Body):
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -95,11 +94,11 @@ class CompletionBody(_Common):
 
     prompt: (
         _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=_MAX_CHOICES)]
+        | Annotated[list[_Text], Field(min_length=1, max_length=MAX_COMPLETIONS)]
         | Annotated[list[_TokenId], Field(min_length=1)]
         | Annotated[
             list[Annotated[list[_TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=_MAX_CHOICES),
+            Field(min_length=1, max_length=MAX_COMPLETIONS),
         ]
     )
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -159,18 +158,19 @@ def completion_requests(
     prompts = body.prompts
     common = _common(body, asker)
     num_completions = len(prompts) * common["n"]
-    if num_completions > _MAX_CHOICES:
+    if num_completions > MAX_COMPLETIONS:
         # Each limit alone would let one request ask for 16,384, and nobody else gets a turn.
         raise ApiError(
             400,
             f"{len(prompts)} prompts with n {common['n']} are {num_completions} completions, and "
-            f"at most {_MAX_CHOICES} are made for one request; ask for fewer",
+            f"at most {MAX_COMPLETIONS} are made for one request; ask for fewer",
             param="n",
         )
     return [
         GenerationRequest(
             id=asker.id if len(prompts) == 1 else f"{asker.id}-{place}",
             response_id=asker.id,
+            num_prompts=len(prompts),
             route="completions",
             prompt=prompt,
             max_tokens=_DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,

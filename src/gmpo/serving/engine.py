@@ -38,7 +38,7 @@ from gmpo.policy.load import (
 from gmpo.records import Message, Prompt
 from gmpo.rollouts import PromptRenderer, decode_text
 from gmpo.sampler.requests import SampleRequest
-from gmpo.serving.backend import BackendError, Chunk, GenerationRequest
+from gmpo.serving.backend import MAX_COMPLETIONS, BackendError, Chunk, GenerationRequest
 from gmpo.serving.engine_answer import EngineAnswer, TokenTexts
 from gmpo.serving.engine_options import refuse_what_is_not_done
 from gmpo.serving.sampling_thread import SamplerSource, SamplingThread
@@ -262,13 +262,15 @@ class EmbeddedBackend:
     ) -> SampleRequest:
         seed = secrets.randbits(63) if request.seed is None else request.seed
         scores_prompt = request.echo and request.logprobs is not None
+        max_tokens = self._max_tokens(request, len(prompt_ids), model)
+        self._refuse_endless_lists(request, len(prompt_ids), max_tokens)
         return SampleRequest(
             id=f"{request.id}/{next(self._numbers)}",
             token_ids=prompt_ids,
             num_completions=request.n,
             # One token is drawn and left out where none is wanted: scoring a prompt alone is not
             # among the sampler's requests.
-            max_tokens=max(1, self._max_tokens(request, len(prompt_ids), model)),
+            max_tokens=max(1, max_tokens),
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
@@ -280,6 +282,31 @@ class EmbeddedBackend:
             # A prompt's scores come with the finished completion, and before all else in the text.
             stream=request.stream and not scores_prompt,
         )
+
+    def _refuse_endless_lists(
+        self, request: GenerationRequest, num_prompt_tokens: int, max_tokens: int
+    ) -> None:
+        """Refuse an answer whose log-probabilities would fill the memory.
+
+        Tokens are limited, but each lists up to 20 alternatives, and each choice its echoed prompt.
+        """
+        if request.logprobs is None:
+            return
+        longest = self._limits.max_prompt_tokens + self._limits.max_tokens
+        allowed = MAX_COMPLETIONS * longest // request.num_prompts
+        tokens = max_tokens + (num_prompt_tokens if request.echo else 0)
+        listed = request.n * tokens * (1 + request.logprobs)
+        if listed > allowed:
+            raise BackendError(
+                f"{request.n} completions of up to {tokens} tokens"
+                f"{' with their prompt' if request.echo else ''}, {request.logprobs} alternatives "
+                f"at each, list {listed} log-probabilities, and at most {allowed} are given for "
+                f"one of {request.num_prompts} prompts; ask for fewer alternatives, completions, "
+                "prompts or tokens",
+                fault="bad_request",
+                param="logprobs",
+                code="too_many_logprobs",
+            )
 
     def _max_tokens(
         self, request: GenerationRequest, num_prompt_tokens: int, model: ServedModel
