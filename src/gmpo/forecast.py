@@ -14,6 +14,7 @@ from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, ModelError
 from gmpo.host_memory import available_bytes, resident_bytes
 from gmpo.inputs import RunInputs, read_inputs
+from gmpo.kernels import attention
 from gmpo.memory import (
     GIB,
     ModelShape,
@@ -215,10 +216,17 @@ def model_shape(
         adapted=frozenset(name.rpartition(".")[2] for name in adapters),
         width=width,
         attention_width=4 if is_fast and device == "cpu" else width,
+        attends_compiled=is_fast and device == "cpu" and _attends_compiled(width),
         is_fast=is_fast,
         on_cpu=device == "cpu",
         recomputes_layers=recomputes_layers,
     )
+
+
+def _attends_compiled(width: int) -> bool:
+    """Whether the fast engine's attention is the compiled function in that precision."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}.get(width, torch.float64)
+    return attention.is_compiled(torch.empty(0, dtype=dtype))
 
 
 def _shape_of_run(inputs: RunInputs) -> ModelShape:

@@ -25,6 +25,8 @@ GIB = 2**30
 _FLOAT = 4
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Positions and vocabulary entries whose logits the fast head holds at once."""
+_PANEL, _PARTS, _QUERY_ROWS, _KEY_BLOCK = 32, 4, 128, 128
+"""Of the compiled attention: positions of a panel, parts of its work, and sizes of its blocks."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows."""
 _FEWEST_PREPARED_ROWS = 16
@@ -52,6 +54,7 @@ class ModelShape:
         adapted: last parts of the names of the layers that have one.
         width: bytes of a number in forward and backward passes: 4 in fp32, 2 in bf16.
         attention_width: the same within attention, which the fast engine runs in fp32 on a CPU.
+        attends_compiled: attention is the compiled function, which pads and copies nothing.
         is_fast: prompts are run once for their completions, and logits exist in tiles.
         on_cpu: where the model runs.
         recomputes_layers: layers keep their inputs and run again in the backward pass.
@@ -71,6 +74,7 @@ class ModelShape:
     adapted: frozenset[str] = frozenset()
     width: int
     attention_width: int
+    attends_compiled: bool = False
     is_fast: bool
     on_cpu: bool
     recomputes_layers: bool = False
@@ -263,11 +267,37 @@ def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
         again = tokens * (_plain_token_bytes(shape) + _gradient_bytes(shape))
         return max(head, again) if shape.recomputes_layers else head
     gradient = shape.vocabulary * shape.hidden * shape.width if shape.trains_all else 0
-    head = _head_bytes(shape, scored, gradient=gradient)
+    head = max(
+        _head_bytes(shape, scored, gradient=gradient), gradient + _attending_bytes(shape, size)
+    )
     if not shape.recomputes_layers:
         return head
-    again = _layer_bytes(shape, size) + size.num_run * _gradient_bytes(shape)
+    again = size.num_run * _gradient_bytes(shape)
+    again = _layer_bytes(shape, size) + max(again, _attending_bytes(shape, size))
     return max(head, gradient + again)
+
+
+def _attending_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """What the compiled attention works on in its backward pass, on one thread.
+
+    Keys and values in fp32 by rows and by panels, sums of their gradients, those of prompts once
+    for each part of the work, one block of queries with its scores, and the heads' gradients.
+    """
+    if not shape.attends_compiled:
+        return 0
+    shared = size.prompts * _whole(size.prompt_tokens, _PANEL)
+    positions = shared + size.rows * _whole(size.num_later, _PANEL)
+    wide = _whole(shape.head_size, _PANEL)
+    group = shape.heads // shape.key_value_heads
+    longest = max(size.prompt_tokens, size.num_later)
+    queries = min(_QUERY_ROWS, longest * group)
+    tables = shape.key_value_heads * wide * (6 * positions + 2 * (_PARTS - 1) * shared)
+    heads = shape.heads * shape.head_size * shape.width + shape.key_value_bytes
+    return (tables + queries * (3 * wide + 2 * _KEY_BLOCK)) * _FLOAT + size.num_run * heads
+
+
+def _whole(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
@@ -285,8 +315,11 @@ def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """What one layer of the fast engine keeps for its backward pass.
 
     Of a token `_token_bytes`, and of a row keys and values of all that it attends to. Prompts
-    attend to those of the table of all tokens, unless attention has a precision of its own.
+    attend to those of the table of all tokens, unless attention has a precision of its own. The
+    compiled attention keeps those of the table alone.
     """
+    if shape.attends_compiled:
+        return size.num_run * (_token_bytes(shape) + shape.key_value_bytes)
     attended = size.rows * size.num_seen * (size.num_later > 0) + (
         size.num_run if shape.attention_width == shape.width else size.prompts * size.prompt_tokens
     )
@@ -295,6 +328,8 @@ def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
 def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """Of prompts and of completions, as numbers, for all query heads of a key head."""
+    if shape.attends_compiled:  # no masks; cosines and sines of positions instead
+        return size.num_run * 2 * shape.head_size * shape.width
     seen = size.rows * size.num_later * size.num_seen + size.prompts * size.prompt_tokens**2
     return shape.heads // shape.key_value_heads * seen * shape.attention_width
 
@@ -317,7 +352,17 @@ def _token_bytes(shape: ModelShape) -> int:
         numbers += normed_heads * shape.head_size
         wide += normed_heads
     stream = 2 * shape.hidden * _stream_width(shape)
-    return stream + numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+    return stream + numbers * shape.width + _attention_bytes(shape) + wide * _FLOAT
+
+
+def _attention_bytes(shape: ModelShape) -> int:
+    """Of a token's queries and of what they attended to, as attention keeps them."""
+    attention = shape.heads * shape.head_size
+    if shape.attends_compiled:
+        # The output is that which the next product keeps, where that is trained.
+        counted = shape.trains_any("o_proj")
+        return (2 - counted) * attention * shape.width
+    return 2 * attention * shape.attention_width
 
 
 def _stream_width(shape: ModelShape) -> int:
@@ -349,7 +394,7 @@ def _operation_bytes(shape: ModelShape) -> int:
         normed_heads = shape.heads + shape.key_value_heads
         wide += normed_heads * (shape.head_size + 1)
         numbers += normed_heads * shape.head_size * shape.trains_all
-    return numbers * shape.width + 2 * attention * shape.attention_width + wide * _FLOAT
+    return numbers * shape.width + _attention_bytes(shape) + wide * _FLOAT
 
 
 def _plain_token_bytes(shape: ModelShape) -> int:

@@ -6,6 +6,7 @@
 #define WIDE wide_bf16
 #define NARROW narrow_bf16
 #define NAME(name) name##_bf16
+#include "attention.h"
 #include "norms.h"
 #include "training.h"
 #include "decoding.h"
@@ -18,6 +19,7 @@
 #define WIDE wide_float
 #define NARROW narrow_float
 #define NAME(name) name##_float
+#include "attention.h"
 #include "norms.h"
 #include "training.h"
 #include "decoding.h"

@@ -36,7 +36,8 @@ _SECONDS = 120
 """A compiler that takes longer is stuck."""
 _WIDE_VECTORS = ("-mprefer-vector-width=512",)
 _NATIVE = ("-march=native",)
-_ALWAYS = ("-std=c11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_ROUNDING = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_ALWAYS = ("-std=c11", "-O3", "-fPIC", *_ROUNDING)
 _ATTEMPTS = (
     (*_ALWAYS, *_NATIVE, *_WIDE_VECTORS, "-fopenmp"),
     (*_ALWAYS, *_NATIVE, "-fopenmp"),

@@ -13,10 +13,10 @@ key heads, **h** query heads of a key head, **D** head size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +25,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from gmpo.batch import MicroBatch
+from gmpo.kernels import attention
 from gmpo.policy import fused
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import common_length
 from gmpo.policy.recompute import recomputed
 
 __all__ = ["scored_hidden_states"]
+
+_Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries [N, H, D], keys and values [N, K, D]."""
 
 _QUERY_BLOCK = 128
 """Tokens of a row that attend together: a block leaves out the keys that lie after all of it, which
@@ -66,7 +70,7 @@ class _Generation:
         real: places in the padded table, flattened, of the tokens in order.
         parent: row of the generation before that each row follows; None in the first.
         valid: which columns of the rows before and of the own ones are no padding.
-        blocks: all own columns, in order, as they attend.
+        body: the model that they are for.
     """
 
     token_ids: Int[Tensor, " n"]
@@ -76,7 +80,22 @@ class _Generation:
     real: Int[Tensor, " n"]
     parent: Int[Tensor, " R"] | None
     valid: Bool[Tensor, "R S"]
-    blocks: tuple[_QueryBlock, ...]
+    body: LlamaBody
+
+    @functools.cached_property
+    def blocks(self) -> tuple[_QueryBlock, ...]:
+        """All own columns, in order, as they attend; made only where torch attends."""
+        return _query_blocks(self.valid, self.padded.shape[1], self.body)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How the table's tokens lie, and the cosines and sines of their positions."""
+
+    generations: Sequence[_Generation]
+    tree: attention.Tree
+    cos: Float[Tensor, "N D"]
+    sin: Float[Tensor, "N D"]
 
 
 def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
@@ -88,12 +107,13 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
     generations = _generations(body, batch)
     hidden = body.embed(torch.cat([g.token_ids for g in generations])[None])[0]
     positions = torch.cat([g.positions for g in generations])
-    rotary = body.rotary(hidden[None], positions[None])
+    cos, sin = (part[0, 0] for part in body.rotary(hidden[None], positions[None]))
+    layout = _Layout(generations=generations, tree=_tree(body, generations), cos=cos, sin=sin)
     run = _run_layer
     if body.recomputes_layers and torch.is_grad_enabled():
-        run = partial(recomputed, _run_layer)
+        run = functools.partial(recomputed, _run_layer)
     for layer in body.layers:
-        hidden = run(body, layer, hidden, rotary, generations)
+        hidden = run(body, layer, hidden, layout)
     return body.final_norm(hidden[_predictors(generations, batch)])
 
 
@@ -102,7 +122,7 @@ def _generations(body: LlamaBody, batch: MicroBatch) -> list[_Generation]:
     prompts, lengths = batch.prompt_ids, batch.prompt_lengths
     shared = common_length(prompts, lengths)
     generations: list[_Generation] = []
-    add = partial(_add_generation, generations, body=body)
+    add = functools.partial(_add_generation, generations, body=body)
     if shared:
         add(prompts[:1, :shared], torch.full_like(lengths[:1], shared), parent=None)
         add(prompts[:, shared:], lengths - shared, parent=torch.zeros_like(lengths))
@@ -144,7 +164,7 @@ def _add_generation(
             real=torch.nonzero(own.flatten())[:, 0],
             parent=parent,
             valid=valid,
-            blocks=_query_blocks(valid, width, body),
+            body=body,
         )
     )
 
@@ -185,47 +205,86 @@ def _predictors(generations: Sequence[_Generation], batch: MicroBatch) -> Int[Te
 
 
 def _run_layer(
-    body: LlamaBody,
-    layer: Any,
-    hidden: Float[Tensor, "N M"],
-    rotary: tuple[Tensor, Tensor],
-    generations: Sequence[_Generation],
+    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], layout: _Layout
 ) -> Float[Tensor, "N M"]:
     # Nested, so that what only attention needs is let go before the feed-forward part.
     if not fused.is_covered(layer):
-        attended = _attend_all(generations, *_projected(body, layer, hidden, rotary))
+        attended = _attended(body, _projected(body, layer, hidden, layout), None, layout)
         by_head = attended.unflatten(1, (body.num_heads, -1)).transpose(0, 1)
         return body.finish(layer, hidden[None], by_head[None])[0]
-    stream, heads = _fused_heads(body, layer, hidden, rotary)
-    attended = _attend_all(generations, *heads)
+    stream, heads = _fused_heads(body, layer, hidden)
+    attended = _attended(body, heads, (layout.cos, layout.sin), layout)
     del heads
     return fused.feed_forward(stream, attended, layer)
 
 
 def _projected(
-    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], rotary: tuple[Tensor, Tensor]
-) -> tuple[Float[Tensor, "N H D"], Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
-    """Queries, keys and values by the layer's modules, whatever they are."""
+    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], layout: _Layout
+) -> _Heads:
+    """Queries, keys and values by the layer's modules, whatever they are, positions applied."""
+    rotary = layout.cos[None, None], layout.sin[None, None]
     queries, keys, values = body.project(layer, hidden[None], rotary)
     return queries[0].transpose(0, 1), keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
 
 def _fused_heads(
-    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"], rotary: tuple[Tensor, Tensor]
-) -> tuple[Float[Tensor, "N M"], tuple[Tensor, Tensor, Tensor]]:
-    """The stream, and the same by functions that keep little for their backward pass."""
-    attention = layer.self_attn
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    body: LlamaBody, layer: Any, hidden: Float[Tensor, "N M"]
+) -> tuple[Float[Tensor, "N M"], _Heads]:
+    """The stream, and heads without positions by functions that keep little for their backward."""
+    part = layer.self_attn
+    linears = (part.q_proj, part.k_proj, part.v_proj)
     stream, *projected = fused.project(hidden, layer.input_layernorm, linears)
     queries, keys, values = (heads.unflatten(1, (-1, body.head_dim)) for heads in projected)
     if body.has_head_norms:
-        norms = attention.q_norm, attention.k_norm
         queries, keys = (
             fused.rms_norm(heads, norm.weight, eps=norm.variance_epsilon)
-            for heads, norm in zip((queries, keys), norms, strict=True)
+            for heads, norm in ((queries, part.q_norm), (keys, part.k_norm))
         )
-    cos, sin = (part[0].transpose(0, 1) for part in rotary)
-    return stream, (fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin), values)
+    return stream, (queries, keys, values)
+
+
+def _attended(
+    body: LlamaBody, heads: _Heads, rotary: tuple[Tensor, Tensor] | None, layout: _Layout
+) -> Float[Tensor, "N HD"]:
+    """What each token attends to; `rotary` is None where positions are applied already."""
+    if attention.is_compiled(*heads, layout.cos):
+        return attention.attend(*heads, rotary, layout.tree)
+    queries, keys, values = heads
+    if rotary is not None:
+        cos, sin = (part[:, None] for part in rotary)
+        queries, keys = fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin)
+    return _attend_all(layout.generations, queries, keys, values)
+
+
+def _tree(body: LlamaBody, generations: Sequence[_Generation]) -> attention.Tree:
+    """What follows what, for the compiled function."""
+    rows: list[attention.Row] = []
+    before = 0  # number of the first row of the generation before
+    for generation in generations:
+        lengths = generation.valid[:, -generation.padded.shape[1] :].sum(dim=1)
+        firsts = generation.first + lengths.cumsum(0) - lengths
+        parents: list[int | None] = [None] * len(lengths)
+        if generation.parent is not None:
+            parents = [before + parent for parent in generation.parent.tolist()]
+        before = len(rows)
+        is_shared = generation is not generations[-1]
+        rows += [
+            attention.Row(
+                first=first,
+                length=length,
+                parent=parent,
+                is_shared=is_shared,
+            )
+            for first, length, parent in zip(
+                firsts.tolist(), lengths.tolist(), parents, strict=True
+            )
+        ]
+    return attention.tree_of(
+        rows,
+        num_heads=body.num_heads,
+        num_key_heads=body.num_key_heads,
+        head_dim=body.head_dim,
+    )
 
 
 def _attend_all(
