@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -258,7 +259,8 @@ def test_weights_laid_out_for_many_rows_are_counted():
 
 
 def test_the_head_holds_tiles_or_all_logits():
-    shape = shape_of(llama())
+    # The compiled attention's tables would be larger than a head as small as this one.
+    shape = replace(shape_of(llama()), attends_compiled=False)
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
     # two tables of 512 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
     # head's of 101 x 32, in fp32
@@ -266,6 +268,21 @@ def test_the_head_holds_tiles_or_all_logits():
     plain = shape_of(llama(), engine="plain")
     # 64 rows of 12 tokens with logits and their gradient, six tables at 512 positions
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4
+
+
+def test_the_compiled_attention_holds_padded_tables_and_one_block():
+    shape = replace(shape_of(llama()), attends_compiled=True)
+    size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
+    # A prompt of one panel of 32 positions and 64 completions of one each, in 2 heads of 8 numbers
+    # padded to 32: keys and values by rows and by panels and their gradients, 6 tables, and the
+    # prompt's gradients 3 times more. 7 tokens of 2 query heads attend at once: queries, results
+    # and gradients of 32 numbers, scores and slopes of 128. Gradients of 452 tokens' heads, 4 of
+    # queries and 2 x 2 of keys and values.
+    tables = 2 * 32 * (6 * 65 * 32 + 6 * 32)
+    block = 7 * 2 * (3 * 32 + 2 * 128)
+    heads = (4 + 64 * 7) * 8 * 8
+    head_gradient = VOCABULARY * 32
+    assert passing_bytes(shape, size) == (tables + block + heads + head_gradient) * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
