@@ -176,15 +176,32 @@ def test_any_lengths_and_heads(lengths: tuple[list[int], list[int]], heads: Head
 
 
 def test_one_and_two_threads_give_the_same_bits():
+    # Long enough that both threads have gradients for the same prompt at once.
+    tree: Generations = [([300], []), ([64] * 8, [0] * 8)]
     threads = torch.get_num_threads()
     runs = []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 2, 2):
             torch.set_num_threads(count)
-            runs.append(results(TREES["three generations"], Heads(), torch.bfloat16))
+            runs.append(results(tree, Heads(size=64), torch.float32))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+def test_parts_cut_shared_rows_anywhere_and_others_nowhere():
+    # 64 tokens of two query heads are a block: the shared row has five, each of the others two.
+    rows = rows_of([([320], []), ([128] * 6, [0] * 6)])
+    plan = tree_of(rows, num_heads=2, num_key_heads=1, head_dim=8).plan.tolist()
+    num_rows, num_blocks = plan[:2]
+    first = 10 + 3 * num_rows
+    row_of_block = [plan[first + 4 * block] for block in range(num_blocks)]
+    assert row_of_block == [0] * 5 + [row for row in range(1, 7) for _ in range(2)]
+    ends = plan[-5:]
+    # Work is tokens times keys seen: 64 x (64 + ... + 320) = 61,440 for the prompt, 53,248 for
+    # each other row, 380,928 in all; parts end where 95,232, 190,464 and 285,696 are passed.
+    assert ends == [0, 7, 11, 15, 17]
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
