@@ -176,14 +176,14 @@ def test_any_lengths_and_heads(lengths: tuple[list[int], list[int]], heads: Head
 
 
 def test_one_and_two_threads_give_the_same_bits():
-    # Long enough that both threads have gradients for the same prompt at once.
+    # One key head, and long enough that both threads have gradients for the prompt at once.
     tree: Generations = [([300], []), ([64] * 8, [0] * 8)]
     threads = torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 2, 2):
             torch.set_num_threads(count)
-            runs.append(results(tree, Heads(size=64), torch.float32))
+            runs.append(results(tree, Heads(query=3, key=1, size=64), torch.float32))
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
