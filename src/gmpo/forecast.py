@@ -216,14 +216,14 @@ def model_shape(
         adapted=frozenset(name.rpartition(".")[2] for name in adapters),
         width=width,
         attention_width=4 if is_fast and device == "cpu" else width,
-        attends_compiled=is_fast and device == "cpu" and _attends_compiled(width),
+        runs_compiled=is_fast and device == "cpu" and _runs_compiled(width),
         is_fast=is_fast,
         on_cpu=device == "cpu",
         recomputes_layers=recomputes_layers,
     )
 
 
-def _attends_compiled(width: int) -> bool:
+def _runs_compiled(width: int) -> bool:
     """Whether the fast engine's attention is the compiled function in that precision."""
     dtype = {2: torch.bfloat16, 4: torch.float32}.get(width, torch.float64)
     return attention.is_compiled(torch.empty(0, dtype=dtype))

@@ -54,7 +54,7 @@ class ModelShape:
         adapted: last parts of the names of the layers that have one.
         width: bytes of a number in forward and backward passes: 4 in fp32, 2 in bf16.
         attention_width: the same within attention, which the fast engine runs in fp32 on a CPU.
-        attends_compiled: attention is the compiled function, which pads and copies nothing.
+        runs_compiled: attention and the head are compiled functions, which pad and widen nothing.
         is_fast: prompts are run once for their completions, and logits exist in tiles.
         on_cpu: where the model runs.
         recomputes_layers: layers keep their inputs and run again in the backward pass.
@@ -74,7 +74,7 @@ class ModelShape:
     adapted: frozenset[str] = frozenset()
     width: int
     attention_width: int
-    attends_compiled: bool = False
+    runs_compiled: bool = False
     is_fast: bool
     on_cpu: bool
     recomputes_layers: bool = False
@@ -272,8 +272,10 @@ def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     )
     if not shape.recomputes_layers:
         return head
+    # Attention's turn comes when the gate and the other half of the feed-forward part are let go.
+    let_go = size.num_run * 2 * shape.feed_forward * shape.width
     again = size.num_run * _gradient_bytes(shape)
-    again = _layer_bytes(shape, size) + max(again, _attending_bytes(shape, size))
+    again = _layer_bytes(shape, size) + max(again, _attending_bytes(shape, size) - let_go)
     return max(head, gradient + again)
 
 
@@ -283,7 +285,7 @@ def _attending_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     Keys and values in fp32 by rows and by panels, sums of their gradients, those of prompts once
     for each part of the work, one block of queries with its scores, and the heads' gradients.
     """
-    if not shape.attends_compiled:
+    if not shape.runs_compiled:
         return 0
     shared = size.prompts * _whole(size.prompt_tokens, _PANEL)
     positions = shared + size.rows * _whole(size.num_later, _PANEL)
@@ -303,11 +305,13 @@ def _whole(count: int, step: int) -> int:
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
     """Of logits, tile by tile: two fp32 tables of a tile at once, and one in the compute precision.
 
-    The backward pass has the head's gradient besides, and that of the hidden states in fp32 and in
-    the compute precision.
+    Compiled functions widen no table below fp32: there are logits and a transposed copy. The
+    backward pass has the head's gradient besides, and that of the hidden states in fp32 and in the
+    compute precision.
     """
     narrow = shape.width if shape.width < _FLOAT else 0
-    tile = min(_TILE_ROWS, scored) * min(_TILE_TOKENS, shape.vocabulary) * (2 * _FLOAT + narrow)
+    held = 2 * narrow if shape.runs_compiled and narrow else 2 * _FLOAT + narrow
+    tile = min(_TILE_ROWS, scored) * min(_TILE_TOKENS, shape.vocabulary) * held
     return tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
 
 
@@ -318,7 +322,7 @@ def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     attend to those of the table of all tokens, unless attention has a precision of its own. The
     compiled attention keeps those of the table alone.
     """
-    if shape.attends_compiled:
+    if shape.runs_compiled:
         return size.num_run * (_token_bytes(shape) + shape.key_value_bytes)
     attended = size.rows * size.num_seen * (size.num_later > 0) + (
         size.num_run if shape.attention_width == shape.width else size.prompts * size.prompt_tokens
@@ -328,7 +332,7 @@ def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
 def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """Of prompts and of completions, as numbers, for all query heads of a key head."""
-    if shape.attends_compiled:  # no masks; cosines and sines of positions instead
+    if shape.runs_compiled:  # no masks; cosines and sines of positions instead
         return size.num_run * 2 * shape.head_size * shape.width
     seen = size.rows * size.num_later * size.num_seen + size.prompts * size.prompt_tokens**2
     return shape.heads // shape.key_value_heads * seen * shape.attention_width
@@ -358,7 +362,7 @@ def _token_bytes(shape: ModelShape) -> int:
 def _attention_bytes(shape: ModelShape) -> int:
     """Of a token's queries and of what they attended to, as attention keeps them."""
     attention = shape.heads * shape.head_size
-    if shape.attends_compiled:
+    if shape.runs_compiled:
         # The output is that which the next product keeps, where that is trained.
         counted = shape.trains_any("o_proj")
         return (2 - counted) * attention * shape.width

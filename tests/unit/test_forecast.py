@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.forecast import Forecast, forecast, forecast_inputs, free_bytes, require_memory
 from gmpo.inputs import Given, RunInputs, read_inputs
+from gmpo.kernels.library import kernels_off
 from gmpo.policy.lora import adapters_of
 
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def torchs_operations() -> Iterator[None]:
+    """The figures by hand are theirs; what compiled functions hold stands in test_memory.py."""
+    with kernels_off():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def test_weights_laid_out_for_many_rows_are_counted():
 
 def test_the_head_holds_tiles_or_all_logits():
     # The compiled attention's tables would be larger than a head as small as this one.
-    shape = replace(shape_of(llama()), attends_compiled=False)
+    shape = replace(shape_of(llama()), runs_compiled=False)
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
     # two tables of 512 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
     # head's of 101 x 32, in fp32
@@ -271,7 +271,7 @@ def test_the_head_holds_tiles_or_all_logits():
 
 
 def test_the_compiled_attention_holds_padded_tables_and_one_block():
-    shape = replace(shape_of(llama()), attends_compiled=True)
+    shape = replace(shape_of(llama()), runs_compiled=True)
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
     # A prompt of one panel of 32 positions and 64 completions of one each, in 2 heads of 8 numbers
     # padded to 32: keys and values by rows and by panels and their gradients, 6 tables, and the
