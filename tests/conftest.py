@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Trackio reads its variable once, whichever test imports it first; one folder a process of pytest.
+_TRACKIO = tempfile.TemporaryDirectory(prefix="gmpo-trackio-", ignore_cleanup_errors=True)
+os.environ["TRACKIO_DIR"] = _TRACKIO.name
 
 # The same examples on every run, and no time limit an example: a shared machine may be slow.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -47,10 +51,8 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def offline_trackers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Trackers write below the tests' own folder; Trackio reads its variable once."""
-    home = tmp_path_factory.mktemp("trackers")
-    os.environ["TRACKIO_DIR"] = str(home / "trackio")
+def offline_trackers() -> None:
+    """Trackers write below the tests' own folder (Trackio's is set above)."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     for name in ("MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_API_KEY"):
         os.environ.pop(name, None)

@@ -375,4 +375,4 @@ def test_gradient_checkpointing_lowers_the_peak_of_a_long_completion(
             accumulate_gradients(policy, step, settings())
         peaks.append(memory.peak_bytes)
     # Eight layers' tensors against eight layers' inputs and one layer's tensors.
-    assert peaks[1] < 0.4 * peaks[0], peaks
+    assert peaks[1] < 0.45 * peaks[0], peaks
