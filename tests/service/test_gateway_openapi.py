@@ -107,6 +107,11 @@ def _for_the_model(body: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "model": "tiny"}
 
 
+# The gateway serves from a thread of this process, and libraries there may draw from Python's
+# global generator between two looks of hypothesis at it.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
+
 def test_made_up_requests_get_no_failure(gateway: RunningGateway):
     statuses = ask_much(gateway, num_requests=FAST)
     assert sum(statuses.values()) >= 0.9 * FAST
