@@ -23,6 +23,8 @@ ALLOWED_PRECISIONS = {
     "bf16": ("bf16_autocast", "bf16_weights"),
 }
 """TRL's precisions that gmpo's `dtype` is compared with."""
+COMPARED = ("difference", "cosine", "gradient_cosine")
+"""What a replay says of how far gmpo's work is from TRL's."""
 
 
 class Side(Protocol):
@@ -116,7 +118,7 @@ def tried(bench: Bench, setup: str, gmpo: Side) -> dict[str, Any]:
             return {"excluded": f"it failed: {str(failure).strip().splitlines()[-1]}"}
     replayed = gmpo.ask("replay", number=0)
     bounds = bounds_of(both_fp32=is_fp32(setup) and gmpo.ask("about")["dtype"] == "fp32")
-    compared = {name: replayed[name] for name in ("difference", "cosine")}
+    compared = {name: replayed[name] for name in COMPARED}
     return {**figures, **compared, "excluded": complaint(compared, "adamw", bounds)}
 
 
@@ -129,7 +131,8 @@ def trial_line(setup: str, figures: Mapping[str, Any]) -> str:
     if "round_seconds" in figures:
         line += (
             f" {figures['round_seconds']:7.1f} s (rollout {figures['rollout_seconds']:.1f}, "
-            f"update {figures['update_seconds']:.1f}), cosine {figures['cosine']:.4f}"
+            f"update {figures['update_seconds']:.1f}), cosine {figures['cosine']:.4f}, "
+            f"of first gradients {figures['gradient_cosine']:.4f}"
         )
     if figures["excluded"] is not None:
         line += f"  excluded: {figures['excluded']}"
@@ -163,11 +166,11 @@ def warm_up(bench: Bench, sides: Sides, results: Results) -> None:
     sides.trl.ask("round", number=0, live_groups=all_groups, sgd_learning_rate=rate)
     compared = sides.gmpo.ask("replay", number=0, sgd_learning_rate=rate)
     sides.gmpo.ask("round", number=0, live_groups=all_groups)
-    results.content["sgd_check"] = {name: compared[name] for name in ("difference", "cosine")}
+    results.content["sgd_check"] = {name: compared[name] for name in COMPARED}
     results.save()
     bench.say(
         f"warm-up: |d_gmpo - d_trl| / |d_trl| with SGD {compared['difference']:.2e}, "
-        f"cosine {compared['cosine']:.5f}"
+        f"cosine {compared['cosine']:.5f}; first gradients {compared['gradient_cosine']:.5f}"
     )
     require_same_update(compared, "sgd", bounds_of(both_fp32=sides.both_fp32))
 
@@ -213,5 +216,5 @@ def pair_line(variant: str, number: int, pair: Mapping[str, Mapping[str, Any]]) 
         f"{gmpo['rollout_seconds']:.1f} s, update of TRL's rows {trl['update_seconds']:.1f} / "
         f"{replay['update_seconds']:.1f} s, live {trl['live_share']:.2f} / "
         f"{gmpo['live_share']:.2f}, peak {trl['peak_gib']:.2f} / {gmpo['peak_gib']:.2f} GiB, "
-        f"cosine {replay['cosine']:.4f}"
+        f"cosine {replay['cosine']:.4f}, of first gradients {replay['gradient_cosine']:.4f}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +34,11 @@ class Scratch:
     def update(self) -> Path:
         """How TRL's last round moved the weights."""
         return self.folder / "update.safetensors"
+
+    @property
+    def gradient(self) -> Path:
+        """A sample of TRL's first gradient in that round, as `gradient_sample` takes it."""
+        return self.folder / "gradient.safetensors"
 
     @property
     def learned(self) -> Path:
@@ -81,6 +86,20 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path)
+
+
+GRADIENT_STRIDE = 16
+"""So few entries of a gradient cost the side that keeps them neither time nor memory."""
+
+
+def gradient_sample(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Every 16th entry of each weight's gradient, in fp32; empty where all of them are zero."""
+    sample = {
+        name: weight.grad.flatten()[::GRADIENT_STRIDE].float().cpu()
+        for name, weight in weights
+        if weight.grad is not None
+    }
+    return sample if any(bool(entries.any()) for entries in sample.values()) else {}
 
 
 def clear_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from benchmarks.devices import forget_peak_memory, peak_memory_gib, wait_for
-from benchmarks.exchange import SampledRows, Scratch, clear_moments, load_weights, save_weights
+from benchmarks.exchange import (
+    SampledRows,
+    Scratch,
+    clear_moments,
+    gradient_sample,
+    load_weights,
+    save_weights,
+)
 from benchmarks.worker import serve
 from benchmarks.workloads import (
     STEPS_PER_ROUND,
@@ -157,6 +164,7 @@ class GmpoSide:
             "update_seconds": seconds,
             "used_sampler_logprobs": update.used_sampler_logprobs,
             **self._compared(),
+            "gradient_cosine": self._gradient_cosine(number),
         }
 
     def record(self, *, number: int, live_groups: int, sgd_learning_rate: float) -> dict[str, Any]:
@@ -170,18 +178,39 @@ class GmpoSide:
         groups = with_sampler_logprobs(parts, sampled.trained_groups)
         self._update(parts, groups, first_step=0)
         save_weights(self._moved(), self._scratch.update)
+        gradient = gradient_sample(self._with_first_gradient(number).items())
+        save_weights(gradient, self._scratch.gradient)
+        self.parts.optimizer.zero_gradients()
         return {"tokens": num_completion_tokens(groups)}
 
     def first_gradient(self, *, number: int) -> dict[str, torch.Tensor]:
-        """The gradient of the first step on the completions that were left, in fp32 on the CPU."""
+        """The first gradient on the completions that were left, in fp32 on the CPU."""
+        masters = self._with_first_gradient(number).items()
+        gradients = {name: w.grad.float().cpu() for name, w in masters if w.grad is not None}
+        self.parts.optimizer.zero_gradients()
+        return gradients
+
+    def _gradient_cosine(self, number: int) -> float:
+        """Of the first gradient and TRL's; 1 where neither side has one."""
+        theirs = load_weights(self._scratch.gradient)
+        ours = gradient_sample(self._with_first_gradient(number).items())
+        self.parts.optimizer.zero_gradients()
+        if not theirs or not ours:
+            return float(bool(theirs) == bool(ours))
+        return cosine_similarity(ours, theirs)
+
+    def _with_first_gradient(self, number: int) -> Mapping[str, torch.Tensor]:
+        """The first weights with the gradient of the first step that has one.
+
+        Until that step no weight has moved.
+        """
         parts = self._restarted(None)
         groups = self._groups(number, SampledRows.read(self._scratch.completions))
-        step = build_steps(parts, groups)[0]
-        accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=True)
-        masters = parts.policy.masters.items()
-        gradients = {name: w.grad.float().cpu() for name, w in masters if w.grad is not None}
-        parts.optimizer.zero_gradients()
-        return gradients
+        for step in build_steps(parts, groups):
+            accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=True)
+            if gradient_sample(parts.policy.masters.items()):
+                break
+        return parts.policy.masters
 
     def mismatch(self, *, number: int) -> dict[str, Any]:
         """|log pi_trainer - log pi_sampler| of each token of a round, in nats, on equal weights."""

@@ -65,6 +65,7 @@ def replayed(sides: Sides, *, number: int, live: int) -> dict[str, float]:
         "tokens": theirs["tokens"],
         "difference": ours["difference"],
         "cosine": ours["cosine"],
+        "gradient_cosine": ours["gradient_cosine"],
     }
 
 

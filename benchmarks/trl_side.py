@@ -24,6 +24,7 @@ from benchmarks.exchange import (
     SampledRows,
     Scratch,
     clear_moments,
+    gradient_sample,
     load_weights,
     save_weights,
 )
@@ -87,10 +88,23 @@ class TimedTrainer(GMPOTrainer):
 
 
 class StepClock(TrainerCallback):
-    """When the last optimizer step ended; before, it may set the step size of each."""
+    """When the last optimizer step ended; before, it may set the step size of each.
 
-    ended = 0.0
-    learning_rates: Sequence[float] = ()
+    Attributes:
+        ended: by the clock of the marks, without the time that keeping a gradient took.
+        first_gradient: a sample of the round's first one that is not zero; until then the weights
+            are those that the round began with.
+        learning_rates: of the steps; empty leaves the trainer's own.
+    """
+
+    def __init__(self) -> None:
+        self.ended = 0.0
+        self.first_gradient: dict[str, torch.Tensor] = {}
+        self.learning_rates: Sequence[float] = ()
+        self._keeping_seconds = 0.0
+
+    def start_round(self) -> None:
+        self.first_gradient, self._keeping_seconds = {}, 0.0
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
@@ -99,9 +113,18 @@ class StepClock(TrainerCallback):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rates[state.global_step]
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if not self.first_gradient:
+            wait_for(model.device.type)
+            began = time.perf_counter()
+            self.first_gradient = gradient_sample(model.named_parameters())
+            self._keeping_seconds += time.perf_counter() - began
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         wait_for(model.device.type)
-        self.ended = time.perf_counter()
+        self.ended = time.perf_counter() - self._keeping_seconds
 
 
 class TrlSide:
@@ -151,7 +174,7 @@ class TrlSide:
     ) -> dict[str, Any]:
         """One round as TRL runs it: seconds of its stages, tokens, peak memory.
 
-        Completions and update are left in the scratch folder.
+        Completions, update and first gradient are left in the scratch folder.
 
         Args:
             number: of the round, which decides the prompts.
@@ -164,6 +187,7 @@ class TrlSide:
         figures = self._played()
         self._sampled_rows().write(self._scratch.completions)
         save_weights(self._update(), self._scratch.update)
+        save_weights(self._clock.first_gradient, self._scratch.gradient)
         return figures
 
     def learn(self, *, number: int, learning_rates: Sequence[float]) -> dict[str, Any]:
@@ -185,6 +209,7 @@ class TrlSide:
 
     def _played(self) -> dict[str, Any]:
         """Train one round; its figures."""
+        self._clock.start_round()
         forget_peak_memory(self._device)
         self._trainer.train()
         peak = peak_memory_gib(self._device)

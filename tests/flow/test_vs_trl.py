@@ -80,6 +80,7 @@ def test_gmpo_does_on_trls_completions_what_trl_did(tiny: Tiny, tmp_path: Path):
     run_pairs(tiny.bench, tiny.sides, results, variant="no_dead", wanted=2)
     entry = results.content["variants"]["no_dead"]
     assert 0 < entry["largest_difference"] <= 1e-2
+    assert 0.9999 < entry["smallest_gradient_cosine"] <= 1.0
     assert entry["live_share"] == {"trl": 1.0, "gmpo": 1.0}
     for pair in entry["pairs"]:
         assert pair["replay"]["used_sampler_logprobs"]
@@ -106,12 +107,21 @@ def test_rounds_that_the_task_rewards_are_dead_alike(tiny: Tiny):
     figures = tiny.trl.ask("round", number=1, live_groups=None)
     replayed = tiny.gmpo.ask("replay", number=1)
     assert figures["live_share"] == 0.0
-    assert (replayed["difference"], replayed["cosine"]) == (0.0, 1.0)
+    compared = [replayed[name] for name in ("difference", "cosine", "gradient_cosine")]
+    assert compared == [0.0, 1.0, 1.0]
+
+
+def test_the_first_gradient_is_of_the_first_step_that_has_one(tiny: Tiny):
+    # One live group of four lies in the last step; before it no weight has moved on either side.
+    tiny.trl.ask("round", number=2, live_groups=1)
+    assert tiny.gmpo.ask("replay", number=2)["gradient_cosine"] > 0.9999
+    with_wrong_sign(tiny.gmpo_side)
+    assert tiny.gmpo.ask("replay", number=2)["gradient_cosine"] < -0.9999
 
 
 def test_a_wrong_gradient_is_refused_before_anything_is_timed(tiny: Tiny, tmp_path: Path):
     with_wrong_sign(tiny.gmpo_side)
-    with pytest.raises(UpdatesDiffer, match=r"sgd: .* is [12][.0-9]*, at most 0.001"):
+    with pytest.raises(UpdatesDiffer, match=r"sgd: .* first gradient is -[.0-9]+"):
         warm_up(tiny.bench, tiny.sides, Results(tmp_path / "out.json", {}))
 
 

@@ -47,7 +47,12 @@ def pair(*, trl_round: float, gmpo_round: float, replay: float = 2.0) -> dict[st
             "peak_gib": 3.0,
             "live_share": 0.25,
         },
-        "replay": {"update_seconds": replay, "difference": 1e-3, "cosine": 0.99},
+        "replay": {
+            "update_seconds": replay,
+            "difference": 1e-3,
+            "cosine": 0.99,
+            "gradient_cosine": 0.995,
+        },
     }
 
 
@@ -85,8 +90,13 @@ def test_the_summary_has_medians_and_ranges_over_pairs():
         (True, "adamw", {"difference": 2e-2, "cosine": 1.0}, True),
         (False, "sgd", {"difference": 0.1, "cosine": 0.99}, False),
         (False, "sgd", {"difference": 0.1, "cosine": 0.989}, True),
-        (False, "adamw", {"difference": 0.3, "cosine": 0.95}, False),
-        (False, "adamw", {"difference": 0.3, "cosine": 0.94}, True),
+        (False, "adamw", {"difference": 0.3, "cosine": 0.7}, False),
+        (False, "adamw", {"difference": 0.3, "cosine": 0.69}, True),
+        (False, "adamw", {"gradient_cosine": 0.99, "difference": 0.1, "cosine": 1.0}, False),
+        (False, "adamw", {"gradient_cosine": 0.98, "difference": 0.1, "cosine": 1.0}, True),
+        (False, "sgd", {"gradient_cosine": 0.98, "difference": 0.1, "cosine": 1.0}, True),
+        (True, "adamw", {"gradient_cosine": 0.9998, "difference": 1e-3, "cosine": 1.0}, True),
+        (True, "adamw", {"gradient_cosine": math.nan, "difference": 1e-3, "cosine": 1.0}, True),
         (False, "adamw", {"difference": 2.0, "cosine": -1.0}, True),
         (True, "adamw", {"difference": math.nan, "cosine": math.nan}, True),
         (False, "sgd", {"difference": math.nan, "cosine": math.nan}, True),
@@ -96,6 +106,7 @@ def test_bounds_hold_by_precision_and_optimizer(
     both_fp32: bool, optimizer: str, compared: dict[str, float], is_refused: bool
 ):
     bounds = bounds_of(both_fp32=both_fp32)
+    compared = {"gradient_cosine": 1.0} | compared
     assert (complaint(compared, optimizer, bounds) is not None) == is_refused
     if is_refused:
         with pytest.raises(UpdatesDiffer, match="times are not compared"):
@@ -105,12 +116,16 @@ def test_bounds_hold_by_precision_and_optimizer(
 
 
 def test_a_refusal_names_figure_and_bound():
-    wide = {"difference": 0.5, "cosine": 0.7}
+    wide = {"difference": 0.5, "cosine": 0.6, "gradient_cosine": 1.0}
     assert complaint(wide, "adamw", FP32_BOUNDS) == (
         "adamw: |d_gmpo - d_trl| / |d_trl| is 0.5, at most 0.01 is allowed"
     )
     assert complaint(wide, "sgd", BF16_BOUNDS) == (
-        "sgd: the cosine between gmpo's and TRL's update is 0.7000, at least 0.99 is needed"
+        "sgd: the cosine between gmpo's and TRL's update is 0.6000, at least 0.99 is needed"
+    )
+    assert complaint(wide | {"gradient_cosine": 0.5}, "adamw", BF16_BOUNDS) == (
+        "adamw: the cosine between gmpo's and TRL's first gradient is 0.5000, at least 0.99 is "
+        "needed"
     )
 
 
