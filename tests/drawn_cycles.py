@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from tests.learning import NAME
 from tests.registries import model_folder
 
-from gmpo.continual import ControllerSettings, run_cycle
+from gmpo.continual import ControllerSettings, open_cycle, run_cycle
 from gmpo.continual_anchor import anchor_suites, best_versions, earlier_champions
 from gmpo.continual_records import CycleFacts, CycleResult, StepReport
 from gmpo.continual_release import (
@@ -53,6 +54,7 @@ class DrawnWork:
         is_automatic: whether nobody has to approve.
         changes: of which one is drawn for each update: added to every item's chance.
         outcomes: what each version made of the suites.
+        seen: how often the process died and a step broke.
     """
 
     store: Store
@@ -65,6 +67,7 @@ class DrawnWork:
     is_automatic: bool = True
     changes: Sequence[float] = DELTAS
     outcomes: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
 
     def risk(self) -> None:
         """Break or die, now and then."""
@@ -171,8 +174,11 @@ def finish_cycle(store: Store, work: DrawnWork, folder: Path, *, number: int) ->
                 request=lambda: {"data": "drawn"},
                 settings=ControllerSettings(tell=tell, lease_seconds=600.0),
             )
-        except (Killed, StoreLocked):
-            ended = [cycle for cycle in store.cycles(NAME)[number - 1 :] if cycle.ended]
+        except (Killed, StoreLocked) as fault:
+            work.seen[type(fault).__name__] += 1
+            if open_cycle(store, NAME) is not None:
+                continue
+            ended = store.cycles(NAME)[number - 1 :]
             if ended:  # it died between its end and telling it
                 return CycleResult(**ended[0].payload["result"])
     raise AssertionError("a cycle did not end within 1,000 tries")

@@ -279,12 +279,9 @@ def promote_step(facts: CycleFacts, store: Store, registry: Registry) -> StepRep
 
     A champion that a person took back meanwhile stays taken back.
     """
-    later = [
-        champion
-        for champion in store.champion_history(facts.name)
-        if champion.revision > facts.champion_revision
-    ]
-    if later and later[-1].version == facts.candidate:
+    now = store.champion(facts.name)
+    is_later = now is not None and now.revision > facts.champion_revision
+    if is_later and now is not None and now.version == facts.candidate:
         return StepReport(passed=True, sentence=f"version {facts.candidate} serves already")
     stale = _stale(facts, store)
     if stale is not None:
@@ -312,7 +309,7 @@ def promote_step(facts: CycleFacts, store: Store, registry: Registry) -> StepRep
 def _stale(facts: CycleFacts, store: Store) -> str | None:
     """Why the gate's evidence counts no more, if it does not."""
     return stale_reason(
-        store.champion_history(facts.name),
+        store.champion_history(facts.name, since_revision=facts.champion_revision),
         revision=facts.champion_revision,
         candidate=facts.candidate,
     )

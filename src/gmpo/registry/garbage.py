@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from gmpo.registry.files import PARTIAL
 from gmpo.registry.line import serving_line
 from gmpo.store import Event, ModelVersion, Store
 
-__all__ = ["Garbage", "clear_away", "kept_versions"]
+__all__ = ["Garbage", "clear_away"]
 
 _LEFTOVER_SECONDS = 3600.0
 """A folder that no version has may be one that is just being registered, for so long."""
@@ -43,18 +43,15 @@ class Garbage:
         return {**asdict(self), "kept": dict(self.kept)}
 
 
-def kept_versions(
-    store: Store, name: str, *, keep: int, candidates: Sequence[str] = ()
+def _kept_versions(
+    store: Store,
+    name: str,
+    versions: Sequence[ModelVersion],
+    *,
+    keep: int,
+    candidates: Sequence[str],
 ) -> dict[str, str]:
-    """Versions of a model that stay, and why.
-
-    Args:
-        store: knows who serves and what is tried.
-        name: of the model.
-        keep: so many of the newest stay in any case.
-        candidates: that wait for a person.
-    """
-    versions = store.model_versions(name)
+    """Versions of a model that stay, and why."""
     kept: dict[str, str] = {}
     line = serving_line(store.champion_history(name))
     spared = list(dict.fromkeys(reversed(line)))[:2]
@@ -83,15 +80,13 @@ def clear_away(
     """
     if keep < 0:
         raise ConfigError(f"keep is {keep}; it must be 0 or more")
-    kept = kept_versions(store, name, keep=keep, candidates=candidates)
-    going = [
-        version
-        for version in store.model_versions(name)
-        if version.version not in kept
-        and Path(version.path).parent == folder
-        and Path(version.path).is_dir()
-    ]
-    leftovers = list(_leftovers(store, folder))
+    versions = store.model_versions(name)
+    kept = _kept_versions(store, name, versions, keep=keep, candidates=candidates)
+    # Most versions of a long history are cleared away already: only what is there is looked at.
+    there = {str(path) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()}
+    going = [one for one in versions if one.version not in kept and one.path in there]
+    unknown = there - {one.path for one in versions}
+    leftovers = list(_leftovers(store, unknown))
     num_bytes = sum(_size(Path(version.path)) for version in going)
     num_bytes += sum(_size(path) for path in leftovers)
     if not dry_run:
@@ -112,9 +107,8 @@ def _tried(store: Store, name: str) -> Iterator[str]:
     for experiment in store.experiments():
         if experiment.status == "running":
             yield from _strings(experiment.config)
-    for cycle in store.cycles(name):
-        if cycle.ended is None:
-            yield from _strings(cycle.payload)
+    for cycle in store.cycles(name, open_only=True):
+        yield from _strings(cycle.payload)
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -128,12 +122,13 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(one)
 
 
-def _leftovers(store: Store, folder: Path) -> Iterator[Path]:
-    """Folders that no version has and nobody has touched for an hour."""
-    known = {version.path for version in store.model_versions()}
-    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+def _leftovers(store: Store, unknown: Set[str]) -> Iterator[Path]:
+    """Of folders that no version of this model has, those that none of another has either, and
+    that nobody has touched for an hour."""
+    known = {version.path for version in store.model_versions()} if unknown else set()
+    for path in map(Path, sorted(unknown - known)):
         is_ours = path.name.startswith(PARTIAL) or not path.name.startswith(".")
-        if path.is_dir() and is_ours and str(path) not in known:
+        if is_ours:
             newest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
             if time.time() - newest > _LEFTOVER_SECONDS:
                 yield path

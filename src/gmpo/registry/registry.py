@@ -263,7 +263,7 @@ class Registry:
         )
         with self._lock.shared():
             self._require_whole(candidate)
-            history = self._store.champion_history(name)
+            history = self._store.champion_history(name, since_revision=revision)
             stale = stale_reason(history, revision=revision, candidate=candidate)
             if stale is not None and history[-1].version == expected_champion:
                 raise PromotionRefused(stale)

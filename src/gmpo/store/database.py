@@ -252,9 +252,12 @@ class Store:
         with self._reading() as connection:
             return _champion(connection, name)
 
-    def champion_history(self, name: str) -> list[Champion]:
-        """Every champion that the model had, oldest first; the last one serves now."""
-        query = select(CHAMPIONS).where(CHAMPIONS.c.name == name).order_by(CHAMPIONS.c.revision)
+    def champion_history(self, name: str, *, since_revision: int = 1) -> list[Champion]:
+        """The model's champions from a revision on, oldest first; the last one serves now."""
+        query = select(CHAMPIONS).where(
+            CHAMPIONS.c.name == name, CHAMPIONS.c.revision >= since_revision
+        )
+        query = query.order_by(CHAMPIONS.c.revision)
         with self._reading() as connection:
             return [to_champion(row) for row in connection.execute(query)]
 
