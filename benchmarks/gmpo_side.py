@@ -339,6 +339,7 @@ class Sgd:
     ) -> float:
         """One step if it is wanted; the rate and the norm are AdamW's and are left aside."""
         del learning_rate, clip_norm
+        self._policy.widen_gradients()
         norm = float(nn.utils.get_total_norm([w.grad for w in self._weights if w.grad is not None]))
         if is_wanted(norm):
             self._sgd.step()

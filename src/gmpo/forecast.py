@@ -17,6 +17,7 @@ from gmpo.inputs import RunInputs, read_inputs
 from gmpo.kernels import attention
 from gmpo.memory import (
     GIB,
+    MicroBatchSize,
     ModelShape,
     activation_bytes,
     cache_bytes,
@@ -280,10 +281,13 @@ def _memory(
 ) -> dict[str, Any]:
     """The memory figures of a `Forecast`."""
     sampling, evaluation = config.sampling, config.evaluation
+    compares_gradients = 0 < config.training.gradient_cosine_every <= config.training.rounds
     weights = weight_bytes(
         shape,
         has_reference=config.needs_reference(),
-        keeps_second_gradient=0 < config.training.gradient_cosine_every <= config.training.rounds,
+        keeps_second_gradient=compares_gradients,
+        has_narrow_gradients=not compares_gradients
+        and all(_leaves_gradients_narrow(config, shape, prompt_tokens=n) for n in lengths.steps),
     )
     longest = max(lengths.trained, lengths.evaluated)
     completion = max(sampling.max_new_tokens, evaluation.max_new_tokens or 0)
@@ -318,8 +322,22 @@ def _memory(
 
 def _update_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> int:
     """Of the largest micro-batch of a step with prompts of that length."""
+    size = _micro_batch(config, shape, prompt_tokens=prompt_tokens)
+    return activation_bytes(shape, size) + passing_bytes(shape, size)
+
+
+def _leaves_gradients_narrow(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> bool:
+    """Whether a step of prompts of that length is one micro-batch, and AdamW takes its bf16."""
+    is_compiled = shape.width == 2 and shape.on_cpu and _runs_compiled(shape.width)
+    rows = config.sampling.prompts_per_round // config.training.steps_per_round
+    rows *= config.sampling.group_size
+    size = _micro_batch(config, shape, prompt_tokens=prompt_tokens)
+    return is_compiled and shape.trains_all and size.rows == rows
+
+
+def _micro_batch(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> MicroBatchSize:
     sampling, training = config.sampling, config.training
-    size = largest_micro_batch(
+    return largest_micro_batch(
         max_tokens=training.max_tokens_per_micro_batch,
         group_size=sampling.group_size,
         groups=sampling.prompts_per_round // training.steps_per_round,
@@ -327,7 +345,6 @@ def _update_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -
         completion_tokens=_longest_completion(config, prompt_tokens),
         shares_prompts=shape.is_fast,
     )
-    return activation_bytes(shape, size) + passing_bytes(shape, size)
 
 
 def _longest_completion(config: RunConfig, prompt_tokens: int) -> int:

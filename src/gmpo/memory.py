@@ -165,7 +165,13 @@ def largest_micro_batch(
     )
 
 
-def weight_bytes(shape: ModelShape, *, has_reference: bool, keeps_second_gradient: bool) -> int:
+def weight_bytes(
+    shape: ModelShape,
+    *,
+    has_reference: bool,
+    keeps_second_gradient: bool,
+    has_narrow_gradients: bool = False,
+) -> int:
     """Weights, of the trained ones gradients and AdamW's two moments, and what some recipes add.
 
     Args:
@@ -174,8 +180,11 @@ def weight_bytes(shape: ModelShape, *, has_reference: bool, keeps_second_gradien
         has_reference: a frozen copy of the starting model serves a KL term; adapters need none,
             because what is under them is the starting model.
         keeps_second_gradient: two gradients are compared.
+        has_narrow_gradients: steps are taken from gradients in the compute precision; without,
+            gradients are fp32.
     """
-    per_trained = 4 * _FLOAT + (shape.width if shape.width < _FLOAT else 0)
+    per_trained = 3 * _FLOAT + (shape.width if shape.width < _FLOAT else 0)
+    per_trained += shape.width if has_narrow_gradients else _FLOAT
     per_trained += _FLOAT if keeps_second_gradient else 0
     if shape.trains_all:
         return shape.num_parameters * (per_trained + shape.width * has_reference)

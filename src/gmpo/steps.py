@@ -220,7 +220,13 @@ def _gradients(
         extra = {}
         if measures_cosine:
             extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
-        measures = accumulate_gradients(parts.policy, step, parts.loss, is_old_policy=is_old_policy)
+        measures = accumulate_gradients(
+            parts.policy,
+            step,
+            parts.loss,
+            is_old_policy=is_old_policy,
+            may_stay_narrow=True,
+        )
     except NonFiniteLossError:
         if not parts.config.guard.skip_steps:
             raise

@@ -5,6 +5,7 @@ Dimensions: **B** sequences, **T** completion tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gmpo.batch import MicroBatch, StepBatch
 from gmpo.errors import NonFiniteError, NonFiniteLossError
 from gmpo.host_memory import keep_freed_memory
+from gmpo.kernels.optimizer import AdamWStep, adamw, gradient_norm
 from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
 from gmpo.policy.score import Policy, Scorer, TokenScores
 
@@ -30,6 +32,9 @@ __all__ = [
     "with_old_logprobs",
     "with_reference_logprobs",
 ]
+
+_CLIP_EPS = 1e-6
+"""As in torch's clip_grad_norm_."""
 
 _Objective = Callable[..., ObjectiveTerms]
 """An objective with its clips bound: (policy_logprobs, old_logprobs, advantages, mask) -> terms."""
@@ -106,7 +111,12 @@ def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> _O
 
 
 def accumulate_gradients(
-    policy: Policy, step: StepBatch, settings: LossSettings, *, is_old_policy: bool = False
+    policy: Policy,
+    step: StepBatch,
+    settings: LossSettings,
+    *,
+    is_old_policy: bool = False,
+    may_stay_narrow: bool = False,
 ) -> StepMeasures:
     """Add the gradient of the step's mean loss to the policy's weights.
 
@@ -119,6 +129,8 @@ def accumulate_gradients(
         settings: the loss.
         is_old_policy: the policy has not moved since it became the old one, so that its own scores
             are the old log-probabilities and those of the step are not used.
+        may_stay_narrow: gradients of a step of one micro-batch may stay with the compute weights,
+            in their precision, until `PolicyOptimizer` or `Policy.widen_gradients` takes them.
 
     Raises:
         NonFiniteError: a log-probability that counts is NaN or infinite; rows are named.
@@ -127,6 +139,9 @@ def accumulate_gradients(
     """
     wants_entropy = settings.entropy_coefficient > 0
     tally = _Tally()
+    policy.widen_gradients()  # an earlier call's, to which this one's are added
+    is_one = len(step.micro_batches) == 1
+    left = policy.gradients_left_narrow if may_stay_narrow and is_one else contextlib.nullcontext
     for batch in step.micro_batches:
         scores = policy.score(batch, temperature=settings.temperature, with_entropy=wants_entropy)
         _require_finite_logprobs(scores.logprobs, batch)
@@ -138,13 +153,17 @@ def accumulate_gradients(
         )
         losses = _with_regularisers(terms.loss, scores, batch, settings, tally)
         _require_finite_losses(losses, batch)
-        (losses.sum() / step.num_rollouts).backward()
+        with left():
+            (losses.sum() / step.num_rollouts).backward()
         tally.add(losses, terms, scores, batch)
     return tally.measures(step.num_rollouts)
 
 
 class PolicyOptimizer:
     """AdamW over the policy's fp32 master weights.
+
+    Gradients that were left in the compute precision are stepped from as they are, by a compiled
+    function; all others by torch's. Moments and their names are torch's either way.
 
     Args:
         policy: whose weights move.
@@ -173,7 +192,7 @@ class PolicyOptimizer:
 
     def zero_gradients(self) -> None:
         """Forget accumulated gradients."""
-        _forget_gradients(self._weights)
+        self._policy.forget_gradients()
 
     def apply_step(
         self,
@@ -197,9 +216,10 @@ class PolicyOptimizer:
             NonFiniteError: the gradient of a step that is wanted is NaN or infinite; the weights
                 have not moved.
         """
-        for weight in self._weights:
-            weight.grad = _gradient(weight)
-        norm_tensor = nn.utils.get_total_norm([_gradient(weight) for weight in self._weights])
+        stays_narrow = self._policy.takes_narrow_gradients and all(
+            weight.grad is None for weight in self._weights
+        )
+        norm_tensor = self._narrow_norm() if stays_narrow else self._wide_norm()
         norm = float(norm_tensor)
         if not is_wanted(norm):
             self.zero_gradients()
@@ -209,14 +229,52 @@ class PolicyOptimizer:
                 f"the gradient norm is {norm}; the weights were not moved. Lower the learning rate "
                 "or gradient_clip_norm, or resume from the last checkpoint"
             )
-        if norm > clip_norm:  # else it would multiply every gradient by 1
-            nn.utils.clip_grads_with_norm_(self._weights, clip_norm, norm_tensor)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        self.adamw.step()
-        self._policy.publish_masters()
+        if stays_narrow:
+            self._step_narrow(scale=clip_norm / (norm + _CLIP_EPS) if norm > clip_norm else 1.0)
+        else:
+            if norm > clip_norm:  # else it would multiply every gradient by 1
+                nn.utils.clip_grads_with_norm_(self._weights, clip_norm, norm_tensor)
+            self.adamw.step()
+            self._policy.publish_masters()
         self.zero_gradients()
         return norm
+
+    def _wide_norm(self) -> Tensor:
+        self._policy.widen_gradients()
+        for weight in self._weights:
+            weight.grad = _gradient(weight)
+        return nn.utils.get_total_norm([_gradient(weight) for weight in self._weights])
+
+    def _narrow_norm(self) -> Tensor:
+        pairs = self._policy.narrow_pairs()
+        return gradient_norm(p.grad for _, p in pairs if p.grad is not None)
+
+    @torch.no_grad()
+    def _step_narrow(self, *, scale: float) -> None:
+        (group,) = self.adamw.param_groups
+        for master, parameter in self._policy.narrow_pairs():
+            state = self.adamw.state[master]
+            if not state:  # as torch's AdamW begins
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(master)
+                state["exp_avg_sq"] = torch.zeros_like(master)
+            state["step"] += 1
+            adamw(
+                master,
+                parameter.grad,
+                (state["exp_avg"], state["exp_avg_sq"]),
+                parameter,
+                AdamWStep(
+                    learning_rate=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    number=int(state["step"]),
+                    scale=scale,
+                ),
+            )
 
 
 @torch.no_grad()
@@ -267,12 +325,12 @@ def gradient_cosine(
     assert all(w.grad is None or not w.grad.any() for w in weights), "gradients must be zero"
     accumulate_gradients(policy, step, settings, is_old_policy=is_old_policy)
     first = [_gradient(weight).clone() for weight in weights]
-    _forget_gradients(weights)
+    policy.forget_gradients()
     accumulate_gradients(policy, step, other, is_old_policy=is_old_policy)
     pairs = [(a, _gradient(weight)) for a, weight in zip(first, weights, strict=True)]
     product = sum(float((a * b).sum()) for a, b in pairs)
     squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
-    _forget_gradients(weights)
+    policy.forget_gradients()
     return product / math.sqrt(squares[0] * squares[1]) if all(squares) else math.nan
 
 
@@ -379,9 +437,3 @@ def _map_batches(
 
 def _gradient(weight: nn.Parameter) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def _forget_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """None in place of zeros: the next backward pass hands its gradients over, and adds nothing."""
-    for weight in weights:
-        weight.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.live_memory import LiveMemory
+from tests.models import save_tiny
 from tests.rollout_groups import one_step, random_groups
+from tests.tiny_runs import tiny_recipe
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,7 +25,8 @@ from transformers import (
 )
 
 from gmpo.batch import MicroBatch
-from gmpo.forecast import model_shape
+from gmpo.forecast import forecast, model_shape
+from gmpo.kernels.library import kernels_off, loaded
 from gmpo.memory import (
     MicroBatchSize,
     ModelShape,
@@ -190,6 +195,41 @@ def test_weights_gradients_and_moments_are_what_the_optimizer_holds(
     counted = sum(tensor.nbytes for tensor in held.values())
     shape = shape_of(policy.model)
     assert counted == weight_bytes(shape, has_reference=False, keeps_second_gradient=False)
+
+
+@pytest.mark.skipif(loaded() is None, reason="no compiled functions here")
+def test_gradients_that_stay_narrow_are_held_once():
+    policy = Policy(llama(dtype=torch.bfloat16), warn=lambda _: None)
+    optimizer = PolicyOptimizer(policy)
+    optimizer.apply_step(learning_rate=0.0, clip_norm=1.0)
+    with policy.gradients_left_narrow():
+        policy.score(micro_batch(WIDE)).logprobs.sum().backward()
+    tensors: list[Tensor] = []
+    for master, parameter in policy.narrow_pairs():
+        assert master.grad is None and parameter.grad is not None
+        moments = [m for m in optimizer.adamw.state[master].values() if m.dim()]
+        tensors += [master, parameter, parameter.grad, *moments]
+    counted = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    assert counted == weight_bytes(
+        shape_of(policy.model),
+        has_reference=False,
+        keeps_second_gradient=False,
+        has_narrow_gradients=True,
+    )
+
+
+@pytest.mark.skipif(loaded() is None, reason="no compiled functions here")
+def test_the_forecast_counts_narrow_gradients_where_a_step_is_one_micro_batch(tmp_path: Path):
+    def bytes_a_weight(**changes: Any) -> float:
+        needs = forecast(tiny_recipe(model, model__dtype="bf16", **changes))
+        return needs.weights_gib * 2**30 / needs.num_parameters
+
+    model = save_tiny(tmp_path)
+    assert bytes_a_weight() == 16
+    assert bytes_a_weight(training__max_tokens_per_micro_batch=40) == 18
+    assert bytes_a_weight(training__gradient_cosine_every=1) == 22
+    with kernels_off():
+        assert bytes_a_weight() == 18
 
 
 def test_a_reference_is_a_frozen_copy_in_the_compute_precision():

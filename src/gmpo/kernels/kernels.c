@@ -10,6 +10,7 @@
 #include "norms.h"
 #include "training.h"
 #include "decoding.h"
+#include "optimizer.h"
 #undef T
 #undef WIDE
 #undef NARROW
@@ -23,6 +24,7 @@
 #include "norms.h"
 #include "training.h"
 #include "decoding.h"
+#include "optimizer.h"
 #undef T
 #undef WIDE
 #undef NARROW

@@ -5,6 +5,7 @@ Dimensions: **B** sequences, **T** completion tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from gmpo.batch import MicroBatch
 from gmpo.errors import ModelError
+from gmpo.kernels.optimizer import takes_narrow
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs, widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, adapters_off, merged_weight
@@ -95,9 +97,11 @@ class Policy:
             recompute_layers(model)
         self.adapters = adapters_of(model)
         self.masters: dict[str, nn.Parameter] = {}
+        self._narrow: dict[str, _Narrow] = {}
+        self._leaves_narrow = False
         self._hooks: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
-            self.masters[name] = _master_of(parameter, self._hooks)
+            self.masters[name] = self._master_of(name, parameter)
 
     def release(self) -> None:
         """Let the model go, so that another policy may be made of it; this one trains no more."""
@@ -146,6 +150,45 @@ class Policy:
             logprobs=_scatter(logprobs, batch),
             entropy=_scatter(entropy, batch) if with_entropy and entropy is not None else None,
         )
+
+    @property
+    def takes_narrow_gradients(self) -> bool:
+        """Whether an optimizer may step from gradients as the backward pass leaves them.
+
+        So where every trained weight is computed with in bf16, and AdamW is compiled.
+        """
+        trained = {name for name, master in self.masters.items() if master.requires_grad}
+        return bool(trained) and all(
+            name in self._narrow and takes_narrow(self._narrow[name].parameter) for name in trained
+        )
+
+    @contextlib.contextmanager
+    def gradients_left_narrow(self) -> Iterator[None]:
+        """Inside, gradients stay with the compute weights where `takes_narrow_gradients`.
+
+        For a step of one backward pass: a second one would add to them in bf16.
+        """
+        self._leaves_narrow = self.takes_narrow_gradients
+        try:
+            yield
+        finally:
+            self._leaves_narrow = False
+
+    def widen_gradients(self) -> None:
+        """Add gradients that were left narrow to those of the fp32 masters."""
+        for pair in self._narrow.values():
+            pair.widen_gradient()
+
+    def narrow_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each trained master in fp32 with the weight that is computed with, in their order."""
+        return [(pair.master, pair.parameter) for pair in self._narrow.values()]
+
+    def forget_gradients(self) -> None:
+        """None in place of zeros: the next backward pass hands its gradients over, adds nothing."""
+        for weight in self.masters.values():
+            weight.grad = None
+        for pair in self._narrow.values():
+            pair.parameter.grad = None
 
     @cached_property
     def base_digest(self) -> str:
@@ -206,6 +249,20 @@ class Policy:
             is_transposed=adapter.is_transposed,
         )
 
+    def _master_of(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer moves, in fp32: the parameter itself if frozen or wide enough."""
+        if parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad:
+            return parameter
+        pair = _Narrow(parameter=parameter, master=nn.Parameter(parameter.detach().float()))
+
+        def pass_on(_: Tensor) -> None:
+            if not self._leaves_narrow:
+                pair.widen_gradient()
+
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(pass_on))
+        self._narrow[name] = pair
+        return pair.master
+
     def _score_plainly(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """One padded forward over prompt and completion a row, with full logits."""
         lengths = batch.prompt_lengths[batch.prompt_of_row]
@@ -240,30 +297,31 @@ class BasePolicy:
             return self.policy.score(batch, temperature=temperature, with_entropy=with_entropy)
 
 
+@dataclass(kw_only=True)
+class _Narrow:
+    """A weight that is computed with in bf16, and the fp32 master that the optimizer moves."""
+
+    parameter: nn.Parameter
+    master: nn.Parameter
+    room: Tensor | None = None
+
+    def widen_gradient(self) -> None:
+        """Micro-batches add up in fp32: bf16 would lose a small one beside a large sum."""
+        narrow, self.parameter.grad = self.parameter.grad, None
+        if narrow is None:
+            return
+        if self.master.grad is not None:
+            self.master.grad += narrow
+            return
+        if self.room is None:
+            # Kept between steps: getting so much memory anew each time costs as much as filling it.
+            self.room = torch.empty_like(self.master)
+        self.master.grad = self.room.copy_(narrow)
+
+
 def _scatter(values: Float[Tensor, " N"], batch: MicroBatch) -> Float[Tensor, "B T"]:
     table = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
     return table.masked_scatter(batch.mask, values)
-
-
-def _master_of(parameter: nn.Parameter, hooks: list[RemovableHandle]) -> nn.Parameter:
-    """The fp32 weight the optimizer moves: the parameter itself if it is frozen or wide enough."""
-    if parameter.dtype in (torch.float32, torch.float64) or not parameter.requires_grad:
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
-    # Kept between steps: getting so much memory anew each time costs as much as filling it.
-    room = torch.empty_like(master)
-
-    def widen_gradient(narrow: Tensor) -> None:
-        # Micro-batches add up in fp32: bf16 would lose a small one beside a large sum.
-        assert narrow.grad is not None
-        if master.grad is None:
-            master.grad = room.copy_(narrow.grad)
-        else:
-            master.grad += narrow.grad
-        narrow.grad = None
-
-    hooks.append(parameter.register_post_accumulate_grad_hook(widen_gradient))
-    return master
 
 
 def _checked_body(model: PreTrainedModel, warn: Callable[[str], None]) -> LlamaBody | None:
