@@ -27,6 +27,8 @@ _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Positions and vocabulary entries whose logits the fast head holds at once."""
 _PANEL, _PARTS, _QUERY_ROWS, _KEY_BLOCK = 32, 4, 128, 128
 """Of the compiled attention: positions of a panel, parts of its work, and sizes of its blocks."""
+_ROWS_OF_A_SHAPE = 32
+"""As in kernels/shapes.py, which this file must not import: it is read without torch."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows."""
 _FEWEST_PREPARED_ROWS = 16
@@ -256,7 +258,7 @@ def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
             return shape.layers * tokens * shape.hidden * shape.width
         return shape.layers * tokens * _plain_token_bytes(shape)
     if shape.recomputes_layers:
-        layer = size.num_run * shape.hidden * _stream_width(shape)
+        layer = _num_run(shape, size) * shape.hidden * _stream_width(shape)
     else:
         layer = _layer_bytes(shape, size)
     return shape.layers * layer + _mask_bytes(shape, size)
@@ -282,8 +284,8 @@ def passing_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     if not shape.recomputes_layers:
         return head
     # Attention's turn comes when the gate and the other half of the feed-forward part are let go.
-    let_go = size.num_run * 2 * shape.feed_forward * shape.width
-    again = size.num_run * _gradient_bytes(shape)
+    let_go = _num_run(shape, size) * 2 * shape.feed_forward * shape.width
+    again = _num_run(shape, size) * _gradient_bytes(shape)
     again = _layer_bytes(shape, size) + max(again, _attending_bytes(shape, size) - let_go)
     return max(head, gradient + again)
 
@@ -298,13 +300,24 @@ def _attending_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
         return 0
     shared = size.prompts * _whole(size.prompt_tokens, _PANEL)
     positions = shared + size.rows * _whole(size.num_later, _PANEL)
+    positions += _whole(_num_run(shape, size) - size.num_run, _PANEL)
     wide = _whole(shape.head_size, _PANEL)
     group = shape.heads // shape.key_value_heads
     longest = max(size.prompt_tokens, size.num_later)
     queries = min(_QUERY_ROWS, longest * group)
     tables = shape.key_value_heads * wide * (6 * positions + 2 * (_PARTS - 1) * shared)
     heads = shape.heads * shape.head_size * shape.width + shape.key_value_bytes
-    return (tables + queries * (3 * wide + 2 * _KEY_BLOCK)) * _FLOAT + size.num_run * heads
+    return (tables + queries * (3 * wide + 2 * _KEY_BLOCK)) * _FLOAT + _num_run(shape, size) * heads
+
+
+def _num_run(shape: ModelShape, size: MicroBatchSize) -> int:
+    """Tokens of the table: in bf16, compiled, it is filled up to a whole number of 32."""
+    return _filled(shape, size.num_run)
+
+
+def _filled(shape: ModelShape, rows: int) -> int:
+    is_filled = shape.runs_compiled and shape.width < _FLOAT
+    return _whole(rows, _ROWS_OF_A_SHAPE) if is_filled else rows
 
 
 def _whole(count: int, step: int) -> int:
@@ -320,6 +333,7 @@ def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
     """
     narrow = shape.width if shape.width < _FLOAT else 0
     held = 2 * narrow if shape.runs_compiled and narrow else 2 * _FLOAT + narrow
+    scored = _filled(shape, scored)
     tile = min(_TILE_ROWS, scored) * min(_TILE_TOKENS, shape.vocabulary) * held
     return tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
 
@@ -332,17 +346,19 @@ def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     compiled attention keeps those of the table alone.
     """
     if shape.runs_compiled:
-        return size.num_run * (_token_bytes(shape) + shape.key_value_bytes)
+        return _num_run(shape, size) * (_token_bytes(shape) + shape.key_value_bytes)
     attended = size.rows * size.num_seen * (size.num_later > 0) + (
-        size.num_run if shape.attention_width == shape.width else size.prompts * size.prompt_tokens
+        _num_run(shape, size)
+        if shape.attention_width == shape.width
+        else size.prompts * size.prompt_tokens
     )
-    return size.num_run * _token_bytes(shape) + attended * shape.attended_bytes
+    return _num_run(shape, size) * _token_bytes(shape) + attended * shape.attended_bytes
 
 
 def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """Of prompts and of completions, as numbers, for all query heads of a key head."""
     if shape.runs_compiled:  # no masks; cosines and sines of positions instead
-        return size.num_run * 2 * shape.head_size * shape.width
+        return _num_run(shape, size) * 2 * shape.head_size * shape.width
     seen = size.rows * size.num_later * size.num_seen + size.prompts * size.prompt_tokens**2
     return shape.heads // shape.key_value_heads * seen * shape.attention_width
 

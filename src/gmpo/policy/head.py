@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
+from gmpo.kernels.shapes import spare_rows
 from gmpo.kernels.training import TileSums, tile_slopes, weight_gradient
 
 __all__ = ["TOKENS_PER_TILE", "chunked_token_logprobs", "token_logprobs", "widened"]
@@ -54,10 +56,17 @@ def chunked_token_logprobs(
         temperature: divides the logits.
         with_entropy: also return the entropy of each distribution, in nats, with gradient.
     """
+    count = len(hidden)
+    spare = spare_rows(count, like=weight)
+    if spare:
+        hidden, token_ids = (
+            functional.pad(hidden, (0, 0, 0, spare)),
+            functional.pad(token_ids, (0, spare)),
+        )
     logprobs, entropy = _ChunkedTokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, token_ids, temperature, with_entropy
     )
-    return logprobs, entropy if with_entropy else None
+    return logprobs[:count], entropy[:count] if with_entropy else None
 
 
 class _ChunkedTokenLogprobs(torch.autograd.Function):

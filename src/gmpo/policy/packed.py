@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from gmpo.batch import MicroBatch
 from gmpo.kernels import attention
+from gmpo.kernels.shapes import spare_rows
 from gmpo.policy import fused
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import common_length
@@ -90,12 +91,17 @@ class _Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """How the table's tokens lie, and the cosines and sines of their positions."""
+    """How the table's tokens lie, and the cosines and sines of their positions.
+
+    The last `spare` tokens fill the table up to a size that was seen before: they see themselves
+    alone, and nothing reads them.
+    """
 
     generations: Sequence[_Generation]
     tree: attention.Tree
     cos: Float[Tensor, "N D"]
     sin: Float[Tensor, "N D"]
+    spare: int
 
 
 def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
@@ -105,10 +111,14 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
     t + 1, so the last one is never run. The order is that of `completion_ids[mask]`.
     """
     generations = _generations(body, batch)
-    hidden = body.embed(torch.cat([g.token_ids for g in generations])[None])[0]
+    token_ids = torch.cat([g.token_ids for g in generations])
     positions = torch.cat([g.positions for g in generations])
+    spare = spare_rows(len(token_ids), like=body.head_weight)
+    token_ids, positions = (functional.pad(each, (0, spare)) for each in (token_ids, positions))
+    hidden = body.embed(token_ids[None])[0]
     cos, sin = (part[0, 0] for part in body.rotary(hidden[None], positions[None]))
-    layout = _Layout(generations=generations, tree=_tree(body, generations), cos=cos, sin=sin)
+    tree = _tree(body, generations, spare=spare)
+    layout = _Layout(generations=generations, tree=tree, cos=cos, sin=sin, spare=spare)
     run = _run_layer
     if body.recomputes_layers and torch.is_grad_enabled():
         run = functools.partial(recomputed, _run_layer)
@@ -253,11 +263,11 @@ def _attended(
     if rotary is not None:
         cos, sin = (part[:, None] for part in rotary)
         queries, keys = fused.rotate(queries, cos, sin), fused.rotate(keys, cos, sin)
-    return _attend_all(layout.generations, queries, keys, values)
+    return _attend_all(layout, queries, keys, values)
 
 
-def _tree(body: LlamaBody, generations: Sequence[_Generation]) -> attention.Tree:
-    """What follows what, for the compiled function."""
+def _tree(body: LlamaBody, generations: Sequence[_Generation], *, spare: int) -> attention.Tree:
+    """What follows what, for the compiled function; spare tokens are a row of their own."""
     rows: list[attention.Row] = []
     before = 0  # number of the first row of the generation before
     for generation in generations:
@@ -279,6 +289,9 @@ def _tree(body: LlamaBody, generations: Sequence[_Generation]) -> attention.Tree
                 firsts.tolist(), lengths.tolist(), parents, strict=True
             )
         ]
+    if spare:
+        end = generations[-1].first + len(generations[-1].token_ids)
+        rows.append(attention.Row(first=end, length=spare, parent=None, is_shared=False))
     return attention.tree_of(
         rows,
         num_heads=body.num_heads,
@@ -288,20 +301,20 @@ def _tree(body: LlamaBody, generations: Sequence[_Generation]) -> attention.Tree
 
 
 def _attend_all(
-    generations: Sequence[_Generation],
+    layout: _Layout,
     queries: Float[Tensor, "N H D"],
     keys: Float[Tensor, "N K D"],
     values: Float[Tensor, "N K D"],
 ) -> Float[Tensor, "N HD"]:
-    """What each token of all generations attends to."""
+    """What each token of all generations attends to; 0 for the spare ones."""
     attended = []
     past: tuple[Tensor, Tensor] | None = None
-    for generation in generations:
+    for generation in layout.generations:
         stop = generation.first + len(generation.token_ids)
         own = [states[generation.first : stop] for states in (queries, keys, values)]
         result, past = _attend(generation, own[0], (own[1], own[2]), past)
         attended.append(result)
-    return torch.cat(attended)
+    return functional.pad(torch.cat(attended), (0, 0, 0, layout.spare))
 
 
 def _attend(
