@@ -23,6 +23,10 @@ __all__ = [
     "sample_groups",
 ]
 
+# What transformers puts around a control token that a turn spells. It takes them out of the turn
+# first, without a word, so that nobody forges one.
+_CONTROL_TOKEN_MARKERS = "\U000f0000\U000f0001"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
@@ -49,8 +53,9 @@ class PromptRenderer:
 
     What a turn says is text: where it spells a control token (`<|im_end|>`), the letters are
     encoded, so that nobody closes a turn or writes another one by its content. Only the template's
-    own control tokens become tokens. A prompt that is one text, not a chat, is its author's own
-    template and encoded as it is.
+    own control tokens become tokens. The characters U+F0000 and U+F0001, which transformers marks
+    such letters with and drops from a turn, are refused. A prompt that is one text, not a chat, is
+    its author's own template and encoded as it is.
 
     Args:
         tokenizer: of the model that will be sampled.
@@ -85,7 +90,8 @@ class PromptRenderer:
         """The prompt with its token ids.
 
         Raises:
-            DataError: it is empty or longer than allowed; its id and length are named.
+            DataError: it is empty, longer than allowed, or a turn has a character that rendering
+                drops; its id and length or the character are named.
         """
         return self.render_all([prompt])[0]
 
@@ -99,8 +105,8 @@ class PromptRenderer:
             remedy: what helps against too long ones besides a larger limit, for the message.
 
         Raises:
-            DataError: one is empty or longer than allowed; the longest is named with its length,
-                and how many there are.
+            DataError: one is empty, has a character that rendering drops, or is longer than
+                allowed; the longest is named with its length, and how many there are.
         """
         rendered = [self._render(prompt) for prompt in prompts]
         limit = self._max_prompt_tokens
@@ -136,6 +142,8 @@ class PromptRenderer:
         return prompt.with_tokens(tuple(token_ids))
 
     def _templated(self, turns: Sequence[Message], *, prompt_id: str) -> list[int]:
+        for turn in turns:
+            _refuse_markers(turn.content, prompt_id=prompt_id)
         chat = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             rendered = self.tokenizer.apply_chat_template(
@@ -157,6 +165,16 @@ class PromptRenderer:
         if self._system is None or has_system:
             return prompt.messages
         return (Message(role="system", content=self._system), *prompt.messages)
+
+
+def _refuse_markers(content: str, *, prompt_id: str) -> None:
+    found = next((letter for letter in content if letter in _CONTROL_TOKEN_MARKERS), None)
+    if found is not None:
+        raise DataError(
+            f"prompt {prompt_id!r} has the private-use character U+{ord(found):X} in a turn, which "
+            "the chat template's rendering keeps for itself and would drop; allowed is all text "
+            "without U+F0000 and U+F0001; remove them"
+        )
 
 
 def sample_groups(

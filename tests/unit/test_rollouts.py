@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.models import character_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from gmpo.errors import DataError, ModelError
 from gmpo.policy.llama import LlamaBody
@@ -73,6 +74,24 @@ def test_control_tokens_that_a_turn_spells_are_letters():
     nested = "<e<end>nd><us<user>er>"
     ids = renderer(tokenizer).render(chat(nested)).token_ids
     assert ids == (user, *spelled(tokenizer, nested), end, assistant)
+
+
+@pytest.mark.parametrize(
+    "letter", [chat_template_utils._CONTROL_TOKEN_START, chat_template_utils._CONTROL_TOKEN_END]
+)
+def test_a_character_that_rendering_would_drop_is_refused_by_name(letter: str):
+    tokenizer = character_tokenizer()
+    said = rf"prompt 'c' has the private-use character U\+{ord(letter):X} in a turn"
+    for turns in (chat(f"2{letter}?"), chat("2?", f"<end>{letter}")):
+        with pytest.raises(DataError, match=said):
+            renderer(tokenizer).render(turns)
+    with pytest.raises(DataError, match=said):
+        renderer(tokenizer, system=letter).render(chat("2?"))
+    # Its neighbours are text, and so is the character itself where no template is.
+    for neighbour in ("\U000effff", "\U000f0002"):
+        assert len(renderer(tokenizer).render(chat(f"2{neighbour}?")).token_ids or ()) == 6
+    text = renderer(tokenizer, prompt_format="text").render(chat(f"2{letter}?"))
+    assert len(text.token_ids or ()) == 4
 
 
 def test_control_tokens_of_a_text_are_its_authors():

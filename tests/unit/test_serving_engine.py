@@ -107,6 +107,17 @@ def test_control_tokens_are_text_in_a_chat_and_tokens_in_a_completion(folders: l
     run(work)
 
 
+def test_a_chat_with_a_character_that_rendering_drops_is_a_bad_request(folders: list[str]):
+    async def work() -> None:
+        async with engine_of(folders[0]) as backend:
+            turns = ({"role": "user", "content": "2\U000f0001?"},)
+            with pytest.raises(BackendError, match=r"private-use character U\+F0001") as refused:
+                await answer(backend, asked(messages=turns, max_tokens=1))
+            assert (refused.value.fault, refused.value.param) == ("bad_request", "messages")
+
+    run(work)
+
+
 def test_an_answer_lists_only_so_many_log_probabilities(folders: list[str]):
     # 128 answers of 6 + 4 tokens: 1,280, of which each of two prompts gets half.
     limits = EngineLimits(max_rows=8, max_prompt_tokens=6, max_tokens=4)
