@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.gateways import RunningGateway, running_gateway
 from tests.upstreams import Behaviour, Body, Upstream, running_upstream
 
 from gmpo.serving.breaker import BreakerRules
+from gmpo.serving.candidate_shadow import CandidateShadow
 from gmpo.serving.feedback import FeedbackDesk
 from gmpo.serving.figures import GatewayFigures
 from gmpo.serving.judging import AnswerJudge, QualityRules
@@ -78,6 +80,7 @@ def served(
     upstream: Mapping[str, Any] | None = None,
     before: Callable[[Store], None] = lambda _: None,
     clock: Callable[[], float] = time.time,
+    follow: str | None = None,
 ) -> Iterator[Served]:
     """Serve until the block ends.
 
@@ -90,6 +93,7 @@ def served(
         upstream: settings of all upstreams.
         before: told of the store before anything is served.
         clock: unix seconds, by which the experiment ends.
+        follow: model whose cycles may call for a shadow.
     """
     with ExitStack() as stack:
         upstreams = {
@@ -132,6 +136,12 @@ def served(
             router.shadowing = ShadowTraffic(
                 backends[shadow.backend], shadow, judge=judge, put=writer.put
             )
+        candidates = None
+        if follow is not None:
+            candidates = CandidateShadow(
+                store, follow, judge=judge, put=writer.put, tell=told.append
+            )
+            router.shadowing = candidates
         figures = GatewayFigures(events=writer.counts)
         figures.watch_routing(
             lambda: {**router.counts, **({} if split is None else split.counts)},
@@ -151,6 +161,7 @@ def served(
                 figures=figures,
                 feedback=desk,
                 observers=[writer.observe, outcome, desk.observe],
+                beside=[] if candidates is None else [partial(candidates.run, seconds=0.02)],
             )
         )
         made = Served(gateway, store, writer)

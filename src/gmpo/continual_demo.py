@@ -139,6 +139,11 @@ def default_settings() -> DemoSettings:
             "small_rounds": 1,
             "safety_items": 100,
             "live_items": 100,
+            # The client asks once in a few seconds, and its requests are what the candidate answers
+            # unseen.
+            "live_users": 2,
+            "live_seconds": 20.0,
+            "live_least": 2,
             "checks": {"reject_always_solved": False},
         },
         serve=("--max-rows", "64", "--max-queued", "512"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from gmpo.continual_records import CycleFacts, StepReport
 from gmpo.continual_serving import served_process
 from gmpo.continual_suites import some_items
 from gmpo.continual_traffic import Answered, ServerClient, open_client
+from gmpo.continual_users import users_shadow, users_watch
 from gmpo.errors import ServerUnreachable
 from gmpo.gate import decide_gate
 from gmpo.gate_records import Guardrail, PairedSuite
+from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.records import Prompt
 from gmpo.store import Event, Store
 
@@ -29,22 +31,31 @@ _NO_GATEWAY = "no gateway is named, so there is no live traffic"
 
 
 def live_step(
-    facts: CycleFacts, folder: Path, *, plan: LearnPlan, store: Store, threads: int
+    facts: CycleFacts,
+    folder: Path,
+    *,
+    plan: LearnPlan,
+    store: Store,
+    threads: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> StepReport:
-    """Ask the gateway live requests, and a server of the candidate the same ones beside it.
+    """Have a server of the candidate answer what users ask, and then requests of the step's own.
 
-    Users' answers stay the champion's. The candidate is refused if it is shown to be worse, slower
-    beyond the limit, or to fail where the champion does not; the gate has shown that it is not.
+    Users' answers stay the champion's: gateways that follow the model send the candidate the same
+    requests (`users_shadow`). Then gateway and candidate are asked the same verifiable requests.
+    The candidate is refused if either shows it to be worse, the second to be slower beyond the
+    limit, or if it fails where the champion does not; the gate has shown that it is not.
 
     Raises:
         ServerUnreachable: the gateway does not answer or does not serve the champion.
+        gmpo.errors.RunStopped: `should_stop` said so while users were waited for.
     """
     if plan.gateway is None:
         return StepReport(passed=True, sentence=_NO_GATEWAY)
     prompts = _requests(plan)
     model = store.model_version(facts.candidate)
     assert model is not None, "the update registered it"
-    with open_client(plan.gateway) as gateway:
+    with open_client(plan.gateway, session=CONTROLLER_SESSION) as gateway:
         _require_champion(gateway.wait_for(facts.champion, seconds=plan.serve_seconds), facts, plan)
         arguments = ("--name", facts.name, "--dtype", plan.recipe.model.dtype)
         try:
@@ -54,6 +65,8 @@ def live_step(
                 ) as url,
                 open_client(url) as shadow,
             ):
+                users = users_shadow(facts, plan, store, url=url, should_stop=should_stop)
+                # One after the other: shadows would slow the candidate's measured answers.
                 champion, candidate = _asked_in_turn(gateway, shadow, prompts, plan)
         except ServerUnreachable as error:
             return StepReport(passed=False, sentence=str(error))
@@ -64,20 +77,31 @@ def live_step(
         champion=np.array([answer.latency_seconds for answer in champion]),
         candidate=np.array([answer.latency_seconds for answer in candidate]),
     )
-    return _judged(facts, plan, champion, candidate, guardrails=[latency])
+    own = _judged(facts, plan, champion, candidate, guardrails=[latency])
+    return _with_users(own, users)
 
 
-def watch_step(facts: CycleFacts, *, plan: LearnPlan) -> StepReport:
-    """Ask the gateway what it was asked before, now that it serves the candidate.
+def watch_step(
+    facts: CycleFacts,
+    *,
+    plan: LearnPlan,
+    store: Store,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StepReport:
+    """See what users get now that the gateway serves the candidate, and ask it again.
+
+    Users' answers are held against those before (`users_watch`), the step's own requests against
+    what the champion made of them.
 
     Raises:
         ServerUnreachable: the gateway does not answer at all.
+        gmpo.errors.RunStopped: `should_stop` said so while users were waited for.
     """
     if plan.gateway is None:
         return StepReport(passed=True, sentence=_NO_GATEWAY)
     told = json.loads((facts.files("live_test") / _ANSWERS).read_text(encoding="utf-8"))
     before = [Answered(**answer) for answer in told]
-    with open_client(plan.gateway) as gateway:
+    with open_client(plan.gateway, session=CONTROLLER_SESSION) as gateway:
         if not gateway.wait_for(facts.candidate, seconds=plan.serve_seconds):
             return StepReport(
                 passed=False,
@@ -87,7 +111,21 @@ def watch_step(facts: CycleFacts, *, plan: LearnPlan) -> StepReport:
             )
         after = gateway.ask(_requests(plan), max_tokens=_max_tokens(plan))
     # Latencies of other moments are not compared: the machine may have been busier.
-    return _judged(facts, plan, before, after, guardrails=[])
+    own = _judged(facts, plan, before, after, guardrails=[])
+    if not own.passed:  # what is shown to be worse is taken back at once
+        return own
+    users = users_watch(facts, plan, store, should_stop=should_stop)
+    return own if users is None else _with_users(own, users)
+
+
+def _with_users(own: StepReport, users: StepReport) -> StepReport:
+    """Both findings as one: what either speaks against does not pass."""
+    return StepReport(
+        passed=own.passed and users.passed,
+        sentence=f"{own.sentence}; {users.sentence}",
+        reason=own.reason if not own.passed else users.reason,
+        details={**own.details, "users": dict(users.details)},
+    )
 
 
 def _requests(plan: LearnPlan) -> tuple[Prompt, ...]:

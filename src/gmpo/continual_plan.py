@@ -96,7 +96,13 @@ class LearnPlan(Table):
     traffic: str | None = None
     """File of requests for the live test and the watch; None takes the suites' items."""
     live_items: int = Field(default=200, ge=1)
-    """Requests of the live test, which the watch asks again."""
+    """Requests that the live test itself sends, and the watch again."""
+    live_users: int = Field(default=200, ge=1)
+    """Requests of users that the candidate is to answer unseen, and after them in their sight."""
+    live_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for these, in the live test and in the watch."""
+    live_least: int = Field(default=20, ge=1)
+    """Requests that users must have made in the last `live_seconds`, or none are waited for."""
     serve_seconds: float = Field(default=120.0, gt=0)
     """Longest wait for a server to load a version."""
 

@@ -23,6 +23,8 @@ def served_process(
 ) -> Iterator[str]:
     """`gmpo serve` on a free port of this machine, and its base URL.
 
+    It ends with the block, and on Linux with this process too, however that ends.
+
     Args:
         model: folder or name.
         arguments: more of the command's options.
@@ -32,7 +34,8 @@ def served_process(
     Raises:
         ServerUnreachable: it does not serve within that time, or ends; its last line is told.
     """
-    command = [sys.executable, "-m", "gmpo.cli", "serve", model, "--port", "0", *arguments]
+    serve = ["serve", model, "--port", "0", *arguments]
+    command = [sys.executable, "-m", "gmpo.leash", str(os.getpid()), *serve]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

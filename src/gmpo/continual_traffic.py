@@ -149,12 +149,15 @@ class ServerClient:
 
 
 @contextmanager
-def open_client(url: str, *, timeout_seconds: float = 60.0) -> Iterator[ServerClient]:
+def open_client(
+    url: str, *, timeout_seconds: float = 60.0, session: str | None = None
+) -> Iterator[ServerClient]:
     """A client of the server at a base URL, with the first key of `GMPO_API_KEYS` if there is one.
 
     Args:
         url: e.g. http://127.0.0.1:8000/v1.
         timeout_seconds: longest wait for one answer.
+        session: under which a gateway records the requests; None names none.
 
     Raises:
         ConfigError: the URL is none of HTTP.
@@ -163,6 +166,8 @@ def open_client(url: str, *, timeout_seconds: float = 60.0) -> Iterator[ServerCl
         raise ConfigError(f"the server's address is {url!r}; give http://HOST:PORT/v1")
     key = os.environ.get("GMPO_API_KEYS", "").split(",")[0].strip()
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    if session is not None:
+        headers["x-gmpo-session"] = session
     with (
         Grader() as grader,
         httpx2.Client(timeout=timeout_seconds, headers=headers) as client,

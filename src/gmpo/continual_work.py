@@ -322,8 +322,14 @@ class RealWork:
 
     def live_test(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Run the candidate in the champion's shadow."""
-        plan = plan_of(facts.request["plan"])
-        report = live_step(facts, folder, plan=plan, store=self.store, threads=self.threads)
+        report = live_step(
+            facts,
+            folder,
+            plan=plan_of(facts.request["plan"]),
+            store=self.store,
+            threads=self.threads,
+            should_stop=self.should_stop,
+        )
         return kept_or_withdrawn(report, facts, self.registry)
 
     def approve(self, facts: CycleFacts, folder: Path) -> StepReport:
@@ -337,8 +343,9 @@ class RealWork:
         return promote_step(facts, self.store, self.registry)
 
     def watch(self, facts: CycleFacts, folder: Path) -> StepReport:
-        """Ask the gateway once it serves the candidate."""
-        return watch_step(facts, plan=plan_of(facts.request["plan"]))
+        """Ask the gateway once it serves the candidate, and see what users get."""
+        plan = plan_of(facts.request["plan"])
+        return watch_step(facts, plan=plan, store=self.store, should_stop=self.should_stop)
 
     def roll_back(self, facts: CycleFacts, folder: Path) -> StepReport:
         """Move the registry's pointer back."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from tests.models import save_tiny
@@ -99,6 +101,26 @@ def opened(tmp_path: Path) -> Iterator[Place]:
         yield Place(folder=tmp_path, store=store, work=work)
 
 
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """A user who asks on and on while the block runs."""
+    over = threading.Event()
+
+    def ask_on() -> None:
+        body = {"model": NAME, "prompt": "7?", "max_tokens": 1, "user": "ann"}
+        with httpx2.Client(timeout=60) as client:
+            while not over.wait(0.2):
+                client.post(f"{url}/completions", json=body).raise_for_status()
+
+    thread = threading.Thread(target=ask_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_cycles_improve_what_is_served_and_leave_out_what_unlearns(tmp_path: Path):
     with opened(tmp_path) as place:
         first = place.store.champion(NAME)
@@ -116,12 +138,14 @@ def test_cycles_improve_what_is_served_and_leave_out_what_unlearns(tmp_path: Pat
         with served_process(str(start), arguments=arguments, threads=1, seconds=60) as url:
             # A champion whose files are gone is named, and the cycle goes on once they are back.
             start.rename(tmp_path / "elsewhere")
+            users = {"live_users": 5, "live_seconds": 30.0, "live_least": 1}
             with pytest.raises(ModelError, match="no version of 'tiny' can be served"):
-                place.run(place.plan(gateway=url), rows(60))
+                place.run(place.plan(gateway=url, **users), rows(60))
             cycle = open_cycle(place.store, NAME)
             assert cycle is not None
             (tmp_path / "elsewhere").rename(start)
-            good = place.run(place.plan(), rows(60))
+            with asking(url):
+                good = place.run(place.plan(), rows(60))
         _require_a_trail(place, good, first=first.version)
         assert good.number == cycle.number
         # The same rows again are known by now.
@@ -146,8 +170,16 @@ def _require_a_trail(place: Place, result: CycleResult, *, first: str) -> None:
     made = place.store.model_version(result.new_model_version or "")
     assert made is not None
     assert (made.parent, made.lineage["cycle"]) == (first, 2)
-    shadows = place.store.events(kinds=["shadow"])
+    shadows = place.store.events(kinds=["shadow"], experiment="learn/tiny/2")
     assert len(shadows) == 40
+    unseen = place.store.events(kinds=["shadow"], experiment="learn/tiny/2/users")
+    assert len(unseen) >= 5
+    assert {event.model_version for event in unseen} == {result.new_model_version}
+    assert {event.unit for event in unseen} == {"ann"}
+    reports = place.store.cycles(NAME)[-1].payload["reports"]
+    assert reports["live_test"]["details"]["users"]["source"] == "users"
+    assert reports["watch"]["details"]["users"]["answers"] >= 5
+    assert "requests of users" in reports["live_test"]["sentence"]
     answered = {event.request_id for event in place.store.events(kinds=["answer"])}
     assert {event.request_id for event in shadows} <= answered
     (swap,) = place.store.events(kinds=["swap"])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 from tests.gateways import running_gateway, tiny_backend
@@ -149,6 +153,32 @@ def test_a_version_is_served_by_a_process_until_the_block_ends(model: str, items
         assert all(answer.error is None for answer in client.ask(prompts, max_tokens=3))
     with open_client(url) as client, pytest.raises(ServerUnreachable):
         client.served()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child of its parent's end")
+def test_a_server_does_not_outlive_a_controller_that_is_killed(model: str):
+    code = (
+        "import sys, time\n"
+        "from gmpo.continual_serving import served_process\n"
+        "with served_process(sys.argv[1], threads=1, seconds=60) as url:\n"
+        "    print(url, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True
+    ) as controller:
+        assert controller.stdout is not None
+        url = controller.stdout.readline().strip()
+        assert httpx2.get(f"{url}/models").status_code == 200
+        controller.kill()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            httpx2.get(f"{url}/models")
+        except httpx2.TransportError:
+            break
+        assert time.monotonic() < deadline, "the server goes on without its controller"
+        time.sleep(0.1)
 
 
 def test_a_version_that_cannot_be_served_says_why(tmp_path: Path):

@@ -16,11 +16,14 @@ from gmpo.recipe import load_recipe
 
 if TYPE_CHECKING:
     from gmpo.serving.backend import Backend
+    from gmpo.serving.candidate_shadow import CandidateShadow
     from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel
     from gmpo.serving.following import ChampionFollower
+    from gmpo.serving.judging import AnswerJudge
     from gmpo.serving.recording import EventWriter
     from gmpo.serving.router import VariantRouter
     from gmpo.serving.routing_config import EngineSettings, RoutingConfig
+    from gmpo.serving.shadowing import ShadowTraffic
     from gmpo.serving.splitting import TrafficSplit
     from gmpo.store import ModelVersion, Store
 
@@ -232,20 +235,50 @@ def build_behind(
         )
         router.shadowing = shadow
 
+    candidates = _candidate_shadow(config, recorder, judge, shadow)
+    if candidates is not None:
+        router.shadowing = candidates
+
     def counts() -> Mapping[str, int]:
         return {
             **router.counts,
             **judge.counts,
             **({} if shadow is None else shadow.counts),
+            **({} if candidates is None else candidates.counts),
             **({} if split is None else split.counts),
             "retries": sum(one.num_retries for one in upstreams.values()),
         }
 
     beside: list[Callable[[], Awaitable[None]]] = [] if split is None else [split.run]
+    if candidates is not None:
+        beside.append(candidates.run)
     behind = Behind(router=router, counts=counts, split=split, beside=beside)
     for engine in engines.values():
         _change(behind, config, engine, engine_limits(), recorder)
     return behind
+
+
+def _candidate_shadow(
+    config: RoutingConfig,
+    recorder: Recorder | None,
+    judge: AnswerJudge,
+    beside: ShadowTraffic | None,
+) -> CandidateShadow | None:
+    """What has candidates of continual learning answer too; None where no champion is followed."""
+    from gmpo.serving.candidate_shadow import CandidateShadow
+    from gmpo.serving.routing_config import EngineSettings
+
+    main = config.backends[config.main]
+    if recorder is None or not isinstance(main, EngineSettings) or main.follow is None:
+        return None
+    return CandidateShadow(
+        recorder.store,
+        main.follow,
+        judge=judge,
+        put=recorder.events.put,
+        tell=warn,
+        beside=beside,
+    )
 
 
 def _split(found: Wanted, recorder: Recorder | None) -> TrafficSplit | None:

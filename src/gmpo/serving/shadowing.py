@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 
 from gmpo.abtest.assignment import position
 from gmpo.serving.backend import AnswerReport, Backend, BackendError, GenerationRequest
 from gmpo.serving.judging import AnswerJudge, Tally
-from gmpo.serving.quality import QualityScore
 from gmpo.serving.router import Route
 from gmpo.store import Event
 from gmpo.task_config import Table
@@ -43,6 +43,8 @@ class ShadowTraffic:
         settings: share and limits.
         judge: scores its answers as it does the served ones.
         put: takes events without waiting.
+        experiment: that all its answers are evidence of, as the candidate's; None is the request's,
+            where the backend is an arm of it.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class ShadowTraffic:
         *,
         judge: AnswerJudge,
         put: Callable[[Event], None],
+        experiment: str | None = None,
     ) -> None:
         self._backend = backend
         self._settings = settings
         self._judge = judge
         self._put = put
+        self._experiment = experiment
         self._running: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
         """`shadows` that were answered, that `shadows_failed`, and that were `shadows_skipped`
@@ -83,7 +87,7 @@ class ShadowTraffic:
 
     async def _answer(self, request: GenerationRequest, route: Route) -> None:
         began = time.perf_counter()
-        tally, score, error = Tally(request), None, None
+        tally, score, error, fault = Tally(request), None, None, None
         try:
             async with asyncio.timeout(self._settings.seconds):
                 chunks = self._backend.generate(replace(request, stream=False))
@@ -95,33 +99,37 @@ class ShadowTraffic:
         except (BackendError, TimeoutError) as failure:
             seconds = time.perf_counter() - began
             error = str(failure) or f"it took more than {self._settings.seconds:g} seconds"
+            fault = failure.fault if isinstance(failure, BackendError) else "timeout"
         self.counts["shadows" if error is None else "shadows_failed"] += 1
-        self._put(self._event(request, route, tally, score, error, seconds))
+        figures = {
+            "quality": None if score is None else score.score,
+            "latency_s": seconds if error is None else None,
+            "mean_logprob": tally.mean_logprob,
+            "error": error,
+            "fault": fault,
+        }
+        self._put(self._event(request, route, tally, figures))
 
     def _event(
         self,
         request: GenerationRequest,
         route: Route,
         tally: Tally,
-        score: QualityScore | None,
-        error: str | None,
-        seconds: float,
+        figures: Mapping[str, Any],
     ) -> Event:
         name = self._backend.name
+        # A backend that is no arm says nothing about an experiment of the request's.
+        arm_of = route.experiment if name in route.variants else None
         return Event(
             kind="shadow",
             time=time.time(),
             payload={
                 "variant": route.variants.get(name, name),
                 "backend": name,
-                "quality": None if score is None else score.score,
-                "latency_s": seconds if error is None else None,
-                "mean_logprob": tally.mean_logprob,
-                "error": error,
+                **figures,
             },
             model_version=tally.model_version or self._backend.model_version,
-            # A backend that is no arm says nothing about an experiment.
-            experiment=route.experiment if name in route.variants else None,
+            experiment=self._experiment or arm_of,
             unit=request.unit or None,
             request_id=request.id,
         )

@@ -1,0 +1,141 @@
+"""A candidate of continual learning in the shadow of what serves: it answers users unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from gmpo.errors import StoreError
+from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, standing_call
+from gmpo.serving.backend import AnswerReport, GenerationRequest
+from gmpo.serving.judging import AnswerJudge
+from gmpo.serving.router import Route, Shadowing
+from gmpo.serving.shadowing import ShadowSettings, ShadowTraffic
+from gmpo.serving.upstream import UpstreamBackend, UpstreamSettings
+from gmpo.store import Event, Store
+
+__all__ = ["CandidateShadow"]
+
+_KEYS = "GMPO_API_KEYS"
+_NAME = "candidate"
+
+
+class CandidateShadow:
+    """Asks the candidate that a cycle calls for, once a user's answer is whole.
+
+    Args:
+        store: where cycles call.
+        name: of the model whose cycles are listened to.
+        judge: scores its answers as it does the served ones.
+        put: takes events without waiting.
+        tell: told in one sentence of what begins, or cannot be done.
+        beside: another shadow that goes on as before.
+    """
+
+    max_running = 2
+    """Requests of users that it answers at once; others are left out and counted."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        *,
+        judge: AnswerJudge,
+        put: Callable[[Event], None],
+        tell: Callable[[str], None],
+        beside: Shadowing | None = None,
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._judge = judge
+        self._put = put
+        self._tell = tell
+        self._beside = beside
+        self._call: ShadowCall | None = None
+        self._backend: UpstreamBackend | None = None
+        self._traffic: ShadowTraffic | None = None
+        self._before: Counter[str] = Counter()
+        self.num_failures = 0
+        """Looks at which the store could not be read; the next one may."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Of all candidates: `candidate_shadows`, those that failed and were skipped."""
+        now = Counter() if self._traffic is None else self._traffic.counts
+        return {f"candidate_{name}": count for name, count in (self._before + now).items()}
+
+    def begin(self, request: GenerationRequest, report: AnswerReport, route: Route) -> None:
+        """Have a user's request answered by the candidate, if there is one."""
+        if self._beside is not None:
+            self._beside.begin(request, report, route)
+        is_over = self._call is None or self._call.until <= time.time()
+        if self._traffic is not None and not is_over and request.session != CONTROLLER_SESSION:
+            self._traffic.begin(request, report, route)
+
+    async def run(self, *, seconds: float = 1.0) -> None:
+        """Listen until cancelled, so many seconds between two looks."""
+        while True:
+            await self.look()
+            await asyncio.sleep(seconds)
+
+    async def look(self) -> None:
+        """Begin with the candidate that is called for, or end with one that is not any more."""
+        try:
+            wanted = await asyncio.to_thread(standing_call, self._store, self._name)
+        except StoreError as error:
+            if not self.num_failures:
+                self._tell(f"what is to be shadowed of {self._name!r} cannot be read: {error}")
+            self.num_failures += 1
+            return
+        if wanted == self._call:
+            return
+        if self._traffic is not None and self._call is not None:
+            self._tell(f"candidate {self._call.candidate} answers no more of users' requests")
+        await self._end()
+        self._call = wanted
+        if wanted is not None:
+            await self._begin_with(wanted)
+
+    async def close(self) -> None:
+        """End what runs, and the shadow beside it."""
+        await self._end()
+        if self._beside is not None:
+            await self._beside.close()
+
+    async def _begin_with(self, call: ShadowCall) -> None:
+        has_key = bool(os.environ.get(_KEYS, "").strip())
+        settings = UpstreamSettings(
+            url=call.url,
+            model=self._name,
+            version=call.candidate,
+            api_key_env=_KEYS if has_key else None,
+            retries=0,
+        )
+        backend = UpstreamBackend(_NAME, settings)
+        if not await backend.ready():
+            await backend.close()
+            self._tell(
+                f"candidate {call.candidate} of cycle {call.cycle} is not shadowed: its server at "
+                f"{call.url} does not answer here"
+            )
+            return
+        self._backend = backend
+        self._traffic = ShadowTraffic(
+            backend,
+            ShadowSettings(backend=_NAME, share=1.0, max_running=self.max_running),
+            judge=self._judge,
+            put=self._put,
+            experiment=call.experiment,
+        )
+        self._tell(f"candidate {call.candidate} of cycle {call.cycle} answers users' requests too")
+
+    async def _end(self) -> None:
+        if self._traffic is not None:
+            await self._traffic.close()
+            self._before += self._traffic.counts
+        if self._backend is not None:
+            await self._backend.close()
+        self._traffic = self._backend = None

@@ -1,0 +1,254 @@
+"""What users' own requests say of a candidate: waited for, paired, judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_ind
+from tests.tiny_runs import tiny_recipe
+
+from gmpo.continual_plan import LearnPlan
+from gmpo.continual_records import CycleFacts, StepReport
+from gmpo.continual_users import fell_by_more, users_shadow, users_watch
+from gmpo.errors import RunStopped
+from gmpo.live_shadow import (
+    CONTROLLER_SESSION,
+    ShadowCall,
+    called,
+    standing_call,
+    users_pairs,
+)
+from gmpo.store import Event, ModelVersion, Store, open_store
+
+NAME, CHAMPION, CANDIDATE = "bot", "v1", "v2"
+URL = "http://127.0.0.1:9/v1"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(str(tmp_path / "store.db")) as opened:
+        yield opened
+
+
+def facts(**reports: StepReport) -> CycleFacts:
+    made = StepReport(passed=True, sentence="made", details={"new_model_version": CANDIDATE})
+    return CycleFacts(
+        name=NAME,
+        number=1,
+        folder=Path(),
+        champion=CHAMPION,
+        champion_revision=1,
+        request={},
+        reports={"update": made, **reports},
+    )
+
+
+def plan(**changes: Any) -> LearnPlan:
+    few = {"live_users": 30, "live_seconds": 0.2, "live_least": 5}
+    return LearnPlan(recipe=tiny_recipe("unused"), suites={"old": "old"}, **{**few, **changes})
+
+
+def answer(
+    number: int,
+    quality: float | None = 0.9,
+    *,
+    version: str = CHAMPION,
+    status: int = 200,
+    session: str | None = None,
+    unit: str | None = None,
+) -> Event:
+    return Event(
+        kind="answer",
+        time=time.time(),
+        payload={"status": status, "quality": quality, "latency_s": 0.1, "session": session},
+        model_version=version,
+        unit=unit or f"user-{number}",
+        request_id=f"{version}-{number}",
+    )
+
+
+def shadow(
+    number: int, quality: float | None, *, fault: str | None = None, unit: str | None = None
+) -> Event:
+    return Event(
+        kind="shadow",
+        time=time.time(),
+        payload={"quality": quality, "latency_s": 0.1, "fault": fault, "error": fault},
+        model_version=CANDIDATE,
+        experiment=f"learn/{NAME}/1/users",
+        unit=unit or f"user-{number}",
+        request_id=f"{CHAMPION}-{number}",
+    )
+
+
+def ask(store: Store, settings: LearnPlan) -> StepReport:
+    return users_shadow(facts(), settings, store, url=URL, should_stop=lambda: False)
+
+
+def test_pairs_by_hand(store: Store):
+    call = ShadowCall(name=NAME, cycle=1, candidate=CANDIDATE, url=URL, until=time.time() + 60)
+    store.add_events(
+        [
+            answer(0, 0.8, unit="ann"),
+            answer(1, 0.6, unit="ann"),
+            answer(2, 0.5, unit="bob"),
+            answer(3, 0.5),
+            answer(4, None),
+            answer(5, 0.9, session=CONTROLLER_SESSION),
+            shadow(0, 0.4, unit="ann"),
+            shadow(1, 0.6, unit="ann"),
+            shadow(2, 0.7, unit="bob"),
+            shadow(3, None, fault="timeout"),
+            shadow(4, 0.5),
+            shadow(5, 0.5),
+            shadow(6, None, fault="bad_request"),
+        ]
+    )
+    pairs = users_pairs(store, call, champion=CHAMPION)
+    # ann: (.8 + .6) / 2 and (.4 + .6) / 2; bob as he is.
+    assert pairs.served == pytest.approx([0.7, 0.5])
+    assert pairs.shadow == pytest.approx([0.5, 0.7])
+    # 4 has no quality, 5 is no user's, 6 is not allowed there.
+    assert (pairs.num_shadows, pairs.num_failed, pairs.num_unpaired) == (7, 1, 3)
+
+
+def test_a_call_stands_until_it_ends_or_its_time_is_over(store: Store):
+    call = ShadowCall(name=NAME, cycle=1, candidate=CANDIDATE, url=URL, until=time.time() + 60)
+    assert standing_call(store, NAME) is None
+    with called(store, call):
+        assert standing_call(store, NAME) == call
+        assert standing_call(store, "another") is None
+        assert standing_call(store, NAME, now=call.until) is None
+    assert standing_call(store, NAME) is None
+
+
+def test_where_users_ask_too_little_nobody_is_waited_for(store: Store):
+    cycles = [answer(number, session=CONTROLLER_SESSION) for number in range(50)]
+    store.add_events([*cycles, *(answer(number) for number in range(50, 54))])
+    report = ask(store, plan(live_seconds=300.0))
+    assert report.passed
+    assert report.details == {"source": "own", "requests_before": 4}
+    assert "users asked 4 requests in 300 seconds, fewer than 5" in report.sentence
+    assert store.events(kinds=["shadow_call"]) == []
+
+
+def test_a_wait_ends_when_it_is_stopped_and_so_does_the_call(store: Store):
+    store.add_events([answer(number) for number in range(10)])
+    with pytest.raises(RunStopped, match="waited for users"):
+        users_shadow(facts(), plan(live_seconds=300.0), store, url=URL, should_stop=lambda: True)
+    assert len(store.events(kinds=["shadow_call"])) == 2
+    assert standing_call(store, NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("drop", "faults", "passed", "reason", "said"),
+    [
+        (0.0, 0, True, None, "answered 60 of 60 requests of users, at a quality of 0.700"),
+        (0.02, 0, True, None, "0.680 (0.700"),  # certain, and within the margin
+        (0.3, 0, False, None, "a drop of more than 5 points is shown"),
+        (0.0, 1, True, None, "59 of 60"),
+        (0.0, 2, False, "New version fails to answer", "58 of 60"),
+    ],
+)
+def test_users_pairs_decide(
+    store: Store, drop: float, faults: int, passed: bool, reason: str | None, said: str
+):
+    store.add_events([answer(number, 0.6 + 0.2 * (number % 2)) for number in range(60)])
+    store.add_events(
+        [
+            shadow(number, None, fault="failed")
+            if number < faults
+            else shadow(number, 0.6 + 0.2 * (number % 2) - drop)
+            for number in range(60)
+        ]
+    )
+    report = ask(store, plan())
+    assert (report.passed, report.reason) == (passed, reason)
+    assert said in report.sentence
+    assert report.details["source"] == "users"
+    assert report.details["users"] == 60 - faults
+
+
+def test_a_gateway_that_has_nobody_asked_is_said(store: Store):
+    store.add_events([answer(number) for number in range(10)])
+    report = ask(store, plan())
+    assert report.passed
+    assert "no gateway had a user's request answered" in report.sentence
+
+
+@pytest.mark.parametrize(
+    ("quality", "failed", "passed", "reason"),
+    [
+        (0.9, 0, True, None),
+        (0.6, 0, False, None),
+        (0.9, 1, True, None),
+        (0.9, 5, False, "New version fails to answer"),
+    ],
+)
+def test_what_users_get_after_the_promotion_is_held_against_before(
+    store: Store, quality: float, failed: int, passed: bool, reason: str | None
+):
+    store.add_events([answer(number, 0.88 + 0.02 * (number % 2)) for number in range(40)])
+    for version in (CHAMPION, CANDIDATE):
+        store.put_model_version(
+            ModelVersion(
+                version=version,
+                created=0.0,
+                name=NAME,
+                path="",
+                parent=None,
+                lineage={},
+                metrics={},
+            )
+        )
+    store.set_champion(NAME, expected=None, version=CANDIDATE, reason={})
+    time.sleep(0.01)
+    store.add_events(
+        [
+            answer(number, None, version=CANDIDATE, status=503)
+            if number < failed
+            else answer(number, quality - 0.02 * (number % 2), version=CANDIDATE)
+            for number in range(40)
+        ]
+    )
+    settings = plan(live_seconds=30.0)
+    live = StepReport(passed=True, sentence="fine", details={"users": {"source": "users"}})
+    found = users_watch(facts(live_test=live), settings, store, should_stop=lambda: False)
+    assert found is not None
+    assert (found.passed, found.reason) == (passed, reason), found.sentence
+    assert f"{40 - failed} of 40 answers" in found.sentence
+    own = StepReport(passed=True, sentence="fine", details={"users": {"source": "own"}})
+    assert users_watch(facts(live_test=own), settings, store, should_stop=bool) is None
+
+
+def test_a_fall_by_hand():
+    before = np.array([0.8, 0.8, 0.9, 1.0, 1.0])
+    after = before - 0.7
+    # Variances .01 each, error sqrt(.01 / 5 + .01 / 5) = .0632, 8 degrees of freedom, whose upper
+    # 5 % begin at 1.860: .7 - .1176 = .582 is the largest drop that is shown.
+    assert fell_by_more(before, after, margin=0.58, alpha=0.05)
+    assert not fell_by_more(before, after, margin=0.585, alpha=0.05)
+    assert not fell_by_more(before[:4], after, margin=0.0, alpha=0.05)
+    ones = np.ones(5)
+    assert fell_by_more(ones, ones - 0.5, margin=0.4, alpha=0.05)
+    assert not fell_by_more(ones, ones, margin=0.4, alpha=0.05)
+
+
+@given(
+    before=st.lists(st.floats(0, 1), min_size=5, max_size=20),
+    after=st.lists(st.floats(0, 1), min_size=5, max_size=20),
+)
+def test_the_fall_is_welchs(before: list[float], after: list[float]):
+    one, other = np.round(before, 3), np.round(after, 3)
+    if one.std() < 0.01 or other.std() < 0.01:
+        return
+    p = ttest_ind(one - 0.05, other, equal_var=False, alternative="greater").pvalue
+    if abs(p - 0.05) > 1e-9:
+        assert fell_by_more(one, other, margin=0.05, alpha=0.05) is bool(p < 0.05)
