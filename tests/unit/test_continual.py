@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.learning import NAME, START, ScriptedWork, begin_champion, run
 
-from gmpo.continual import abandon_cycle, lease_name, open_cycle, run_cycle
-from gmpo.continual_records import REASONS, STEPS
+from gmpo.continual import CycleWork, abandon_cycle, lease_name, open_cycle, run_cycle
+from gmpo.continual_records import REASONS, ROLL_BACK, STEPS
 from gmpo.errors import ConfigError, CycleMoved, DataError, LeaseHeld, RunStopped, StoreError
 from gmpo.store import Store, open_store
 
@@ -191,3 +191,9 @@ def test_a_damaged_report_is_named(store: Store, tmp_path: Path):
         run(store, work, tmp_path, tell=spoil)
     with pytest.raises(StoreError, match=r"evaluate/report\.json cannot be read"):
         run(store, work, tmp_path)
+
+
+def test_a_new_step_cannot_be_left_out():
+    """Work has to do it, a refusal has a reason for it, and crash tests go through `STEPS`."""
+    methods = {name for name in vars(CycleWork) if not name.startswith("_")}
+    assert methods == {*STEPS, ROLL_BACK} == set(REASONS)
