@@ -10,17 +10,18 @@ import os
 import signal
 import sys
 
-__all__: list[str] = []
+__all__ = ["main"]
 
 _SET_DEATH_SIGNAL = 1
 _CANNOT = 2
 
 
-def _main(parent: int, arguments: list[str]) -> None:
+def main() -> None:
     """Become the command; Linux ends it by SIGTERM when the process that began it is gone.
 
     The kernel keeps that promise over `exec`. Elsewhere nothing is promised.
     """
+    parent, arguments = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         if ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM):
             print(f"error: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
@@ -31,4 +32,4 @@ def _main(parent: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2:])
+    main()
