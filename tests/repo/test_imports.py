@@ -230,8 +230,6 @@ TORCH_FREE = (
     "gmpo.continual_demo",
     "gmpo.continual_live",
     "gmpo.continual_users",
-    "gmpo.live_shadow",
-    "gmpo.leash",
     "gmpo.continual_batch",
     "gmpo.continual_triggers",
     "gmpo.continual_training",
