@@ -198,7 +198,6 @@ def build_behind(
     from gmpo.serving.judging import AnswerJudge, QualityRules
     from gmpo.serving.router import VariantRouter
     from gmpo.serving.routing_config import EngineSettings
-    from gmpo.serving.shadowing import ShadowTraffic
     from gmpo.serving.upstream import UpstreamBackend
 
     config = found.config
@@ -225,16 +224,7 @@ def build_behind(
         rules=config.breaker,
     )
     router.splitting = split
-    shadow = None
-    if config.shadow is not None and recorder is not None:
-        shadow = ShadowTraffic(
-            backends[config.shadow.backend],
-            config.shadow,
-            judge=judge,
-            put=recorder.events.put,
-        )
-        router.shadowing = shadow
-
+    router.shadowing = shadow = _shadow(config, recorder, backends, judge)
     candidates = _candidate_shadow(config, recorder, judge, shadow)
     if candidates is not None:
         router.shadowing = candidates
@@ -256,6 +246,25 @@ def build_behind(
     for engine in engines.values():
         _change(behind, config, engine, engine_limits(), recorder)
     return behind
+
+
+def _shadow(
+    config: RoutingConfig,
+    recorder: Recorder | None,
+    backends: Mapping[str, Backend],
+    judge: AnswerJudge,
+) -> ShadowTraffic | None:
+    """The backend of the configuration that answers unseen, if there is one."""
+    from gmpo.serving.shadowing import ShadowTraffic
+
+    if config.shadow is None or recorder is None:
+        return None
+    return ShadowTraffic(
+        backends[config.shadow.backend],
+        config.shadow,
+        judge=judge,
+        put=recorder.events.put,
+    )
 
 
 def _candidate_shadow(
