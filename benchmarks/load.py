@@ -3,7 +3,8 @@
 Clients in a process of their own ask for S seconds, each again as soon as it was answered. Before
 and after, the offline sampler works off the same prompts with as many in flight, so that a machine
 whose speed drifts does not favour either. Then one client asks for single tokens, over HTTP and
-straight from the engine in turns: the difference is what the gateway adds.
+straight from the engine in turns: the difference is what the gateway adds. The engine is asked once
+more in each turn, so that one sees how far it differs from itself.
 
 Answers are greedy and compared with the offline sampler's. In bf16 a few may differ: rounding
 depends on how many rows are decoded together. Another prompt's answer must never be among them.
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
 from benchmarks.options import add_threads, require_at_least_one, require_threads
@@ -49,6 +51,8 @@ from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
 
 NAME = "model"
 NEEDED_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn")
+_WARM_UP = 5
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +89,25 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Added:
-    """What the gateway adds to an answer, in milliseconds: percentile less percentile."""
+class Difference:
+    """A quantile of one row of times less that of another, with a 95 % interval."""
 
-    p50: float
-    p99: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What the gateway adds to an answer, in milliseconds: percentile less percentile.
+
+    `engine_p99` is the same difference between the engine and itself, asked a second time in each
+    turn: what the machine alone does to a 99th percentile.
+    """
+
+    p50: Difference
+    p99: Difference
+    engine_p99: Difference
     direct_p50: float
     pairs: int
 
@@ -209,8 +227,8 @@ def added_latency(
     """One client's single tokens, through the gateway and straight from the engine in turns."""
     asked: dict[str, Any] = {"prompt": "1 + 1 =", "max_tokens": 1, "temperature": 0.0}
 
-    async def direct(number: int) -> float:
-        request = GenerationRequest(id=f"direct-{number}", route="completions", model=NAME, **asked)
+    async def direct(name: str) -> float:
+        request = GenerationRequest(id=name, route="completions", model=NAME, **asked)
         began = time.perf_counter()
         async for _ in backend.generate(request):
             pass
@@ -230,17 +248,41 @@ def added_latency(
         assert response.status == 200, response.status
         return time.perf_counter() - began
 
-    straight, through = [], []
-    for number in range(pairs + 5):
-        measured = asyncio.run_coroutine_threadsafe(direct(number), loop).result()
-        measured_too = over_http()
-        if number >= 5:  # the first ones open the connection
-            straight.append(measured)
-            through.append(measured_too)
+    def straight(number: int, turn: str) -> float:
+        return asyncio.run_coroutine_threadsafe(direct(f"{turn}-{number}"), loop).result()
+
+    times = np.array(
+        [
+            (straight(number, "before"), over_http(), straight(number, "after"))
+            for number in range(pairs + _WARM_UP)  # the first ones open the connection
+        ][_WARM_UP:]
+    )
     connection.close()
-    both = [1000 * np.quantile(times, [0.5, 0.99]) for times in (straight, through)]
-    p50, p99 = (both[1] - both[0]).tolist()
-    return Added(p50=p50, p99=p99, direct_p50=float(both[0][0]), pairs=pairs)
+    before, through, after = 1000 * times.T
+    return Added(
+        p50=quantile_difference(before, through, 0.5),
+        p99=quantile_difference(before, through, 0.99),
+        engine_p99=quantile_difference(before, after, 0.99),
+        direct_p50=float(np.quantile(before, 0.5)),
+        pairs=pairs,
+    )
+
+
+def quantile_difference(
+    less: NDArray[np.float64], more: NDArray[np.float64], quantile: float
+) -> Difference:
+    """`more`'s quantile less `less`'s; the interval is from pairs drawn with replacement.
+
+    Pairs stay together, because a machine that stalls for a moment holds up both.
+    """
+    draws = np.random.default_rng(0)
+    resampled = np.empty(_RESAMPLES)
+    for place in range(_RESAMPLES):
+        drawn = draws.integers(len(less), size=len(less))
+        resampled[place] = np.quantile(more[drawn], quantile) - np.quantile(less[drawn], quantile)
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    value = float(np.quantile(more, quantile) - np.quantile(less, quantile))
+    return Difference(value=value, low=low, high=high)
 
 
 def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
@@ -268,6 +310,11 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
     }
 
 
+def _shown(difference: dict[str, float]) -> str:
+    low, high = difference["low"], difference["high"]
+    return f"{difference['value']:.2f} ms ({low:.2f} to {high:.2f})"
+
+
 def report(figures: dict[str, Any]) -> str:
     """The figures in lines."""
     served, added = figures["served"], figures["added_milliseconds"]
@@ -281,8 +328,9 @@ def report(figures: dict[str, Any]) -> str:
             f"latency {served['median_seconds']:.2f} s median, {served['p99_seconds']:.2f} s p99",
             f"{served['tokens_per_second']:.0f} tokens/s through the gateway, offline "
             f"{before:.0f} before and {after:.0f} after: goodput {figures['goodput']:.2f}",
-            f"the gateway adds {added['p50']:.2f} ms at p50 and {added['p99']:.2f} ms at p99 to "
+            f"the gateway adds {_shown(added['p50'])} at p50 and {_shown(added['p99'])} at p99 to "
             f"{added['direct_p50']:.1f} ms ({added['pairs']} pairs, one client)",
+            f"the engine asked twice differs from itself by {_shown(added['engine_p99'])} at p99",
         )
     )
 
@@ -299,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--latency-pairs", type=int, default=200)
+    parser.add_argument("--latency-pairs", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="file for all figures")
     add_threads(parser)
     options = parser.parse_args(arguments)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from benchmarks.load import main
+from benchmarks.load import Difference, main, quantile_difference
 from tests.models import save_tiny
 
 
@@ -29,9 +30,24 @@ def test_a_short_load_is_measured_from_end_to_end(
     assert served["num_mixed_up"] == 0
     assert served["tokens_per_second"] > 0 and min(figures["offline_tokens_per_second"]) > 0
     assert 0 < figures["goodput"] < 1.5
-    assert figures["added_milliseconds"]["pairs"] == 5
+    added = figures["added_milliseconds"]
+    assert added["pairs"] == 5
+    for name in ("p50", "p99", "engine_p99"):
+        assert added[name]["low"] <= added[name]["high"]
     printed = capsys.readouterr().out
     assert "goodput" in printed and "100.0% with 200" in printed
+    assert "the engine asked twice differs from itself by" in printed
+
+
+def test_a_difference_of_quantiles_by_hand():
+    # Medians 2 and 5; each pair is 3 apart, so that every drawn sample's medians are too.
+    less = np.array([1.0, 2.0, 9.0])
+    assert quantile_difference(less, less + 3, 0.5) == Difference(value=3, low=3, high=3)
+    # One pair of 100 is the tail: a third of the draws miss it, a quarter have it twice or more.
+    more = np.concatenate([np.full(99, 1.0), [101.0]])
+    found = quantile_difference(np.full(100, 1.0), more, 0.99)
+    # Rank 0.99 x 99 = 98.01 of 0..99: 0.01 of the way from 1 to 101 is 2, less 1.
+    assert found.value == pytest.approx(1) and found.low == 0 and found.high == pytest.approx(100)
 
 
 def test_counts_below_one_are_refused(capsys: pytest.CaptureFixture[str]):
