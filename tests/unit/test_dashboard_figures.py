@@ -76,6 +76,14 @@ def test_a_box_takes_its_quantiles_as_they_are():
     assert box.x[0] == "&lt;b&gt;v1&lt;/b&gt;"
 
 
+def test_a_latency_axis_over_more_than_tenfold_names_values_between_powers_of_ten():
+    quantiles = {"q05": (0.7,), "q25": (1.8,), "q50": (2.8,), "q75": (4.4,)}
+    wide = latency_figure(Boxes(versions=("v1",), **quantiles, q95=(13.0,), counts=(9,)))
+    narrow = latency_figure(Boxes(versions=("v1",), **quantiles, q95=(6.9,), counts=(9,)))
+    assert (wide.layout.yaxis.type, wide.layout.yaxis.dtick) == ("log", "D2")
+    assert (narrow.layout.yaxis.type, narrow.layout.yaxis.dtick) == (None, None)
+
+
 def test_the_geometric_mean_has_its_band():
     low, high, line = geometric_mean_figure(
         trend(np.array([1.0, 1.0, 1.0]), np.array([0.2, 0.4, 0.6]), SPAN)
@@ -210,6 +218,26 @@ def test_an_event_is_one_line():
     assert third["what"].startswith('{"active": 3, "x": "\\u001b[2J')
     assert len(third["what"]) == 160
     assert json.dumps([first, second, third])
+
+
+def test_a_judgement_tells_only_what_is_not_as_usual():
+    usual = {"variant": "control", "served_variant": "control", "fell_back": False, "success": 0}
+    unusual = {"variant": "control", "served_variant": "main", "fell_back": True, "success": 1}
+    thumb = {"score": 1.0, "thumbs": "up", "comment_length": 0}
+    rows = event_rows(
+        [
+            Event(kind="outcome", time=1.0, payload=usual),
+            Event(kind="outcome", time=2.0, payload=unusual),
+            Event(kind="feedback", time=3.0, payload=thumb),
+            Event(kind="feedback", time=4.0, payload={**thumb, "comment_length": 7}),
+        ]
+    )
+    assert [row["what"] for row in rows] == [
+        "variant control, success 0",
+        "variant control, served variant main, fell back True, success 1",
+        "score 1, thumbs up",
+        "score 1, thumbs up, comment length 7",
+    ]
 
 
 def test_texts_of_people_are_not_shown():

@@ -136,7 +136,8 @@ def latency_figure(boxes: Boxes) -> go.Figure:
     _lay_out(figure, y="seconds to the whole answer")
     figure.update_xaxes(type="category")
     if boxes.q95 and max(boxes.q95) > 10 * min(boxes.q05):
-        figure.update_yaxes(type="log", dtick=1)
+        # With powers of ten alone, a box between two of them could not be read off.
+        figure.update_yaxes(type="log", dtick="D2")
     else:
         figure.update_yaxes(rangemode="tozero")
     return figure

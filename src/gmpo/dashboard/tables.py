@@ -13,6 +13,8 @@ from gmpo.store import Event
 __all__ = ["anomaly_words", "event_rows", "moment", "plain", "seconds_words"]
 
 _LONGEST = 160
+_USUAL: Mapping[str, object] = {"fell_back": False, "comment_length": 0}
+"""Fields of judgements that are told only where they have another value."""
 
 
 def moment(time: float) -> str:
@@ -64,11 +66,16 @@ def _answer(payload: Mapping[str, Any]) -> str:
 
 
 def _judged(payload: Mapping[str, Any]) -> str:
-    """Only what is known, figures short."""
+    """Only what is known and tells something, figures short: a line of the log has little room."""
+    told = {name: value for name, value in payload.items() if value is not None}
+    if told.get("served_variant") == told.get("variant"):
+        told.pop("served_variant", None)
+    for name, usual in _USUAL.items():
+        if told.get(name) == usual:
+            del told[name]
     return ", ".join(
         f"{name.removesuffix('_s').replace('_', ' ')} {_short(value)}"
-        for name, value in payload.items()
-        if value is not None
+        for name, value in told.items()
     )
 
 
