@@ -17,6 +17,7 @@ from gmpo.kernels.calls import address, kernel
 from gmpo.kernels.library import Build, _built, build, kernels_off, loaded
 
 HAS_COMPILER = shutil.which("cc") is not None
+TESTED = ("attention", "decoding", "optimizer", "training")
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
 
 
@@ -49,6 +50,28 @@ def test_the_threads_are_those_of_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@needs_compiler
+def test_they_compile_and_hold_on_a_processor_with_narrower_vectors(fresh: Path, tmp_path: Path):
+    """What the compiler knows of this processor is kept from it; the tests by hand still pass."""
+    compiler = tmp_path / "narrow-cc"
+    compiler.write_text(
+        "#!/bin/sh\nfor word; do shift\n"
+        'case "$word" in -march=native|-mprefer-vector-width=512) continue ;; esac\n'
+        'set -- "$@" "$word"\ndone\nexec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "by_hand"]
+        + [str(Path(__file__).parent / f"test_kernels_{name}.py") for name in TESTED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CC": str(compiler), "GMPO_KERNELS": "on"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.stdout.split()[0] == "....."
+    assert len([*fresh.iterdir()]) == 1, "compiled anew, by the first flags"
 
 
 def test_without_a_compiler_the_reason_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,8 +11,8 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 /* Sixteen numbers, in as many registers as the processor needs for them. */
-#define LANES 16
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
+#define DOT_LANES 16
+typedef float dot_lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float quarter_lanes __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -26,7 +26,7 @@ typedef struct {
     int64_t prompt_slots, prompt_capacity, own_rows, own_capacity;
 } attention_step;
 
-ALWAYS_INLINE float sum_of(const lanes *x) {
+ALWAYS_INLINE float sum_of(const dot_lanes *x) {
     half_lanes h = *(const half_lanes *)x + *((const half_lanes *)x + 1);
     quarter_lanes q = *(const quarter_lanes *)&h + *((const quarter_lanes *)&h + 1);
     return (q[0] + q[2]) + (q[1] + q[3]);
@@ -37,13 +37,13 @@ ALWAYS_INLINE void score_keys(
     const float *keys, int64_t count, int64_t dim, const float (*queries)[MAX_DIM], const int n,
     float scale, float *scores, int64_t stride
 ) {
-    int64_t whole = dim / LANES * LANES;
+    int64_t whole = dim / DOT_LANES * DOT_LANES;
     for (int64_t p = 0; p < count; p++) {
         const float *key = keys + p * dim;
-        lanes sums[MAX_QUERIES] = {{0}};
-        for (int64_t i = 0; i < whole; i += LANES) {
-            lanes part = *(const lanes *)(key + i);
-            for (int q = 0; q < n; q++) sums[q] += part * *(const lanes *)(queries[q] + i);
+        dot_lanes sums[MAX_QUERIES] = {{0}};
+        for (int64_t i = 0; i < whole; i += DOT_LANES) {
+            dot_lanes part = *(const dot_lanes *)(key + i);
+            for (int q = 0; q < n; q++) sums[q] += part * *(const dot_lanes *)(queries[q] + i);
         }
         for (int q = 0; q < n; q++) {
             float sum = sum_of(&sums[q]);
@@ -53,21 +53,21 @@ ALWAYS_INLINE void score_keys(
     }
 }
 
-/* attended[query] += sum over positions of weight * value, for `blocks` times LANES features. */
+/* attended[query] += sum over positions of weight * value, for `blocks` times DOT_LANES features. */
 ALWAYS_INLINE void weigh_features(
     const float *values, int64_t count, int64_t dim, const float *weights, int64_t stride,
     const int n, const int blocks, float (*attended)[MAX_DIM]
 ) {
-    lanes sums[MAX_QUERIES][4];
+    dot_lanes sums[MAX_QUERIES][4];
     for (int q = 0; q < n; q++)
-        for (int b = 0; b < blocks; b++) sums[q][b] = *(const lanes *)(attended[q] + b * LANES);
+        for (int b = 0; b < blocks; b++) sums[q][b] = *(const dot_lanes *)(attended[q] + b * DOT_LANES);
     for (int64_t p = 0; p < count; p++)
         for (int b = 0; b < blocks; b++) {
-            lanes value = *(const lanes *)(values + p * dim + b * LANES);
+            dot_lanes value = *(const dot_lanes *)(values + p * dim + b * DOT_LANES);
             for (int q = 0; q < n; q++) sums[q][b] += weights[q * stride + p] * value;
         }
     for (int q = 0; q < n; q++)
-        for (int b = 0; b < blocks; b++) *(lanes *)(attended[q] + b * LANES) = sums[q][b];
+        for (int b = 0; b < blocks; b++) *(dot_lanes *)(attended[q] + b * DOT_LANES) = sums[q][b];
 }
 
 ALWAYS_INLINE void weigh_values(
@@ -75,11 +75,11 @@ ALWAYS_INLINE void weigh_values(
     const int n, float (*attended)[MAX_DIM]
 ) {
     int64_t i = 0;
-    for (; i + 4 * LANES <= dim; i += 4 * LANES)
+    for (; i + 4 * DOT_LANES <= dim; i += 4 * DOT_LANES)
         weigh_features(
             values + i, count, dim, weights, stride, n, 4, (float(*)[MAX_DIM])(attended[0] + i)
         );
-    for (; i + LANES <= dim; i += LANES)
+    for (; i + DOT_LANES <= dim; i += DOT_LANES)
         weigh_features(
             values + i, count, dim, weights, stride, n, 1, (float(*)[MAX_DIM])(attended[0] + i)
         );
