@@ -112,6 +112,12 @@ def test_a_change_that_rounds_to_nothing_has_no_arrow(page, tmp_path: Path):
     assert accuracy.proto.direction == accuracy.proto.MetricDirection.UP
 
 
+def test_no_choice_can_be_taken_back(page, tmp_path: Path):
+    app = page(fill(tmp_path / "store.db", []))
+    for key in ("section", "span"):
+        assert app.segmented_control(key=key).proto.required, key
+
+
 def test_another_span_shows_other_figures(page, tmp_path: Path):
     now = time.time()
     old = list(answers(100, start=now - 9000, end=now - 8000))
@@ -282,6 +288,15 @@ def test_versions_show_the_champion_and_what_answered(page, tmp_path: Path):
         "champion 4337669a",
         "champion 9b1d44f0",
     ]
+
+
+def test_a_version_that_is_not_registered_has_empty_fields(page, tmp_path: Path):
+    now = time.time()
+    url = fill(tmp_path / "store.db", list(answers(20, start=now - 900, end=now - 1)))
+    (table,) = (one.value for one in go_to(page(url), "Versions").dataframe)
+    assert len(table) > 0
+    for column in ("model", "registered (UTC)", "parent", "metrics"):
+        assert set(table[column]) == {""}
 
 
 def test_alerts_show_what_fires_first_and_what_to_do(page, tmp_path: Path):

@@ -23,6 +23,7 @@ from gmpo.dashboard.settings import VARIABLE, DashboardSettings, run_folders, se
 from gmpo.dashboard.tables import event_rows, moment, plain, seconds_words
 from gmpo.dashboard.training_section import run_row
 from gmpo.dashboard.trends import Boxes, Span, trend
+from gmpo.dashboard.version_section import reason_words
 from gmpo.errors import ConfigError, DataError
 from gmpo.store import Event
 
@@ -172,7 +173,33 @@ def test_runs_are_found_in_folders_the_newest_first(tmp_path: Path):
     other.mkdir()
     jsonl(other / "metrics.jsonl", [])
     found = run_folders((str(tmp_path), str(other)))
-    assert set(found) == {"new", str(tmp_path / "old"), str(other)}
+    assert set(found) == {"new", "old", "no-run/old"}
+    assert found["no-run/old"] == other
+
+
+def test_runs_of_one_name_are_told_apart_by_what_differs(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [f"learn/cycle-{number}/update/run" for number in (1, 2)]
+    for run in runs:
+        Path(run).mkdir(parents=True)
+        jsonl(Path(run) / "metrics.jsonl", [])
+    found = run_folders((runs[0], str(tmp_path / runs[1])))
+    assert found == {
+        "cycle-1/update/run": Path(runs[0]),
+        "cycle-2/update/run": tmp_path / runs[1],
+    }
+
+
+def test_a_champions_reason_is_a_sentence_where_one_is_known():
+    gate = {"outcome": "pass", "sentence": "pass: +7.8 points on 600 items"}
+    assert (
+        reason_words({"kind": "promotion", "by": "cycle 2", "evidence": gate})
+        == "promotion by cycle 2: pass: +7.8 points on 600 items"
+    )
+    assert reason_words({"kind": "adoption", "why": "the first"}) == "adoption: the first"
+    assert reason_words({"kind": "promotion", "by": "ann", "evidence": {}}) == (
+        '{"kind": "promotion", "by": "ann", "evidence": {}}'
+    )
 
 
 def test_settings_survive_the_way_through_the_environment():

@@ -71,8 +71,9 @@ def choose_span(traffic: Traffic, now: float, *, key: str) -> Span:
     # Not as a default: one that changes as time goes by would undo what the visitor chose.
     if key not in st.session_state:
         st.session_state[key] = fitting_span(traffic, now)
-    chosen = st.segmented_control("the last", list(SPANS), key=key)
-    return _span(traffic, SPANS[chosen or "all"], now)
+    chosen = st.segmented_control("the last", list(SPANS), required=True, key=key)
+    assert chosen is not None, "it is required, and one was chosen above"
+    return _span(traffic, SPANS[chosen], now)
 
 
 def fitting_span(traffic: Traffic, now: float) -> str:

@@ -49,10 +49,11 @@ def show_page(settings: DashboardSettings) -> None:
         "section",
         list(sections),
         default=next(iter(sections)),
+        required=True,  # pressed again, a choice would be taken back and none be marked
         key="section",
         label_visibility="collapsed",
     )
-    draw = sections[chosen or next(iter(sections))]
+    draw = sections[chosen]
 
     @st.fragment(run_every=settings.every_seconds)
     def live() -> None:

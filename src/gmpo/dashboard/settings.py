@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ def run_folders(paths: tuple[str, ...]) -> dict[str, Path]:
     """Run folders by the name they are shown under, the newest first.
 
     A path is a run folder if it holds a `recipe.toml` or a `metrics.jsonl`; otherwise the folders
-    in it that are. A run is shown by the last part of its path, and by the whole path where two
-    have the same.
+    in it that are. A run is shown by the last part of its path, and where several have the same, by
+    the path from the folder that holds them all.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -71,7 +72,12 @@ def run_folders(paths: tuple[str, ...]) -> dict[str, Path]:
             found.update(dict.fromkeys(child for child in path.iterdir() if _is_run(child)))
     ordered = sorted(found, key=_age, reverse=True)
     names = [path.name for path in ordered]
-    return {path.name if names.count(path.name) == 1 else str(path): path for path in ordered}
+    alike = [path.absolute() for path in ordered if names.count(path.name) > 1]
+    shared = os.path.commonpath([path.parent for path in alike]) if alike else "/"
+    return {
+        path.name if names.count(path.name) == 1 else str(path.absolute().relative_to(shared)): path
+        for path in ordered
+    }
 
 
 def _is_run(path: Path) -> bool:

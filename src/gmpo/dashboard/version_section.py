@@ -24,6 +24,7 @@ __all__ = [
     "cycle_rows",
     "draw_versions",
     "gate_rows",
+    "reason_words",
     "version_rows",
 ]
 
@@ -151,7 +152,15 @@ def version_rows(
     ]
     known = {one.version for one in versions}
     rows += [
-        {"version": version, "champion": False, **_answered(version, traffic, span)}
+        {
+            "version": version,
+            "model": "",
+            "champion": False,
+            "registered (UTC)": "",
+            "parent": "",
+            **_answered(version, traffic, span),
+            "metrics": "",
+        }
         for version in traffic.versions
         if version not in known
     ]
@@ -184,7 +193,17 @@ def _champion_rows(champions: Sequence[Champion]) -> list[dict[str, Any]]:
             "revision": one.revision,
             "version": one.version,
             "in place of": one.previous or "",
-            "reason": json.dumps(one.reason, ensure_ascii=False)[:_LONGEST],
+            "reason": reason_words(one.reason)[:_LONGEST],
         }
         for one in sorted(champions, key=lambda one: -one.since)
     ]
+
+
+def reason_words(reason: Mapping[str, Any]) -> str:
+    """Why a version became champion: who did it and the gate's sentence, or all that is known."""
+    kind, by = reason.get("kind"), reason.get("by")
+    evidence = reason.get("evidence")
+    sentence = evidence.get("sentence") if isinstance(evidence, Mapping) else reason.get("why")
+    if kind is None or not sentence:
+        return json.dumps(reason, ensure_ascii=False)
+    return f"{kind} by {by}: {sentence}" if by else f"{kind}: {sentence}"
