@@ -205,7 +205,7 @@ def cycle(measured: Measured) -> dict[str, Any]:
     updates = {}
     for name, (step, _) in measured.updates.items():
         start = time.perf_counter()
-        accumulate_gradients(measured.policy, step, LOSS)
+        accumulate_gradients(measured.policy, step, LOSS, may_stay_narrow=True)
         middle = time.perf_counter()
         # A step of size 0 does all the work and leaves the weights as they are.
         measured.optimizer.apply_step(learning_rate=0.0, clip_norm=1.0)
