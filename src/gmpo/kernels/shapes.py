@@ -1,8 +1,8 @@
 """Rows that are added to a table, so that its matrix products have sizes that were seen before.
 
-oneDNN, which multiplies bf16 matrices on a CPU, makes a program for every shape it is given: 3 to 4
-milliseconds and about half a megabyte each, of which it keeps 1,024. A training step has a number
-of tokens of its own, and with it some thirty shapes. Rounded up to a multiple of 32 it has one of a
+oneDNN, which multiplies bf16 matrices on a CPU, makes a program for every shape it is given, which
+takes time, and keeps it, which takes memory. A training step has a number of tokens of its own, and
+with it some thirty shapes. Rounded up to a multiple of 32 it has one of a
 few dozen sizes, whose programs are there after the first rounds.
 """
 
