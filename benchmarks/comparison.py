@@ -9,7 +9,13 @@ from itertools import product
 from typing import Any, Protocol
 
 from benchmarks.exchange import Scratch
-from benchmarks.ratios import bounds_of, complaint, require_same_update, summary
+from benchmarks.ratios import (
+    bounds_of,
+    complaint,
+    is_left_to_fp32,
+    require_same_update,
+    summary,
+)
 from benchmarks.results import Results
 from benchmarks.worker import Worker, WorkerFailed
 from benchmarks.workloads import SGD_LEARNING_RATES, STEPS_PER_ROUND, Workload
@@ -59,6 +65,11 @@ class Bench:
         precision, _, rollouts = setup.partition("/")
         settings = {"setup": {"precision": precision, "rollouts": rollouts}}
         return self._worker("benchmarks.trl_side", settings)
+
+    def exact_trl(self) -> AbstractContextManager[Side]:
+        """TRL in fp32, to be asked and not to be timed: layers run again, which saves memory."""
+        setup = {"precision": "fp32", "rollouts": "generate", "gradient_checkpointing": True}
+        return self._worker("benchmarks.trl_side", {"setup": setup})
 
     def gmpo(self) -> AbstractContextManager[Side]:
         return self._worker("benchmarks.gmpo_side", {"dtype": self.dtype})
@@ -179,21 +190,68 @@ def run_pairs(bench: Bench, sides: Sides, results: Results, *, variant: str, wan
     """Rounds in turns until the file holds as many pairs as wanted; each is saved at once.
 
     Raises:
-        UpdatesDiffer: gmpo's update of a replayed round is not TRL's.
+        UpdatesDiffer: gmpo's update of a replayed round is not TRL's, see `hold_to_trl`.
     """
     variants = results.content.setdefault("variants", {})
     entry: dict[str, Any] = variants.setdefault(variant, {"pairs": []})
     pairs: list[dict[str, Any]] = entry["pairs"]
     live_groups = bench.workload.prompts_per_round if variant == "no_dead" else None
-    bounds = bounds_of(both_fp32=sides.both_fp32)
     while len(pairs) < wanted:
         number = len(pairs) + 1  # round 0 was the warm-up
         pair = run_pair(sides, number=number, live_groups=live_groups)
-        require_same_update(pair["replay"], "adamw", bounds)
+        exact = hold_to_trl(bench, sides, pair["replay"], number=number, live_groups=live_groups)
+        if exact is not None:
+            pair["exact"] = exact
         pairs.append(pair)
         variants[variant] = entry = {**summary(pairs), "pairs": pairs}
         results.save()
         bench.say(pair_line(variant, number, pair))
+
+
+def hold_to_trl(
+    bench: Bench,
+    sides: Sides,
+    compared: Mapping[str, float],
+    *,
+    number: int,
+    live_groups: int | None,
+) -> dict[str, float] | None:
+    """Require that gmpo's update is TRL's, and where only AdamW's cosine misses, TRL's in fp32.
+
+    Rounding alone parts two updates that follow different first steps: a ratio on the other side
+    of a clip's border takes its token's gradient with it. TRL's own update of the same completions
+    in fp32 is then what gmpo's has to agree with, to the same bound.
+
+    Args:
+        bench: what starts TRL in fp32.
+        sides: of the round, which TRL has done last.
+        compared: gmpo's replay of it.
+        number: of the round.
+        live_groups: as it had them.
+
+    Returns:
+        Figures of gmpo's replay against TRL in fp32, and "trl_cosine" of TRL's own update; None
+        where TRL in fp32 was not asked.
+
+    Raises:
+        UpdatesDiffer: gmpo's update is neither.
+    """
+    bounds = bounds_of(both_fp32=sides.both_fp32)
+    reason = complaint(compared, "adamw", bounds)
+    if reason is None or not is_left_to_fp32(compared, bounds):
+        require_same_update(compared, "adamw", bounds)
+        return None
+    bench.say(f"round {number}: {reason}; TRL in fp32 takes the same completions")
+    with bench.exact_trl() as exact:
+        theirs = exact.ask("replay", number=number, live_groups=live_groups)
+    ours = sides.gmpo.ask("replay", number=number)
+    found = {name: float(ours[name]) for name in COMPARED} | {"trl_cosine": theirs["cosine"]}
+    bench.say(
+        f"round {number}: cosine to TRL's update in fp32: TRL's own {found['trl_cosine']:.4f}, "
+        f"gmpo's {found['cosine']:.4f}"
+    )
+    require_same_update(found, "adamw", bounds)
+    return found
 
 
 def run_pair(sides: Sides, *, number: int, live_groups: int | None) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparison import Bench, Sides
-from benchmarks.ratios import bounds_of, require_same_update
+from benchmarks.comparison import Bench, Sides, hold_to_trl
 from benchmarks.results import Results
 from benchmarks.spread import paired_ratios, spread
 
@@ -33,7 +32,7 @@ def run_live_shares(bench: Bench, sides: Sides, results: Results, *, wanted: int
     rewards are others, given by place.
 
     Raises:
-        UpdatesDiffer: gmpo's update of a replayed round is not TRL's.
+        UpdatesDiffer: gmpo's update of a replayed round is not TRL's, see `hold_to_trl`.
     """
     points: dict[str, Any] = results.content.setdefault("live_shares", {})
     total = bench.workload.prompts_per_round
@@ -43,8 +42,9 @@ def run_live_shares(bench: Bench, sides: Sides, results: Results, *, wanted: int
             if len(point["samples"]) >= number:
                 continue
             sample = replayed(sides, number=number, live=live)
-            bounds = bounds_of(both_fp32=sides.both_fp32)
-            require_same_update(sample, "adamw", bounds)
+            exact = hold_to_trl(bench, sides, sample, number=number, live_groups=live)
+            if exact is not None:
+                sample["exact"] = exact
             point["samples"].append(sample)
             point |= summary(point["samples"])
             results.save()
@@ -55,7 +55,7 @@ def run_live_shares(bench: Bench, sides: Sides, results: Results, *, wanted: int
             )
 
 
-def replayed(sides: Sides, *, number: int, live: int) -> dict[str, float]:
+def replayed(sides: Sides, *, number: int, live: int) -> dict[str, Any]:
     """Seconds of TRL's update in a round of its own, and of gmpo's on TRL's completions."""
     theirs = sides.trl.ask("round", number=number, live_groups=live)
     ours = sides.gmpo.ask("replay", number=number)

@@ -8,7 +8,10 @@ from statistics import mean, median
 from typing import Any
 
 Pair = Mapping[str, Mapping[str, Any]]
-"""Figures of one round of "trl", one of "gmpo", and gmpo's "replay" of TRL's."""
+"""Figures of one round of "trl", one of "gmpo", and gmpo's "replay" of TRL's.
+
+Where TRL in fp32 had to be asked, also "exact": the replay's agreement with that.
+"""
 
 RATIOS = ("round_ratio", "rollout_ratio", "update_ratio")
 
@@ -87,6 +90,16 @@ def complaint(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> 
     return None
 
 
+def is_left_to_fp32(compared: Mapping[str, float], bounds: Bounds) -> bool:
+    """Whether only the cosine of AdamW's rounded updates may be missed, not the first gradient's.
+
+    An update in fp32 tells then which of the two rounding led away.
+    """
+    return bounds.adamw_cosine is not None and (
+        compared["gradient_cosine"] >= bounds.gradient_cosine
+    )
+
+
 def require_same_update(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> None:
     """Refuse to go on where the sides moved the weights differently.
 
@@ -143,6 +156,13 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
     figures["gmpo"]["update_seconds"] = median(p["replay"]["update_seconds"] for p in pairs)
     figures["largest_difference"] = max(pair["replay"]["difference"] for pair in pairs)
     figures["smallest_cosine"] = min(pair["replay"]["cosine"] for pair in pairs)
+    exact = [pair["exact"] for pair in pairs if "exact" in pair]
+    if exact:
+        figures["left_to_fp32"] = {
+            "num_pairs": len(exact),
+            "smallest_cosine": min(each["cosine"] for each in exact),
+            "trl_smallest_cosine": min(each["trl_cosine"] for each in exact),
+        }
     figures["smallest_gradient_cosine"] = min(p["replay"]["gradient_cosine"] for p in pairs)
     return figures
 

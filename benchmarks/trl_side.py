@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from scripts.replay import TRL_ON_CPU
+from scripts.replay import TRL_ON_CPU, cosine_similarity
 from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.trainer import grpo_trainer
@@ -56,10 +56,11 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrlSetup:
-    """How TRL is run: keys of PRECISIONS and ROLLOUTS."""
+    """How TRL is run: keys of PRECISIONS and ROLLOUTS, and whether layers run again backwards."""
 
     precision: str
     rollouts: str
+    gradient_checkpointing: bool = False
 
     @property
     def name(self) -> str:
@@ -71,13 +72,24 @@ class TrlSetup:
 
 
 class TimedTrainer(GMPOTrainer):
-    """TRL's trainer with marks at the borders of its stages, and its rows kept."""
+    """TRL's trainer with marks at the borders of its stages, and its rows kept.
+
+    Attributes:
+        given: completions in place of those it would draw, in the order of its rows, or None.
+    """
+
+    given: list[list[int]] | None = None
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         wait_for(self.model.device.type)
         self.marks = {"start": time.perf_counter()}
         self.rows = super()._generate_and_score_completions(inputs)
         return self.rows
+
+    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
+        if self.given is not None:
+            return self.given, None
+        return super()._generate_single_turn(*arguments, **options)
 
     def _calculate_rewards(self, *arguments: Any) -> Any:
         wait_for(self.model.device.type)
@@ -189,6 +201,29 @@ class TrlSide:
         save_weights(self._update(), self._scratch.update)
         save_weights(self._clock.first_gradient, self._scratch.gradient)
         return figures
+
+    def replay(self, *, number: int, live_groups: int | None) -> dict[str, Any]:
+        """The update on the completions that another setting of TRL left, in place of its own.
+
+        Update and first gradient in the scratch folder are this side's afterwards.
+
+        Args:
+            number: of the round.
+            live_groups: as that round had them.
+
+        Returns:
+            "cosine" between the update that lay there and this one.
+        """
+        rows = SampledRows.read(self._scratch.completions)
+        other = load_weights(self._scratch.update)
+        self._trainer.given = rows.completion_ids
+        try:
+            self.round(number=number, live_groups=live_groups)
+        finally:
+            self._trainer.given = None
+        if self._sampled_rows() != rows:
+            raise ValueError(f"the rows of round {number} are not those that were left")
+        return {"cosine": cosine_similarity(other, load_weights(self._scratch.update))}
 
     def learn(self, *, number: int, learning_rates: Sequence[float]) -> dict[str, Any]:
         """The next round of a run that learns: it begins with the weights of the one before.
@@ -305,9 +340,13 @@ class TrlSide:
 
 
 def trl_arguments(workload: Workload, setup: TrlSetup, folder: str, *, device: str) -> GMPOConfig:
-    """One round of STEPS_PER_ROUND steps without vLLM and without gradient checkpointing."""
+    """One round of STEPS_PER_ROUND steps without vLLM."""
+    changes = {
+        "use_cpu": device == "cpu",
+        "gradient_checkpointing": setup.gradient_checkpointing,
+    }
     return GMPOConfig(
-        **TRL_ON_CPU | {"use_cpu": device == "cpu"},
+        **TRL_ON_CPU | changes,
         **ROLLOUTS[setup.rollouts],
         output_dir=folder,
         bf16=PRECISIONS[setup.precision][1],
@@ -339,7 +378,13 @@ def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
 
 
 def commands_of(side: TrlSide) -> dict[str, Callable[..., dict[str, Any]]]:
-    return {"round": side.round, "about": side.about, "learn": side.learn, "save": side.save}
+    return {
+        "round": side.round,
+        "replay": side.replay,
+        "about": side.about,
+        "learn": side.learn,
+        "save": side.save,
+    }
 
 
 def main(settings: Mapping[str, Any]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmarks import vs_trl
-from benchmarks.comparison import Bench, Sides, run_pairs, setups_of, warm_up
+from benchmarks.comparison import Bench, Sides, hold_to_trl, run_pairs, setups_of, warm_up
 from benchmarks.exchange import SampledRows
 from benchmarks.gmpo_side import GmpoSide
 from benchmarks.live_shares import run_live_shares
@@ -34,15 +35,25 @@ class Here:
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         self.asked.append(command)
-        commands = {"round": self.side.round, "about": self.side.about}
-        if isinstance(self.side, GmpoSide):
-            commands["replay"] = self.side.replay
+        side = self.side
+        commands = {"round": side.round, "about": side.about, "replay": side.replay}
         return commands[command](**arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchHere(Bench):
+    """A bench whose TRL in fp32 is in this process too."""
+
+    exact: Here
+
+    @contextmanager
+    def exact_trl(self) -> Iterator[Here]:
+        yield self.exact
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tiny:
-    bench: Bench
+    bench: BenchHere
     sides: Sides
     trl: Here
     gmpo: Here
@@ -56,7 +67,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tiny]:
     trl = Here(side=trl_side, asked=[])
     gmpo = Here(side=gmpo_side, asked=[])
     yield Tiny(
-        bench=Bench(workload=workload, dtype="fp32", threads=1, scratch=scratch, say=print),
+        bench=BenchHere(
+            workload=workload, dtype="fp32", threads=1, scratch=scratch, say=print, exact=trl
+        ),
         sides=Sides(trl=trl, gmpo=gmpo, both_fp32=True),
         trl=trl,
         gmpo=gmpo,
@@ -131,6 +144,58 @@ def test_a_pair_with_another_update_is_refused_and_leaves_no_ratio(tiny: Tiny, t
     with pytest.raises(UpdatesDiffer, match="adamw"):
         run_pairs(tiny.bench, tiny.sides, results, variant="no_dead", wanted=1)
     assert results.content["variants"]["no_dead"] == {"pairs": []}
+
+
+ROUNDED_APART = {"difference": 0.6, "cosine": 0.83, "gradient_cosine": 0.998}
+"""What a replay in bf16 may say where one token crossed the clip's border by rounding."""
+
+
+def rounded(tiny: Tiny) -> Sides:
+    """Sides that are held to the bounds of bf16, after a round of TRL."""
+    tiny.trl.ask("round", number=1, live_groups=4)
+    tiny.trl.asked.clear()
+    return replace(tiny.sides, both_fp32=False)
+
+
+def test_an_update_that_rounding_led_away_from_trls_is_held_to_trl_in_fp32(tiny: Tiny):
+    sides = rounded(tiny)
+    rows = SampledRows.read(tiny.bench.scratch.completions)
+    found = hold_to_trl(tiny.bench, sides, ROUNDED_APART, number=1, live_groups=4)
+    assert found is not None
+    assert found["cosine"] > 0.9999 and found["gradient_cosine"] > 0.9999
+    # Here TRL was in fp32 already, so its update is the one that it is held to.
+    assert found["trl_cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert tiny.trl.asked == ["replay"]
+    assert SampledRows.read(tiny.bench.scratch.completions) == rows
+
+
+def test_an_update_that_is_not_trls_in_fp32_either_is_refused(tiny: Tiny):
+    sides = rounded(tiny)
+    with_wrong_sign(tiny.gmpo_side)
+    with pytest.raises(UpdatesDiffer, match=r"first gradient is -[.0-9]+"):
+        hold_to_trl(tiny.bench, sides, ROUNDED_APART, number=1, live_groups=4)
+    assert tiny.trl.asked == ["replay"]
+
+
+def test_a_first_gradient_that_differs_is_refused_whatever_fp32_says(tiny: Tiny):
+    sides = rounded(tiny)
+    wrong = ROUNDED_APART | {"gradient_cosine": 0.98}
+    with pytest.raises(UpdatesDiffer, match=r"first gradient is 0\.98"):
+        hold_to_trl(tiny.bench, sides, wrong, number=1, live_groups=4)
+    assert tiny.trl.asked == []
+
+
+def test_trl_takes_the_completions_that_another_setting_of_it_left(tiny: Tiny):
+    scratch = tiny.bench.scratch
+    tiny.trl.ask("round", number=1, live_groups=4)
+    rows = SampledRows.read(scratch.completions)
+    # Nothing that it would draw itself: each completion from its second token on.
+    shorter = replace(rows, completion_ids=[ids[1:] or ids for ids in rows.completion_ids])
+    shorter.write(scratch.completions)
+    assert tiny.trl.ask("replay", number=1, live_groups=4)["cosine"] < 0.99
+    assert tiny.gmpo.ask("replay", number=1)["difference"] <= 1e-2
+    with pytest.raises(ValueError, match="not those that were left"):
+        tiny.trl.ask("replay", number=1, live_groups=3)
 
 
 def test_updates_by_live_groups_are_of_the_same_completions_and_go_on(tiny: Tiny, tmp_path: Path):

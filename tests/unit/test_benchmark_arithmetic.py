@@ -17,6 +17,7 @@ from benchmarks.ratios import (
     UpdatesDiffer,
     bounds_of,
     complaint,
+    is_left_to_fp32,
     ratios_of,
     require_same_update,
     summary,
@@ -64,6 +65,27 @@ def test_a_round_is_compared_with_a_round_a_token_with_a_token_an_update_with_it
     }
 
 
+def test_the_summary_says_which_pairs_were_left_to_fp32():
+    exact = {"difference": 0.2, "gradient_cosine": 0.999}
+    near = exact | {"cosine": 0.98, "trl_cosine": 0.85}
+    far = exact | {"cosine": 0.96, "trl_cosine": 0.93}
+    plain = pair(trl_round=40.0, gmpo_round=8.0)
+    figures = summary([plain, plain | {"exact": near}, plain | {"exact": far}])
+    assert figures["left_to_fp32"] == {
+        "num_pairs": 2,
+        "smallest_cosine": 0.96,
+        "trl_smallest_cosine": 0.85,
+    }
+
+
+def test_only_rounded_updates_whose_first_gradients_agree_are_left_to_fp32():
+    agreeing = {"difference": 0.6, "cosine": 0.83, "gradient_cosine": 0.99}
+    assert is_left_to_fp32(agreeing, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 0.989}, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": math.nan}, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 1.0}, FP32_BOUNDS)
+
+
 def test_the_summary_has_medians_and_ranges_over_pairs():
     pairs = [
         pair(trl_round=40.0, gmpo_round=8.0, replay=2.0),  # 5, 15
@@ -77,6 +99,7 @@ def test_the_summary_has_medians_and_ranges_over_pairs():
     assert figures["memory_ratio"] == 0.75  # 3 / 4
     assert figures["live_share"] == {"trl": 0.5, "gmpo": 0.25}
     assert figures["num_pairs"] == 3
+    assert "left_to_fp32" not in figures
     # Updates are of the same rows on both sides.
     assert figures["gmpo"]["update_seconds"] == 3.0
 
