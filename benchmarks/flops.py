@@ -283,17 +283,17 @@ def decode_bytes(model: Model, *, rows: int, length: int, element: int) -> int:
 
 
 def gradient_bytes(parameters: int, *, element: int) -> int:
-    """Least traffic of a gradient: weights read forward and backward, fp32 gradients written.
+    """Least traffic of a gradient: weights read forward and backward, gradients written as narrow.
 
     Activations are left out: how many are kept is the implementation's choice.
     """
-    return parameters * (2 * element + 4)
+    return parameters * 3 * element
 
 
 def optimizer_bytes(parameters: int, *, element: int) -> int:
     """Least traffic of AdamW on fp32 weights.
 
-    Weight, gradient and two moments are read, weight and moments written; where the model computes
-    in less than fp32, its copy is written too.
+    Weight and two moments are read and written, the gradient is read as the model computes; where
+    that is less than fp32, the model's copy of the weight is written too.
     """
-    return parameters * (7 * 4 + (element if element < 4 else 0))
+    return parameters * (6 * 4 + element + (element if element < 4 else 0))

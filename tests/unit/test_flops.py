@@ -17,6 +17,7 @@ from benchmarks.flops import (
     gmpo_gradient,
     gmpo_rollouts,
     gmpo_scores,
+    gradient_bytes,
     head,
     model_of,
     needed_decode,
@@ -197,6 +198,8 @@ def test_decode_traffic_and_work_by_hand():
     assert needed_decode(model, rows=3, length=10) == layers + 2 * 32 * 101 * 3 + 4 * 2 * 32 * 33
 
 
-def test_the_optimizers_traffic_counts_a_narrow_copy_only_where_there_is_one():
-    assert optimizer_bytes(10, element=4) == 280
-    assert optimizer_bytes(10, element=2) == 300
+def test_the_traffic_counts_a_narrow_gradient_and_a_narrow_copy_only_where_there_are_some():
+    assert gradient_bytes(10, element=4) == 10 * (4 + 4 + 4)
+    assert gradient_bytes(10, element=2) == 10 * (2 + 2 + 2)
+    assert optimizer_bytes(10, element=4) == 10 * (24 + 4)
+    assert optimizer_bytes(10, element=2) == 10 * (24 + 2 + 2)
