@@ -47,6 +47,11 @@ _DRAWING = (
     "multinomial",
     "topk",
 )
+_OWN = {
+    "_Attend": "attention",
+    "_ChunkedTokenLogprobs": "softmax over the vocabulary",
+}
+"""Passes of gmpo's own that are not norms and elementwise; compiled functions run in their time."""
 _CACHE = ("index_put_", "_index_put_impl_", "baddbmm", "bmm")
 
 
@@ -82,6 +87,9 @@ def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
         draws: whether tokens are drawn, so that passes over the vocabulary are drawing.
     """
     name = operator.name
+    own = _OWN.get(name.removesuffix("Backward"))
+    if own is not None:
+        return own
     # A full table of logits, or one of the tiles in which training makes them.
     is_wide = any({vocabulary, TOKENS_PER_TILE} & set(shape) for shape in operator.shapes)
     if name in _PRODUCTS:
@@ -103,9 +111,10 @@ def shares(
 ) -> dict[str, dict[str, float]]:
     """Each part's seconds and share of `seconds`, which were taken without the profiler.
 
-    What the operators do not account for is Python, dispatch, and gmpo's own compiled functions,
-    which the profiler does not see; it lengthens every operator by about a microsecond, so that
-    this is a little less than the truth.
+    A compiled function counts as the pass of autograd that calls it. What is not accounted for is
+    Python, dispatch, and compiled functions that no pass of autograd calls, as in decoding: the
+    profiler does not see them. It lengthens every operator by about a microsecond, so that this is
+    a little less than the truth.
     """
     totals: dict[str, float] = defaultdict(float)
     for operator in operators:

@@ -39,6 +39,20 @@ def test_passes_over_the_vocabulary_are_drawing_only_where_tokens_are_drawn():
     assert part_of(operator, vocabulary=VOCABULARY, draws=False) == "softmax over the vocabulary"
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("_Attend", "attention"),
+        ("_AttendBackward", "attention"),
+        ("_ChunkedTokenLogprobsBackward", "softmax over the vocabulary"),
+        ("_FeedForwardBackward", "norms and elementwise"),
+    ],
+)
+def test_a_pass_of_our_own_belongs_to_what_its_compiled_functions_do(name: str, part: str):
+    operator = Operator(name=name, shapes=((16, 32),), seconds=1.0)
+    assert part_of(operator, vocabulary=VOCABULARY, draws=False) == part
+
+
 def test_what_operators_do_not_account_for_is_overhead():
     operators = [
         Operator(name="mm", shapes=((2, 3), (3, 4)), seconds=0.5),
