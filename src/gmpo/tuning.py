@@ -14,6 +14,7 @@ from gmpo.run_process import (
     death,
     drop_weights,
     is_trained_in,
+    try_lock,
 )
 from gmpo.study import run_study
 from gmpo.study_plan import Arm, StudyPlan
@@ -73,7 +74,8 @@ def run_trials(
 
     A trial whose process dies goes on from its newest checkpoint, until `MOST_TRIES` processes of
     one call have died on it. Every end of a process is a line of `attempts.jsonl`. Several calls
-    may work on one study at a time; each runs trials of its own.
+    may work on one study at a time; each runs trials of its own, then waits for those of the
+    others, and takes over what one that dies leaves.
 
     Args:
         search: of the study.
@@ -144,21 +146,31 @@ def judge(
 ) -> list[str]:
     """Run the last comparison; names of runs that could not be brought to an end.
 
+    One call at a time: the next one waits, and finds the runs done, or goes on with them.
+
     Raises:
         RunStopped: `should_stop` said so.
         StudyError: a run refused to train.
-        RunFolderError: another process runs the comparison.
+        RunFolderError: the folder cannot be written.
     """
-    try:
-        return run_study(
-            judged_folder(search.folder),
-            judged_plan(search.plan, chosen),
-            jobs=processes,
-            say=say,
-            should_stop=should_stop,
-        )
-    except RunStopped:
-        raise RunStopped(f"the last comparison was stopped; {_go_on(search.folder)}") from None
+    stopped = RunStopped(f"the last comparison was stopped; {_go_on(search.folder)}")
+    with (search.folder / "claims" / "judge.lock").open("a", encoding="utf-8") as file:
+        if not try_lock(file.fileno()):
+            say("another call runs the last comparison; waiting for it")
+            while not try_lock(file.fileno()):
+                if should_stop():
+                    raise stopped
+                time.sleep(_POLL_SECONDS)
+        try:
+            return run_study(
+                judged_folder(search.folder),
+                judged_plan(search.plan, chosen),
+                jobs=processes,
+                say=say,
+                should_stop=should_stop,
+            )
+        except RunStopped:
+            raise stopped from None
 
 
 @dataclass(kw_only=True)
@@ -181,6 +193,7 @@ class _Crew:
         self._search = search
         self._say = say
         self._running: dict[int, _Running] = {}
+        self._waits_for: list[int] = []
         self.given_up: list[int] = []
 
     def run(self, *, trials: int, processes: int, should_stop: Callable[[], bool]) -> None:
@@ -190,12 +203,11 @@ class _Crew:
                 self._stop()
             while len(self._running) < processes and self._claim(trials):
                 pass
-            if not self._running:
+            if not self._running and not self._others_run():
                 return
             for running in list(self._running.values()):
                 self._look_after(running)
-            if self._running:
-                time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def kill(self) -> None:
         """End what is still running at once; a later call goes on from its checkpoints."""
@@ -217,6 +229,15 @@ class _Crew:
             # Left by a call that was killed: its work counts, so let it finish.
             self._say(f"trial {trial.number} is still trained by an earlier call; waiting for it")
         return True
+
+    def _others_run(self) -> bool:
+        """Whether other calls hold trials: they are not over, and fall to this call if those die."""
+        held = self._search.unfinished(except_for=self.given_up)
+        if held and held != self._waits_for:
+            names = ", ".join(map(str, held))
+            self._say(f"not over yet in other calls: trials {names}; waiting for them")
+        self._waits_for = held
+        return bool(held)
 
     def _look_after(self, running: _Running) -> None:
         """Start a trial's process, see how it does, or take down how it ended."""

@@ -137,6 +137,11 @@ class Search:
             assert claim is not None, "a trial that was just made is nobody's"
             return ClaimedTrial(new, None, self.plan.space, claim)
 
+    def unfinished(self, *, except_for: Sequence[int]) -> list[int]:
+        """Numbers of the trials that were begun and are not over, but for these."""
+        begun = [record.number for record in self.records() if record.outcome == "unfinished"]
+        return [number for number in begun if number not in except_for]
+
     def records(self) -> list[TrialRecord]:
         """Every trial that was begun, in order."""
         trials = self._study.get_trials(deepcopy=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +18,10 @@ import pytest
 from tests.commands import gmpo, process, refusal
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
+from gmpo.errors import RunStopped
 from gmpo.recipe import load_recipe
 from gmpo.tracking import read_lines
-from gmpo.tuning import run_trials
+from gmpo.tuning import candidates, judge, run_trials
 from gmpo.tuning_plan import TuningOptions, make_tuning_plan, open_tuning
 from gmpo.tuning_report import build_tuning_report
 from gmpo.tuning_score import Score
@@ -148,6 +151,66 @@ def test_a_killed_trial_is_tried_again_and_nothing_is_lost(
     assert outcomes == [("0000", "finished"), ("0001", "died"), ("0001", "finished")]
     undisturbed = report_in(whole)["trials"]
     assert build_tuning_report(search).as_dict()["trials"] == undisturbed
+
+
+def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_lost(
+    whole: Path, small: Path, tmp_path: Path
+):
+    search = begun(small, tmp_path / "shared")
+    runs = [search.folder / "trials" / name for name in ("0000", "0001")]
+    words = ["tune", "--study", str(search.folder), "--processes", "2"]
+    other = subprocess.Popen([sys.executable, "-m", "gmpo.cli", *words])
+    try:
+        for run in runs:
+            wait_for(run / "metrics.jsonl", other)
+        other.send_signal(signal.SIGSTOP)  # so that it cannot tell how its trials ended
+        for trainer in filter(None, map(trainer_of, runs)):
+            os.kill(trainer, signal.SIGKILL)
+        said: list[str] = []
+
+        def say(sentence: str) -> None:
+            said.append(sentence)
+            if "waiting for them" in sentence:
+                other.kill()
+
+        assert run_trials(search, trials=2, say=say) == []
+    finally:
+        other.kill()
+        other.wait()
+    assert said[0] == "not over yet in other calls: trials 0, 1; waiting for them"
+    outcomes = [(a["cell"], a["outcome"]) for a in read_lines(search.folder, "attempts.jsonl")]
+    assert outcomes == [("0000", "finished"), ("0001", "finished")]
+    assert build_tuning_report(search).as_dict()["trials"] == report_in(whole)["trials"]
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert process.poll() is None, "the study ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_call_waits_for_the_last_comparison_of_another(whole: Path, tmp_path: Path):
+    study = tmp_path / "judged twice"
+    shutil.copytree(whole, study)
+    plan, _ = open_tuning(study, None, trials=None, warn=print)
+    search = Search(study, plan)
+    lock = (study / "claims" / "judge.lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(RunStopped, match="the last comparison was stopped"):
+        judge(search, candidates(search), should_stop=lambda: True)
+    said: list[str] = []
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        lock.close()
+
+    assert judge(search, candidates(search), say=say) == []
+    assert said == [
+        "another call runs the last comparison; waiting for it",
+        "4 of 4 runs are done already",
+    ]
 
 
 def begun(small: Path, study: Path, **changes: Any) -> Search:
