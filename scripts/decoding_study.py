@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from gmpo.assembly import build_sampler
 from gmpo.cli.conventions import model_name, warn
 from gmpo.config import RunConfig
@@ -32,10 +34,10 @@ from gmpo.decoding import (
 from gmpo.grading import Grader
 from gmpo.inputs import held_out_items, prompt_renderer, resolve_model
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
+from gmpo.policy.score import Policy
 from gmpo.recipe import load_recipe
 from gmpo.records import Group, Prompt, Rollout
 from gmpo.rollouts import GroupSampler, SamplingSettings, sample_groups
-from gmpo.sampler.local import LocalSampler
 from gmpo.statistics import wilson_interval
 from gmpo.task_table import build_task
 
@@ -57,7 +59,7 @@ class Asked:
         return int(self.grader.grade_item(rollout.text, prompt.columns).is_correct)
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="whose held-out items are asked: bundled name or path")
     parser.add_argument("first", help="model name, model folder or run folder")
@@ -68,7 +70,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     overrides = [*arguments.overrides, f"evaluation.items={arguments.items}"]
     config = load_recipe(arguments.recipe, overrides)
@@ -97,9 +99,6 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
         stop_strings=config.sampling.stop_strings,
     )
 
-    def sampling(sampler: LocalSampler) -> GroupSampler:
-        return partial(sample_groups, sampler, tokenizer=tokenizer)
-
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         asked = Asked(
             prompts=prompt_renderer(config, tokenizer).render_all(held_out_items(config, task)),
@@ -107,23 +106,20 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             grader=grader,
             seed=arguments.seed,
         )
-        mixtures = {
-            weight: build_mixture_sampler(
-                first,
-                second,
-                tokenizer,
-                weights=MixtureWeights(first=1 - weight, second=weight),
-                max_rows=rows,
-            )
+        greedy = {
+            weight: mixture_outcomes(asked, (first, second), tokenizer, weight=weight, rows=rows)
             for weight in sorted({0.0, 1.0, *arguments.weights})
         }
-        greedy = {weight: greedy_outcomes(asked, sampling(m)) for weight, m in mixtures.items()}
         best = [
             row
             for place, policy in (("first", first), ("second", second))
             for row in best_of_rows(
                 asked,
-                sampling(build_sampler(policy, tokenizer, max_rows=rows)),
+                partial(
+                    sample_groups,
+                    build_sampler(policy, tokenizer, max_rows=rows),
+                    tokenizer=tokenizer,
+                ),
                 model=place,
                 draws=arguments.draws,
             )
@@ -140,8 +136,28 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def greedy_outcomes(asked: Asked, sample: GroupSampler) -> list[int]:
-    groups = asked.groups(sample, temperature=0.0, count=1)
+def mixture_outcomes(
+    asked: Asked,
+    models: tuple[Policy, Policy],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    weight: float,
+    rows: int,
+) -> list[int]:
+    """1 or 0 for each item, greedily.
+
+    The sampler, which may hold both models' weights a second time, goes with this call: those of
+    all mixtures together would take gigabytes.
+    """
+    sampler = build_mixture_sampler(
+        *models,
+        tokenizer,
+        weights=MixtureWeights(first=1 - weight, second=weight),
+        max_rows=rows,
+    )
+    groups = asked.groups(
+        partial(sample_groups, sampler, tokenizer=tokenizer), temperature=0.0, count=1
+    )
     return [asked.is_right(group.rollouts[0], group.prompt) for group in groups]
 
 
