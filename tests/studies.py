@@ -97,4 +97,5 @@ def report_of(plan: StudyPlan, folder: Path, comparisons: list[Comparison]) -> S
         ),
         same_prompts=True,
         same_start=True,
+        made_with=({"gmpo": "0.1.0", "commit": None},),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -97,6 +97,11 @@ def _faults(report: StudyReport) -> str:
             "Runs of one seed drew different completions in the first round, although weights and "
             "streams are the same: sampling does not repeat itself here, and pairs are looser."
         )
+    if len(report.made_with) > 1:
+        found.append(
+            "Runs were made with more than one build of gmpo (below), and what changed between "
+            "them may be what differs here."
+        )
     return "".join(f'<p class="fault">{escape(text)}</p>' for text in found)
 
 
@@ -116,7 +121,14 @@ def _what(report: StudyReport) -> list[str]:
         f"{recipe.training.learning_rate:g}",
         "Same prompts in the same order, and the same completions in the first round, in the runs "
         f"of each seed: checked, {checked}",
+        f"Made with: {'; '.join(map(_build, report.made_with)) or 'not known'}",
     ]
+
+
+def _build(made_with: Mapping[str, str | None]) -> str:
+    commit = made_with["commit"]
+    where = "not from a repository" if commit is None else f"commit {commit}"
+    return f"gmpo {made_with['gmpo']}, {where}"
 
 
 def _definitions() -> list[str]:

@@ -16,7 +16,7 @@ from gmpo.stability import FIGURES, RunFigures, common_target, run_figures, wind
 from gmpo.study import cell_folder, ended_cells
 from gmpo.study_comparison import IMPROVEMENTS, Comparison, compare_arms, smallest_p_value
 from gmpo.study_plan import Cell, StudyPlan
-from gmpo.tracking import read_lines
+from gmpo.tracking import builds_of, read_lines
 
 __all__ = [
     "ArmSummary",
@@ -96,6 +96,7 @@ class StudyReport:
         runs: every cell.
         same_prompts: whether the runs of each seed asked the same prompts in the same order.
         same_start: whether their first rounds have the same completions, as the same weights give.
+        made_with: builds of gmpo that the runs were begun with, as `builds_of` tells them.
     """
 
     folder: Path
@@ -106,6 +107,7 @@ class StudyReport:
     runs: tuple[RunReport, ...]
     same_prompts: bool
     same_start: bool
+    made_with: tuple[Mapping[str, str | None], ...]
 
     @property
     def missing(self) -> list[str]:
@@ -120,6 +122,7 @@ class StudyReport:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: two studies of one plan, on one machine, give the same."""
         return {
+            "made_with": [dict(build) for build in self.made_with],
             "plan": self.plan.as_dict(),
             "target_reward": self.target,
             "same_prompts": self.same_prompts,
@@ -198,6 +201,7 @@ def build_report(study: Path, plan: StudyPlan) -> StudyReport:
         runs=_runs(study, plan, figures, rounds),
         same_prompts=same_prompts,
         same_start=same_start,
+        made_with=builds_of(cell_folder(study, cell) for cell in cells),
     )
 
 

@@ -18,7 +18,15 @@ from typing import Any
 from gmpo.errors import DataError, RunFolderError
 from gmpo.kernels.library import build
 
-__all__ = ["METRICS", "METRIC_FAMILIES", "RunFolder", "fresh_folder", "provenance", "read_lines"]
+__all__ = [
+    "METRICS",
+    "METRIC_FAMILIES",
+    "RunFolder",
+    "builds_of",
+    "fresh_folder",
+    "provenance",
+    "read_lines",
+]
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",
@@ -288,6 +296,32 @@ def provenance() -> dict[str, str | None]:
         "kernels": build().said,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def builds_of(runs: Iterable[Path]) -> tuple[dict[str, str | None], ...]:
+    """The builds of gmpo that runs were begun with, each once, in order of first use.
+
+    Each has "gmpo", the version, and "commit", None if it did not run from a repository. Folders
+    without a `run.json`, in which nothing was trained, are left out.
+
+    Raises:
+        RunFolderError: a run's `run.json` cannot be read.
+    """
+    found: list[dict[str, str | None]] = []
+    for path in (run / "run.json" for run in runs):
+        if not path.is_file():
+            continue
+        try:
+            made_with = json.loads(path.read_text(encoding="utf-8"))
+            made_by = {"gmpo": made_with["gmpo"], "commit": made_with["commit"]}
+        except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise RunFolderError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); bring the file back: it "
+                "says what the run was made with"
+            ) from None
+        if made_by not in found:
+            found.append(made_by)
+    return tuple(found)
 
 
 def _commit() -> str | None:

@@ -231,7 +231,7 @@ class _Crew:
         return True
 
     def _others_run(self) -> bool:
-        """Whether other calls hold trials: they are not over, and fall to this call if those die."""
+        """Whether other calls hold trials, which fall to this one if those calls die."""
         held = self._search.unfinished(except_for=self.given_up)
         if held and held != self._waits_for:
             names = ", ".join(map(str, held))

@@ -16,8 +16,8 @@ from gmpo.recipe import dump_recipe
 from gmpo.statistics import crossed_interval
 from gmpo.study import cell_folder, ended_cells
 from gmpo.study_plan import Cell
-from gmpo.tracking import RunFolder
-from gmpo.tuning import OWN, arm_name, candidates, judged_folder, judged_plan
+from gmpo.tracking import RunFolder, builds_of
+from gmpo.tuning import OWN, arm_name, candidates, judged_folder, judged_plan, trial_folder
 from gmpo.tuning_plan import TuningPlan
 from gmpo.tuning_score import (
     ACCURACY_WEIGHT,
@@ -118,6 +118,7 @@ class TuningReport:
         arms: of the last comparison, the recipe first; empty if there was none.
         judgements: of the candidates, in the order of their objective in the search.
         missing: runs of the last comparison that did not come to an end.
+        made_with: builds of gmpo that the runs were begun with, as `builds_of` tells them.
     """
 
     folder: Path
@@ -129,6 +130,7 @@ class TuningReport:
     arms: tuple[JudgedArm, ...]
     judgements: tuple[Judgement, ...]
     missing: tuple[str, ...]
+    made_with: tuple[Mapping[str, str | None], ...]
 
     @property
     def winner(self) -> TrialRecord | None:
@@ -147,6 +149,7 @@ class TuningReport:
         """For JSON: two studies of one plan, run by one process, give the same."""
         winner = self.winner
         return {
+            "made_with": [dict(build) for build in self.made_with],
             "plan": self.plan.as_dict(),
             "trials": [_trial(trial) for trial in self.trials],
             "own": self.own,
@@ -176,6 +179,7 @@ def build_tuning_report(search: Search) -> TuningReport:
     arms: dict[int | None, dict[int, JudgedRun]] = {None: {}}
     arms |= {record.number: {} for record in chosen}
     missing: list[str] = []
+    runs = [trial_folder(search.folder, trial.number) for trial in trials]
     if chosen:
         numbers: dict[str, int | None] = {OWN: None}
         numbers |= {arm_name(record.number): record.number for record in chosen}
@@ -183,6 +187,7 @@ def build_tuning_report(search: Search) -> TuningReport:
         ended = ended_cells(folder)
         for cell in judged_plan(plan, chosen).cells():
             if cell.name in ended:
+                runs.append(cell_folder(folder, cell))
                 crashed = ended[cell.name].outcome == "diverged"
                 run = _run(cell_folder(folder, cell), cell, plan, crashed=crashed)
                 arms[numbers[cell.arm]][cell.seed] = run
@@ -198,6 +203,7 @@ def build_tuning_report(search: Search) -> TuningReport:
         arms=tuple(_arm(number, runs) for number, runs in arms.items() if runs),
         judgements=tuple(judgements(arms)),
         missing=tuple(missing),
+        made_with=builds_of(runs),
     )
 
 

@@ -83,6 +83,9 @@ def test_every_cell_is_an_ordinary_run_of_its_own(whole: Path):
     report = report_in(whole)
     assert [arm["runs"] for arm in report["arms"]] == [2, 2]
     assert len(report["improvements"]) == 4
+    made_with = json.loads((whole / "study.json").read_text())["made_with"]
+    assert report["made_with"] == [{key: made_with[key] for key in ("gmpo", "commit")}]
+    assert made_with["gmpo"] in (whole / "report.html").read_text()
     for picture in ("curves.png", "improvements.png"):
         assert (whole / "plots" / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -86,6 +86,8 @@ def test_trials_choose_and_other_items_judge(whole: Path):
     report = report_in(whole)
     assert [trial["outcome"] for trial in report["trials"]] == ["scored"] * 2
     assert report["own"] == 0  # the recipe itself is the first trial
+    made_with = json.loads((whole / "tuning.json").read_text())["made_with"]
+    assert report["made_with"] == [{key: made_with[key] for key in ("gmpo", "commit")}]
     trials, judged = whole / "trials", whole / "judged" / "runs"
     chosen_on, judged_on = asked_in(trials), asked_in(judged)
     assert len(chosen_on) == len(judged_on) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(html: str):
         assert base64.b64decode(data).startswith(b"\x89PNG")
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "http" not in html
+
+
+def test_it_says_what_made_it(html: str, tmp_path: Path):
+    assert "Made with: gmpo 0.1.0, not from a repository" in html
+    assert "more than one build" not in html
+    recipe = write_recipe(tmp_path / "tiny.toml", tiny_recipe("no model"))
+    one = report_of(plan_of(recipe), tmp_path, [])
+    later = {"gmpo": "0.1.0", "commit": "abc"}
+    page = study_html(replace(one, made_with=(*one.made_with, later)), [])
+    assert "Made with: gmpo 0.1.0, not from a repository; gmpo 0.1.0, commit abc" in page
+    assert "Runs were made with more than one build of gmpo" in page
 
 
 def test_names_are_escaped(html: str):

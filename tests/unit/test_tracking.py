@@ -10,7 +10,7 @@ import pytest
 from tests.disks import as_another_user, fill, small_disk
 
 from gmpo.errors import DataError, RunFolderError
-from gmpo.tracking import METRICS, RunFolder, provenance, read_lines
+from gmpo.tracking import METRICS, RunFolder, builds_of, provenance, read_lines
 
 
 def rounds(run: RunFolder) -> list[int]:
@@ -163,6 +163,23 @@ def test_the_versions_behind_a_result_are_known():
     found = provenance()
     assert {"gmpo", "torch", "transformers", "numpy", "python", "machine", "commit"} <= set(found)
     assert all(found[name] for name in found if name != "commit")
+
+
+def test_the_builds_of_runs_are_each_told_once(tmp_path: Path):
+    made = [("0.1.0", "abc"), ("0.1.0", None), ("0.1.0", "abc"), ("0.2.0", "abc")]
+    runs = [tmp_path / str(number) for number in range(len(made) + 1)]
+    for run, (version, commit) in zip(runs[1:], made, strict=True):
+        run.mkdir()
+        made_with = {"gmpo": version, "torch": "2", "commit": commit}
+        (run / "run.json").write_text(json.dumps(made_with))
+    assert builds_of(runs) == (  # the first folder is not there: nothing was trained in it
+        {"gmpo": "0.1.0", "commit": "abc"},
+        {"gmpo": "0.1.0", "commit": None},
+        {"gmpo": "0.2.0", "commit": "abc"},
+    )
+    (runs[1] / "run.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
+        builds_of(runs)
 
 
 def test_a_second_user_of_the_folder_is_refused(run: RunFolder):
