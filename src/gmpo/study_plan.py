@@ -215,21 +215,32 @@ def load_plan(folder: Path) -> StudyPlan | None:
 
 
 def resolve_plan(plan: StudyPlan, *, warn: Callable[[str], None]) -> StudyPlan:
-    """The plan with device and precision settled once for all cells.
+    """The plan with device, precision and `training.kl_ref_every` settled once for all cells.
 
     `dtype = "auto"` measures for a moment: two cells that measured could come out differently.
+    A recipe that does not name `training.kl_ref_every` measures on the last round, for the report.
     """
     model = resolve_model(plan.recipe.model, warn=warn)
-    arms = [
-        replace(arm, recipe=arm.recipe.model_copy(update={"model": model})) for arm in plan.arms
-    ]
+    arms = []
+    for arm in plan.arms:
+        training = arm.recipe.training
+        if not _names_kl_ref_every(arm.recipe):
+            training = training.model_copy(update={"kl_ref_every": training.rounds})
+        settled = arm.recipe.model_copy(update={"model": model, "training": training})
+        arms.append(replace(arm, recipe=settled))
     return replace(plan, arms=tuple(arms))
+
+
+def _names_kl_ref_every(recipe: RunConfig) -> bool:
+    """Whether the user chose it; 0, which never measures, is a choice too."""
+    return "kl_ref_every" in recipe.training.model_fields_set
 
 
 def plan_differences(there: StudyPlan, asked: StudyPlan) -> list[str]:
     """In what a plan differs from that of a study folder, one sentence each.
 
-    Device and precision "auto" mean what the folder has; the number of threads is the folder's.
+    Device and precision "auto" mean what the folder has, and so does `training.kl_ref_every` where
+    it is not named; the number of threads is the folder's.
     """
     wholes: dict[str, tuple[object, object]] = {
         "objectives": ([arm.label for arm in there.arms], [arm.label for arm in asked.arms]),
@@ -252,6 +263,8 @@ def _recipe_differences(asked: Arm, there: RunConfig) -> Iterator[str]:
     was, now = recipe_values(there.deciding()), recipe_values(asked.recipe.deciding())
     for key in ("model.device", "model.dtype"):
         now[key] = was[key] if now[key] == "auto" else now[key]
+    if not _names_kl_ref_every(asked.recipe):
+        now["training.kl_ref_every"] = was["training.kl_ref_every"]
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
             where = f"{asked.label}: " if key.startswith(_MAY_DIFFER) else ""
@@ -371,6 +384,8 @@ def _arms(
                 table["objective"].pop(clip, None)
             for bound in ("clip_min", "clip_max"):
                 table["adaptive"].pop(bound, None)
+        if not _names_kl_ref_every(base):
+            del table["training"]["kl_ref_every"]  # left for `resolve_plan`
         table["objective"]["name"] = objective
         for override in overrides[label]:
             apply_override(table, override)

@@ -264,11 +264,7 @@ def limits(report: StudyReport) -> list[str]:
             f"The target reward {report.target:.3f} lies half-way from the first {_rounds(window)} "
             "to the last, over all runs of all arms alike; --target-reward sets another."
         )
-    if not any(run.figures.could_collapse for run in report.runs if run.figures):
-        found.append(
-            "No run was long enough for a collapse to be told: 20 rounds, or 10 where the "
-            "untrained policy's sampled reward is known."
-        )
+    found += _not_measured(report)
     crashed = sum(arm.crashes for arm in report.arms)
     if crashed:
         found.append(
@@ -283,6 +279,23 @@ def limits(report: StudyReport) -> list[str]:
             "and gradient norms have different units and are not to be compared."
         )
     return found
+
+
+def _not_measured(report: StudyReport) -> Iterator[str]:
+    """Figures that the table has no values of, and why."""
+    if not any(run.figures.could_collapse for run in report.runs if run.figures):
+        yield (
+            "No run was long enough for a collapse to be told: 20 rounds, or 10 where the "
+            "untrained policy's sampled reward is known."
+        )
+    without = [arm.label for arm in report.plan.arms if not arm.recipe.needs_reference()]
+    if without:
+        every = report.plan.recipe.training.kl_ref_every
+        yield (
+            f"KL to the start was not measured in {' and '.join(without)}: training.kl_ref_every "
+            f"is {every} and a run has {_rounds(report.plan.recipe.training.rounds)}; a study of "
+            "a recipe that does not name it measures it on the last round."
+        )
 
 
 def _rounds(count: int) -> str:

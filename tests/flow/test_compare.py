@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.commands import gmpo, process, refusal
 from tests.studies import outcomes
-from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
+from tests.tiny_runs import leave_out_kl_ref_every, metric_lines, tiny_recipe, write_recipe
 
 from gmpo.study import open_study, run_study
 from gmpo.study_report import build_report
@@ -37,7 +37,9 @@ def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             "functions": {"mine": "tests.studies:starts_with_a_digit_or_letter"},
         },
     )
-    return write_recipe(tmp_path_factory.mktemp("small") / "small.toml", recipe)
+    return leave_out_kl_ref_every(
+        write_recipe(tmp_path_factory.mktemp("small") / "small.toml", recipe)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,15 @@ def test_every_cell_is_an_ordinary_run_of_its_own(whole: Path):
     assert made_with["gmpo"] in (whole / "report.html").read_text()
     for picture in ("curves.png", "improvements.png"):
         assert (whole / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kl_to_the_start_is_measured_once_in_every_run(whole: Path):
+    for run in report_in(whole)["runs"]:
+        lines = metric_lines(whole / "runs" / f"{run['arm']}-seed{run['seed']}", "round")
+        found = {line["round"]: line["kl_ref/k3"] for line in lines if "kl_ref/k3" in line}
+        assert found == {4: run["figures"]["values"]["kl_to_start"]}
+        assert found[4] > 1e-6
+    assert "KL to the start was not measured" not in (whole / "report.html").read_text()
 
 
 def test_runs_of_a_seed_ask_the_same_prompts_and_begin_alike(whole: Path):

@@ -70,6 +70,16 @@ def test_it_says_what_made_it(html: str, tmp_path: Path):
     assert "Runs were made with more than one build of gmpo" in page
 
 
+def test_it_says_why_there_is_no_kl_to_the_start(html: str, tmp_path: Path):
+    assert "KL to the start was not measured" not in html  # --quick measures it
+    recipe = write_recipe(tmp_path / "tiny.toml", tiny_recipe("no model"))
+    page = study_html(report_of(plan_of(recipe), tmp_path, []), [])
+    assert (
+        "KL to the start was not measured in grpo and gmpo: training.kl_ref_every is 0 and a run "
+        "has 2 rounds"
+    ) in page
+
+
 def test_names_are_escaped(html: str):
     assert "a &lt;b&gt; &amp; c.toml" in html
     assert "<b>" not in html

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.studies import plan_of
-from tests.tiny_runs import tiny_recipe, write_recipe
+from tests.tiny_runs import leave_out_kl_ref_every, tiny_recipe, write_recipe
 
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.study import open_study
@@ -155,6 +155,28 @@ def test_auto_is_settled_once_and_is_no_difference_later(recipe: str, tmp_path: 
     other = "bf16" if opened.recipe.model.dtype == "fp32" else "fp32"
     named = plan_of(recipe, overrides=[f"model.dtype={other}"])
     assert [text.partition(":")[0] for text in plan_differences(opened, named)] == ["model.dtype"]
+
+
+def test_the_kl_to_the_start_is_measured_on_the_last_round_unless_the_user_chose(
+    recipe: str, tmp_path: Path
+):
+    def begun(name: str, *overrides: str) -> list[int]:
+        asked = plan_of(recipe, overrides=["training.rounds=7", *overrides])
+        opened = open_study(tmp_path / name, asked, warn=lambda _: None)
+        assert open_study(tmp_path / name, asked, warn=lambda _: None) == opened
+        return [cell.recipe.training.kl_ref_every for cell in opened.cells()]
+
+    assert begun("named in the file") == [0] * 4
+    leave_out_kl_ref_every(recipe)
+    assert begun("not named") == [7] * 4
+    assert begun("never", "training.kl_ref_every=0") == [0] * 4
+    assert begun("often", "training.kl_ref_every=2") == [2] * 4
+    # A folder that was begun without goes on without, unless something else is asked for.
+    asked = plan_of(recipe, overrides=["training.rounds=7"])
+    never = open_study(tmp_path / "never", asked, warn=lambda _: None)
+    assert never.recipe.training.kl_ref_every == 0
+    other = plan_of(recipe, overrides=["training.rounds=7", "training.kl_ref_every=3"])
+    assert plan_differences(never, other) == ["training.kl_ref_every: 0 there, 3 here"]
 
 
 def test_threads_are_the_folders_own(recipe: str, tmp_path: Path):
