@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from gmpo.errors import ServerUnreachable
+from gmpo.leash import leashed
 
 __all__ = ["served_process"]
 
@@ -34,10 +35,9 @@ def served_process(
     Raises:
         ServerUnreachable: it does not serve within that time, or ends; its last line is told.
     """
-    serve = ["serve", model, "--port", "0", *arguments]
-    command = [sys.executable, "-m", "gmpo.leash", str(os.getpid()), *serve]
     process = subprocess.Popen(
-        command,
+        # Nobody waits for the answers in flight any more, but the store is closed properly.
+        leashed(["serve", model, "--port", "0", *arguments], ended_by=signal.SIGTERM),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -95,7 +95,7 @@ def _one_process(
     should_stop: Callable[[], bool],
 ) -> Attempt:
     while is_trained_in(run):
-        # Left by a controller that was killed: its work counts, so let it finish.
+        # Left by a controller that was killed, where no leash ends it: let it finish.
         if should_stop():
             raise RunStopped("the update is still trained by an earlier call, which goes on")
         time.sleep(_POLL_SECONDS)

@@ -1,6 +1,7 @@
-"""`python -m gmpo.leash PROCESS ARGUMENTS`: a gmpo command that does not outlive another process.
+"""`python -m gmpo.leash PROCESS SIGNAL ARGUMENTS`: a gmpo command that does not outlive a process.
 
-A server that a killed controller left behind would hold its memory, and its port, for ever.
+A server or a training run that a killed controller left behind would hold its memory for ever or
+for hours, a server its port, and a run the folder that the next controller goes on in.
 """
 
 from __future__ import annotations
@@ -9,21 +10,37 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["main"]
+__all__ = ["leashed", "main"]
 
 _SET_DEATH_SIGNAL = 1
 _CANNOT = 2
 
 
+def leashed(arguments: Sequence[str | Path], *, ended_by: signal.Signals) -> list[str]:
+    """The command line of a gmpo command that Linux ends when this process is gone.
+
+    The thread that starts it has to live as long as the command is wanted: the kernel takes that
+    thread's end for its parent's.
+
+    Args:
+        arguments: of `gmpo`.
+        ended_by: signal that ends it.
+    """
+    leash = [sys.executable, "-m", "gmpo.leash", str(os.getpid()), str(ended_by.value)]
+    return [*leash, *map(str, arguments)]
+
+
 def main() -> None:
-    """Become the command; Linux ends it by SIGTERM when the process that began it is gone.
+    """Become the command; Linux sends it that signal when the process that began it is gone.
 
     The kernel keeps that promise over `exec`. Elsewhere nothing is promised.
     """
-    parent, arguments = int(sys.argv[1]), sys.argv[2:]
+    parent, number, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if sys.platform == "linux":
-        if ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM):
+        if ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, number):
             print(f"error: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
             sys.exit(_CANNOT)
         if os.getppid() != parent:  # it was gone before the promise was made

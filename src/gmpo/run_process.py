@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Literal
 
 from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError
+from gmpo.leash import leashed
 from gmpo.recipe import dump_recipe
 from gmpo.tracking import read_lines
 
@@ -87,6 +87,8 @@ class RunProcess:
     ) -> RunProcess:
         """Begin a run, or go on with it if its folder has been begun.
 
+        On Linux it ends with the thread that began it, however that ends.
+
         Args:
             folder: its recipe goes to FOLDER/recipes, its output to FOLDER/logs.
             name: of the run.
@@ -109,12 +111,14 @@ class RunProcess:
                 f"study folder {folder} cannot be written: {error.strerror}; free space, then give "
                 "the same command again"
             ) from None
-        command = [sys.executable, "-m", "gmpo.cli", "train", file_name, "--run", run, "--no-plots"]
+        command: list[str | Path] = ["train", file_name, "--run", run, "--no-plots"]
         if (run / "recipe.toml").is_file():
             command.append("--resume")
         with output:
             process = subprocess.Popen(
-                [str(part) for part in command],
+                # Not SIGTERM, which finishes the round first: the folder's lock would keep the next
+                # call waiting for minutes. SIGKILL frees it at once, and resuming is exact.
+                leashed(command, ended_by=signal.SIGKILL),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

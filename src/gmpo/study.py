@@ -145,7 +145,7 @@ class _Crew:
                 if len(self._running) >= jobs:
                     break
                 if is_trained_in(cell_folder(self._folder.path, cell)):
-                    # Left by a call that was killed: its work counts, so let it finish.
+                    # Left by a call that was killed, where no leash ends it: let it finish.
                     if cell.name not in announced:
                         self._say(
                             f"{cell.name} is still trained by an earlier call; waiting for it"

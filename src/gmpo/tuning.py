@@ -226,7 +226,7 @@ class _Crew:
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in trial.values.items())
         self._say(f"trial {trial.number}: {shown}")
         if is_trained_in(self._run_of(running)):
-            # Left by a call that was killed: its work counts, so let it finish.
+            # Left by a call that was killed, where no leash ends it: let it finish.
             self._say(f"trial {trial.number} is still trained by an earlier call; waiting for it")
         return True
 
