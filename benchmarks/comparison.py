@@ -174,16 +174,22 @@ def warm_up(bench: Bench, sides: Sides, results: Results) -> None:
         )
     all_groups = bench.workload.prompts_per_round
     rate = SGD_LEARNING_RATES["fp32" if sides.both_fp32 else "bf16"]
+    sides.gmpo.ask("round", number=0, live_groups=all_groups)
     sides.trl.ask("round", number=0, live_groups=all_groups, sgd_learning_rate=rate)
     compared = sides.gmpo.ask("replay", number=0, sgd_learning_rate=rate)
-    sides.gmpo.ask("round", number=0, live_groups=all_groups)
-    results.content["sgd_check"] = {name: compared[name] for name in COMPARED}
+    check: dict[str, Any] = {name: compared[name] for name in COMPARED}
+    results.content["sgd_check"] = check
     results.save()
     bench.say(
         f"warm-up: |d_gmpo - d_trl| / |d_trl| with SGD {compared['difference']:.2e}, "
         f"cosine {compared['cosine']:.5f}; first gradients {compared['gradient_cosine']:.5f}"
     )
-    require_same_update(compared, "sgd", bounds_of(both_fp32=sides.both_fp32))
+    exact = hold_to_trl(
+        bench, sides, compared, number=0, live_groups=all_groups, sgd_learning_rate=rate
+    )
+    if exact is not None:
+        check["exact"] = exact
+        results.save()
 
 
 def run_pairs(bench: Bench, sides: Sides, results: Results, *, variant: str, wanted: int) -> None:
@@ -215,8 +221,9 @@ def hold_to_trl(
     *,
     number: int,
     live_groups: int | None,
+    sgd_learning_rate: float | None = None,
 ) -> dict[str, float] | None:
-    """Require that gmpo's update is TRL's, and where only AdamW's cosine misses, TRL's in fp32.
+    """Require that gmpo's update is TRL's, and where only its cosine misses, TRL's in fp32.
 
     Rounding alone parts two updates that follow different first steps: a ratio on the other side
     of a clip's border takes its token's gradient with it. TRL's own update of the same completions
@@ -228,6 +235,7 @@ def hold_to_trl(
         compared: gmpo's replay of it.
         number: of the round.
         live_groups: as it had them.
+        sgd_learning_rate: as it had it; None of AdamW.
 
     Returns:
         Figures of gmpo's replay against TRL in fp32, and "trl_cosine" of TRL's own update; None
@@ -237,20 +245,23 @@ def hold_to_trl(
         UpdatesDiffer: gmpo's update is neither.
     """
     bounds = bounds_of(both_fp32=sides.both_fp32)
-    reason = complaint(compared, "adamw", bounds)
-    if reason is None or not is_left_to_fp32(compared, bounds):
-        require_same_update(compared, "adamw", bounds)
+    optimizer = "adamw" if sgd_learning_rate is None else "sgd"
+    reason = complaint(compared, optimizer, bounds)
+    if reason is None or not is_left_to_fp32(compared, optimizer, bounds):
+        require_same_update(compared, optimizer, bounds)
         return None
     bench.say(f"round {number}: {reason}; TRL in fp32 takes the same completions")
     with bench.exact_trl() as exact:
-        theirs = exact.ask("replay", number=number, live_groups=live_groups)
-    ours = sides.gmpo.ask("replay", number=number)
+        theirs = exact.ask(
+            "replay", number=number, live_groups=live_groups, sgd_learning_rate=sgd_learning_rate
+        )
+    ours = sides.gmpo.ask("replay", number=number, sgd_learning_rate=sgd_learning_rate)
     found = {name: float(ours[name]) for name in COMPARED} | {"trl_cosine": theirs["cosine"]}
     bench.say(
         f"round {number}: cosine to TRL's update in fp32: TRL's own {found['trl_cosine']:.4f}, "
         f"gmpo's {found['cosine']:.4f}"
     )
-    require_same_update(found, "adamw", bounds)
+    require_same_update(found, optimizer, bounds)
     return found
 
 

@@ -67,10 +67,7 @@ def complaint(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> 
         optimizer: that made them, "sgd" or "adamw".
         bounds: of the precision.
     """
-    if optimizer == "sgd":
-        most, least = bounds.sgd_difference, bounds.sgd_cosine
-    else:
-        most, least = bounds.adamw_difference, bounds.adamw_cosine
+    most, least = difference_and_cosine(optimizer, bounds)
     # Negated, so that NaN complains.
     if not compared["gradient_cosine"] >= bounds.gradient_cosine:
         return (
@@ -90,14 +87,20 @@ def complaint(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> 
     return None
 
 
-def is_left_to_fp32(compared: Mapping[str, float], bounds: Bounds) -> bool:
-    """Whether only the cosine of AdamW's rounded updates may be missed, not the first gradient's.
+def difference_and_cosine(optimizer: str, bounds: Bounds) -> tuple[float | None, float | None]:
+    """The largest difference and the smallest cosine of "sgd"'s or "adamw"'s updates."""
+    if optimizer == "sgd":
+        return bounds.sgd_difference, bounds.sgd_cosine
+    return bounds.adamw_difference, bounds.adamw_cosine
+
+
+def is_left_to_fp32(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> bool:
+    """Whether only the cosine of rounded updates may be missed, not the first gradient's.
 
     An update in fp32 tells then which of the two rounding led away.
     """
-    return bounds.adamw_cosine is not None and (
-        compared["gradient_cosine"] >= bounds.gradient_cosine
-    )
+    _, least = difference_and_cosine(optimizer, bounds)
+    return least is not None and compared["gradient_cosine"] >= bounds.gradient_cosine
 
 
 def require_same_update(compared: Mapping[str, float], optimizer: str, bounds: Bounds) -> None:

@@ -202,7 +202,9 @@ class TrlSide:
         save_weights(self._clock.first_gradient, self._scratch.gradient)
         return figures
 
-    def replay(self, *, number: int, live_groups: int | None) -> dict[str, Any]:
+    def replay(
+        self, *, number: int, live_groups: int | None, sgd_learning_rate: float | None = None
+    ) -> dict[str, Any]:
         """The update on the completions that another setting of TRL left, in place of its own.
 
         Update and first gradient in the scratch folder are this side's afterwards.
@@ -210,6 +212,7 @@ class TrlSide:
         Args:
             number: of the round.
             live_groups: as that round had them.
+            sgd_learning_rate: as that round had it.
 
         Returns:
             "cosine" between the update that lay there and this one.
@@ -218,7 +221,7 @@ class TrlSide:
         other = load_weights(self._scratch.update)
         self._trainer.given = rows.completion_ids
         try:
-            self.round(number=number, live_groups=live_groups)
+            self.round(number=number, live_groups=live_groups, sgd_learning_rate=sgd_learning_rate)
         finally:
             self._trainer.given = None
         if self._sampled_rows() != rows:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_an_update_that_rounding_led_away_from_trls_is_held_to_trl_in_fp32(tiny:
     assert found["trl_cosine"] == pytest.approx(1.0, abs=1e-6)
     assert tiny.trl.asked == ["replay"]
     assert SampledRows.read(tiny.bench.scratch.completions) == rows
+
+
+def test_steps_of_sgd_that_rounding_led_away_are_held_to_trl_in_fp32_too(
+    tiny: Tiny, tmp_path: Path
+):
+    tiny.trl.ask("round", number=1, live_groups=4, sgd_learning_rate=0.01)
+    tiny.trl.asked.clear()
+    held = partial(
+        hold_to_trl,
+        tiny.bench,
+        replace(tiny.sides, both_fp32=False),
+        number=1,
+        live_groups=4,
+        sgd_learning_rate=0.01,
+    )
+    # Enough for AdamW, whose first steps are signs, but not for SGD.
+    found = held(ROUNDED_APART | {"cosine": 0.98})
+    assert found is not None and found["difference"] < 1e-3 and found["trl_cosine"] > 0.999999
+    with_wrong_sign(tiny.gmpo_side)
+    with pytest.raises(UpdatesDiffer, match=r"sgd: .* first gradient is -[.0-9]+"):
+        held(ROUNDED_APART)
+    assert tiny.trl.asked == ["replay", "replay"]
 
 
 def test_an_update_that_is_not_trls_in_fp32_either_is_refused(tiny: Tiny):
