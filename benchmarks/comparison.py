@@ -266,8 +266,8 @@ def hold_to_trl(
         require_same_update(found, optimizer, bounds)
     except UpdatesDiffer as refusal:
         raise UpdatesDiffer(
-            f"{refusal}. TRL's own update in bf16 has a cosine of {found['trl_cosine']:.4f} to this "
-            "one in fp32; --dtype fp32 compares both sides without such rounding"
+            f"{refusal}. TRL's own update in bf16 has a cosine of {found['trl_cosine']:.4f} to its "
+            "update in fp32; --dtype fp32 compares both sides without such rounding"
         ) from refusal
     return found
 
