@@ -78,12 +78,13 @@ def test_the_summary_says_which_pairs_were_left_to_fp32():
     }
 
 
-def test_only_rounded_updates_whose_first_gradients_agree_are_left_to_fp32():
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_only_rounded_updates_whose_first_gradients_agree_are_left_to_fp32(optimizer: str):
     agreeing = {"difference": 0.6, "cosine": 0.83, "gradient_cosine": 0.99}
-    assert is_left_to_fp32(agreeing, BF16_BOUNDS)
-    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 0.989}, BF16_BOUNDS)
-    assert not is_left_to_fp32(agreeing | {"gradient_cosine": math.nan}, BF16_BOUNDS)
-    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 1.0}, FP32_BOUNDS)
+    assert is_left_to_fp32(agreeing, optimizer, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 0.989}, optimizer, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": math.nan}, optimizer, BF16_BOUNDS)
+    assert not is_left_to_fp32(agreeing | {"gradient_cosine": 1.0}, optimizer, FP32_BOUNDS)
 
 
 def test_the_summary_has_medians_and_ranges_over_pairs():
