@@ -47,15 +47,6 @@ def write_recipe(path: Path, config: RunConfig) -> str:
     return str(path)
 
 
-def leave_out_kl_ref_every(recipe: str) -> str:
-    """The same recipe's file without that key, as most users have it."""
-    lines = Path(recipe).read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if not line.startswith("kl_ref_every")]
-    assert len(kept) == len(lines) - 1
-    Path(recipe).write_text("".join(kept), encoding="utf-8")
-    return recipe
-
-
 def metric_lines(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`, of one kind or all."""
     lines = read_lines(folder, "metrics.jsonl")

@@ -321,9 +321,10 @@ class TrainingConfig(Table):
     gradient_cosine_every: int = Field(default=0, ge=0)
     """Rounds between two measurements of the cosine between this objective's gradient and GRPO's on
     a round's last step, which costs two more forward and backward passes; 0 never measures."""
-    kl_ref_every: int = Field(default=0, ge=0)
+    kl_ref_every: int | None = Field(default=None, ge=0)
     """Rounds between two measurements of `kl_ref/k3`, the KL to the starting model, on a round's
-    last step, which costs a copy of that model and a forward pass; 0 never measures. With
+    last step, which costs a copy of that model and a forward pass; 0 never measures. None leaves
+    it to the command: `gmpo compare` measures on the last round, all others never. With
     `objective.kl_coefficient` above 0 it is measured on every step anyway."""
     gradient_checkpointing: bool = False
     """Whether layers run again in the backward pass instead of keeping what they computed: the same
@@ -409,7 +410,10 @@ class RunConfig(Table):
 
     def deciding(self) -> RunConfig:
         """This recipe with everything at its default that cannot change the weights of a run."""
-        training = self.training.model_copy(update={"refuse_beyond_memory": True})
+        every = self.training.kl_ref_every or 0  # in a single run None measures as rarely as 0
+        training = self.training.model_copy(
+            update={"refuse_beyond_memory": True, "kl_ref_every": every}
+        )
         changes = {
             "description": "",
             "training": training,
@@ -420,7 +424,7 @@ class RunConfig(Table):
 
     def needs_reference(self) -> bool:
         """Whether the starting model is kept: for a KL term, or to measure how far away it is."""
-        measures = 0 < self.training.kl_ref_every <= self.training.rounds
+        measures = 0 < (self.training.kl_ref_every or 0) <= self.training.rounds
         return self.objective.kl_coefficient > 0 or measures
 
     def max_prompt_tokens(self) -> int:

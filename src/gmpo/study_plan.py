@@ -224,16 +224,11 @@ def resolve_plan(plan: StudyPlan, *, warn: Callable[[str], None]) -> StudyPlan:
     arms = []
     for arm in plan.arms:
         training = arm.recipe.training
-        if not _names_kl_ref_every(arm.recipe):
+        if training.kl_ref_every is None:
             training = training.model_copy(update={"kl_ref_every": training.rounds})
         settled = arm.recipe.model_copy(update={"model": model, "training": training})
         arms.append(replace(arm, recipe=settled))
     return replace(plan, arms=tuple(arms))
-
-
-def _names_kl_ref_every(recipe: RunConfig) -> bool:
-    """Whether the user chose it; 0, which never measures, is a choice too."""
-    return "kl_ref_every" in recipe.training.model_fields_set
 
 
 def plan_differences(there: StudyPlan, asked: StudyPlan) -> list[str]:
@@ -263,7 +258,7 @@ def _recipe_differences(asked: Arm, there: RunConfig) -> Iterator[str]:
     was, now = recipe_values(there.deciding()), recipe_values(asked.recipe.deciding())
     for key in ("model.device", "model.dtype"):
         now[key] = was[key] if now[key] == "auto" else now[key]
-    if not _names_kl_ref_every(asked.recipe):
+    if asked.recipe.training.kl_ref_every is None:
         now["training.kl_ref_every"] = was["training.kl_ref_every"]
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key):
@@ -384,8 +379,6 @@ def _arms(
                 table["objective"].pop(clip, None)
             for bound in ("clip_min", "clip_max"):
                 table["adaptive"].pop(bound, None)
-        if not _names_kl_ref_every(base):
-            del table["training"]["kl_ref_every"]  # left for `resolve_plan`
         table["objective"]["name"] = objective
         for override in overrides[label]:
             apply_override(table, override)

@@ -181,7 +181,7 @@ def _run_round(
         first_step=state.step,
         may_trust_sampler=state.mismatch_is_small is not False,
         measures_cosine=_is_due(done, training.gradient_cosine_every),
-        measures_kl_ref=_is_due(done, training.kl_ref_every),
+        measures_kl_ref=_is_due(done, training.kl_ref_every or 0),
         norms=NormHistory.from_record(state.norms),
     )
     adaptive = adaptive_metrics(recipe, state, sampled.scored.groups)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.commands import gmpo, process, refusal
 from tests.studies import outcomes
-from tests.tiny_runs import leave_out_kl_ref_every, metric_lines, tiny_recipe, write_recipe
+from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
 from gmpo.study import open_study, run_study
 from gmpo.study_report import build_report
@@ -37,9 +37,7 @@ def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             "functions": {"mine": "tests.studies:starts_with_a_digit_or_letter"},
         },
     )
-    return leave_out_kl_ref_every(
-        write_recipe(tmp_path_factory.mktemp("small") / "small.toml", recipe)
-    )
+    return write_recipe(tmp_path_factory.mktemp("small") / "small.toml", recipe)
 
 
 @pytest.fixture(scope="module")

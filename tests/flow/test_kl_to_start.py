@@ -10,6 +10,7 @@ from tests.models import save_tiny
 from tests.tiny_runs import metric_lines, same_weights, tiny_recipe
 
 from gmpo.errors import CheckpointError
+from gmpo.recipe import load_recipe
 from gmpo.training import train
 
 
@@ -36,6 +37,19 @@ def test_it_is_what_a_kl_term_of_no_weight_would_log(model: str, tmp_path: Path)
         expected = by_term[line["step"] - 1]["kl_ref/k3"]
         assert line["kl_ref/k3"] == pytest.approx(expected, rel=1e-6)
         assert line["kl_ref/k3"] > 1e-4
+
+
+def test_a_run_folder_of_a_version_that_wrote_0_for_nothing_goes_on(model: str, tmp_path: Path):
+    recipe = tiny_recipe(model, checkpoint={"every_rounds": 1})
+    folder = train(recipe, folder=tmp_path / "run").folder
+    shutil.rmtree(folder / "checkpoints" / "round-000002")
+    written = folder / "recipe.toml"
+    text = written.read_text()
+    assert "kl_ref_every" not in text
+    written.write_text(text.replace("[training]\n", "[training]\nkl_ref_every = 0\n"))
+    train(load_recipe(written), folder=folder, resume=True)
+    shutil.rmtree(folder / "checkpoints" / "round-000002")
+    train(recipe, folder=folder, resume=True)
 
 
 def test_a_run_goes_on_only_with_the_model_it_began_from(model: str, tmp_path: Path):

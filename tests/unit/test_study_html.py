@@ -72,8 +72,9 @@ def test_it_says_what_made_it(html: str, tmp_path: Path):
 
 def test_it_says_why_there_is_no_kl_to_the_start(html: str, tmp_path: Path):
     assert "KL to the start was not measured" not in html  # --quick measures it
-    recipe = write_recipe(tmp_path / "tiny.toml", tiny_recipe("no model"))
-    page = study_html(report_of(plan_of(recipe), tmp_path, []), [])
+    never = tiny_recipe("no model", training__kl_ref_every=0)
+    plan = plan_of(write_recipe(tmp_path / "tiny.toml", never))
+    page = study_html(report_of(plan, tmp_path, []), [])
     assert (
         "KL to the start was not measured in grpo and gmpo: training.kl_ref_every is 0 and a run "
         "has 2 rounds"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from tests.studies import plan_of
-from tests.tiny_runs import leave_out_kl_ref_every, tiny_recipe, write_recipe
+from tests.tiny_runs import tiny_recipe, write_recipe
 
 from gmpo.errors import ConfigError, RunFolderError, StudyError
+from gmpo.recipe import load_recipe
 from gmpo.study import open_study
 from gmpo.study_plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
 
@@ -166,8 +167,6 @@ def test_the_kl_to_the_start_is_measured_on_the_last_round_unless_the_user_chose
         assert open_study(tmp_path / name, asked, warn=lambda _: None) == opened
         return [cell.recipe.training.kl_ref_every for cell in opened.cells()]
 
-    assert begun("named in the file") == [0] * 4
-    leave_out_kl_ref_every(recipe)
     assert begun("not named") == [7] * 4
     assert begun("never", "training.kl_ref_every=0") == [0] * 4
     assert begun("often", "training.kl_ref_every=2") == [2] * 4
@@ -177,6 +176,20 @@ def test_the_kl_to_the_start_is_measured_on_the_last_round_unless_the_user_chose
     assert never.recipe.training.kl_ref_every == 0
     other = plan_of(recipe, overrides=["training.rounds=7", "training.kl_ref_every=3"])
     assert plan_differences(never, other) == ["training.kl_ref_every: 0 there, 3 here"]
+    write_recipe(Path(recipe), tiny_recipe("no model", training__kl_ref_every=0))
+    assert begun("never, says the file") == [0] * 4
+
+
+def test_a_study_of_a_recipe_that_gmpo_wrote_is_that_of_the_original(recipe: str, tmp_path: Path):
+    written = tmp_path / "run" / "recipe.toml"
+    written.parent.mkdir()
+    write_recipe(written, load_recipe(recipe))
+    original, again = plan_of(recipe), plan_of(str(written))
+    opened = open_study(tmp_path / "study", original, warn=lambda _: None)
+    assert plan_differences(opened, again) == []
+    anew = open_study(tmp_path / "anew", again, warn=lambda _: None)
+    assert [arm.recipe for arm in anew.arms] == [arm.recipe for arm in opened.arms]
+    assert {cell.recipe.training.kl_ref_every for cell in anew.cells()} == {2}
 
 
 def test_threads_are_the_folders_own(recipe: str, tmp_path: Path):
