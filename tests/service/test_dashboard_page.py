@@ -262,6 +262,33 @@ def add_ways(url: str, now: float) -> None:
         store.begin_cycle("support-bot", state="train", payload={})
 
 
+def test_each_cycle_is_shown_with_its_outcome_and_reason(page, tmp_path: Path):
+    told = {"passed": True, "sentence": "60 accepted", "details": {"long": ["x"] * 500}}
+    wrong = {**told, "passed": False, "sentence": "59 disputed"}
+    made = {**told, "sentence": "version v2", "details": {"new_model_version": "v2"}}
+    result = {
+        "success": False,
+        "reason": "Data validation failed: poisoned",
+        "details": {"new tasks": {"rejected": ["x"] * 500}},
+        "new_model_version": None,
+        "step": "validate",
+        "sentence": "59 disputed",
+    }
+    url = fill(tmp_path / "store.db", list(answers(20, start=0.0, end=1.0)))
+    with open_store(url) as store:
+        cycle = store.begin_cycle("bot", state="validate", payload={})
+        payload = {"reports": {"validate": wrong}, "result": result}
+        store.move_cycle(cycle, state="refused", payload=payload, ends=True)
+        goes_on = store.begin_cycle("bot", state="validate", payload={})
+        payload = {"reports": {"validate": told, "update": made}}
+        store.move_cycle(goes_on, state="evaluate", payload=payload)
+    table = go_to(page(url), "Versions").dataframe[-1].value
+    assert table["state"].tolist() == ["evaluate", "refused"]
+    assert table["reason"].tolist() == ["", "Data validation failed: poisoned"]
+    assert table["what decided"].tolist() == ["update: version v2", "validate: 59 disputed"]
+    assert table["candidate"].tolist() == ["v2", ""]
+
+
 def test_versions_show_the_champion_and_what_answered(page, tmp_path: Path):
     now = time.time()
     answered = list(answers(400, start=now - 1800, end=now - 1))

@@ -20,10 +20,9 @@ from gmpo.dashboard.figures import (
 )
 from gmpo.dashboard.runs import RunLog, RunWatch, metric_names, metric_series, sequence_ratios
 from gmpo.dashboard.settings import VARIABLE, DashboardSettings, run_folders, settings_from
-from gmpo.dashboard.tables import event_rows, moment, plain, seconds_words
+from gmpo.dashboard.tables import event_rows, moment, plain, reason_words, seconds_words
 from gmpo.dashboard.training_section import run_row
 from gmpo.dashboard.trends import Boxes, Span, trend
-from gmpo.dashboard.version_section import reason_words
 from gmpo.errors import ConfigError, DataError
 from gmpo.store import Event
 
@@ -278,3 +277,26 @@ def test_words():
     assert seconds_words(0.0126) == "13 ms"
     assert seconds_words(2.5) == "2.50 s"
     assert plain("a *b* [c](d)") == r"a \*b\* \[c\]\(d\)"
+
+
+def test_a_change_of_champion_is_told_with_its_reason_first():
+    gate = {"sentence": "pass: +2.0 points", "suites": ["long"] * 50}
+    told = {
+        "name": "bot",
+        "previous": "v1",
+        "revision": 2,
+        "reason": {"kind": "promotion", "by": "cycle 2", "evidence": gate},
+    }
+    first = {"name": "bot", "previous": None, "revision": 1, "reason": {"kind": "adoption"}}
+    rows = event_rows(
+        [
+            Event(kind="promotion", time=0.0, payload=told, model_version="v2"),
+            Event(kind="rollback", time=0.0, payload={**told, "reason": {"kind": "x", "why": "y"}}),
+            Event(kind="promotion", time=0.0, payload=first),
+        ]
+    )
+    assert [row["what"] for row in rows] == [
+        "champion of bot in place of v1; promotion by cycle 2: pass: +2.0 points",
+        "champion of bot in place of v1; x: y",
+        'champion of bot; {"kind": "adoption"}',
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 from gmpo.run_tables import visible
 from gmpo.store import Event
 
-__all__ = ["anomaly_words", "event_rows", "moment", "plain", "seconds_words"]
+__all__ = ["anomaly_words", "event_rows", "moment", "plain", "reason_words", "seconds_words"]
 
 _LONGEST = 160
 _USUAL: Mapping[str, object] = {"fell_back": False, "comment_length": 0}
@@ -47,6 +47,16 @@ def event_rows(events: Sequence[Event]) -> list[dict[str, str]]:
         }
         for event in events
     ]
+
+
+def reason_words(reason: Mapping[str, Any]) -> str:
+    """Why a version became champion: who did it and the gate's sentence, or all that is known."""
+    kind, by = reason.get("kind"), reason.get("by")
+    evidence = reason.get("evidence")
+    sentence = evidence.get("sentence") if isinstance(evidence, Mapping) else reason.get("why")
+    if kind is None or not sentence:
+        return json.dumps(reason, ensure_ascii=False)
+    return f"{kind} by {by}: {sentence}" if by else f"{kind}: {sentence}"
 
 
 def _answer(payload: Mapping[str, Any]) -> str:
@@ -115,6 +125,14 @@ def _gate(payload: Mapping[str, Any]) -> str:
     return f"{payload.get('outcome')}: {payload.get('sentence')}"
 
 
+def _champion(payload: Mapping[str, Any]) -> str:
+    before = payload.get("previous")
+    instead = f" in place of {before}" if before else ""
+    reason = payload.get("reason")
+    why = reason_words(reason) if isinstance(reason, Mapping) else "no reason is told"
+    return f"champion of {payload.get('name')}{instead}; {why}"
+
+
 def _decision(payload: Mapping[str, Any]) -> str:
     return str(payload.get("recommendation") or _json(payload))
 
@@ -139,8 +157,8 @@ _WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "decision": _decision,
     "anomaly": _anomaly,
     "alert": _alert,
-    "promotion": _json,
-    "rollback": _json,
+    "promotion": _champion,
+    "rollback": _champion,
     "gate": _gate,
     "removed": _json,
 }

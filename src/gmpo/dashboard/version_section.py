@@ -12,7 +12,7 @@ import streamlit as st
 
 from gmpo.dashboard.figures import versions_figure
 from gmpo.dashboard.overview import choose_span
-from gmpo.dashboard.tables import moment
+from gmpo.dashboard.tables import moment, reason_words
 from gmpo.dashboard.traffic import Traffic
 from gmpo.dashboard.trends import Span, Trend, trend
 from gmpo.dashboard.watching import StoreWatch
@@ -24,7 +24,6 @@ __all__ = [
     "cycle_rows",
     "draw_versions",
     "gate_rows",
-    "reason_words",
     "version_rows",
 ]
 
@@ -91,19 +90,37 @@ def gate_rows(decisions: Sequence[Event]) -> list[dict[str, str]]:
 
 
 def cycle_rows(cycles: Sequence[Cycle]) -> list[dict[str, Any]]:
-    """Cycles, the newest first; the state is the step that comes next, or what became of it."""
+    """Cycles, the newest first, each with what became of it and why, or how far it is.
+
+    The state is the step that comes next, or the outcome; what decided is the step that ended the
+    cycle, or the newest one that is over, with what it said.
+    """
     return [
         {
             "model": one.name,
             "cycle": one.number,
             "state": one.state,
+            **_what_became_of(one.payload),
             "began (UTC)": moment(one.created),
             "changed (UTC)": moment(one.changed),
             "ended (UTC)": "" if one.ended is None else moment(one.ended),
-            "result": json.dumps(one.payload.get("result") or {}, ensure_ascii=False)[:_LONGEST],
         }
         for one in sorted(cycles, key=lambda one: -one.created)
     ]
+
+
+def _what_became_of(payload: Mapping[str, Any]) -> dict[str, str]:
+    result, reports = payload.get("result") or {}, payload.get("reports") or {}
+    step, sentence = result.get("step"), result.get("sentence")
+    if not result and reports:
+        step = next(reversed(reports))
+        sentence = reports[step].get("sentence")
+    update = reports.get("update", {}).get("details") or {}
+    return {
+        "reason": str(result.get("reason") or ""),
+        "what decided": f"{step}: {sentence}"[:_LONGEST] if step else "",
+        "candidate": str(result.get("new_model_version") or update.get("new_model_version") or ""),
+    }
 
 
 def answers_by_version(traffic: Traffic, span: Span) -> dict[str, Trend]:
@@ -197,13 +214,3 @@ def _champion_rows(champions: Sequence[Champion]) -> list[dict[str, Any]]:
         }
         for one in sorted(champions, key=lambda one: -one.since)
     ]
-
-
-def reason_words(reason: Mapping[str, Any]) -> str:
-    """Why a version became champion: who did it and the gate's sentence, or all that is known."""
-    kind, by = reason.get("kind"), reason.get("by")
-    evidence = reason.get("evidence")
-    sentence = evidence.get("sentence") if isinstance(evidence, Mapping) else reason.get("why")
-    if kind is None or not sentence:
-        return json.dumps(reason, ensure_ascii=False)
-    return f"{kind} by {by}: {sentence}" if by else f"{kind}: {sentence}"
