@@ -127,6 +127,55 @@ def test_refusals(store: str, tmp_path: Path):
 @pytest.mark.parametrize(
     "command",
     [
+        ("list", "bto"),
+        ("show", "bto"),
+        ("promote", "bto", "VERSION"),
+        ("rollback", "bto", "--reason", "slow"),
+        ("gc", "bto"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_model_is_refused_with_the_names_there_are(
+    command: tuple[str, ...], store: str, tmp_path: Path
+):
+    version = add(store, tmp_path, 1.0)
+    words = [version if word == "VERSION" else word for word in command]
+    message = refusal("registry", *words, "--store", store)
+    assert message.startswith("no version of a model 'bto' is in the store; it has versions of bot")
+
+
+def test_a_rollback_without_a_reason_is_refused(store: str, tmp_path: Path):
+    old = add(store, tmp_path, 1.0)
+    gmpo("registry", "adopt", "bot", old, "--store", store)
+    assert "--reason is empty" in refusal(
+        "registry", "rollback", "bot", "--reason", " ", "--store", store
+    )
+
+
+def test_the_history_tells_what_became_of_each_cycle(store: str, tmp_path: Path):
+    old = add(store, tmp_path, 1.0)
+    gmpo("registry", "adopt", "bot", old, "--store", store)
+    reason = "Data validation failed: poisoned"
+    result = {"reason": reason, "step": "validate", "sentence": "59 disputed"}
+    done = {"update": {"passed": True, "sentence": "version v2", "details": {}}}
+    with open_store(store) as opened:
+        cycle = opened.begin_cycle("bot", state="validate", payload={})
+        told = {"reports": {}, "result": result}
+        opened.move_cycle(cycle, state="refused", payload=told, ends=True)
+        goes_on = opened.begin_cycle("bot", state="validate", payload={})
+        opened.move_cycle(goes_on, state="evaluate", payload={"reports": done})
+    shown = gmpo("registry", "show", "bot", "--store", store).stdout
+    first, second = (line for line in shown.splitlines() if line.startswith("cycle "))
+    assert first.endswith(f": refused: {reason} (validate: 59 disputed)")
+    assert second.endswith(": goes on at evaluate (update: version v2)")
+    rows = json.loads(gmpo("registry", "show", "bot", "--store", store, "--json").stdout)["cycles"]
+    assert [row["state"] for row in rows] == ["refused", "evaluate"]
+    assert [row["reason"] for row in rows] == [reason, None]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
         ("registry", "list"),
         ("registry", "adopt", "bot", "ab"),
         ("registry", "promote", "bot", "ab"),

@@ -28,7 +28,7 @@ from gmpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gmpo.registry import Registry
-    from gmpo.store import Champion, ModelVersion, Store
+    from gmpo.store import Champion, Cycle, ModelVersion, Store
 
 __all__ = [
     "add",
@@ -70,6 +70,8 @@ def versions(
 ) -> None:
     """Every version: whether it serves, served, waits for a person, and since when it is there."""
     with _opened(store, read_only=True) as opened:
+        if name is not None:
+            _require_known(opened, name)
         rows = [_row(opened, version) for version in opened.model_versions(name)]
     if as_json:
         print(json.dumps(rows))
@@ -94,31 +96,34 @@ def versions(
 @registry.command()
 @refuses_clearly
 def show(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
-    """A model's champions with the reason of each, and the candidates that wait for a person."""
+    """A model's history: champions with the reason of each, candidates that wait, and cycles."""
     from gmpo.registry import Registry
 
     with _opened(store, read_only=True) as opened:
+        _require_known(opened, name)
         found = Registry(opened, _folder(opened, None, needed=False))
         history, candidates = found.history(name), found.candidates(name)
+        cycles = [_cycle_row(cycle) for cycle in opened.cycles(name)]
     if as_json:
         told = {
             "history": [vars(champion) for champion in history],
             "candidates": [vars(candidate) for candidate in candidates],
+            "cycles": cycles,
         }
         print(json.dumps(told))
         return
-    console = Console()
     if not history:
-        console.print(Text(f"{name} has no champion; gmpo registry adopt makes the first one"))
+        _say(f"{name} has no champion; gmpo registry adopt makes the first one")
     for champion in history:
         why = _why(champion.reason)
-        console.print(
-            Text(f"{champion.revision}. {champion.version} since {_clock(champion.since)}: {why}"),
-            soft_wrap=True,
-        )
+        _say(f"{champion.revision}. {champion.version} since {_clock(champion.since)}: {why}")
     for candidate in candidates:
-        waits = f"candidate {candidate.version}: {candidate.evidence['sentence']}"
-        console.print(Text(waits), soft_wrap=True)
+        _say(f"candidate {candidate.version}: {candidate.evidence['sentence']}")
+    for row in cycles:
+        state = row["state"] if row["ended"] else f"goes on at {row['state']}"
+        why = f": {row['reason']}" if row["reason"] else ""
+        said = f" ({row['step']}: {row['sentence']})" if row["step"] else ""
+        _say(f"cycle {row['cycle']} of {_clock(row['began'])}: {state}{why}{said}")
 
 
 @registry.command()
@@ -209,8 +214,11 @@ def promote(
         tell=warn,
     )
     with _open_registry(store, folder, mlflow) as (opened, found):
+        _require_known(opened, name)
         chosen = _whole(opened, version)
         candidate = chosen.version
+        if chosen.name != name:
+            raise ConfigError(f"{candidate} is a version of {chosen.name!r}, not of {name!r}")
         decision = found.newest_decision(name, candidate) if evidence is None else _read(evidence)
         if decision is None:
             raise ConfigError(
@@ -218,8 +226,6 @@ def promote(
                 f"gmpo gate CHAMPION {candidate[:8]} --suite SUITE --store {store} --name {name}, "
                 "or give --evidence"
             )
-        if chosen.name != name:
-            raise ConfigError(f"{candidate} is a version of {chosen.name!r}, not of {name!r}")
         champion = fleet.release(
             found,
             chosen,
@@ -244,7 +250,10 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Make the predecessor serve again."""
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, for whoever reads the history")
     with _open_registry(store, folder, mlflow) as (opened, found):
+        _require_known(opened, name)
         serving = opened.champion(name)
         if expected is not None:
             taken = _whole(opened, expected).version
@@ -290,7 +299,8 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove files of versions that neither serve, could serve again, nor are being tried."""
-    with _open_registry(store, folder, None) as (_, found):
+    with _open_registry(store, folder, None) as (opened, found):
+        _require_known(opened, name)
         garbage = found.collect_garbage(name, keep=keep, dry_run=dry_run)
     if as_json:
         print(json.dumps(garbage.as_dict()))
@@ -361,6 +371,33 @@ def _whole(opened: Store, digits: str) -> ModelVersion:
         said = "no version begins" if not found else f"{len(found)} versions begin"
         raise DataError(f"{said} with {digits!r}; gmpo registry list shows all")
     return found[0]
+
+
+def _require_known(opened: Store, name: str) -> None:
+    """Refuse a name that no version has: mistyped, it would look like a model without any."""
+    names = sorted({version.name for version in opened.model_versions()})
+    if name not in names:
+        others = f"it has versions of {', '.join(names)}" if names else "it has no version yet"
+        raise DataError(
+            f"no version of a model {name!r} is in the store; {others}; gmpo registry add makes one"
+        )
+
+
+def _cycle_row(cycle: Cycle) -> dict[str, Any]:
+    """A learning cycle: its outcome or next step, and what decided it or was found last."""
+    result, reports = cycle.payload.get("result") or {}, cycle.payload.get("reports") or {}
+    step = result.get("step") or next(reversed(reports), None)
+    sentence = result.get("sentence") or (reports[step]["sentence"] if step in reports else None)
+    return {
+        "cycle": cycle.number,
+        "state": cycle.state,
+        "began": cycle.created,
+        "ended": cycle.ended,
+        "reason": result.get("reason"),
+        "step": step,
+        "sentence": sentence,
+        "new_model_version": result.get("new_model_version"),
+    }
 
 
 def _row(opened: Store, version: ModelVersion) -> dict[str, Any]:
