@@ -28,7 +28,7 @@ from gmpo.continual_records import (
     result_of,
 )
 from gmpo.errors import ConfigError, RunFolderError, RunStopped, StoreError
-from gmpo.store import Cycle, Store
+from gmpo.store import Champion, Cycle, Store
 
 __all__ = [
     "ControllerSettings",
@@ -36,6 +36,7 @@ __all__ = [
     "CycleWork",
     "Moment",
     "abandon_cycle",
+    "learning_champion",
     "lease_name",
     "open_cycle",
     "run_cycle",
@@ -223,12 +224,28 @@ def abandon_cycle(
         return result
 
 
-def _champion(store: Store, name: str) -> dict[str, Any]:
+def learning_champion(store: Store, name: str) -> Champion:
+    """The champion that a cycle of the model begins from.
+
+    Raises:
+        ConfigError: it has none; what to do is named.
+    """
     champion = store.champion(name)
-    if champion is None:
-        raise ConfigError(
-            f"model {name!r} has no champion to learn from; adopt a first version, then try again"
-        )
+    if champion is not None:
+        return champion
+    versions = store.model_versions(name)
+    digits = versions[-1].version[:8] if versions else "VERSION"
+    first = "" if versions else f"gmpo registry add MODEL --name {name} --store STORE, then "
+    others = sorted({version.name for version in store.model_versions()} - {name})
+    known = f"; other models of this store: {', '.join(others)}" if others else ""
+    raise ConfigError(
+        f"model {name!r} has no champion to learn from; make a first version one: {first}"
+        f"gmpo registry adopt {name} {digits} --store STORE{known}"
+    )
+
+
+def _champion(store: Store, name: str) -> dict[str, Any]:
+    champion = learning_champion(store, name)
     return {"champion": champion.version, "champion_revision": champion.revision}
 
 

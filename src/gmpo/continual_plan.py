@@ -249,13 +249,21 @@ def mixed_rows(
     return named + [{**row, "id": f"replay-{place}"} for place, row in enumerate(drawn)]
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, is_private: bool = False) -> None:
     """Write rows as JSON Lines.
+
+    Args:
+        path: of the file.
+        rows: to be written.
+        is_private: whether only its owner may read it.
 
     Raises:
         RunFolderError: the file cannot be written.
     """
     try:
+        if is_private:
+            path.touch(mode=0o600)
+            path.chmod(0o600)
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:

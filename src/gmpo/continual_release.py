@@ -187,9 +187,15 @@ def require_decidable(
     items_alone = policy.model_copy(update={"safety_limits": {}})
     decision = decide_gate(alike, policy=items_alone, champion="this", candidate="the same")
     if decision.outcome == "inconclusive":
+        short = [
+            f"{row.num_items} items of {row.suite} do not rule out a drop of {row.margin * 100:g} "
+            f"points, about {row.items_needed} would do"
+            for row in (decision.overall, *decision.suites)
+            if row.verdict == "inconclusive"
+        ]
         raise ConfigError(
-            f"the suites are too small for the margin: {decision.sentence}, if both models answer "
-            "alike; add items, or raise degradation_limit"
+            "the suites are too small for the margin: even if both models answered alike, "
+            f"{'; '.join(short)}; add items, or raise degradation_limit"
         )
     return {row.suite: row.items_needed for row in (decision.overall, *decision.suites)}
 

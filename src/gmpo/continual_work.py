@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gmpo.continual import learning_champion
 from gmpo.continual_anchor import find_anchor, require_anchor
 from gmpo.continual_batch import apart_from_suites, champion_sampler, checked_batch
 from gmpo.continual_live import live_step, watch_step
@@ -20,6 +21,7 @@ from gmpo.continual_plan import (
     plan_of,
     read_batch,
     small_recipe,
+    suite_prompts,
     suites_of,
     update_recipe,
     write_rows,
@@ -56,6 +58,7 @@ from gmpo.store import Store
 __all__ = ["RealWork", "cycle_request", "dry_run"]
 
 _ACCEPTED = "accepted.jsonl"
+_REJECTED = "rejected.jsonl"
 _TRAINED_ON = "train.jsonl"
 
 
@@ -76,7 +79,12 @@ def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict
     require_apart(suites)
     sizes = {suite: len(items) for suite, items in suites.items()}
     require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
-    # A cycle that has begun has to be brought to its end, so nothing begins with nothing.
+    # A cycle that has begun has to be brought to its end, so nothing begins with nothing, nor with
+    # files that are not there.
+    if plan.replay:
+        read_batch(plan.replay)
+    if plan.traffic is not None:
+        suite_prompts(plan.traffic)
     if not read_batch(data):
         raise DataError(
             f"there is no new row in {', '.join(map(str, data))}; no cycle was begun: give rows, "
@@ -108,9 +116,7 @@ def dry_run(
         DataError: a file is missing or unreadable, or the batch is empty.
         ModelError: the champion's files are damaged.
     """
-    champion = work.store.champion(name)
-    if champion is None:
-        raise ConfigError(f"model {name!r} has no champion to learn from; adopt a first version")
+    champion = learning_champion(work.store, name)
     suites = suites_of(plan)
     require_apart(suites)
     sizes = {suite: len(items) for suite, items in suites.items()}
@@ -172,7 +178,8 @@ class RealWork:
                 f"{', '.join(data)} changed since cycle {facts.number} began; put the old rows "
                 "back, or end the cycle with gmpo learn --abandon"
             )
-        self._require_whole(facts)
+        begin_another = "end this cycle with gmpo learn --abandon, and begin another"
+        self.require_whole(facts.name, facts.champion, then=begin_another)
         asked = self.asked_before(plan, facts.folder.parent)
         require_anchor(self.store, plan, name=facts.name, asked=asked, folder_of=self.folder_of)
         report = checked_batch(
@@ -183,7 +190,11 @@ class RealWork:
             seed=facts.number,
         )
         write_rows(folder / _ACCEPTED, [dict(row) for row in report.accepted])
-        write_rows(folder / "rejected.jsonl", report.rejected)
+        # Some are rejected for the personal data in them.
+        write_rows(folder / _REJECTED, report.rejected, is_private=True)
+        if report.rejected:
+            where = facts.files("validate") / _REJECTED
+            self.warn(f"the {len(report.rejected)} rejected rows and why: {where}")
         return report.step(min_rows=plan.min_rows)
 
     def small_update(self, facts: CycleFacts, folder: Path) -> StepReport:
@@ -382,16 +393,25 @@ class RealWork:
             raise ModelError(f"version {version} {where}; restore it, or roll back to another one")
         return found.path
 
-    def _require_whole(self, facts: CycleFacts) -> None:
-        """Refuse to learn from a champion whose files are damaged; the registry raises an alert."""
-        check = self.registry.verify(facts.champion)
+    def require_whole(self, name: str, version: str, *, then: str) -> None:
+        """Refuse to learn from a champion whose files are damaged; the registry raises an alert.
+
+        Args:
+            name: of the model.
+            version: of its champion.
+            then: what to do once it was rolled back.
+
+        Raises:
+            ModelError: they are, and which version can serve in its place.
+        """
+        check = self.registry.verify(version)
         if check.is_whole:
             return
-        instead = self.registry.servable(facts.name).version
+        instead = self.registry.servable(name).version
         raise ModelError(
-            f"champion {facts.champion} of {facts.name!r} is not learned from: {check.sentence}; "
-            f"version {instead} can serve in its place: restore the files, or roll back with gmpo "
-            "registry rollback, end this cycle with gmpo learn --abandon, and begin another"
+            f"champion {version} of {name!r} is not learned from: {check.sentence}; version "
+            f"{instead} can serve in its place: restore the files, or roll back with gmpo registry "
+            f"rollback {name} --reason WHY, {then}"
         )
 
     def _earlier(self, facts: CycleFacts, plan: LearnPlan) -> list[dict[str, Any]]:

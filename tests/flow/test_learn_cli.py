@@ -118,3 +118,55 @@ def test_a_batch_that_is_refused_is_told_as_one_object(place: list[str], tmp_pat
     with open_store(str(tmp_path / "store.db")) as store:
         (cycle,) = store.cycles("bot")
         assert cycle.state == "refused"
+
+
+def test_files_that_a_cycle_would_miss_later_begin_none(place: list[str], tmp_path: Path):
+    gone = str(tmp_path / "gone.jsonl")
+    assert "gone.jsonl does not exist" in refusal("learn", *place, "--replay", gone)
+    (tmp_path / "plan.toml").write_text(f'check_samples = 0\ntraffic = "{gone}"\n')
+    silent = "http://127.0.0.1:9/v1"
+    assert "gone.jsonl does not exist" in refusal("learn", *place, "--gateway", silent)
+    (tmp_path / "plan.toml").write_text("check_samples = 0\n")
+    assert f"the server at {silent} does not say what it serves" in refusal(
+        "learn", *place, "--gateway", silent
+    )
+    with open_store(str(tmp_path / "store.db")) as store:
+        assert store.cycles("bot") == []
+
+
+def test_a_damaged_champion_begins_no_cycle_and_raises_an_alert(place: list[str], tmp_path: Path):
+    with open_store(str(tmp_path / "store.db")) as store:
+        champion = store.champion("bot")
+        assert champion is not None
+        (tmp_path / "models" / champion.version / "model.safetensors").write_bytes(b"")
+        said = refusal("learn", *place)
+        assert "no version of 'bot' can be served" in said
+        assert "add one of them again from its run" in said
+        assert store.cycles("bot") == []
+        assert len(store.alerts("firing")) == 1
+        output("registry", "add", str(tmp_path / "first"), "--name", "bot", *place[:2])
+        assert store.alerts("firing") == []
+
+
+def test_a_model_without_champion_is_told_how_to_get_one(place: list[str], tmp_path: Path):
+    said = refusal("learn", *place[:2], "--name", "other", *place[4:])
+    assert "gmpo registry add MODEL --name other --store STORE, then gmpo registry adopt" in said
+    assert said.endswith("other models of this store: bot")
+
+
+def test_rejected_rows_are_pointed_at_and_only_their_owner_reads_them(
+    place: list[str], tmp_path: Path
+):
+    write_rows(tmp_path / "new.jsonl", [{"question": "What is 1 + 1?"}] * 40)
+    result = gmpo("learn", *place)
+    assert result.exit_code == 0
+    rejected = tmp_path / "learn" / "bot" / "cycle-000001" / "validate" / "rejected.jsonl"
+    assert f"the 40 rejected rows and why: {rejected}" in result.stderr
+    assert rejected.stat().st_mode & 0o777 == 0o600
+    assert len(rejected.read_text().splitlines()) == 40
+
+
+def test_a_mistyped_store_is_refused_and_not_made(place: list[str], tmp_path: Path):
+    mistyped = tmp_path / "stroe.db"
+    assert "there is no store at" in refusal("learn", "--store", str(mistyped), *place[2:])
+    assert not mistyped.exists()

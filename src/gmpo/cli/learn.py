@@ -17,6 +17,7 @@ import typer
 from gmpo.cli.conventions import (
     JsonOption,
     SetOption,
+    existing_store,
     refuses_clearly,
     say,
     threads_of_each,
@@ -64,7 +65,7 @@ _Approval = Annotated[
     str | None, typer.Option(help="manual (default): a person says yes; auto: nobody has to.")
 ]
 _Folder = Annotated[
-    Path | None, typer.Option(help="Of cycles and versions; beside a SQLite store by default.")
+    Path | None, typer.Option(help="Holds cycles and versions; default: the SQLite store's own.")
 ]
 _WhenRows = Annotated[int | None, typer.Option(min=1, help="Begin only with so many new rows.")]
 _EveryHours = Annotated[
@@ -116,7 +117,12 @@ def learn(
     demo: _Demo = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring new data into the model that serves, if what comes out is no worse."""
+    """Bring new data into the model that serves, if what comes out is no worse.
+
+    An unfinished cycle goes on first, by the plan it began with. Exit code 0: a cycle is over
+    (promoted, refused or rolled back: --json tells), waits for a person, or none was due; 2: an
+    error, and the next call goes on; 130: stopped as asked.
+    """
     if demo:
         _run_demo(folder, as_json=as_json)
         return
@@ -222,13 +228,14 @@ class _Learner:
 
     def cycle(self, asked: _Asked, triggers: Triggers, *, as_json: bool) -> None:
         """Run the unfinished cycle to its end, or a new one if one is due."""
-        from gmpo.continual import open_cycle, run_cycle
+        from gmpo.continual import learning_champion, open_cycle, run_cycle
         from gmpo.continual_plan import batch_digest, read_batch
         from gmpo.continual_triggers import due
         from gmpo.continual_work import cycle_request
 
         going_on, request = open_cycle(self.store, self.name), None
         if going_on is None:
+            champion = learning_champion(self.store, self.name)
             plan, data = asked.learn_plan(), self._data(asked)
             why = due(
                 self.store,
@@ -242,8 +249,14 @@ class _Learner:
                 warn("no cycle is due; nothing was done")
                 return
             request = cycle_request(plan, data, trigger=why)
+            again = "then give this command again; no cycle was begun"
+            self.work.require_whole(self.name, champion.version, then=again)
+            _require_gateway(plan)
         else:
-            warn(f"cycle {going_on.number} goes on at {going_on.state}, by the plan it began with")
+            warn(
+                f"cycle {going_on.number} goes on at {going_on.state}, by the plan it began with; "
+                "options of a new cycle are not used (--abandon REASON ends it)"
+            )
         result = run_cycle(
             self.store,
             self.name,
@@ -283,11 +296,10 @@ def _opened(url: str, name: str, folder: Path | None, *, wait_seconds: float) ->
     """The store, the registry beside it, and the work of cycles."""
     from gmpo.continual_work import RealWork
     from gmpo.registry import Registry
-    from gmpo.store import open_store
     from gmpo.terminal import asked_to_stop
 
     place = _place(url, folder)
-    with open_store(url) as opened, asked_to_stop(warn) as should_stop:
+    with existing_store(url) as opened, asked_to_stop(warn) as should_stop:
         registry = Registry(opened, place / "models", tell=warn)
         work = RealWork(
             store=opened,
@@ -312,6 +324,15 @@ def _place(url: str, folder: Path | None) -> Path:
     if "://" in path:
         raise ConfigError("--folder says where cycles and versions are kept with such a store")
     return Path(path).absolute().parent
+
+
+def _require_gateway(plan: LearnPlan) -> None:
+    """Refuse a gateway that does not answer before hours of training, not after them."""
+    from gmpo.continual_traffic import open_client
+
+    if plan.gateway is not None:
+        with open_client(plan.gateway) as client:
+            client.served()
 
 
 def _suite(word: str) -> tuple[str, str]:
@@ -364,7 +385,7 @@ def _run_demo(folder: Path | None, *, as_json: bool) -> None:
                 print(json.dumps(told) if as_json else _demo_lines(told), flush=True)
         except RunStopped:
             raise RunStopped(f"the demonstration was stopped; what it did is in {place}") from None
-    warn(f"the trail: gmpo registry list --store {place / 'store.db'}")
+    warn(f"the trail: gmpo registry show demo --store {place / 'store.db'}")
 
 
 def _demo_lines(told: dict[str, Any]) -> str:

@@ -19,11 +19,12 @@ from gmpo.errors import (
     RunFolderError,
 )
 from gmpo.gate_records import GateDecision
+from gmpo.registry.damage import end_damage, tell_damage
 from gmpo.registry.evidence import WITHDRAWN, require_evidence, stale_reason
 from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model
 from gmpo.registry.garbage import Garbage, clear_away
 from gmpo.registry.line import ROLLBACK, serving_line
-from gmpo.store import AlertRow, Champion, Event, ModelVersion, Store
+from gmpo.store import Champion, Event, ModelVersion, Store
 
 __all__ = ["Approval", "Candidate", "Mirror", "Registry"]
 
@@ -102,7 +103,8 @@ class Registry:
 
         Raises:
             ModelError: the folder holds no model.
-            DataError: these weights are a version of another model.
+            DataError: these weights are a version of another model, or one whose files are damaged
+                and lie in another folder.
             RunFolderError: the disk is full, or the folder cannot be written.
         """
         with self._lock.shared(), copied_model(Path(path), self._folder) as copy:
@@ -305,8 +307,8 @@ class Registry:
             else:
                 raise PromotionRefused(
                     f"{name!r} has no predecessor to go back to"
-                    + (f": {', '.join(damaged)} are damaged" if damaged else "")
-                    + "; promote or restore another version"
+                    + (f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else "")
+                    + "; promote another version, or add a damaged one again from its run"
                 )
             champion = self._store.set_champion(
                 name,
@@ -332,8 +334,8 @@ class Registry:
     def servable(self, name: str) -> ModelVersion:
         """The champion, or the nearest version before it where its files are damaged.
 
-        Damage raises an alert in the store, which ends once the champion is whole again. The
-        pointer stays where it is: a person restores the files, or rolls back.
+        Damage raises an alert in the store, which ends once the champion is whole again or another
+        one. The pointer stays where it is: a person restores the files, or rolls back.
 
         Raises:
             DataError: the model has no champion.
@@ -346,10 +348,13 @@ class Registry:
         for version in dict.fromkeys(reversed(line)):
             check = self.verify(version)
             if check.is_whole:
-                self._alert(name, checks, instead=version)
+                if checks:
+                    tell_damage(self._store, name, checks, instead=version)
+                else:
+                    end_damage(self._store, name, serving=version, summary="whole again")
                 return self._version(version)
             checks.append(check)
-        self._alert(name, checks, instead=None)
+        tell_damage(self._store, name, checks, instead=None)
         raise ModelError(
             f"no version of {name!r} can be served: {'; '.join(one.sentence for one in checks)}; "
             "add one of them again from its run, or adopt another"
@@ -414,9 +419,17 @@ class Registry:
                 f"version {known.version} stays as it was first registered; {', '.join(others)} "
                 "of the new folder differ, and the weights are the same"
             )
-        elif Path(known.path).parent == self._folder and not check_files(known).is_whole:
+        elif not (check := check_files(known)).is_whole:
+            if Path(known.path).parent != self._folder:
+                raise DataError(
+                    f"{check.sentence}, which is not in the registry's folder {self._folder}, so "
+                    f"it is not restored; give --folder {Path(known.path).parent}"
+                )
             self._keep(copy)
             self._tell(f"the files of version {known.version} were damaged and are restored")
+            champion = self._store.champion(name)
+            if champion is not None and champion.version == known.version:
+                end_damage(self._store, name, serving=known.version, summary="whole again")
         return known
 
     def _keep(self, copy: ModelCopy) -> Path:
@@ -444,6 +457,9 @@ class Registry:
         self._store.add_events(
             [Event(kind=kind, time=champion.since, payload=payload, model_version=champion.version)]
         )
+        # Whoever becomes the champion was found whole just before.
+        summary = f"version {champion.version} is the champion since"
+        end_damage(self._store, champion.name, serving=champion.version, summary=summary)
         self._mirrored(champion.name)
 
     def _mirrored(self, name: str) -> None:
@@ -454,35 +470,3 @@ class Registry:
                 # What was changed stays changed: the store is the truth, the mirror a copy.
                 self.num_mirror_failures += 1
                 self._tell(f"a mirror was not told: {error}")
-
-    def _alert(self, name: str, checks: Sequence[FileCheck], *, instead: str | None) -> None:
-        """Begin, keep or end the alert of a damaged champion."""
-        fingerprint = f"registry/{name}"
-        rows = {row.fingerprint: row for row in self._store.alerts()}
-        before = rows.get(fingerprint)
-        was_firing = before is not None and before.status == "firing"
-        if not checks and not was_firing:
-            return
-        now = time.time()
-        actions = ["add the version again from its run", f"gmpo registry rollback {name}"]
-        payload = {
-            "labels": {"alertname": "ChampionDamaged", "model": name},
-            "annotations": {
-                "summary": "; ".join(check.sentence for check in checks) or "whole again",
-                "serving": instead or "nothing",
-            },
-            "recommended_actions": actions if checks else [],
-        }
-        if was_firing and checks and before is not None and before.payload == payload:
-            return
-        row = AlertRow(
-            fingerprint=fingerprint,
-            status="firing" if checks else "resolved",
-            severity="critical",
-            starts_at=before.starts_at if was_firing and before is not None else now,
-            ends_at=None if checks else now,
-            payload=payload,
-        )
-        self._store.put_alert(row)
-        told = {"fingerprint": fingerprint, "status": row.status, **payload}
-        self._store.add_events([Event(kind="alert", time=now, payload=told)])
