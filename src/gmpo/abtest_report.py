@@ -23,6 +23,7 @@ from gmpo.text_tables import open_table
 
 __all__ = [
     "METRIC_COLUMNS",
+    "judgement_lines",
     "metric_rows",
     "plot_experiment",
     "render_experiment",
@@ -65,6 +66,7 @@ def render_experiment(report: ExperimentReport) -> RenderableType:
             + f"; other shares than asked for: {'YES' if ratio.alarm else 'no'} "
             f"(p = {ratio.p_value:.2g})"
         ),
+        *[Text(f"success of {line}") for line in judgement_lines(report)],
         Text(),
         _metrics(report),
     ]
@@ -123,6 +125,15 @@ def _metrics(report: ExperimentReport) -> Table:
     for row in metric_rows(report):
         table.add_row(*row)
     return table
+
+
+def judgement_lines(report: ExperimentReport) -> list[str]:
+    """Of each arm, what its requests' success comes from; none where no success is known."""
+    return [
+        f"{arm} comes from " + ", ".join(f"{name} {count}" for name, count in counts.items())
+        for arm, counts in report.judgements.items()
+        if counts
+    ]
 
 
 def metric_rows(report: ExperimentReport) -> list[list[str]]:

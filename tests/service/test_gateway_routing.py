@@ -245,6 +245,7 @@ def test_feedback_is_recorded_and_becomes_an_outcome_of_the_experiment(path: Pat
         records = read_records(made.store.events(kinds=EVENT_KINDS, experiment="e"))
         (outcome,) = records.outcomes
         assert outcome.success == 0, "what somebody said replaces what was taken for granted"
+        assert outcome.judged_by == "feedback"
         assert outcome.session == "s" and outcome.latency_seconds is not None
 
 

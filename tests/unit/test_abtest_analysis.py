@@ -15,6 +15,7 @@ from gmpo.abtest.analysis import analyse, analyse_records
 from gmpo.abtest.decision import Decision, Evidence, decide
 from gmpo.abtest.plan import plan_of
 from gmpo.abtest.records import Exposure, Outcome, read_records
+from gmpo.abtest_report import judgement_lines
 from gmpo.errors import ConfigError
 from gmpo.store import Event, Experiment
 
@@ -255,3 +256,50 @@ def test_the_simulation_computes_what_the_analysis_does():
     half = math.sqrt(variance) * simulation.boundary(240, alpha=0.05, tuned_for=1000)
     assert report.primary.interval is not None
     assert report.primary.interval.high - report.primary.estimate == pytest.approx(half, rel=1e-9)
+
+
+def test_what_successes_come_from_is_counted_by_arm_and_presumed_ones_are_told():
+    exposures, outcomes = traffic((0.5, 0.5), units=40)
+
+    def judged(number: int, outcome: Outcome) -> Outcome:
+        if number % 2 and number < 9:  # 4 of the candidate's 20
+            return replace(outcome, success=1, judged_by="presumed")
+        if number % 2:
+            return replace(outcome, judged_by="verifier")
+        if number == 0:
+            return replace(outcome, success=None)
+        return replace(outcome, judged_by="feedback" if number < 9 else None)
+
+    named = [judged(number, outcome) for number, outcome in enumerate(outcomes)]
+    found = analyse(experiment(), exposures, named)
+    assert found.judgements == {
+        "control": {"feedback": 4, "unknown": 15},
+        "candidate": {"verifier": 16, "presumed": 4},
+    }
+    assert judgement_lines(found) == [
+        "control comes from feedback 4, unknown 15",
+        "candidate comes from verifier 16, presumed 4",
+    ]
+    (told,) = [one for one in found.warnings if "nobody judged" in one]
+    assert told.startswith("0 % of control's and 20 % of candidate's judged requests")
+    # An experiment on latency does not ask what is right.
+    latency = analyse(experiment(primary="latency"), exposures, named)
+    assert not any("nobody judged" in one for one in latency.warnings)
+    assert latency.judgements == found.judgements
+    early = analyse(experiment(), exposures, named, now=4.0)
+    assert early.judgements["candidate"] == {"presumed": 2}
+
+
+def test_later_knowledge_of_a_request_brings_its_judge_along():
+    def outcome(time: float, **payload: Any) -> Event:
+        return Event(kind="outcome", time=time, unit="u", request_id="r", payload=payload)
+
+    presumed = outcome(1.0, success=1, judged_by="presumed")
+    (kept,) = read_records([presumed, outcome(2.0, success=None, quality=0.5)]).outcomes
+    assert (kept.success, kept.judged_by, kept.quality) == (1, "presumed", 0.5)
+    (told,) = read_records([presumed, outcome(2.0, success=0, judged_by="feedback")]).outcomes
+    assert (told.success, told.judged_by) == (0, "feedback")
+    # An outcome of before, which does not say what judged it, says nothing of it here either.
+    (unknown,) = read_records([presumed, outcome(2.0, success=0)]).outcomes
+    assert unknown.judged_by is None
+    assert read_records([outcome(1.0, success=1, judged_by="me")]).counts["malformed_events"] == 1

@@ -93,6 +93,21 @@ def test_a_request_is_judged_once_by_its_outcome_before_its_feedback():
     assert seen == {3: 1.0, 1: 1.0, 6: 0.25, 9: 0.0}
 
 
+def test_what_nobody_judged_is_no_part_of_the_accuracy():
+    traffic = read(
+        judged("outcome", 1, "a", success=1, judged_by="presumed"),
+        judged("outcome", 2, "b", success=0, judged_by="fault"),
+        judged("outcome", 3, "c", success=0, judged_by="quality"),
+        judged("outcome", 4, "d", success=1, judged_by="verifier"),
+        judged("outcome", 5, "e", success=1, judged_by="presumed"),
+        judged("outcome", 6, "e", success=0, judged_by="feedback"),
+        judged("outcome", 7, "f", success=1),  # of before this was on record
+        judged("verdict", 8, "a", is_correct=False, by="checker"),
+    )
+    seen = dict(zip(traffic.judged_at.tolist(), traffic.judgements.tolist(), strict=True))
+    assert seen == {4: 1.0, 6: 0.0, 7: 1.0, 8: 0.0}
+
+
 def test_what_cannot_be_read_is_counted_and_left_out():
     traffic = read(
         answer(1, latency_s="slow"),

@@ -216,20 +216,24 @@ def record(status: int, *, experiment: str | None = "e", **report: Any) -> Answe
 
 
 @pytest.mark.parametrize(
-    ("answer", "success"),
+    ("answer", "success", "judged_by"),
     [
-        (record(200, quality=0.5), 1),
-        (record(200, quality=0.1, is_low_quality=True), 0),
-        (record(200, quality=0.1, is_low_quality=True, quality_components={"verified": 1.0}), 1),
-        (record(200, quality=0.9, quality_components={"verified": 0.0}), 0),
-        (record(502), 0),
-        (record(504), 0),
-        (record(400), None),
-        (record(499), None),
+        (record(200, quality=0.5), 1, "presumed"),
+        (record(200, quality=0.1, is_low_quality=True), 0, "quality"),
+        (
+            record(200, quality=0.1, is_low_quality=True, quality_components={"verified": 1.0}),
+            1,
+            "verifier",
+        ),
+        (record(200, quality=0.9, quality_components={"verified": 0.0}), 0, "verifier"),
+        (record(502), 0, "fault"),
+        (record(504), 0, "fault"),
+        (record(400), None, None),
+        (record(499), None, None),
     ],
 )
 def test_an_answers_outcome_is_that_of_the_assigned_variant(
-    answer: AnswerRecord, success: int | None
+    answer: AnswerRecord, success: int | None, judged_by: str | None
 ):
     event = outcome_event(answer)
     assert event is not None
@@ -239,6 +243,7 @@ def test_an_answers_outcome_is_that_of_the_assigned_variant(
     assert (event.time, event.unit, event.request_id) == (102.0, "u", "r")
     (read,) = read_records([event]).outcomes
     assert (read.success, read.quality, read.session) == (success, answer.report.quality, "s")
+    assert read.judged_by == judged_by
 
 
 def test_outside_of_an_experiment_there_is_no_outcome():

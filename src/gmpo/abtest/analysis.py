@@ -13,8 +13,8 @@ from gmpo.abtest.plan import ExperimentPlan, plan_of
 from gmpo.abtest.ratio import check_ratio
 from gmpo.abtest.records import Exposure, Outcome, Records, ShadowPair
 from gmpo.abtest.report import ExperimentReport, MetricResult, PathPoint
-from gmpo.abtest.traffic import Traffic, collect, look_at
-from gmpo.abtest.wording import recommendation, warnings_about
+from gmpo.abtest.traffic import Traffic, collect, judgements, look_at
+from gmpo.abtest.wording import recommendation, warnings_about, warnings_of_presumed
 
 __all__ = ["Registered", "analyse", "analyse_records"]
 
@@ -101,6 +101,7 @@ def analyse(
     )
     found = {**(counts or {}), **traffic.counts, "unanswered_units": look.unanswered}
     results = {result.metric: result for result in (primary, *guardrails)}
+    judged = judgements(traffic, time=now)
     return ExperimentReport(
         name=experiment.name,
         plan=plan,
@@ -112,8 +113,12 @@ def analyse(
         guardrails=guardrails,
         shadow=shadow_results(list(shadow_pairs), plan),
         path=_path(traffic, plan, now=now),
+        judgements=judged,
         counts={name: count for name, count in found.items() if count},
-        warnings=tuple(warnings_about([*results.values()], found, hours)),
+        warnings=(
+            *warnings_about([*results.values()], found, hours),
+            *warnings_of_presumed(results, judged),
+        ),
         decision=decision,
         recommendation=recommendation(decision, results, ratio, plan),
     )

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 __all__ = [
     "EVENT_KINDS",
+    "JUDGES",
+    "PRESUMED",
     "Exposure",
     "Outcome",
     "Recorded",
@@ -19,6 +21,12 @@ __all__ = [
 
 EVENT_KINDS = ("exposure", "outcome", "shadow", "answer")
 """Of the events that an experiment is read from; answers serve only as the partners of shadows."""
+
+PRESUMED = "presumed"
+"""Nobody judged an answer that was served whole and is not of low quality."""
+JUDGES = ("verifier", "feedback", "quality", "fault", PRESUMED)
+"""What an outcome's success may come from: a verdict, what a user said, a quality score below the
+threshold, an answer that could not be served, or nothing of these."""
 
 
 class Recorded(Protocol):
@@ -76,6 +84,7 @@ class Outcome:
         latency_seconds: until the whole answer; None where no answer came.
         session: the conversation that it belongs to; None if unknown.
         request_id: None if unknown.
+        judged_by: one of `JUDGES`, from which `success` comes; None if it is not on record.
     """
 
     time: float
@@ -85,6 +94,7 @@ class Outcome:
     latency_seconds: float | None
     session: str | None = None
     request_id: str | None = None
+    judged_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +196,14 @@ def _exposure(event: Recorded) -> Exposure:
 
 def _outcome(event: Recorded) -> Outcome:
     success = _number(event, "success", high=1.0)
-    if success not in (None, 0, 1):
+    judged_by = event.payload.get("judged_by")
+    if success not in (None, 0, 1) or judged_by not in (None, *JUDGES):
         raise _MalformedEvent
     return replace(
-        _figures(event), unit=_unit(event), success=None if success is None else int(success)
+        _figures(event),
+        unit=_unit(event),
+        success=None if success is None else int(success),
+        judged_by=None if success is None else judged_by,
     )
 
 
@@ -243,6 +257,7 @@ def _updated(before: Outcome, after: Outcome) -> Outcome:
     return replace(
         before,
         success=before.success if after.success is None else after.success,
+        judged_by=before.judged_by if after.success is None else after.judged_by,
         quality=before.quality if after.quality is None else after.quality,
         latency_seconds=(
             before.latency_seconds if after.latency_seconds is None else after.latency_seconds

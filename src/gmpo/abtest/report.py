@@ -101,6 +101,8 @@ class ExperimentReport:
         guardrails: metrics that must not be harmed.
         shadow: paired differences of shadow answers; empty without them.
         path: the primary sequence over time, oldest first; empty during the burn-in.
+        judgements: of each arm, how many requests' success comes from what: a name of `JUDGES`,
+            or "unknown"; zeros are left out.
         counts: of what was left out, merged or filled in, by name; zeros are left out.
         warnings: sentences about data that may mislead.
         decision: what the table of `decide` says.
@@ -117,6 +119,7 @@ class ExperimentReport:
     guardrails: tuple[MetricResult, ...]
     shadow: tuple[MetricResult, ...]
     path: tuple[PathPoint, ...]
+    judgements: dict[str, dict[str, int]]
     counts: dict[str, int]
     warnings: tuple[str, ...]
     decision: Decision

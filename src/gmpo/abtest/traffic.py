@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gmpo.abtest.plan import ARMS, ExperimentPlan
-from gmpo.abtest.records import Exposure, Outcome
+from gmpo.abtest.records import JUDGES, Exposure, Outcome
 
-__all__ = ["Look", "Traffic", "collect", "look_at"]
+__all__ = ["Look", "Traffic", "collect", "judgements", "look_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class Traffic:
         units: of each request, the place of its unit.
         times: of each request, unix seconds.
         values: of each request, by metric; see `Look`.
+        judges: of each request, the place in `JUDGES` of what its success comes from; -1 where
+            that is not known.
         counts: what was left out or stands out, by name.
     """
 
@@ -61,6 +63,7 @@ class Traffic:
     units: Int[np.ndarray, " requests"]
     times: Float[np.ndarray, " requests"]
     values: dict[str, Float[np.ndarray, " requests"]]
+    judges: Int[np.ndarray, " requests"]
     counts: dict[str, int]
 
 
@@ -97,6 +100,7 @@ def collect(
             "quality": _floats([_quality(one) for one in known]),
             "latency": _floats([_log_latency(one) for one in known]),
         },
+        judges=np.array([_judge(one) for one in known], dtype=int),
         counts=dict(counts),
     )
 
@@ -127,6 +131,21 @@ def look_at(traffic: Traffic, plan: ExperimentPlan, *, time: float) -> Look:
         },
         unanswered=len(unanswered),
     )
+
+
+def judgements(traffic: Traffic, *, time: float) -> dict[str, dict[str, int]]:
+    """Of each arm, how many requests' success comes from what; "unknown" where it is not on record.
+
+    Requests whose success is not known are left out, and so are zeros.
+    """
+    is_known = (traffic.times <= time) & ~np.isnan(traffic.values["success"])
+    names = (*JUDGES, "unknown")  # unknown is place -1
+    found: dict[str, dict[str, int]] = {}
+    for place, arm in enumerate(ARMS):
+        of_arm = traffic.judges[is_known & (traffic.arms[traffic.units] == place)]
+        counts = Counter(names[judge] for judge in of_arm)
+        found[arm] = {name: counts[name] for name in names if counts[name]}
+    return found
 
 
 def _first_exposures(
@@ -173,6 +192,10 @@ def _quality(outcome: Outcome) -> float | None:
 def _log_latency(outcome: Outcome) -> float | None:
     # A clock that did not tick says nothing; such requests are counted.
     return math.log(outcome.latency_seconds) if outcome.latency_seconds else None
+
+
+def _judge(outcome: Outcome) -> int:
+    return -1 if outcome.judged_by is None else JUDGES.index(outcome.judged_by)
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:

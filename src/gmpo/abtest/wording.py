@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from gmpo.abtest.decision import Decision
 from gmpo.abtest.plan import ExperimentPlan
 from gmpo.abtest.ratio import RatioCheck
+from gmpo.abtest.records import PRESUMED
 from gmpo.abtest.report import MetricResult
 
-__all__ = ["NAMES", "effect_words", "recommendation", "value_words", "warnings_about"]
+__all__ = [
+    "NAMES",
+    "effect_words",
+    "recommendation",
+    "value_words",
+    "warnings_about",
+    "warnings_of_presumed",
+]
 
 NAMES = {
     "success": "success rate",
@@ -22,6 +30,7 @@ NAMES = {
 
 _WEEK_HOURS = 168.0
 _UNEQUAL_MISSING = 0.02
+_MANY_PRESUMED = 0.1
 
 
 def recommendation(
@@ -124,6 +133,26 @@ def warnings_about(
     if hours < _WEEK_HOURS:
         found.append(f"{hours:.1f} hours of traffic do not show a whole week")
     return found
+
+
+def warnings_of_presumed(
+    metrics: Collection[str], judgements: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+    """That successes are presumed, where success is looked at and many of them are."""
+    shares = {arm: _presumed_share(counts) for arm, counts in judgements.items()}
+    if "success" not in metrics or max(shares.values(), default=0.0) <= _MANY_PRESUMED:
+        return []
+    told = " and ".join(f"{100 * share:.0f} % of {arm}'s" for arm, share in shares.items())
+    return [
+        f"{told} judged requests count as a success because nobody judged them: they were served "
+        "whole. The success rate then says how few failed or were disliked, not how many are "
+        "right; give references (quality.verify) or feedback"
+    ]
+
+
+def _presumed_share(counts: Mapping[str, int]) -> float:
+    total = sum(counts.values())
+    return counts.get(PRESUMED, 0) / total if total else 0.0
 
 
 def _effect(result: MetricResult, value: float) -> str:

@@ -11,7 +11,7 @@ import streamlit as st
 
 from gmpo.abtest.report import ExperimentReport
 from gmpo.abtest.wording import NAMES
-from gmpo.abtest_report import METRIC_COLUMNS, metric_rows, report_of
+from gmpo.abtest_report import METRIC_COLUMNS, judgement_lines, metric_rows, report_of
 from gmpo.dashboard.figures import sequence_figure
 from gmpo.dashboard.tables import moment, plain
 from gmpo.store import Experiment, Store
@@ -95,6 +95,8 @@ def draw_experiments(store: Store, watch: ReportWatch) -> None:
     st.dataframe(rows, key="experiment_metrics", hide_index=True)
     for warning in report.warnings:
         st.warning(plain(warning))
+    if lines := judgement_lines(report):
+        st.caption(plain("success of " + "; of ".join(lines)))
     if report.counts:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(report.counts.items()))
         st.caption(plain(f"counted: {counted}"))

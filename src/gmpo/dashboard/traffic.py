@@ -27,6 +27,8 @@ _FIGURES = (
     "fell_back",
 )
 _WHOLE = 200
+_JUDGED_BY = (None, "verifier", "feedback")
+"""None is of outcomes that do not say it."""
 _THUMBS = {"up": 1.0, "down": 0.0}
 
 
@@ -79,8 +81,10 @@ class Traffic:
 class TrafficLog:
     """Takes events in the order of their ids, each once.
 
-    A request is judged by its outcome's success, where that is not known by a verifier's verdict,
-    and else by feedback; a later judgement replaces an earlier one of the same kind.
+    A request is judged by its outcome's success where somebody judged it, else by a verifier's
+    verdict, and else by feedback; a later judgement replaces an earlier one of the same kind. What
+    an outcome only presumes, or takes from a quality score or a fault, is no judgement: answers of
+    which nobody knows whether they are right are no part of an accuracy.
     """
 
     def __init__(self) -> None:
@@ -100,7 +104,9 @@ class TrafficLog:
                 if event.kind == "answer":
                     rows.append(self._answer(event))
                 elif event.kind == "outcome":
-                    _judge(self._outcomes, event, _share_or_none(event.payload.get("success")))
+                    success = _share_or_none(event.payload.get("success"))
+                    if event.payload.get("judged_by") in _JUDGED_BY:
+                        _judge(self._outcomes, event, success)
                 elif event.kind == "verdict":
                     _judge(self._verdicts, event, _share_or_none(event.payload.get("is_correct")))
                 elif event.kind == "feedback":

@@ -113,6 +113,7 @@ class FeedbackDesk:
             outcome = {
                 "variant": answered.variant,
                 "success": int(body.value >= _LIKED),
+                "judged_by": "feedback",
                 "quality": None,
                 "latency_s": None,
                 "session": answered.session,

@@ -10,6 +10,7 @@ from typing import Any
 
 from gmpo.abtest.assignment import assign
 from gmpo.abtest.plan import ExperimentPlan, plan_of
+from gmpo.abtest.records import PRESUMED
 from gmpo.errors import ConfigError, GmpoError, StoreError
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import GenerationRequest
@@ -210,12 +211,14 @@ def outcome_event(record: AnswerRecord) -> Event | None:
 
     Success is the verdict where the answer was verified; else 1 for a whole answer whose quality is
     not low, 0 for one of low quality and for a request that nobody answered. A request that was
-    not allowed, or whose client left, says nothing: its success is None.
+    not allowed, or whose client left, says nothing: its success is None. `judged_by` says which of
+    these it was.
     """
     report = record.report
     if report.experiment is None:
         return None
     is_whole = record.status < _REFUSED
+    success, judged_by = _success(record)
     return Event(
         kind="outcome",
         # At its end: an outcome comes after the exposure, which waited for its turn.
@@ -224,7 +227,8 @@ def outcome_event(record: AnswerRecord) -> Event | None:
             "variant": report.assigned_variant,
             "served_variant": report.served_variant,
             "fell_back": report.fell_back,
-            "success": _success(record),
+            "success": success,
+            "judged_by": judged_by,
             "quality": report.quality if is_whole else None,
             "latency_s": record.latency_seconds if is_whole else None,
             "session": record.request.session,
@@ -236,12 +240,15 @@ def outcome_event(record: AnswerRecord) -> Event | None:
     )
 
 
-def _success(record: AnswerRecord) -> int | None:
+def _success(record: AnswerRecord) -> tuple[int | None, str | None]:
+    """Success, and what it comes from."""
     if record.status in (_REFUSED, _CLIENT_LEFT):
-        return None
+        return None, None
     if record.status > _REFUSED:
-        return 0
+        return 0, "fault"
     verified = record.report.quality_components.get("verified")
     if verified is not None:
-        return int(verified)
-    return int(not record.report.is_low_quality)
+        return int(verified), "verifier"
+    if record.report.is_low_quality:
+        return 0, "quality"
+    return 1, PRESUMED
