@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gmpo.errors import DataError
-from gmpo.records import Prompt
+from gmpo.records import CONTROL_TOKEN_MARKERS, Prompt
 from gmpo.tasks import RowForm
 from gmpo.tasks.rows import Row, read_rows
 
@@ -110,7 +110,8 @@ def check_form(
 
     A row needs a problem (`prompt`, a text or a chat that ends in a user turn, or `problem`, a
     text) and an answer (`answer` or `answers`). Ids must differ, and all problems be texts or all
-    chats; where they are not, those of the rarer kind are rejected.
+    chats; where they are not, those of the rarer kind are rejected. No problem may have a
+    character that rendering a chat drops.
 
     Args:
         rows: as they came.
@@ -131,6 +132,8 @@ def check_form(
         length = len(problem(one.prompt))
         if length > longest_problem:
             one.reject("schema", f"the problem has {length} characters, over {longest_problem}")
+        if set(CONTROL_TOKEN_MARKERS) & set(problem(one.prompt)):
+            one.reject("schema", "U+F0000 or U+F0001 is in it, which rendering a chat drops")
     return checked
 
 

@@ -9,7 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-__all__ = ["FinishReason", "Group", "Message", "Prompt", "Rollout"]
+__all__ = ["CONTROL_TOKEN_MARKERS", "FinishReason", "Group", "Message", "Prompt", "Rollout"]
+
+CONTROL_TOKEN_MARKERS = "\U000f0000\U000f0001"
+"""Characters that no turn may hold: transformers puts them around a control token that a turn
+spells, and takes them out of the turn first, without a word, so that nobody forges one."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Why sampling ended: a stop token or string, the token limit, or the caller."""

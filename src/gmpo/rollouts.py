@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import DataError, ModelError
-from gmpo.records import Group, Message, Prompt, Rollout
+from gmpo.records import CONTROL_TOKEN_MARKERS, Group, Message, Prompt, Rollout
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
 
 __all__ = [
@@ -22,10 +22,6 @@ __all__ = [
     "prompt_keys",
     "sample_groups",
 ]
-
-# What transformers puts around a control token that a turn spells. It takes them out of the turn
-# first, without a word, so that nobody forges one.
-_CONTROL_TOKEN_MARKERS = "\U000f0000\U000f0001"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +164,7 @@ class PromptRenderer:
 
 
 def _refuse_markers(content: str, *, prompt_id: str) -> None:
-    found = next((letter for letter in content if letter in _CONTROL_TOKEN_MARKERS), None)
+    found = next((letter for letter in content if letter in CONTROL_TOKEN_MARKERS), None)
     if found is not None:
         raise DataError(
             f"prompt {prompt_id!r} has the private-use character U+{ord(found):X} in a turn, which "

@@ -111,6 +111,19 @@ def test_each_fault_is_named_and_the_rest_accepted():
     assert "{oops" in json.dumps([one.as_dict() for one in report.rejected])
 
 
+@pytest.mark.parametrize("letter", ["\U000f0000", "\U000f0001"])
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_a_row_that_rendering_would_change_is_rejected_alone(letter: str, as_chat: bool):
+    texts = {"2 + 2?": "4", f"3{letter} + 3?": "6", "4 + \ue000?": "5"}
+    rows = [
+        {"prompt": [{"role": "user", "content": text}] if as_chat else text, "answer": answer}
+        for text, answer in texts.items()
+    ]
+    report = validate_batch(rows)
+    assert reasons(report) == {2: ["schema"]}
+    assert "U+F0000 or U+F0001" in report.rejected[0].reasons[0].detail
+
+
 def test_a_row_has_every_reason_against_it():
     row = {"prompt": "Call 010-1234-5678 or a@b.kr", "answer": " ".join("abcdefghijklmnopqrstuvw")}
     report = validate_batch([*sums(2), row, {**row, "answer": "x"}])
