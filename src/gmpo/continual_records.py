@@ -125,7 +125,7 @@ class CycleResult:
             None if they were not compared.
         stability_metrics: of the training run.
         outcome: what became of the cycle.
-        step: that decided.
+        step: that decided, or that waits for a person.
         sentence: what it said.
         name: of the model.
         number: of the cycle.
@@ -183,6 +183,8 @@ def result_of(
     failed = [step for step, report in reports.items() if not report.passed]
     step = failed[0] if failed else next(reversed(reports), cycle.state)
     report = reports.get(step) or StepReport(passed=False, sentence="no step was done")
+    if outcome == "waiting":
+        step = cycle.state  # its report is not there yet
     if reason is None and failed:
         reason = report.reason or REASONS[step]
     update = reports["update"].details if "update" in reports else {}

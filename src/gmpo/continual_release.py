@@ -262,7 +262,9 @@ def answer_approval(store: Store, name: str, *, approved: bool, by: str) -> str:
     """
     cycle = open_cycle(store, name)
     if cycle is None or cycle.state != "approve":
-        state = "none goes on" if cycle is None else f"cycle {cycle.number} is at {cycle.state!r}"
+        state = (
+            "no cycle goes on" if cycle is None else f"cycle {cycle.number} is at {cycle.state!r}"
+        )
         raise ConfigError(f"no candidate of {name!r} waits for approval: {state}")
     candidate: str = cycle.payload["reports"]["update"]["details"]["new_model_version"]
     champion = store.champion(name)

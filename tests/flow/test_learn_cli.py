@@ -69,7 +69,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line(place: list[str], tmp_pat
     assert "--store and --name" in refusal("learn")
     assert "NAME=FILE" in refusal("learn", *place, "--suite", "old")
     assert "give one of" in refusal("learn", *place, "--approve", "--dry-run")
-    assert "none goes on" in refusal("learn", *place, "--approve")
+    assert "no cycle goes on" in refusal("learn", *place, "--approve")
     assert "none to abandon" in refusal("learn", *place, "--abandon", "no reason")
     few = tmp_path / "few.jsonl"
     write_rows(few, [{"prompt": "What is 1 + 1?", "answer": "2"}])
@@ -127,9 +127,9 @@ def test_files_that_a_cycle_would_miss_later_begin_none(place: list[str], tmp_pa
     silent = "http://127.0.0.1:9/v1"
     assert "gone.jsonl does not exist" in refusal("learn", *place, "--gateway", silent)
     (tmp_path / "plan.toml").write_text("check_samples = 0\n")
-    assert f"the server at {silent} does not say what it serves" in refusal(
-        "learn", *place, "--gateway", silent
-    )
+    for more in ((), ("--dry-run",)):
+        said = refusal("learn", *place, "--gateway", silent, *more)
+        assert f"the server at {silent} does not say what it serves" in said
     with open_store(str(tmp_path / "store.db")) as store:
         assert store.cycles("bot") == []
 

@@ -85,6 +85,7 @@ def test_a_cycle_waits_for_a_person_and_goes_on(store: Store, tmp_path: Path):
     work = ScriptedWork(store=store, waits=True)
     waiting = run(store, work, tmp_path)
     assert (waiting.outcome, waiting.success) == ("waiting", False)
+    assert waiting.step == "approve"
     assert waiting.sentence == "version v1 waits for a person"
     assert open_cycle(store, NAME) is not None
     work.waits = False

@@ -245,7 +245,7 @@ def test_a_person_says_yes_or_no(make_place):
     assert approve_step(known, store, is_automatic=True).passed
     with pytest.raises(CycleWaits, match="passed the gate and waits for a person"):
         approve_step(known, store, is_automatic=False)
-    with pytest.raises(ConfigError, match="none goes on"):
+    with pytest.raises(ConfigError, match="no cycle goes on"):
         answer_approval(store, NAME, approved=True, by="ann")
     begun = store.begin_cycle(NAME, state="gate", payload={})
     with pytest.raises(ConfigError, match="cycle 1 is at 'gate'"):

@@ -219,6 +219,7 @@ class _Learner:
         from gmpo.continual_work import dry_run
 
         plan = asked.learn_plan()
+        _require_gateway(plan)
         told = dry_run(plan, self._data(asked), self.work, name=self.name, folder=self.folder)
         if as_json:
             print(json.dumps(told))

@@ -305,10 +305,11 @@ class Registry:
                     break
                 damaged.append(version)
             else:
+                which = f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else ""
+                also = ", or add a damaged one again from its run" if damaged else ""
                 raise PromotionRefused(
-                    f"{name!r} has no predecessor to go back to"
-                    + (f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else "")
-                    + "; promote another version, or add a damaged one again from its run"
+                    f"{name!r} has no predecessor to go back to{which}; promote another version"
+                    f"{also}"
                 )
             champion = self._store.set_champion(
                 name,
