@@ -288,6 +288,10 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, settings: Serv
         beside=behind.beside,
     )
     asyncio.run(server.serve(sockets=[bound]))
+    if server.hurried_by is not None:
+        name = signal.Signals(server.hurried_by).name
+        warn(f"a second signal ({name}) ended it: {server.num_cut} requests were cut")
+        raise typer.Exit(128 + server.hurried_by)
     if server.num_cut:
         warn(
             f"{server.num_cut} requests had not ended after {settings.drain_seconds:g} seconds and "

@@ -97,7 +97,8 @@ class RunningAnswer:
             status, error = told.status, told.message
             raise told from None
         except (asyncio.CancelledError, GeneratorExit):
-            status, error = _CLIENT_LEFT, "the client left before the answer was whole"
+            status = _CLIENT_LEFT
+            error = "the client left, or the server ended, before the answer was whole"
             raise
         finally:
             self._finish(status, error or None)
@@ -209,7 +210,8 @@ class Answering:
             status, error = refusal.status, refusal.message
             raise
         except asyncio.CancelledError:
-            status, error = _CLIENT_LEFT, "the client left before the answer began"
+            status = _CLIENT_LEFT
+            error = "the client left, or the server ended, before the answer began"
             raise
         finally:
             if not is_begun:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gmpo.serving.access import ApiKeys, WrongKeys
-from gmpo.serving.faults import ApiError, error_response
+from gmpo.serving.faults import ApiError, error_body, error_response
 
 __all__ = ["Entrance", "EntranceLimits"]
 
 _PROTECTED = "/v1/"
+_BREAK_OFF_SECONDS = 0.5
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/feedback")
 
 
@@ -58,6 +61,7 @@ class Entrance:
         """Requests turned away here, by reason."""
         self.statuses: Counter[tuple[str, int]] = Counter()
         """Responses begun, by route and status; paths that are no routes count as "other"."""
+        self._running: set[asyncio.Timeout] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or have it answered."""
@@ -65,18 +69,22 @@ class Entrance:
             await self._app(scope, receive, send)
             return
         self.num_active += 1
+        begun: list[Headers] = []
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                begun.append(Headers(raw=message["headers"]))
                 path = scope["path"]
                 route = path if path in _ROUTES else "other"
                 self.statuses[route, message["status"]] += 1
             await send(message)
 
         try:
-            body = await self._admit(scope, receive)
-            await self._app(scope, _replayed(body, receive), counted)
+            await self._answer(scope, receive, counted)
         except ApiError as error:
+            if begun:
+                await _break_off(error, begun[0], send)
+                return
             headers = {"connection": "close"} if error.status in (408, 413, 503) else {}
             if error.status == 401:
                 headers["www-authenticate"] = "Bearer"
@@ -85,6 +93,34 @@ class Entrance:
             self.turned_away["client_gone"] += 1
         finally:
             self.num_active -= 1
+
+    def cut(self) -> int:
+        """End all requests with an error; how many there were."""
+        now = asyncio.get_running_loop().time()
+        for one in self._running:
+            one.reschedule(now)
+        return len(self._running)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have it answered, unless `cut` comes first."""
+        until_cut = asyncio.timeout(None)
+        try:
+            async with until_cut:
+                self._running.add(until_cut)
+                body = await self._admit(scope, receive)
+                await self._app(scope, _replayed(body, receive), send)
+        except TimeoutError:
+            if not until_cut.expired():
+                raise
+            self.turned_away["cut"] += 1
+            raise ApiError(
+                503,
+                "the server is ending and waits for this answer no longer; ask another server",
+                code="draining",
+                retry_after_seconds=5.0,
+            ) from None
+        finally:
+            self._running.discard(until_cut)
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
         headers = Headers(scope=scope)
@@ -170,6 +206,17 @@ class Entrance:
             code="body_too_large",
             retry_after_seconds=1.0,
         )
+
+
+async def _break_off(error: ApiError, begun: Headers, send: Send) -> None:
+    """End a response that has begun; a stream ends with the error and without [DONE]."""
+    if not begun.get("content-type", "").startswith("text/event-stream"):
+        return
+    event = f"data: {json.dumps(error_body(error))}\n\n"
+    # A client that does not read keeps nobody who is about to end.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_BREAK_OFF_SECONDS):
+            await send({"type": "http.response.body", "body": event.encode()})
 
 
 class _ClientGone(Exception):

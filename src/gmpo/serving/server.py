@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ __all__ = ["GatewayServer", "ServerSettings", "bound_socket"]
 
 _TICK_SECONDS = 0.02
 _CUT_SECONDS = 1
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
 class GatewayServer(uvicorn.Server):
     """uvicorn's server, which on SIGTERM or SIGINT first lets running requests end.
 
-    Meanwhile new ones get 503. A second signal ends at once.
+    Meanwhile new ones get 503. What runs when the time for that is over, or when a second signal
+    comes, is cut: its client is told so. Beyond the second, signals have their default effect,
+    which is to kill the process, whatever it still waits for.
 
     Args:
         entrance: the application.
@@ -107,10 +111,13 @@ class GatewayServer(uvicorn.Server):
         self._started = started
         self._beside = beside
         self._tasks: set[asyncio.Task[None]] = set()
+        self._deadline = math.inf
         self.ended_by: int | None = None
         """Signal that ended it."""
+        self.hurried_by: int | None = None
+        """Second signal, if one came, after which nothing was waited for."""
         self.num_cut = 0
-        """Requests that had not ended when the time for draining was over."""
+        """Requests that had not ended by the end of the drain, or by a second signal."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -128,12 +135,15 @@ class GatewayServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Take signals on the event loop, in place of uvicorn, which would raise them again."""
+        """Take signals on the event loop, in place of uvicorn, which would raise them again.
+
+        After the loop a second signal is still only noted, so that what was recorded is written.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ENDING:
             loop.add_signal_handler(number, self.drain, number)
         if self._reload is not None:
             loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
@@ -142,22 +152,35 @@ class GatewayServer(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+            if self.hurried_by is None:
+                for number in _ENDING:
+                    signal.signal(number, lambda number, _frame: self._hurry(number))
 
     def drain(self, number: int | None = None) -> None:
-        """Take no new requests, let running ones end, then end; at once if asked twice."""
+        """Take no new requests, let running ones end, then end; without them if asked twice."""
         if self._entrance.is_draining:
-            self.should_exit = self.force_exit = True
+            self._hurry(number)
             return
         self.ended_by = number
         self._entrance.is_draining = True
+        self._deadline = asyncio.get_running_loop().time() + self._settings.drain_seconds
         self._soon(self._end_when_idle())
+
+    def _hurry(self, number: int | None) -> None:
+        self._deadline = -math.inf
+        if number is not None:
+            self.hurried_by = number
+            for one in _ENDING:
+                signal.signal(one, signal.SIG_DFL)
 
     async def _end_when_idle(self) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.drain_seconds
-        while self._entrance.num_active and loop.time() < deadline:
+        while self._entrance.num_active and loop.time() < self._deadline:
             await asyncio.sleep(_TICK_SECONDS)
-        self.num_cut = self._entrance.num_active
+        self.num_cut = self._entrance.cut()
+        cut_until = loop.time() + _CUT_SECONDS
+        while self._entrance.num_active and loop.time() < cut_until:
+            await asyncio.sleep(_TICK_SECONDS)
         self.should_exit = True
 
     def _reload_soon(self) -> None:
