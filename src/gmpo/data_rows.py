@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gmpo.errors import DataError
-from gmpo.records import CONTROL_TOKEN_MARKERS, Prompt
+from gmpo.records import Prompt
 from gmpo.tasks import RowForm
 from gmpo.tasks.rows import Row, read_rows
 
@@ -132,8 +132,6 @@ def check_form(
         length = len(problem(one.prompt))
         if length > longest_problem:
             one.reject("schema", f"the problem has {length} characters, over {longest_problem}")
-        if set(CONTROL_TOKEN_MARKERS) & set(problem(one.prompt)):
-            one.reject("schema", "U+F0000 or U+F0001 is in it, which rendering a chat drops")
     return checked
 
 

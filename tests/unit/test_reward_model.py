@@ -104,6 +104,15 @@ def test_a_text_beyond_the_context_is_a_fault_of_its_own_row_and_not_cut(tmp_pat
     )
 
 
+@pytest.mark.parametrize("reserved", ["\U000f0000", "\U000f0001"])
+def test_a_character_that_rendering_drops_is_a_fault_of_its_own_row(tmp_path: Path, reserved: str):
+    reward = loaded(saved(tmp_path))
+    asked, answered, sound = reward(**chats((f"2{reserved}", "4"), ("2", f"4{reserved}"), PAIRS[0]))
+    for fault in (asked, answered):
+        assert isinstance(fault, RewardFault) and f"U+{ord(reserved):X}" in fault.what
+    assert sound == pytest.approx(reward(**chats(PAIRS[0]))[0], abs=1e-5)
+
+
 def test_it_carries_no_gradient(tmp_path: Path):
     reward = loaded(saved(tmp_path))
     assert not any(weight.requires_grad for weight in reward.model.parameters())

@@ -73,6 +73,17 @@ def test_the_answer_that_a_worked_solution_marks_is_taken(solution: str, answer:
     assert prompt(row, answer_is_marked=True).columns == {"answer": answer}
 
 
+def test_a_row_with_a_character_that_rendering_drops_is_refused_or_left_out():
+    row = {"problem": "a\U000f0001b", "answer": "1"}
+    with pytest.raises(DataError, match=r"U\+F0000 or U\+F0001 is in a turn"):
+        read(row)
+    chat = {"prompt": [{"role": "user", "content": "\U000f0000"}], "answer": "1"}
+    kept = {"problem": "p", "answer": "2"}
+    found = read(row, chat, kept, unusable="drop")
+    assert [one.columns["answer"] for one in found.prompts] == ["2"]
+    assert sum(found.left_out.values()) == 2
+
+
 def test_only_the_columns_to_keep_go_to_the_prompt():
     row = {"problem": "p", "answer": "1", "level": 3, "image": b"..."}
     assert prompt(row, keep_columns=("level",)).columns == {"level": 3, "answer": "1"}

@@ -17,6 +17,7 @@ from transformers import (
 
 from gmpo.errors import ModelError
 from gmpo.policy.hub import why_unknown
+from gmpo.records import CONTROL_TOKEN_MARKERS
 from gmpo.rewards.convention import RewardFault
 
 __all__ = ["ClassifierReward", "load_classifier_reward"]
@@ -41,22 +42,44 @@ class ClassifierReward:
     def __call__(
         self, *, prompts: list[Any], completions: list[Any], **kwargs: Any
     ) -> list[float | RewardFault]:
-        """The rewards, in the order of the completions; a fault for a text beyond the context."""
-        token_ids = [self._token_ids(p, c) for p, c in zip(prompts, completions, strict=True)]
-        limit = self._context_length()
-        rewards: list[float | RewardFault] = [
-            RewardFault(
-                what=f"cannot be given: prompt and completion have {len(ids)} tokens, and the "
-                f"reward model takes {limit}; lower sampling.max_length"
-            )
-            for ids in token_ids
+        """The rewards, in the order of the completions; a fault where a text is not read whole."""
+        encoded = [self._encoded_pair(p, c) for p, c in zip(prompts, completions, strict=True)]
+        fitting = {place: ids for place, ids in enumerate(encoded) if isinstance(ids, list)}
+        lengths = [len(fitting.get(place, ())) for place in range(len(encoded))]
+        values: dict[int, float] = {}
+        for places in _batches(list(fitting), lengths):
+            outputs = self._outputs([fitting[place] for place in places])
+            values |= dict(zip(places, outputs, strict=True))
+        return [
+            one if isinstance(one, RewardFault) else values[place]
+            for place, one in enumerate(encoded)
         ]
-        fitting = [place for place, ids in enumerate(token_ids) if len(ids) <= limit]
-        for places in _batches(fitting, [len(ids) for ids in token_ids]):
-            values = self._outputs([token_ids[place] for place in places])
-            for place, value in zip(places, values, strict=True):
-                rewards[place] = value
-        return rewards
+
+    def _encoded_pair(self, prompt: Any, completion: Any) -> list[int] | RewardFault:
+        """Token ids, or why these texts have none."""
+        is_rendered = self.tokenizer.chat_template is not None and not isinstance(prompt, str)
+        turns = [*prompt, *completion] if is_rendered else []
+        if any(set(CONTROL_TOKEN_MARKERS) & set(turn["content"]) for turn in turns):
+            return RewardFault(
+                what="cannot be given: U+F0000 or U+F0001 is in a turn, which rendering it for the "
+                "reward model would drop; leave it out of prompts"
+            )
+        try:
+            token_ids = self._token_ids(prompt, completion)
+        except ValueError as error:
+            if not str(error).startswith("Can't sanitize"):
+                raise
+            return RewardFault(
+                what="cannot be given: a turn spells a control token that the reward model's "
+                f"tokenizer cannot encode as text ({error})"
+            )
+        limit = self._context_length()
+        if len(token_ids) <= limit:
+            return token_ids
+        return RewardFault(
+            what=f"cannot be given: prompt and completion have {len(token_ids)} tokens, and the "
+            f"reward model takes {limit}; lower sampling.max_length"
+        )
 
     def _context_length(self) -> int:
         positions: int = self.model.config.to_dict().get("max_position_embeddings", sys.maxsize)
