@@ -25,6 +25,7 @@ __all__ = [
     "RunFolderError",
     "RunStopped",
     "ServerUnreachable",
+    "StillHeld",
     "StoreError",
     "StoreFull",
     "StoreLocked",
@@ -89,6 +90,10 @@ class GuardStopped(GmpoError):
 
 class StudyError(GmpoError):
     """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
+
+
+class StillHeld(GmpoError):
+    """Other processes hold what was waited for as long as it might be; nothing is lost."""
 
 
 class ServerUnreachable(GmpoError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typing import Literal
 from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError
 from gmpo.leash import leashed
+from gmpo.locks import try_lock
 from gmpo.recipe import dump_recipe
 from gmpo.tracking import read_lines
 
@@ -28,7 +28,6 @@ __all__ = [
     "death",
     "drop_weights",
     "is_trained_in",
-    "try_lock",
 ]
 
 Outcome = Literal["finished", "diverged", "died", "stopped", "refused"]
@@ -175,15 +174,6 @@ def is_trained_in(run: Path) -> bool:
         return False
     with lock.open("a", encoding="utf-8") as file:
         return not try_lock(file.fileno())
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; False if another process has."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _last_line(log: Path) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gmpo.errors import RunFolderError, RunStopped, StudyError
+from gmpo.locks import try_lock
 from gmpo.run_process import (
     MOST_TRIES,
     Attempt,
@@ -18,7 +19,6 @@ from gmpo.run_process import (
     death,
     drop_weights,
     is_trained_in,
-    try_lock,
 )
 from gmpo.study_plan import Cell, StudyPlan, load_plan, plan_differences, resolve_plan
 from gmpo.tracking import RunFolder, provenance

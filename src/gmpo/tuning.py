@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gmpo.errors import RunStopped, StudyError
+from gmpo.locks import holder_of, take_lock
 from gmpo.run_process import (
     MOST_TRIES,
     RunProcess,
     death,
     drop_weights,
     is_trained_in,
-    try_lock,
 )
 from gmpo.study import run_study
 from gmpo.study_plan import Arm, StudyPlan
@@ -22,6 +22,7 @@ from gmpo.tracking import RunFolder
 from gmpo.tuning_plan import TuningPlan
 from gmpo.tuning_score import final_score, scores_during
 from gmpo.tuning_search import ClaimedTrial, Search, TrialRecord
+from gmpo.tuning_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 
 __all__ = [
     "OWN",
@@ -67,6 +68,7 @@ def run_trials(
     *,
     trials: int,
     processes: int = 1,
+    wait_minutes: float = WAIT_MINUTES,
     say: _Say = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
@@ -81,15 +83,17 @@ def run_trials(
         search: of the study.
         trials: in all, those of earlier calls among them.
         processes: at a time.
+        wait_minutes: for trials of other calls, while nothing comes of them; 0 does not wait.
         say: told in one sentence what happens.
         should_stop: asked a few times a second; once it says so, running trials save and end.
 
     Raises:
         RunStopped: `should_stop` said so.
         StudyError: no trial can be trained; the first one's message is named.
+        StillHeld: other calls hold trials of which nothing comes.
         RunFolderError: the folder cannot be written.
     """
-    crew = _Crew(search, say=say)
+    crew = _Crew(search, say=say, patience=_patience(search, minutes=wait_minutes, say=say))
     try:
         crew.run(trials=trials, processes=processes, should_stop=should_stop)
     finally:
@@ -141,6 +145,7 @@ def judge(
     chosen: Sequence[TrialRecord],
     *,
     processes: int = 1,
+    wait_minutes: float = WAIT_MINUTES,
     say: _Say = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
@@ -151,19 +156,24 @@ def judge(
     Raises:
         RunStopped: `should_stop` said so.
         StudyError: a run refused to train.
+        StillHeld: another call holds the comparison and nothing comes of it.
         RunFolderError: the folder cannot be written.
     """
     stopped = RunStopped(f"the last comparison was stopped; {_go_on(search.folder)}")
-    with (search.folder / "claims" / "judge.lock").open("a", encoding="utf-8") as file:
-        if not try_lock(file.fileno()):
-            say("another call runs the last comparison; waiting for it")
-            while not try_lock(file.fileno()):
-                if should_stop():
-                    raise stopped
-                time.sleep(_POLL_SECONDS)
+    patience = _patience(search, minutes=wait_minutes, say=say)
+    lock, judged = search.folder / "claims" / "judge.lock", judged_folder(search.folder)
+    with lock.open("a", encoding="utf-8") as file:
+        while not take_lock(file):
+            signs = signs_of_runs(judged, judged / "runs")
+            patience.wait_for(
+                [Held(what="the last comparison", holder=holder_of(lock), signs=signs)]
+            )
+            if should_stop():
+                raise stopped
+            time.sleep(_POLL_SECONDS)
         try:
             return run_study(
-                judged_folder(search.folder),
+                judged,
                 judged_plan(search.plan, chosen),
                 jobs=processes,
                 say=say,
@@ -187,13 +197,13 @@ class _Running:
 class _Crew:
     """The trials that this call runs."""
 
-    def __init__(self, search: Search, *, say: _Say) -> None:
+    def __init__(self, search: Search, *, say: _Say, patience: Patience) -> None:
         self._folder = RunFolder(search.folder)
         self._plan = search.plan
         self._search = search
         self._say = say
         self._running: dict[int, _Running] = {}
-        self._waits_for: list[int] = []
+        self._patience = patience
         self.given_up: list[int] = []
 
     def run(self, *, trials: int, processes: int, should_stop: Callable[[], bool]) -> None:
@@ -203,8 +213,10 @@ class _Crew:
                 self._stop()
             while len(self._running) < processes and self._claim(trials):
                 pass
-            if not self._running and not self._others_run():
+            held = self._held()
+            if not self._running and not held:
                 return
+            self._patience.wait_for(held)
             for running in list(self._running.values()):
                 self._look_after(running)
             time.sleep(_POLL_SECONDS)
@@ -225,24 +237,37 @@ class _Crew:
         running = self._running[trial.number] = _Running(trial=trial)
         shown = ", ".join(f"{key} {_shown(value)}" for key, value in trial.values.items())
         self._say(f"trial {trial.number}: {shown}")
-        if is_trained_in(self._run_of(running)):
+        if self._is_trained(running):
             # Left by a call that was killed, where no leash ends it: let it finish.
             self._say(f"trial {trial.number} is still trained by an earlier call; waiting for it")
         return True
 
-    def _others_run(self) -> bool:
-        """Whether other calls hold trials, which fall to this one if those calls die."""
-        held = self._search.unfinished(except_for=self.given_up)
-        if held and held != self._waits_for:
-            names = ", ".join(map(str, held))
-            self._say(f"not over yet in other calls: trials {names}; waiting for them")
-        self._waits_for = held
-        return bool(held)
+    def _held(self) -> list[Held]:
+        """What this call waits for, while it has nothing else to do.
+
+        Trials that other calls hold fall to this one if those calls die; those that it has taken
+        over may be trained still by a process that an earlier call left.
+        """
+        left = [r for r in self._running.values() if r.process is None and self._is_trained(r)]
+        if len(left) < len(self._running):
+            return []
+        others = self._search.unfinished(except_for=[*self.given_up, *self._running])
+        held = [(number, self._search.holder(number)) for number in others]
+        held += [(running.trial.number, None) for running in left]
+        folder = self._folder.path
+        return [
+            Held(
+                what=f"trial {number}",
+                holder=holder,
+                signs=signs_of_runs(folder, folder / "trials", trial_name(number)),
+            )
+            for number, holder in held
+        ]
 
     def _look_after(self, running: _Running) -> None:
         """Start a trial's process, see how it does, or take down how it ended."""
         if running.process is None:
-            if not is_trained_in(self._run_of(running)):
+            if not self._is_trained(running):
                 running.process = RunProcess.start(
                     self._folder.path,
                     trial_name(running.trial.number),
@@ -334,6 +359,9 @@ class _Crew:
             "mend the recipe or the space and choose another --study"
         )
 
+    def _is_trained(self, running: _Running) -> bool:
+        return is_trained_in(self._run_of(running))
+
     def _run_of(self, running: _Running) -> Path:
         return trial_folder(self._folder.path, running.trial.number)
 
@@ -357,6 +385,11 @@ class _Crew:
 
 def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _patience(search: Search, *, minutes: float, say: _Say) -> Patience:
+    go_on = _go_on(search.folder)
+    return Patience(minutes=minutes, say=say, go_on=go_on[0].upper() + go_on[1:])
 
 
 def _go_on(study: Path) -> str:

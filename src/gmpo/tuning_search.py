@@ -6,8 +6,8 @@ process that died was running is still there in the journal, and whoever asks ne
 
 from __future__ import annotations
 
-import fcntl
 import math
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from gmpo.errors import DependencyError, RunFolderError, StudyError
-from gmpo.run_process import try_lock
+from gmpo.errors import DependencyError, RunFolderError, StillHeld, StudyError
+from gmpo.locks import Holder, holder_of, take_lock
 from gmpo.tuning_plan import TuningPlan
 from gmpo.tuning_score import FAILED, Score
 from gmpo.tuning_space import Choices, Range, Space, Value
@@ -40,6 +40,8 @@ _STUDY = "gmpo"
 _OUTCOME = "outcome"
 _REDUCTION = 2
 _FEWEST_FOR_IMPORTANCE = 5
+_LONGEST_ASKING_SECONDS = 60.0
+"""That another call may take to draw a trial's values, which takes a second at the most."""
 _STATES: Mapping[TrialState, TrialOutcome] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "refused",
@@ -81,6 +83,7 @@ class Search:
     Raises:
         RunFolderError: the journal cannot be read or written.
         StudyError: it is damaged.
+        StillHeld: another call keeps it to itself for a minute; so does `claim_next`.
     """
 
     def __init__(self, folder: Path, plan: TuningPlan) -> None:
@@ -142,6 +145,10 @@ class Search:
         begun = [record.number for record in self.records() if record.outcome == "unfinished"]
         return [number for number in begun if number not in except_for]
 
+    def holder(self, number: int) -> Holder | None:
+        """The process that claimed a trial last; None if it is not known."""
+        return holder_of(self._claim_path(number))
+
     def records(self) -> list[TrialRecord]:
         """Every trial that was begun, in order."""
         trials = self._study.get_trials(deepcopy=False)
@@ -189,17 +196,27 @@ class Search:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other processes from asking at the same time."""
-        with (self.folder / "claims" / "ask.lock").open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self.folder / "claims" / "ask.lock"
+        gives_up = time.monotonic() + _LONGEST_ASKING_SECONDS
+        with path.open("a", encoding="utf-8") as file:
+            while not take_lock(file):
+                if time.monotonic() > gives_up:
+                    raise StillHeld(
+                        f"{path} is held by {holder_of(path) or 'another process'}, which does "
+                        "not get on; nothing is lost; end it, then give the same command again"
+                    )
+                time.sleep(0.01)
             yield
 
     def _claim(self, number: int) -> TextIOWrapper | None:
-        path = self.folder / "claims" / f"{number:04}.lock"
-        file = path.open("a", encoding="utf-8")
-        if try_lock(file.fileno()):
+        file = self._claim_path(number).open("a", encoding="utf-8")
+        if take_lock(file):
             return file
         file.close()
         return None
+
+    def _claim_path(self, number: int) -> Path:
+        return self.folder / "claims" / f"{number:04}.lock"
 
 
 class ClaimedTrial:

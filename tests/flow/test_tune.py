@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +18,8 @@ import pytest
 from tests.commands import gmpo, process, refusal
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
-from gmpo.errors import RunStopped
+from gmpo.errors import RunStopped, StillHeld
+from gmpo.locks import take_lock
 from gmpo.recipe import load_recipe
 from gmpo.tracking import read_lines
 from gmpo.tuning import candidates, judge, run_trials
@@ -172,14 +173,16 @@ def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_
 
         def say(sentence: str) -> None:
             said.append(sentence)
-            if "waiting for them" in sentence:
+            if "waiting for other calls" in sentence:
                 other.kill()
 
         assert run_trials(search, trials=2, say=say) == []
     finally:
         other.kill()
         other.wait()
-    assert said[0] == "not over yet in other calls: trials 0, 1; waiting for them"
+    holder = f"process {other.pid} on {socket.gethostname()} since 20"
+    assert said[0].startswith(f"waiting for other calls: trial 0 ({holder}")
+    assert f", trial 1 ({holder}" in said[0]
     outcomes = [(a["cell"], a["outcome"]) for a in read_lines(search.folder, "attempts.jsonl")]
     assert outcomes == [("0000", "finished"), ("0001", "finished")]
     assert build_tuning_report(search).as_dict()["trials"] == report_in(whole)["trials"]
@@ -199,9 +202,12 @@ def test_a_call_waits_for_the_last_comparison_of_another(whole: Path, tmp_path: 
     plan, _ = open_tuning(study, None, trials=None, warn=print)
     search = Search(study, plan)
     lock = (study / "claims" / "judge.lock").open("a")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert take_lock(lock)
     with pytest.raises(RunStopped, match="the last comparison was stopped"):
         judge(search, candidates(search), should_stop=lambda: True)
+    given_up = f"the last comparison \\(process {os.getpid()} on .*\\); nothing has come of that"
+    with pytest.raises(StillHeld, match=given_up):
+        judge(search, candidates(search), wait_minutes=0)
     said: list[str] = []
 
     def say(sentence: str) -> None:
@@ -209,10 +215,69 @@ def test_a_call_waits_for_the_last_comparison_of_another(whole: Path, tmp_path: 
         lock.close()
 
     assert judge(search, candidates(search), say=say) == []
-    assert said == [
-        "another call runs the last comparison; waiting for it",
-        "4 of 4 runs are done already",
-    ]
+    holder = f"the last comparison (process {os.getpid()} on {socket.gethostname()} since 20"
+    assert said[0].startswith(f"waiting for other calls: {holder}")
+    assert said[1:] == ["4 of 4 runs are done already"]
+
+
+def test_a_call_that_hangs_is_not_waited_for_without_end_and_nothing_is_lost(
+    whole: Path, small: Path, tmp_path: Path
+):
+    study = begun(small, tmp_path / "hung").folder
+    words = [sys.executable, "-m", "gmpo.cli", "tune", "--study", str(study)]
+    hung = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = study / "trials" / "0000"
+    try:
+        wait_for(run / "metrics.jsonl", hung)
+        trainer = trainer_of(run)
+        assert trainer is not None
+        for process_id in (hung.pid, trainer):
+            os.kill(process_id, signal.SIGSTOP)
+        holder = f"trial 0 (process {hung.pid} on {socket.gethostname()} since 20"
+        # The other trial is nobody's, so that a second call has something to do before it waits.
+        given_up = process("tune", "--study", study, "--wait", "0.02")
+        assert given_up.returncode == 4, given_up.stderr
+        assert "trial 1 scores" in given_up.stdout
+        assert f"waiting for other calls: {holder}" in given_up.stdout
+        assert given_up.stderr.startswith(f"gave up waiting: not over in other calls: {holder}")
+        assert f"go on with: gmpo tune --study {study}" in given_up.stderr
+        assert given_up.stderr.count("\n") == 1
+        assert "waiting" not in process("tune", "--study", study, "--wait", "0").stdout
+        assert interrupted(words, once_it_says=holder) == 130
+        for process_id in (trainer, hung.pid):
+            os.kill(process_id, signal.SIGCONT)
+        assert hung.communicate(timeout=300)[1] == ""
+        assert hung.returncode == 0
+    finally:
+        hung.kill()  # on Linux its trainer ends with it, stopped or not
+        hung.communicate()
+    assert report_in(study)["trials"] == report_in(whole)["trials"]
+
+
+def interrupted(words: list[str], *, once_it_says: str) -> int:
+    """Exit code of a command that Ctrl-C comes to."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        for line in command.stdout:
+            if once_it_says in line:
+                command.send_signal(signal.SIGINT)
+                break
+        command.stdout.read()
+    return command.returncode
+
+
+def test_a_call_that_keeps_the_search_to_itself_is_not_waited_for_without_end(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    search = begun(small, tmp_path / "kept")
+    monkeypatch.setattr("gmpo.tuning_search._LONGEST_ASKING_SECONDS", 0.05)
+    with (search.folder / "claims" / "ask.lock").open("a") as file:
+        assert take_lock(file)
+        with pytest.raises(StillHeld, match=f"ask.lock is held by process {os.getpid()} on"):
+            search.claim_next(trials=1)
+    trial = search.claim_next(trials=1)
+    assert trial is not None
+    trial.release()
 
 
 def begun(small: Path, study: Path, **changes: Any) -> Search:
@@ -293,6 +358,8 @@ def test_a_dry_run_shows_space_and_plan(small: Path, tmp_path: Path):
     ("words", "said"),
     [
         (("--trials", "0"), "--trials 0 must be at least 1"),
+        (("--wait", "-1"), "--wait -1 must be minutes from 0 on"),
+        (("--wait", "nan"), "--wait nan must be minutes from 0 on"),
         (("--pareto", "--prune"), "leave out one of the two"),
         (("--seeds", "0,1"), "the seed of all trials"),
         (("--seeds", "4"), "must name at least two"),

@@ -111,6 +111,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "callbacks",
         "trainer",
         "leash",
+        "locks",
         "run_process",
         "study_plan",
         "study",
@@ -121,6 +122,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tuning_space",
         "tuning_score",
         "tuning_plan",
+        "tuning_wait",
         "tuning_search",
         "tuning",
         "tuning_report",
@@ -174,10 +176,7 @@ OTHER_TRAINERS = ("trl", "verl")
 ALLOWED: dict[tuple[str, str], str] = {
     ("rewards", "grading"): "the `correct` reward is a graded answer",
     ("rewards.classifier", "policy.hub"): "a reward model is named as a policy is",
-    (
-        "tasks.rows",
-        "grading.answers",
-    ): "a worked solution's final answer is found as a completion's is",
+    ("tasks.rows", "grading.answers"): "a solution's answer is found as a completion's is",
     ("tasks.gym", "grading.gym"): "items are made by the process that will score their answers",
     ("rollouts", "sampler"): "rollouts are the completions of sample requests",
     ("rollout_functions", "rollouts"): "the user's rollouts stand in for the usual ones",

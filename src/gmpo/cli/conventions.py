@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped
+from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped, StillHeld
 
 if TYPE_CHECKING:
     from gmpo.store import Store
@@ -40,6 +40,9 @@ _Result = TypeVar("_Result")
 _DIVERGED = 3
 """Exit code of a run that ended because a value that counts was not finite."""
 
+_STILL_HELD = 4
+"""Exit code of a command that waited for other processes as long as it might."""
+
 _STOPPED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
 
@@ -50,10 +53,10 @@ SetOption = Annotated[
 
 
 def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Print the project's own errors as one line and exit with 2, 3 or 130.
+    """Print the project's own errors as one line and exit with 2, 3, 4 or 130.
 
-    2 is a mistake or a failure, 3 a run that diverged or that the guard stopped, 130 a stop that
-    was asked for.
+    2 is a mistake or a failure, 3 a run that diverged or that the guard stopped, 4 a wait for other
+    processes that was given up, 130 a stop that was asked for.
     """
 
     @wraps(command)
@@ -63,6 +66,9 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
         except RunStopped as error:
             say("stopped", str(error), style="yellow")
             raise typer.Exit(_STOPPED) from None
+        except StillHeld as error:
+            say("gave up waiting", str(error), style="yellow")
+            raise typer.Exit(_STILL_HELD) from None
         except GmpoError as error:
             say("error", str(error), style="red")
             diverged = isinstance(error, NonFiniteError | GuardStopped)

@@ -33,6 +33,23 @@ _INCOMPLETE = 1
 """Exit code of a study that lacks runs, because their processes died again and again."""
 
 
+_WaitOption = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        help="Longest wait for other calls on the study while nothing comes of them; 0 does not "
+        "wait.",
+    ),
+]
+_PruneOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prune/--no-prune",
+        help="End trials that are behind; done by default, but not with --pareto.",
+    ),
+]
+
+
 class Stability(StrEnum):
     """Formulas of stability, as the command line takes them."""
 
@@ -59,13 +76,7 @@ def tune(
     stability: Annotated[
         Stability | None, typer.Option(help="Formula of stability; meaningful by default.")
     ] = None,
-    prune: Annotated[
-        bool | None,
-        typer.Option(
-            "--prune/--no-prune",
-            help="End trials that are behind; done by default, but not with --pareto.",
-        ),
-    ] = None,
+    prune: _PruneOption = None,
     space: Annotated[
         Path | None, typer.Option(help="TOML file that narrows or replaces the space.")
     ] = None,
@@ -77,6 +88,7 @@ def tune(
     top: Annotated[
         int | None, typer.Option(help="Trials that are compared with the recipe; 3 by default.")
     ] = None,
+    wait: _WaitOption = 60,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print space and plan; train nothing.")
     ] = False,
@@ -88,6 +100,7 @@ def tune(
         is_pareto=pareto, stability=stability, prune=prune, space=space, seeds=seeds, top=top
     )
     _require_trials(trials)
+    _require_wait(wait)
     folder, plan = _asked_plan(recipe, study, asked, overrides or [], processes=processes)
     if dry_run:
         _show_plan(console, folder, plan, trials, as_json=as_json)
@@ -97,7 +110,7 @@ def tune(
 
     plan, count = open_tuning(folder, plan, trials=trials, warn=warn)
     search = Search(folder, plan)
-    given_up = _run(search, trials=count, processes=processes, console=console)
+    given_up = _run(search, trials=count, processes=processes, wait=wait, console=console)
     _report(search, console, as_json=as_json)
     if given_up:
         warn(f"not run to an end: {', '.join(given_up)}; the same command tries them again")
@@ -156,6 +169,11 @@ def _require_trials(trials: int | None) -> None:
         raise ConfigError(f"--trials {trials} must be at least 1; leave it out for 50")
 
 
+def _require_wait(minutes: float) -> None:
+    if not minutes >= 0:  # nan too
+        raise ConfigError(f"--wait {minutes:g} must be minutes from 0 on; 0 does not wait")
+
+
 def _show_plan(
     console: Console, folder: Path, plan: TuningPlan | None, trials: int | None, *, as_json: bool
 ) -> None:
@@ -172,7 +190,9 @@ def _show_plan(
     console.print(render_plan(plan, count))
 
 
-def _run(search: Search, *, trials: int, processes: int, console: Console) -> list[str]:
+def _run(
+    search: Search, *, trials: int, processes: int, wait: float, console: Console
+) -> list[str]:
     """Trials, then the last comparison; names of the runs that could not be brought to an end."""
     from gmpo.terminal import asked_to_stop
     from gmpo.tuning import candidates, judge, run_trials
@@ -183,13 +203,25 @@ def _run(search: Search, *, trials: int, processes: int, console: Console) -> li
         say(sentence)
     with asked_to_stop(warn) as should_stop:
         given_up = run_trials(
-            search, trials=trials, processes=processes, say=say, should_stop=should_stop
+            search,
+            trials=trials,
+            processes=processes,
+            wait_minutes=wait,
+            say=say,
+            should_stop=should_stop,
         )
         chosen = candidates(search)
         if chosen:
             names = ", ".join(str(record.number) for record in chosen)
             say(f"trials {names} against the recipe, on items that no trial asked")
-            given_up += judge(search, chosen, processes=processes, say=say, should_stop=should_stop)
+            given_up += judge(
+                search,
+                chosen,
+                processes=processes,
+                wait_minutes=wait,
+                say=say,
+                should_stop=should_stop,
+            )
     return given_up
 
 
