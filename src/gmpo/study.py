@@ -20,7 +20,14 @@ from gmpo.run_process import (
     drop_weights,
     is_trained_in,
 )
-from gmpo.study_plan import Cell, StudyPlan, load_plan, plan_differences, resolve_plan
+from gmpo.study_plan import (
+    Cell,
+    StudyPlan,
+    load_plan,
+    plan_differences,
+    refuse_other_folders,
+    resolve_plan,
+)
 from gmpo.tracking import RunFolder, provenance
 
 __all__ = ["cell_folder", "ended_cells", "open_study", "run_study"]
@@ -47,8 +54,8 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
         warn: told in one sentence what is not as expected.
 
     Raises:
-        StudyError: the folder is of another study, which differs in the keys named; or there is
-            neither a plan nor a study.
+        StudyError: the folder is of another study, which differs in the keys named, or is a run;
+            or there is neither a plan nor a study.
         RunFolderError: the folder cannot be read or written.
     """
     there = load_plan(study)
@@ -56,6 +63,7 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
         raise StudyError(f"{study} holds no study to go on with; name a recipe")
     if there is None:
         assert plan is not None
+        refuse_other_folders(study)
         if (study / "runs").exists():
             raise StudyError(
                 f"{study} holds runs but no study.json; bring it back, or choose another --study"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.config import RunConfig
-from gmpo.errors import ConfigError, RunFolderError
+from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.inputs import resolve_model
 from gmpo.recipe import apply_override, load_recipe, recipe_of_table, recipe_values
 
@@ -23,6 +23,7 @@ __all__ = [
     "make_plan",
     "parse_seeds",
     "plan_differences",
+    "refuse_other_folders",
     "resolve_plan",
 ]
 
@@ -38,6 +39,14 @@ _MAY_DIFFER = (
     "adaptive.learning_rate",
 )
 """Beginnings of keys that arms may differ in: anything else would unpair them."""
+
+
+_MARKS = {
+    "study.json": "a study of gmpo compare",
+    "tuning.json": "a study of gmpo tune",
+    "run.json": "a run of gmpo train",
+}
+"""What a folder is, by a file that only it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +221,17 @@ def load_plan(folder: Path) -> StudyPlan | None:
             f"{path} cannot be read ({type(error).__name__}: {error}); bring the file back, or "
             "choose another --study folder"
         ) from None
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Keep a new study out of a folder that is something else, whose files it would replace.
+
+    Raises:
+        StudyError: there is a study or a run.
+    """
+    for name, what in _MARKS.items():
+        if (folder / name).exists():
+            raise StudyError(f"{folder} holds {what}; choose another --study folder")
 
 
 def resolve_plan(plan: StudyPlan, *, warn: Callable[[str], None]) -> StudyPlan:

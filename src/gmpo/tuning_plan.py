@@ -12,6 +12,7 @@ from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.inputs import resolve_model
 from gmpo.recipe import load_recipe, recipe_of_table, recipe_values
+from gmpo.study_plan import refuse_other_folders
 from gmpo.task_table import build_task
 from gmpo.tracking import RunFolder, provenance
 from gmpo.tuning_score import StabilityKind
@@ -226,8 +227,8 @@ def open_tuning(
         warn: told in one sentence what is not as expected.
 
     Raises:
-        StudyError: the folder is of another study, which differs in the keys named; or there is
-            neither a plan nor a study.
+        StudyError: the folder is of another study, which differs in the keys named, or is a run;
+            or there is neither a plan nor a study.
         RunFolderError: the folder cannot be read or written.
     """
     there = _load(folder)
@@ -235,6 +236,7 @@ def open_tuning(
         raise StudyError(f"{folder} holds no tuning study to go on with; name a recipe")
     if there is None:
         assert plan is not None
+        refuse_other_folders(folder)
         if (folder / "trials").exists():
             raise StudyError(
                 f"{folder} holds trials but no {_FILE}; bring it back, or choose another --study"

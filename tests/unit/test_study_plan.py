@@ -14,6 +14,7 @@ from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import load_recipe
 from gmpo.study import open_study
 from gmpo.study_plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
+from gmpo.tuning_plan import TuningOptions, make_tuning_plan, open_tuning
 
 
 @pytest.fixture
@@ -190,6 +191,31 @@ def test_a_study_of_a_recipe_that_gmpo_wrote_is_that_of_the_original(recipe: str
     anew = open_study(tmp_path / "anew", again, warn=lambda _: None)
     assert [arm.recipe for arm in anew.arms] == [arm.recipe for arm in opened.arms]
     assert {cell.recipe.training.kl_ref_every for cell in anew.cells()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("file_name", "what"),
+    [
+        ("study.json", "a study of gmpo compare"),
+        ("tuning.json", "a study of gmpo tune"),
+        ("run.json", "a run of gmpo train"),
+    ],
+)
+def test_a_new_study_does_not_begin_where_something_else_lies(
+    file_name: str, what: str, recipe: str, tmp_path: Path
+):
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / file_name).write_text("{}")
+    told = f"taken holds {what}; choose another --study folder"
+    if file_name != "study.json":
+        with pytest.raises(StudyError, match=told):
+            open_study(folder, plan_of(recipe), warn=lambda _: None)
+    if file_name != "tuning.json":
+        tuned = make_tuning_plan(recipe, TuningOptions(seeds=(5, 6)))
+        with pytest.raises(StudyError, match=told):
+            open_tuning(folder, tuned, trials=None, warn=lambda _: None)
+    assert [path.name for path in folder.iterdir()] == [file_name]
 
 
 def test_threads_are_the_folders_own(recipe: str, tmp_path: Path):
