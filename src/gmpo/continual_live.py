@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from gmpo.continual_plan import LearnPlan, suite_prompts
 from gmpo.continual_records import CycleFacts, StepReport
@@ -67,7 +69,7 @@ def live_step(
             ):
                 users = users_shadow(facts, plan, store, url=url, should_stop=should_stop)
                 # One after the other: shadows would slow the candidate's measured answers.
-                champion, candidate = _asked_in_turn(gateway, shadow, prompts, plan)
+                champion, candidate, wave = _asked_in_turn(gateway, shadow, prompts, plan)
         except ServerUnreachable as error:
             return StepReport(passed=False, sentence=str(error))
     _record(store, facts, champion, candidate)
@@ -76,6 +78,7 @@ def live_step(
         name="latency",
         champion=np.array([answer.latency_seconds for answer in champion]),
         candidate=np.array([answer.latency_seconds for answer in candidate]),
+        wave=wave,
     )
     own = _judged(facts, plan, champion, candidate, guardrails=[latency])
     return _with_users(own, users)
@@ -138,17 +141,25 @@ def _requests(plan: LearnPlan) -> tuple[Prompt, ...]:
 
 def _asked_in_turn(
     gateway: ServerClient, shadow: ServerClient, prompts: Sequence[Prompt], plan: LearnPlan
-) -> tuple[list[Answered], list[Answered]]:
-    """Both asked a few requests at a time, in turn, so that a busy moment meets both alike."""
+) -> tuple[list[Answered], list[Answered], Int[np.ndarray, " N"]]:
+    """Both asked a wave of requests at a time, in turn, so that a busy moment meets both alike.
+
+    Returns:
+        The champion's answers, the candidate's, and the wave of each.
+    """
     champion: list[Answered] = []
     candidate: list[Answered] = []
     for client in (gateway, shadow):  # the first answers of a server are slow
         client.ask(prompts[:_AT_ONCE], max_tokens=_max_tokens(plan), at_once=_AT_ONCE)
-    for start in range(0, len(prompts), _AT_ONCE):
-        part = prompts[start : start + _AT_ONCE]
-        champion += gateway.ask(part, max_tokens=_max_tokens(plan), at_once=_AT_ONCE)
-        candidate += shadow.ask(part, max_tokens=_max_tokens(plan), at_once=_AT_ONCE)
-    return champion, candidate
+    # Of a single wave nothing could be said.
+    num_waves = max(2, math.ceil(len(prompts) / _AT_ONCE))
+    waves = np.array_split(np.arange(len(prompts)), num_waves)
+    for number, places in enumerate(waves):
+        part = [prompts[place] for place in places]
+        turns = [(gateway, champion), (shadow, candidate)]
+        for client, answers in turns if number % 2 == 0 else reversed(turns):
+            answers += client.ask(part, max_tokens=_max_tokens(plan), at_once=_AT_ONCE)
+    return champion, candidate, np.repeat(np.arange(len(waves)), [len(one) for one in waves])
 
 
 def _max_tokens(plan: LearnPlan) -> int:

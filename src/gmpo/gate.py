@@ -329,6 +329,9 @@ def _guardrail_result(guardrail: Guardrail, policy: GatePolicy) -> GuardrailResu
             f"{', '.join(policy.growth_limits) or 'none'}: add growth_limits.{guardrail.name}"
         )
     logs = np.log(guardrail.candidate) - np.log(guardrail.champion)
+    num_pairs = len(logs)
+    if guardrail.wave is not None:
+        logs = np.array([logs[guardrail.wave == one].mean() for one in np.unique(guardrail.wave)])
     half = float(stdtrit(len(logs) - 1, 1 - policy.alpha)) * float(logs.std(ddof=1))
     half /= math.sqrt(len(logs))
     center = float(logs.mean())
@@ -338,11 +341,11 @@ def _guardrail_result(guardrail: Guardrail, policy: GatePolicy) -> GuardrailResu
     # would be beyond the limit by chance more often than alpha.
     if lower > limit and 0.5 ** len(logs) < policy.alpha:
         verdict = "fail"
-    elif upper <= limit and len(logs) >= policy.min_items:
+    elif upper <= limit and num_pairs >= policy.min_items:
         verdict = "pass"
     return GuardrailResult(
         name=guardrail.name,
-        num_pairs=len(logs),
+        num_pairs=num_pairs,
         pairs_needed=policy.min_items,
         growth=math.exp(center),
         upper=upper,

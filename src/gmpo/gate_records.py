@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gmpo.errors import ConfigError
 
@@ -128,11 +128,14 @@ class Guardrail:
         name: "latency" or "length"; the policy's limits go by it.
         champion: one positive value an answer, [N].
         candidate: the same answers' of the candidate, [N]: pairs.
+        wave: of each pair, which of those it was made together with, [N]. Answers that waited for
+            each other are one observation, however many they are. None: each by itself.
     """
 
     name: str
     champion: Float[np.ndarray, " N"]
     candidate: Float[np.ndarray, " N"]
+    wave: Int[np.ndarray, " N"] | None = None
 
     def __post_init__(self) -> None:
         both = (self.champion, self.candidate)
@@ -143,6 +146,14 @@ class Guardrail:
             )
         if any(not np.isfinite(one).all() or one.min() <= 0 for one in both):
             raise ConfigError(f"guardrail {self.name!r} needs finite values above 0")
+        if self.wave is not None and (
+            self.wave.shape != self.champion.shape or len(np.unique(self.wave)) < 2
+        ):
+            raise ConfigError(
+                f"guardrail {self.name!r} needs the wave of each of its {len(self.champion)} pairs "
+                f"and two waves or more; got {len(self.wave)} places of "
+                f"{len(np.unique(self.wave))} waves"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +224,7 @@ class GuardrailResult:
 
     Attributes:
         name: of the quantity.
-        num_pairs: answers that were compared.
+        num_pairs: answers that were compared; the interval is over waves where they came in such.
         pairs_needed: with fewer it does not pass.
         growth: geometric mean of the pairs' ratios.
         upper: of the growth, one-sided at level alpha.

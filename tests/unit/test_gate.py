@@ -174,6 +174,10 @@ def test_guardrails_hold_growth():
         assert decided.outcome == verdict
 
 
+def in_waves(wave: np.ndarray) -> Guardrail:
+    return Guardrail(name="x", champion=np.ones(3), candidate=np.ones(3), wave=wave)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -198,6 +202,8 @@ def test_guardrails_hold_growth():
         ),
         (lambda: Guardrail(name="x", champion=np.ones(1), candidate=np.ones(1)), "at least two"),
         (lambda: Guardrail(name="x", champion=np.zeros(2), candidate=np.ones(2)), "above 0"),
+        (lambda: in_waves(np.arange(2)), "wave of each of its 3 pairs and two"),
+        (lambda: in_waves(np.zeros(3, dtype=int)), "two waves or more; got 3 places of 1"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(change, said):

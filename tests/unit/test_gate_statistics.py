@@ -185,6 +185,26 @@ def guarded(ratio: np.ndarray, policy: GatePolicy | None = None) -> GateDecision
     return decide(counted(0, 0, items=1000), policy, guardrails=[guardrail])
 
 
+def test_answers_that_waited_for_each_other_are_one_observation():
+    # Seven waves of 16 in which all answers of a wave took alike: their means are all there is.
+    of_wave = np.array([1.5, 1.2, 2.2, 1.1, 1.9, 1.3, 1.0])
+    ratio = np.repeat(of_wave, 16)
+    guardrail = Guardrail(
+        name="latency",
+        champion=np.ones(112),
+        candidate=ratio,
+        wave=np.repeat(np.arange(7), 16),
+    )
+    (row,) = decide(counted(0, 0, items=1000), guardrails=[guardrail]).guardrails
+    (of_seven,) = guarded(of_wave).guardrails
+    assert (row.growth, row.upper, row.lower) == pytest.approx(
+        (of_seven.growth, of_seven.upper, of_seven.lower)
+    )
+    assert (row.num_pairs, row.verdict) == (112, "inconclusive")
+    # Taken for 112 measurements they would have proved the growth.
+    assert guarded(ratio).guardrails[0].verdict == "fail"
+
+
 def test_growth_by_hand():
     # Half of 100 answers took 1.1 times as long: the logs' mean is ln(1.1) / 2, and so is their
     # deviation, but for n - 1.
