@@ -332,6 +332,11 @@ def check(study: Study, cell: str, *, stored: Path, runs: Path) -> int:
     ]
     if different:
         print(f"{cell}: {', '.join(different)} differ; made with {records[cell]['made_with']}")
+        if "policy" in different:
+            print(
+                "the policy that all runs begin with differs already: another kind of processor or "
+                "version of torch rounds differently, so no number can be the same here"
+            )
         return 1
     print(f"{cell}: every number of {len(again['curves']['reward'])} rounds is the same")
     return 0

@@ -102,7 +102,12 @@ def test_a_stored_cell_is_checked_by_running_it_again(
     changed = cell | {"log_digest": "0" * 16}
     stored.write_text(dump(results([changed], settings=settings_of(CUT), seeds=[0])))
     assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 1
-    assert "log_digest differ" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "log_digest differ" in said and "another kind of processor" not in said
+    changed |= {"policy": "of elsewhere"}
+    stored.write_text(dump(results([changed], settings=settings_of(CUT), seeds=[0])))
+    assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 1
+    assert "another kind of processor" in capsys.readouterr().out
 
 
 def test_what_is_finished_becomes_a_table_and_a_plot(
