@@ -11,6 +11,10 @@ from safetensors.numpy import save_file
 from gmpo.gate import decide_gate
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import GateDecision, PairedSuite
+from gmpo.registry import Registry
+from gmpo.store import ModelVersion
+
+NAME = "bot"
 
 
 def model_folder(folder: Path, value: float, *, tokenizer: str = "{}") -> Path:
@@ -20,6 +24,11 @@ def model_folder(folder: Path, value: float, *, tokenizer: str = "{}") -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
     (folder / "tokenizer.json").write_text(tokenizer)
     return folder
+
+
+def added(registry: Registry, folder: Path, value: float, **more: object) -> ModelVersion:
+    """A version of the model `NAME`, told from others by its weights' value."""
+    return registry.add(model_folder(folder / f"run-{value}", value), name=NAME, **more)
 
 
 def decision(

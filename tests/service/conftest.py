@@ -11,6 +11,9 @@ import psycopg
 import pytest
 from tests.service.postgres import postgres_programs, running_postgres
 
+from gmpo.registry import Registry
+from gmpo.store import Store, open_store
+
 _numbers = itertools.count()
 
 
@@ -36,3 +39,14 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return server.removesuffix("postgres") + name
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    with open_store(store_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(store: Store, tmp_path: Path) -> Registry:
+    return Registry(store, tmp_path / "models")

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.registries import decision, model_folder
+from tests.registries import NAME, added, decision
 
 from gmpo.errors import DataError, PromotionRefused
 from gmpo.registry import Registry
-from gmpo.store import ModelVersion, Store, open_store
-
-NAME = "bot"
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    with open_store(store_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def registry(store: Store, tmp_path: Path) -> Registry:
-    return Registry(store, tmp_path / "models")
-
-
-def added(registry: Registry, tmp_path: Path, value: float) -> ModelVersion:
-    return registry.add(model_folder(tmp_path / f"run-{value}", value), name=NAME)
+from gmpo.store import ModelVersion, Store
 
 
 def two_champions(registry: Registry, tmp_path: Path) -> tuple[ModelVersion, ModelVersion]:

@@ -7,13 +7,12 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
-from tests.registries import decision, model_folder
+from tests.registries import NAME, added, decision, model_folder
 
 from gmpo.errors import (
     ChampionMoved,
@@ -26,23 +25,6 @@ from gmpo.errors import (
 from gmpo.registry import Registry, serving_line
 from gmpo.registry.files import FolderLock, copied_model
 from gmpo.store import Champion, Event, Experiment, ModelVersion, Store, open_store
-
-NAME = "bot"
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    with open_store(store_url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def registry(store: Store, tmp_path: Path) -> Registry:
-    return Registry(store, tmp_path / "models")
-
-
-def added(registry: Registry, tmp_path: Path, value: float, **more: object) -> ModelVersion:
-    return registry.add(model_folder(tmp_path / f"run-{value}", value), name=NAME, **more)
 
 
 def promoted(registry: Registry, old: str, new: str) -> Champion:
