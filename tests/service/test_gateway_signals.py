@@ -70,7 +70,7 @@ def test_a_second_signal_cuts_what_runs_and_says_so(
         code, said = _end(process)
     assert last["error"]["code"] == "draining" and "ending" in last["error"]["message"]
     assert code == 128 + number
-    assert said == f"note: a second signal ({number.name}) ended it: 1 requests were cut\n"
+    assert said == f"note: a second signal ({number.name}) ended it: 1 request was cut\n"
     with open_store(path, read_only=True) as store:
         (answer,) = store.events(kinds=["answer"])
     assert answer.payload["status"] == 499 and "the server ended" in answer.payload["error"]
@@ -88,7 +88,7 @@ def test_a_whole_answer_that_is_cut_gets_the_one_error_shape(folder: str):
         code, said = _end(process)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
     assert code == 0
-    assert said == "note: 1 requests had not ended after 0.1 seconds and were cut\n"
+    assert said == "note: 1 request was cut, not over after 0.1 s\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

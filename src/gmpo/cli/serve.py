@@ -239,8 +239,8 @@ def _recording(url: str | None, *, learn_anew: bool, record_texts: bool) -> Iter
         opened.close()
         if writer.num_lost or writer.num_refused:
             warn(
-                f"{writer.num_lost} events were lost and {writer.num_refused} refused by store "
-                f"{opened.where}; {writer.num_written} were written"
+                f"{_were(writer.num_lost, 'event')} lost and {writer.num_refused} refused by store "
+                f"{opened.where}; {_were(writer.num_written, 'event')} written"
             )
 
 
@@ -290,15 +290,17 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, settings: Serv
     asyncio.run(server.serve(sockets=[bound]))
     if server.hurried_by is not None:
         name = signal.Signals(server.hurried_by).name
-        warn(f"a second signal ({name}) ended it: {server.num_cut} requests were cut")
+        warn(f"a second signal ({name}) ended it: {_were(server.num_cut, 'request')} cut")
         raise typer.Exit(128 + server.hurried_by)
     if server.num_cut:
-        warn(
-            f"{server.num_cut} requests had not ended after {settings.drain_seconds:g} seconds and "
-            "were cut"
-        )
+        limit = f"{settings.drain_seconds:g} s"
+        warn(f"{_were(server.num_cut, 'request')} cut, not over after {limit}")
     if server.ended_by == signal.SIGINT:
         raise typer.Exit(_INTERRUPTED)
+
+
+def _were(count: int, noun: str) -> str:
+    return f"1 {noun} was" if count == 1 else f"{count} {noun}s were"
 
 
 def _announce(router: VariantRouter, bound: socket.socket) -> None:
