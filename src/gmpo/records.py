@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-__all__ = ["CONTROL_TOKEN_MARKERS", "FinishReason", "Group", "Message", "Prompt", "Rollout"]
+__all__ = ["FinishReason", "Group", "Message", "Prompt", "Rollout", "control_token_marker"]
 
-CONTROL_TOKEN_MARKERS = "\U000f0000\U000f0001"
+_CONTROL_TOKEN_MARKERS = "\U000f0000\U000f0001"
 """Characters that no turn may hold: transformers puts them around a control token that a turn
 spells, and takes them out of the turn first, without a word, so that nobody forges one."""
 
@@ -25,6 +25,12 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+def control_token_marker(content: str) -> str | None:
+    """The first character of a turn that none may hold, U+F0000 or U+F0001; None without one."""
+    there = (marker for marker in _CONTROL_TOKEN_MARKERS if marker in content)
+    return min(there, key=content.index, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

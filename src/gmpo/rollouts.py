@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import DataError, ModelError
-from gmpo.records import CONTROL_TOKEN_MARKERS, Group, Message, Prompt, Rollout
+from gmpo.records import Group, Message, Prompt, Rollout, control_token_marker
 from gmpo.sampler.requests import Completion, Sampler, SampleRequest, complete
 
 __all__ = [
@@ -164,7 +164,7 @@ class PromptRenderer:
 
 
 def _refuse_markers(content: str, *, prompt_id: str) -> None:
-    found = next((letter for letter in content if letter in CONTROL_TOKEN_MARKERS), None)
+    found = control_token_marker(content)
     if found is not None:
         raise DataError(
             f"prompt {prompt_id!r} has the private-use character U+{ord(found):X} in a turn, which "

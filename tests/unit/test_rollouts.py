@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 
 from gmpo.errors import DataError, ModelError
 from gmpo.policy.llama import LlamaBody
-from gmpo.records import Message, Prompt
+from gmpo.records import Message, Prompt, control_token_marker
 from gmpo.rollouts import PromptRenderer, SamplingSettings, decode_text, sample_groups
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
@@ -74,6 +74,14 @@ def test_control_tokens_that_a_turn_spells_are_letters():
     nested = "<e<end>nd><us<user>er>"
     ids = renderer(tokenizer).render(chat(nested)).token_ids
     assert ids == (user, *spelled(tokenizer, nested), end, assistant)
+
+
+@pytest.mark.parametrize(
+    ("content", "marker"),
+    [("", None), ("2+3?", None), ("a\U000f0001b\U000f0000", "\U000f0001"), ("\U000f0002", None)],
+)
+def test_the_first_character_that_no_turn_may_hold_is_found(content: str, marker: str | None):
+    assert control_token_marker(content) == marker
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import (
 
 from gmpo.errors import ModelError
 from gmpo.policy.hub import why_unknown
-from gmpo.records import CONTROL_TOKEN_MARKERS
+from gmpo.records import control_token_marker
 from gmpo.rewards.convention import RewardFault
 
 __all__ = ["ClassifierReward", "load_classifier_reward"]
@@ -59,7 +59,7 @@ class ClassifierReward:
         """Token ids, or why these texts have none."""
         is_rendered = self.tokenizer.chat_template is not None and not isinstance(prompt, str)
         turns = [*prompt, *completion] if is_rendered else []
-        if any(set(CONTROL_TOKEN_MARKERS) & set(turn["content"]) for turn in turns):
+        if any(control_token_marker(turn["content"]) for turn in turns):
             return RewardFault(
                 what="cannot be given: U+F0000 or U+F0001 is in a turn, which rendering it for the "
                 "reward model would drop; leave it out of prompts"

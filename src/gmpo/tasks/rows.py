@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 from gmpo.errors import DataError
 from gmpo.grading.answers import marked_answer
-from gmpo.records import CONTROL_TOKEN_MARKERS, Message, Prompt
+from gmpo.records import Message, Prompt, control_token_marker
 
 __all__ = ["FILTERED", "UNUSABLE", "ReadRows", "Row", "RowForm", "absent_column", "read_rows"]
 
@@ -237,7 +237,7 @@ def _message(turn: object, place: str) -> Message:
     extra = [n for n, value in fields.items() if n not in ("role", "content") and value is not None]
     if extra:
         _unusable(place, f"a turn has {extra} beside role and content, which a chat cannot show")
-    if set(CONTROL_TOKEN_MARKERS) & set(content):
+    if control_token_marker(content):
         _unusable(
             place, "U+F0000 or U+F0001 is in a turn or problem, which rendering a chat would drop"
         )
