@@ -266,6 +266,23 @@ def test_a_judgement_tells_only_what_is_not_as_usual():
     ]
 
 
+def test_memory_is_told_in_units_that_can_be_read():
+    figures = {"memory_bytes": 824_633_720, "running_completions": 3}
+    rows = event_rows(
+        [
+            Event(kind="metric", time=1.0, payload=figures),
+            Event(kind="metric", time=2.0, payload={"memory_bytes": 1.5 * 2**30}),
+            Event(kind="metric", time=3.0, payload={"memory_bytes": None}),
+        ]
+    )
+    # 824,633,720 / 2^20 = 786.4.
+    assert [row["what"] for row in rows] == [
+        "memory 786 MiB, running completions 3",
+        "memory 1.50 GiB",
+        "",
+    ]
+
+
 def test_texts_of_people_are_not_shown():
     kept = {"prompt": "my secret", "completion": "a secret answer"}
     (row,) = event_rows([Event(kind="text", time=0.0, payload=kept)])

@@ -13,6 +13,7 @@ from gmpo.store import Event
 __all__ = ["anomaly_words", "event_rows", "moment", "plain", "reason_words", "seconds_words"]
 
 _LONGEST = 160
+_MIB, _GIB = 2**20, 2**30
 _USUAL: Mapping[str, object] = {"fell_back": False, "comment_length": 0}
 """Fields of judgements that are told only where they have another value."""
 
@@ -83,10 +84,18 @@ def _judged(payload: Mapping[str, Any]) -> str:
     for name, usual in _USUAL.items():
         if told.get(name) == usual:
             del told[name]
-    return ", ".join(
-        f"{name.removesuffix('_s').replace('_', ' ')} {_short(value)}"
-        for name, value in told.items()
-    )
+    return ", ".join(_figure(name, value) for name, value in told.items())
+
+
+def _figure(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        name, value = name.removesuffix("_bytes"), _bytes_words(value)
+    return f"{name.removesuffix('_s').replace('_', ' ')} {_short(value)}"
+
+
+def _bytes_words(count: float) -> str:
+    """MiB below one GiB, else GiB."""
+    return f"{count / _MIB:.0f} MiB" if count < _GIB else f"{count / _GIB:.2f} GiB"
 
 
 def _short(value: object) -> str:
