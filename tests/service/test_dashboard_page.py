@@ -59,6 +59,7 @@ def words(app: AppTest) -> list[str]:
 def test_an_empty_store_shows_an_empty_page_that_says_why(page, tmp_path: Path):
     app = page(fill(tmp_path / "store.db", []))
     assert words(app) == ["-", "-", "-", "-"]
+    assert not any("the same length before" in one.value for one in app.caption)
     assert any("No answer is recorded yet" in one.value for one in app.info)
     assert not app.error
 
@@ -110,6 +111,7 @@ def test_a_change_that_rounds_to_nothing_has_no_arrow(page, tmp_path: Path):
         assert one.proto.direction == one.proto.MetricDirection.NONE
         assert one.proto.color == one.proto.MetricColor.GRAY
     assert accuracy.proto.direction == accuracy.proto.MetricDirection.UP
+    assert any("the same length before" in one.value for one in app.caption)
 
 
 def test_no_choice_can_be_taken_back(page, tmp_path: Path):
@@ -124,6 +126,8 @@ def test_another_span_shows_other_figures(page, tmp_path: Path):
     app = page(fill(tmp_path / "store.db", old))
     # An hour would show nothing, so the page begins with a day.
     assert app.segmented_control(key="span").value == "1 day"
+    # Nothing happened in the day before, so that there is nothing to compare with.
+    assert not any("the same length before" in one.value for one in app.caption)
     assert words(app)[1] != "-"
     app.segmented_control(key="span").set_value("5 minutes").run()
     assert words(app)[1] == "-"

@@ -41,6 +41,7 @@ SPANS: Mapping[str, float | None] = {
 """Stretches of time that may be looked at, in seconds."""
 
 _LOG_LINES = 50
+_HEADLINES = ("accuracy", "latency", "stability", "throughput")
 
 
 class _Change(TypedDict):
@@ -108,7 +109,7 @@ def _say_what_is_missing(traffic: Traffic, num_skipped: int, span: Span) -> None
 
 
 def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
-    accuracy, latency, stability, throughput = st.columns(4)
+    accuracy, latency, stability, throughput = st.columns(len(_HEADLINES))
     one = found["accuracy"]
     accuracy.metric(
         "Accuracy",
@@ -147,7 +148,8 @@ def _draw_headlines(found: Mapping[str, Headline], steady: str) -> None:
         + ("" if tokens is None else f"They had {_rate(tokens)} tokens a second."),
         border=True,
     )
-    st.caption("Arrows compare with the stretch of the same length before.")
+    if any(found[name].change is not None for name in _HEADLINES):
+        st.caption("Changes are from the stretch of the same length before.")
 
 
 def _draw_charts(traffic: Traffic, span: Span, run: tuple[str, RunLog] | None) -> None:
