@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gmpo.tasks.rows import Row, read_rows
 __all__ = [
     "ACCEPTED",
     "REJECTED",
-    "prepare_folder",
+    "new_folder",
     "read_batch",
     "read_earlier",
     "write_report",
@@ -77,18 +78,28 @@ def read_earlier(
     return EarlierData(prompts=tuple(prompts), profile=merged_profile(profiles))
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder of a report.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a report; if the block ends with nothing in it, it goes again.
+
+    It is made before the long work, so that a place that cannot be written is refused at once.
 
     Raises:
         RunFolderError: it cannot be made, or holds something already.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunFolderError(f"{folder} is there already and not empty; name a new folder")
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be made: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        for one in made:
+            with suppress(OSError):  # it is in use
+                one.rmdir()
 
 
 def write_report(report: BatchReport, folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_model_is_asked_and_suites_are_kept_out(batch: Path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("{folder}/none.jsonl", "--out", "{folder}/o"), "none.jsonl does not exist"),
+        (("{folder}/none.jsonl", "--out", "{folder}/new/o"), "none.jsonl does not exist"),
         (("{folder}/empty.jsonl", "--out", "{folder}/o"), "the batch holds no row"),
         (("{batch}", "--out", "{folder}"), "is there already and not empty"),
         (("{batch}", "--out", "{folder}/o", "--suite", "gsm9k"), "did you mean 'gsm8k'"),
@@ -94,4 +94,13 @@ def test_what_cannot_be_done_is_said_in_one_line(
 ):
     (batch.parent / "empty.jsonl").write_text("\n")
     words = [word.format(batch=batch, folder=batch.parent) for word in arguments]
+    there = sorted(batch.parent.iterdir())
     assert said in refusal("data", "check", *words)
+    assert sorted(batch.parent.iterdir()) == there
+
+
+def test_an_empty_folder_that_was_there_before_a_failure_stays(batch: Path):
+    out = batch.parent / "out"
+    out.mkdir()
+    refusal("data", "check", batch, "--out", out, "--earlier", batch.parent / "none")
+    assert list(out.iterdir()) == []

@@ -74,7 +74,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check new rows before training: each by itself, against earlier data, and as a whole."""
-    from gmpo.data_files import prepare_folder, read_batch, read_earlier, write_report
+    from gmpo.data_files import new_folder, read_batch, read_earlier, write_report
     from gmpo.data_quality import checks_of, validate_batch
 
     checks = checks_of(_checks_table(settings or [], has_model=model is not None))
@@ -85,17 +85,15 @@ def check(
     wanted = known_suites(suites or [])
     if folder is not None:
         check_folder_is_read(wanted, warn=warn)
-    rows = read_batch(batch)
-    prepare_folder(out)
-    with status:
+    with new_folder(out), status:
         report = validate_batch(
-            rows,
+            read_batch(batch),
             checks=checks,
             earlier=read_earlier(earlier or [], checks=checks, sampler=sampler),
             suites=[suite_items(suite, folder=folder, instruction="") for suite in wanted],
             sampler=sampler,
         )
-    write_report(report, out)
+        write_report(report, out)
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
