@@ -70,6 +70,9 @@ def test_a_missing_recipe_is_refused(tmp_path: Path):
         ("train", "RECIPE", "--set", "model.name=NONE", "--run", "RUN"),
         ("train", "RECIPE", "--set", "model.name=NONE", "--dry-run"),
         ("evaluate", "NONE", "--recipe", "RECIPE"),
+        ("evaluate", "NONE"),
+        ("gate", "NONE", "RUN"),
+        ("gate", "NONE", "RUN", "--suite", "svamp"),
         ("sample", "NONE", "hi"),
     ],
     ids=lambda command: " ".join(command[:2]),
@@ -81,7 +84,7 @@ def test_a_missing_model_is_refused_with_what_can_be_given(
     none = str(tmp_path / "none")
     message = refusal(*(names.get(word, word).replace("NONE", none) for word in command))
     assert none in message
-    assert "cannot" in message and "folder" in message
+    assert "cannot" in message and "folder" in message and "--recipe" not in message
 
 
 def test_chat_for_a_model_without_a_template_is_refused(recipe: str, tmp_path: Path):

@@ -164,6 +164,18 @@ def test_a_registered_version_whose_files_are_damaged_or_gone_is_named(tmp_path:
     assert f"{old.version} at {old.path} is damaged: its folder is missing; add" in refusal(*gate)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_model_that_is_not_there_is_refused_before_any_is_asked(
+    models: tuple[Path, Path], tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gmpo.suite_runs.ask_suites", lambda *_, **__: pytest.fail("it was asked"))
+    named: list[str | Path] = [*models, stored(tmp_path / "stored", 500)]
+    named[place] = tmp_path / "absent"
+    said = refusal("gate", *named[:2], "--anchor", named[2], "--suite", "svamp")
+    assert said.startswith(f"cannot load model {str(tmp_path / 'absent')!r}: there is no such")
+    assert "or a folder with config.json and weights" in said
+
+
 def test_a_model_is_not_held_against_itself(tmp_path: Path):
     old = stored(tmp_path / "old", 500, model="a")
     assert "nothing to decide" in refusal("gate", old, old)

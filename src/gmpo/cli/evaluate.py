@@ -143,6 +143,9 @@ def _evaluate(config: RunConfig, console: Console) -> list[Evaluation]:
 def _evaluation_config(
     model: str, recipe: str | None, items: int | None, overrides: list[str]
 ) -> RunConfig:
+    from gmpo.policy.load import model_folder
+
+    model_folder(model)  # a mistyped name needs no recipe
     own_recipe = Path(model) / "recipe.toml"
     if recipe is None and not own_recipe.is_file():
         raise ConfigError(

@@ -182,9 +182,11 @@ def suite_outcomes(
     suites = known_suites([name for name in options.suites if name != _TASK])
     if options.data is not None:
         check_folder_is_read(suites, warn=warn)
+    labels = _labels(named)
+    # All of them before the first is asked, which may take hours: one may not be there.
+    configs = [None if one.stored else asked_model(one.model, options) for one in named]
     if options.out is not None:
         _prepare(options.out)
-    labels = _labels(named)
     outcomes: list[SuiteOutcomes] = []
     items = {}
     if any(not one.stored for one in named):
@@ -194,11 +196,11 @@ def suite_outcomes(
             )
             for suite in suites
         }
-    for one, label in zip(named, labels, strict=True):
+    for one, label, config in zip(named, labels, configs, strict=True):
         found = (
             _chosen(one, options.suites)
-            if one.stored
-            else _asked(one.model, label, items, ways, options, console)
+            if config is None
+            else _asked(config, label, items, ways, options, console)
         )
         for outcome in found:
             outcomes.append(outcome)
@@ -242,7 +244,7 @@ def _chosen(one: NamedModel, suites: Sequence[str]) -> list[SuiteOutcomes]:
 
 
 def _asked(
-    model: str,
+    config: RunConfig,
     label: str,
     items: dict[str, SuiteItems],
     ways: tuple[Way, ...],
@@ -251,7 +253,6 @@ def _asked(
 ) -> Iterator[SuiteOutcomes]:
     from gmpo.suite_runs import Asking, ask_suites
 
-    config = asked_model(model, options)
     wanted = [
         _task_items(config, options) if name == _TASK else items[name]
         for name in options.suites or (_TASK,)
@@ -277,7 +278,10 @@ def asked_model(model: str, options: SuiteOptions) -> RunConfig:
 
     Raises:
         ConfigError: an override has no effect here, or nothing says whose task is asked.
+        ModelError: there is no such model.
     """
+    from gmpo.policy.load import model_folder
+
     for override in options.overrides:
         key = override.partition("=")[0].strip()
         if not key.startswith(_SETTABLE):
@@ -285,6 +289,7 @@ def asked_model(model: str, options: SuiteOptions) -> RunConfig:
                 f"--set {key} has no effect on suites; allowed are {', '.join(_SETTABLE)}, and the "
                 "options of the command"
             )
+    model_folder(model)  # a mistyped name needs no recipe
     own = Path(model) / "recipe.toml"
     if options.recipe is not None or own.is_file():
         config = load_recipe(options.recipe or own, options.overrides)
