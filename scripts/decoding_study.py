@@ -40,6 +40,7 @@ from gmpo.records import Group, Prompt, Rollout
 from gmpo.rollouts import GroupSampler, SamplingSettings, sample_groups
 from gmpo.statistics import wilson_interval
 from gmpo.task_table import build_task
+from gmpo.tracking import provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ def measure(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
             )
         ]
     return {
+        "made_with": provenance(),
         "task": task.name,
         "first": arguments.first,
         "second": arguments.second,

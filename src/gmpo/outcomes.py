@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,8 @@ class SuiteOutcomes:
         way: greedy or sampled.
         max_tokens: longest completion allowed.
         items: in the order asked.
+        made_with: versions, commit and machine, as `gmpo.tracking.provenance` tells them when the
+            model was asked; None in files of before it was kept.
     """
 
     label: str
@@ -93,6 +95,7 @@ class SuiteOutcomes:
     way: Way
     max_tokens: int
     items: tuple[ItemOutcome, ...]
+    made_with: Mapping[str, str | None] | None = None
 
     def mean(self, k: int) -> float:
         """Mean over items of pass@k, as a fraction."""

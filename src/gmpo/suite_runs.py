@@ -12,6 +12,7 @@ from gmpo.evaluation import Evaluator
 from gmpo.outcomes import ItemOutcome, SuiteOutcomes, Way
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
+from gmpo.tracking import provenance
 
 __all__ = ["Asking", "ask_suites"]
 
@@ -63,6 +64,7 @@ def ask_suites(
     Raises:
         gmpo.errors.GmpoError: the model cannot be had, or an item does not fit its context.
     """
+    made_with = provenance()
     with open_evaluator(config, warn=warn) as (evaluator, context):
         fitted = [
             (suite, _fitted(evaluator, suite, context=context, model=config.model.name))
@@ -85,6 +87,7 @@ def ask_suites(
                     way=way,
                     max_tokens=suite.max_tokens,
                     items=tuple(items),
+                    made_with=made_with,
                 )
 
 

@@ -14,6 +14,7 @@ from tests.tiny_runs import tiny_recipe, write_recipe
 
 from gmpo.decoding import build_mixture_sampler
 from gmpo.sampler.local import LocalSampler
+from gmpo.tracking import provenance
 
 
 def test_each_mixtures_sampler_is_gone_before_the_next_is_built(
@@ -38,3 +39,4 @@ def test_each_mixtures_sampler_is_gone_before_the_next_is_built(
     assert [row["weight"] for row in report["mixtures"]] == [0.0, 0.5, 1.0]
     places = [(row["model"], row["n"]) for row in report["best_of"]]
     assert places == [("first", 1), ("first", 2), ("second", 1), ("second", 2)]
+    assert report["made_with"] == provenance()

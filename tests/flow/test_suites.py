@@ -9,6 +9,8 @@ import pytest
 from tests.commands import gmpo, jsonl, refusal
 from tests.models import save_tiny
 
+from gmpo.tracking import provenance
+
 ROWS = [{"id": f"q{n}", "problem": f"{n}+1", "answer": str(n + 1)} for n in range(6)]
 ASKED = ("--max-tokens", "4", "--instruction", "", "--set", "model.dtype=fp32")
 
@@ -40,6 +42,7 @@ def test_stored_outcomes_give_the_table_of_the_run(arms: tuple[str, str], data: 
         "pass@2",
     ]
     assert [count["completions"] for count in written["counts"]] == [3, 12, 6, 24] * 2
+    assert written["made_with"] == [provenance()]
     again = gmpo("evaluate", out, "--k", "2", "--json")
     assert json.loads(again.stdout) == written
     assert (out / "results.png").stat().st_size > 1000

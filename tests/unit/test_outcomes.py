@@ -91,12 +91,22 @@ def test_what_a_score_hides_is_counted():
 
 
 def test_files_are_read_back_whole_and_in_the_order_placed(tmp_path: Path):
-    first, second = greedy("b", {0}, 2), outcomes("a", {"x": [True, False]}, suite="svamp")
+    made_with = {"gmpo": "0.1.0", "commit": None}
+    first = replace(greedy("b", {0}, 2), made_with=made_with)
+    second = outcomes("a", {"x": [True, False]}, suite="svamp")
     write_outcomes(tmp_path / "zz", first, place=1)
     write_outcomes(tmp_path / "aa", second, place=2)
     assert stored_outcomes(tmp_path) == [first, second]
     assert stored_outcomes(tmp_path / "aa") == [second]
     assert first.way == GREEDY
+
+
+def test_a_file_that_does_not_say_what_made_it_is_read(tmp_path: Path):
+    path = write_outcomes(tmp_path, greedy("a", {0}, 2), place=1)
+    record = json.loads(path.read_text())
+    del record["made_with"]
+    path.write_text(json.dumps(record))
+    assert stored_outcomes(tmp_path) == [greedy("a", {0}, 2)]
 
 
 def test_damaged_and_other_files_are_refused(tmp_path: Path):

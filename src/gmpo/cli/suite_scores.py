@@ -356,7 +356,9 @@ def _store(out: Path, result: dict[str, Any], tables: Sequence[ScoreTable]) -> N
 
 
 def _as_dict(outcomes: Sequence[SuiteOutcomes], tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    made_with = [one.made_with for one in outcomes if one.made_with is not None]
     return {
+        "made_with": [one for n, one in enumerate(made_with) if one not in made_with[:n]],
         "tables": [table.as_dict() for table in tables],
         "counts": [
             {
