@@ -67,7 +67,7 @@ written by `python -m scripts.command_page`. In all commands:
 | 1 | `compare`, `tune`: some runs could not be brought to an end |
 | 2 | a mistake or a failure; the line says which and what to do |
 | 3 | a run diverged or the guard stopped it; `gate` did not pass; `data check` refused the batch |
-| 4 | `tune`: other calls on the study hold what it waited for; the line says who |
+| 4 | `compare`, `tune`: other calls on the study hold what it waited for; the line says what |
 | 130 | stopped by Ctrl-C; a second command, which is named, goes on |
 """
 

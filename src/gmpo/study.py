@@ -28,9 +28,10 @@ from gmpo.study_plan import (
     refuse_other_folders,
     resolve_plan,
 )
+from gmpo.study_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 from gmpo.tracking import RunFolder, provenance
 
-__all__ = ["cell_folder", "ended_cells", "open_study", "run_study"]
+__all__ = ["cell_folder", "ended_cells", "open_study", "patience_of", "run_study"]
 
 _POLL_SECONDS = 0.2
 
@@ -82,12 +83,24 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
     return there
 
 
-def run_study(
+def patience_of(study: Path, *, minutes: float, say: Callable[[str], None]) -> Patience:
+    """How long a call waits for runs of a study that an earlier call left to a process.
+
+    Args:
+        study: the folder.
+        minutes: without a sign of such a run, after which the call gives up; 0 does not wait.
+        say: told once a minute for what it waits.
+    """
+    return Patience(minutes=minutes, say=say, go_on=_go_on(study))
+
+
+def run_study(  # noqa: PLR0913 - all by keyword but the first two, and each is its own concern
     study: Path,
     plan: StudyPlan,
     *,
     jobs: int = 1,
     keep_checkpoints: bool = False,
+    patience: Patience | None = None,
     say: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
@@ -101,12 +114,15 @@ def run_study(
         plan: of the folder.
         jobs: processes at a time.
         keep_checkpoints: whether weights and saved rounds of ended cells stay.
+        patience: with cells that a process of an earlier call still trains, once nothing else is
+            left to do; that of `patience_of` with `WAIT_MINUTES` by default.
         say: told in one sentence what happens.
         should_stop: asked a few times a second; once it says so, running cells save and end.
 
     Raises:
         RunStopped: `should_stop` said so.
         StudyError: a cell refused to train: each process would; its message is named.
+        StillHeld: a process of an earlier call holds a cell and nothing comes of it.
         RunFolderError: another process runs this study.
     """
     folder = RunFolder(study, option="--study")
@@ -115,7 +131,9 @@ def run_study(
         waiting = [cell for cell in plan.cells() if cell.name not in ended]
         if ended:
             say(f"{len(ended)} of {len(plan.arms) * len(plan.seeds)} runs are done already")
-        crew = _Crew(folder, plan, say=say, keep_checkpoints=keep_checkpoints)
+        if patience is None:
+            patience = patience_of(study, minutes=WAIT_MINUTES, say=say)
+        crew = _Crew(folder, plan, say=say, keep_checkpoints=keep_checkpoints, patience=patience)
         try:
             crew.run(waiting, jobs=jobs, should_stop=should_stop)
         finally:
@@ -133,11 +151,13 @@ class _Crew:
         *,
         say: Callable[[str], None],
         keep_checkpoints: bool,
+        patience: Patience,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._say = say
         self._keeps = keep_checkpoints
+        self._patience = patience
         self._cells = {cell.name: cell for cell in plan.cells()}
         self._running: dict[str, RunProcess] = {}
         self._deaths: dict[str, int] = {}
@@ -162,6 +182,7 @@ class _Crew:
                     continue
                 waiting.remove(cell)
                 self._start(cell)
+            self._patience.wait_for(self._held(waiting))
             time.sleep(_POLL_SECONDS)
             for worker in [w for w in self._running.values() if w.has_ended]:
                 if self._ended(worker):
@@ -171,6 +192,20 @@ class _Crew:
         """End what is still running at once; a later call goes on from its checkpoints."""
         for worker in self._running.values():
             worker.kill()
+
+    def _held(self, waiting: list[Cell]) -> list[Held]:
+        """The cells that other processes train, while this call has nothing else to do."""
+        if self._running:
+            return []
+        study = self._folder.path
+        return [
+            Held(
+                what=f"run {cell.name}",
+                holder=None,
+                signs=signs_of_runs(study, study / "runs", cell.name),
+            )
+            for cell in waiting
+        ]
 
     def _start(self, cell: Cell) -> None:
         number = list(self._cells).index(cell.name) + 1

@@ -18,11 +18,11 @@ from gmpo.run_process import (
 )
 from gmpo.study import run_study
 from gmpo.study_plan import Arm, StudyPlan
+from gmpo.study_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 from gmpo.tracking import RunFolder
 from gmpo.tuning_plan import TuningPlan
 from gmpo.tuning_score import final_score, scores_during
 from gmpo.tuning_search import ClaimedTrial, Search, TrialRecord
-from gmpo.tuning_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 
 __all__ = [
     "OWN",
@@ -156,7 +156,8 @@ def judge(
     Raises:
         RunStopped: `should_stop` said so.
         StudyError: a run refused to train.
-        StillHeld: another call holds the comparison and nothing comes of it.
+        StillHeld: another call holds the comparison, or a process that one left holds a run of
+            it, and nothing comes of that.
         RunFolderError: the folder cannot be written.
     """
     stopped = RunStopped(f"the last comparison was stopped; {_go_on(search.folder)}")
@@ -176,6 +177,7 @@ def judge(
                 judged,
                 judged_plan(search.plan, chosen),
                 jobs=processes,
+                patience=patience,
                 say=say,
                 should_stop=should_stop,
             )
@@ -388,8 +390,7 @@ def _shown(value: object) -> str:
 
 
 def _patience(search: Search, *, minutes: float, say: _Say) -> Patience:
-    go_on = _go_on(search.folder)
-    return Patience(minutes=minutes, say=say, go_on=go_on[0].upper() + go_on[1:])
+    return Patience(minutes=minutes, say=say, go_on=_go_on(search.folder))
 
 
 def _go_on(study: Path) -> str:

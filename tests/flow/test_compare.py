@@ -210,6 +210,26 @@ def test_a_run_that_an_earlier_call_left_is_waited_for(unfinished: Path):
     assert outcomes(unfinished)[3:] == [("gmpo-seed1", "finished")]
 
 
+def test_a_run_of_which_nothing_comes_is_not_waited_for_without_end(whole: Path, unfinished: Path):
+    shutil.rmtree(unfinished / "runs" / "grpo-seed1")
+    lines = (unfinished / "attempts.jsonl").read_text().splitlines(keepends=True)
+    (unfinished / "attempts.jsonl").write_text("".join(lines[:2]))
+    run = unfinished / "runs" / "gmpo-seed1"
+    run.mkdir()
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        given_up = gmpo("compare", "--study", unfinished, "--wait", "0.01")
+    assert given_up.exit_code == 4, given_up.stderr
+    # The run that nobody holds comes first.
+    assert outcomes(unfinished)[2:] == [("grpo-seed1", "finished")]
+    assert "waiting for other calls: run gmpo-seed1 (of a process that" in given_up.stdout
+    assert given_up.stderr.startswith("gave up waiting: not over in other calls: run gmpo-seed1")
+    assert f"go on with: gmpo compare --study {unfinished}" in given_up.stderr
+    again = gmpo("compare", "--study", unfinished, "--wait", "0")
+    assert again.exit_code == 0, again.stderr
+    assert report_in(unfinished) == report_in(whole)
+
+
 def test_a_run_that_diverges_is_a_result(small: str, tmp_path: Path):
     study = tmp_path / "study"
     done = gmpo(
@@ -255,6 +275,7 @@ def test_a_study_that_another_process_runs_is_refused(whole: Path):
 def test_what_cannot_be_compared_is_refused_by_the_command(whole: Path, small: str):
     assert "needs 2 to 40 seeds, got 1" in refusal("compare", small, "--seeds", "0")
     assert "name a recipe" in refusal("compare")
+    assert "--wait -1 must be minutes from 0 on" in refusal("compare", small, "--wait", "-1")
     assert "has its own plan" in refusal("compare", "--study", whole, "--quick")
     told = refusal(
         *("compare", small, "--seeds", "0,1", "--study", whole),

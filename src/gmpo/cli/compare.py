@@ -13,7 +13,9 @@ from rich.text import Text
 from gmpo.cli.conventions import (
     JsonOption,
     SetOption,
+    WaitOption,
     refuses_clearly,
+    require_wait,
     threads_of_each,
     warn,
 )
@@ -58,6 +60,7 @@ def compare(
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep the weights of finished runs.")
     ] = False,
+    wait: WaitOption = 60,
     as_json: JsonOption = False,
 ) -> None:
     """Train with several objectives on the same prompts and seeds, and report what differs."""
@@ -65,6 +68,7 @@ def compare(
     from gmpo.study_plan import make_plan, parse_seeds
     from gmpo.study_report import build_report
 
+    require_wait(wait)
     if recipe is None and study is None:
         raise ConfigError("name a recipe, or with --study the study to go on with")
     folder = Path(study) if study else fresh_folder(f"{Path(recipe or '').stem}-study")
@@ -85,7 +89,9 @@ def compare(
     console = Console(stderr=as_json)
     plan = open_study(folder, plan, warn=warn)
     _announce(console, folder, plan)
-    given_up = _run(folder, plan, jobs=jobs, keep_checkpoints=keep_checkpoints, console=console)
+    given_up = _run(
+        folder, plan, jobs=jobs, keep_checkpoints=keep_checkpoints, wait=wait, console=console
+    )
     report = build_report(folder, plan)
     _write(report)
     _show(console, report, as_json=as_json)
@@ -95,11 +101,20 @@ def compare(
 
 
 def _run(
-    folder: Path, plan: StudyPlan, *, jobs: int, keep_checkpoints: bool, console: Console
+    folder: Path,
+    plan: StudyPlan,
+    *,
+    jobs: int,
+    keep_checkpoints: bool,
+    wait: float,
+    console: Console,
 ) -> list[str]:
     """Names of the runs that could not be brought to an end."""
-    from gmpo.study import run_study
+    from gmpo.study import patience_of, run_study
     from gmpo.terminal import asked_to_stop
+
+    def say(sentence: str) -> None:
+        console.print(Text(sentence), soft_wrap=True)
 
     with asked_to_stop(warn) as should_stop:
         return run_study(
@@ -107,7 +122,8 @@ def _run(
             plan,
             jobs=jobs,
             keep_checkpoints=keep_checkpoints,
-            say=lambda sentence: console.print(Text(sentence), soft_wrap=True),
+            patience=patience_of(folder, minutes=wait, say=say),
+            say=say,
             should_stop=should_stop,
         )
 

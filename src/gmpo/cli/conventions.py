@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 __all__ = [
     "JsonOption",
     "SetOption",
+    "WaitOption",
     "ending_quietly",
     "existing_store",
     "is_loopback",
     "model_name",
     "refuses_clearly",
+    "require_wait",
     "say",
     "threads_of_each",
     "warn",
@@ -49,6 +51,15 @@ _STOPPED = 130
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override: table.key=value; repeatable.")
+]
+
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        metavar="MINUTES",
+        help="Longest wait for other calls on the study while nothing comes of them; 0 does not "
+        "wait.",
+    ),
 ]
 
 
@@ -108,6 +119,16 @@ def ending_quietly(told: str) -> Iterator[None]:
         raise RunStopped(told) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def require_wait(minutes: float) -> None:
+    """Refuse a `WaitOption` that is none.
+
+    Raises:
+        ConfigError: it is negative or no number.
+    """
+    if not minutes >= 0:  # nan too
+        raise ConfigError(f"--wait {minutes:g} must be minutes from 0 on; 0 does not wait")
 
 
 def is_loopback(host: str) -> bool:

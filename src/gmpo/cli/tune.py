@@ -16,7 +16,9 @@ from rich.text import Text
 from gmpo.cli.conventions import (
     JsonOption,
     SetOption,
+    WaitOption,
     refuses_clearly,
+    require_wait,
     threads_of_each,
     warn,
 )
@@ -33,14 +35,6 @@ _INCOMPLETE = 1
 """Exit code of a study that lacks runs, because their processes died again and again."""
 
 
-_WaitOption = Annotated[
-    float,
-    typer.Option(
-        metavar="MINUTES",
-        help="Longest wait for other calls on the study while nothing comes of them; 0 does not "
-        "wait.",
-    ),
-]
 _PruneOption = Annotated[
     bool | None,
     typer.Option(
@@ -88,7 +82,7 @@ def tune(
     top: Annotated[
         int | None, typer.Option(help="Trials that are compared with the recipe; 3 by default.")
     ] = None,
-    wait: _WaitOption = 60,
+    wait: WaitOption = 60,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print space and plan; train nothing.")
     ] = False,
@@ -100,7 +94,7 @@ def tune(
         is_pareto=pareto, stability=stability, prune=prune, space=space, seeds=seeds, top=top
     )
     _require_trials(trials)
-    _require_wait(wait)
+    require_wait(wait)
     folder, plan = _asked_plan(recipe, study, asked, overrides or [], processes=processes)
     if dry_run:
         _show_plan(console, folder, plan, trials, as_json=as_json)
@@ -167,11 +161,6 @@ def _asked_plan(
 def _require_trials(trials: int | None) -> None:
     if trials is not None and trials < 1:
         raise ConfigError(f"--trials {trials} must be at least 1; leave it out for 50")
-
-
-def _require_wait(minutes: float) -> None:
-    if not minutes >= 0:  # nan too
-        raise ConfigError(f"--wait {minutes:g} must be minutes from 0 on; 0 does not wait")
 
 
 def _show_plan(

@@ -1,4 +1,4 @@
-"""How long a tuning call waits for what other calls hold, and what it says meanwhile."""
+"""How long a call on a study waits for what other calls hold, and what it says meanwhile."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Patience:
     Args:
         minutes: without any change, after which it gives up; 0 does not wait.
         say: told once a minute who is waited for.
-        go_on: how to go on later, for the message.
+        go_on: how to go on later, for the message, which it begins a sentence of.
         clock: seconds that never go back.
     """
 
@@ -64,7 +64,7 @@ class Patience:
     ) -> None:
         self._minutes = minutes
         self._say = say
-        self._go_on = go_on
+        self._go_on = go_on[0].upper() + go_on[1:]
         self._clock = clock
         self._state: object = None
         self._changed = self._said = clock()
