@@ -117,6 +117,29 @@ def test_missing_weights_are_refused_by_name_instead_of_random(tmp_path: Path):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"eos_token_id": 1', "JSONDecodeError: Expecting"),
+        (b"[]", "TypeError: "),
+        (b'{"eos_token_id": "\xff"}', "UnicodeDecodeError: "),
+        (b'{"eos_token_id": "<end>"}', "its eos_token_id is '<end>', no token id or list"),
+        (b'{"eos_token_id": [1, null]}', r"its eos_token_id is \[1, None\], no token id or list"),
+        (b'{"max_new_tokens": 0}', "ValueError: `max_new_tokens` must be greater than 0"),
+    ],
+)
+def test_damaged_generation_settings_are_refused_and_not_taken_for_absent(
+    content: bytes, said: str, tmp_path: Path
+):
+    folder = Path(save_tiny(tmp_path / "model"))
+    path = folder / "generation_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=rf"^{path} is damaged \({said}.*bring the file back"):
+        load(str(folder))
+    path.unlink()
+    load(str(folder))
+
+
 def test_a_damaged_weight_file_is_refused(tmp_path: Path):
     folder = save_tiny(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

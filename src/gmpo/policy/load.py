@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import shutil
@@ -24,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -105,7 +107,8 @@ def load_policy(
         warn: told in one sentence what auto chose against expectation or cannot do.
 
     Raises:
-        ModelError: there is no such model, or it is no decoder-only causal language model.
+        ModelError: there is no such model, it is no decoder-only causal language model, or a file
+            of it is damaged.
     """
     return Policy(load_model(name, device=device, dtype=dtype), engine=engine, warn=warn)
 
@@ -124,6 +127,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     folder = model_folder(name)
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
+    _require_generation_settings(folder)
     # transformers types this call as a model alone; with loading info it returns a pair.
     loaded: Any = None
     try:
@@ -148,6 +152,31 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTr
     on_device: PreTrainedModel = nn.Module.to(model, chosen_device)
     on_device.name_or_path = name  # an adapter names its base as the recipe does
     return on_device
+
+
+def _require_generation_settings(folder: str) -> None:
+    """Refuse a damaged generation_config.json, which transformers takes for one that is not there.
+
+    The end tokens that it names would be lost without a word: completions would run to the limit.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        ids = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).eos_token_id
+        why = None if _are_token_ids(ids) else f"its eos_token_id is {ids!r}, no token id or list"
+    except (OSError, ValueError, TypeError) as error:
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if why is not None:
+        raise ModelError(
+            f"{path} is damaged ({why}); bring the file back, or remove it if the end tokens of "
+            "config.json and of the tokenizer are all that the model has"
+        )
+
+
+def _are_token_ids(value: object) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(one, int) for one in ids)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
