@@ -31,13 +31,19 @@ __all__ = ["compare"]
 _INCOMPLETE = 1
 """Exit code of a study whose report lacks runs, because their processes died again and again."""
 
+_Recipe = Annotated[
+    str | None,
+    typer.Argument(help="Bundled name or path of a TOML file; none goes on with --study."),
+]
+_ArmOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set-for", help="Override of one arm: LABEL:table.key=value; repeatable."),
+]
+
 
 @refuses_clearly
 def compare(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(help="Bundled name or path of a TOML file; none goes on with --study."),
-    ] = None,
+    recipe: _Recipe = None,
     objectives: Annotated[
         str, typer.Option(help="Arms between commas, each OBJECTIVE or LABEL=OBJECTIVE.")
     ] = "grpo,gmpo",
@@ -49,10 +55,7 @@ def compare(
         bool, typer.Option("--quick", help="A few rounds, to see what a report looks like.")
     ] = False,
     overrides: SetOption = None,
-    arm_overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set-for", help="Override of one arm: LABEL:table.key=value; repeatable."),
-    ] = None,
+    arm_overrides: _ArmOverrides = None,
     target_reward: Annotated[
         float | None, typer.Option(help="Reward that 'rounds to target' waits for.")
     ] = None,
