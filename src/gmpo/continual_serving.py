@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from gmpo.errors import ServerUnreachable
 from gmpo.leash import leashed
+from gmpo.shared_cores import sharing_cores
 
 __all__ = ["served_process"]
 
@@ -42,7 +43,7 @@ def served_process(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"},
+        env=sharing_cores({**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"}),
         # Ctrl-C in the terminal is for this process, which ends the server itself.
         start_new_session=True,
     )

@@ -170,3 +170,11 @@ def test_a_mistyped_store_is_refused_and_not_made(place: list[str], tmp_path: Pa
     mistyped = tmp_path / "stroe.db"
     assert "there is no store at" in refusal("learn", "--store", str(mistyped), *place[2:])
     assert not mistyped.exists()
+
+
+def test_the_demonstration_refuses_options_that_it_would_not_follow(tmp_path: Path):
+    store, folder = tmp_path / "store.db", tmp_path / "demo"
+    beside = ("--folder", str(folder), "--json", "--store", str(store), "--when-rows", "5")
+    said = refusal("learn", "--demo", *beside)
+    assert "does not follow --store, --when-rows" in said
+    assert not folder.exists() and not store.exists()

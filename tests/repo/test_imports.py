@@ -111,6 +111,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "callbacks",
         "trainer",
         "leash",
+        "shared_cores",
         "locks",
         "study_wait",
         "run_process",

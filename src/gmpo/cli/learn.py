@@ -25,6 +25,7 @@ from gmpo.cli.conventions import (
 )
 from gmpo.errors import ConfigError, RunStopped
 from gmpo.recipe import load_recipe
+from gmpo.shared_cores import share_cores
 
 if TYPE_CHECKING:
     from gmpo.continual import ControllerSettings, Moment
@@ -94,6 +95,7 @@ _DryRun = Annotated[
 
 @refuses_clearly
 def learn(
+    context: typer.Context,
     store: _StoreUrl = None,
     name: _Name = None,
     data: _Data = None,
@@ -123,7 +125,9 @@ def learn(
     (promoted, refused or rolled back: --json tells), waits for a person, or none was due; 2: an
     error, and the next call goes on; 130: stopped as asked.
     """
+    share_cores()
     if demo:
+        _refuse_beside_demo(context)
         _run_demo(folder, as_json=as_json)
         return
     if store is None or name is None:
@@ -369,6 +373,23 @@ def _print(result: CycleResult, *, as_json: bool) -> None:
     why = f": {result.reason}" if result.reason else ""
     print(f"cycle {result.number} of {result.name}: {result.outcome}{why}")
     print(f"  {result.step}: {result.sentence}")
+
+
+def _refuse_beside_demo(context: typer.Context) -> None:
+    """Refuse what the demonstration would not follow."""
+    followed = {"demo", "folder", "as_json"}
+    given = [
+        each.opts[0]
+        for each in context.command.params
+        if each.name not in followed
+        and (source := context.get_parameter_source(each.name or "")) is not None
+        and source.name != "DEFAULT"
+    ]
+    if given:
+        raise ConfigError(
+            f"--demo brings a store, data and a plan of its own and does not follow "
+            f"{', '.join(given)}; beside it only --folder and --json say anything"
+        )
 
 
 def _run_demo(folder: Path | None, *, as_json: bool) -> None:

@@ -18,6 +18,7 @@ import typer
 from gmpo.cli.conventions import is_loopback, refuses_clearly, warn
 from gmpo.cli.serve_backends import Asked, Behind, Recorder, build_behind, wanted
 from gmpo.errors import ConfigError, DependencyError
+from gmpo.shared_cores import share_cores
 
 if TYPE_CHECKING:
     from gmpo.serving.access import ApiKeys
@@ -122,6 +123,8 @@ def serve(
 ) -> None:
     """Serve models to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads them anew."""
     _require_packages()
+    if follow is not None:  # `gmpo learn` trains beside it, on this machine as a rule
+        share_cores()
     from gmpo.serving.access import read_api_keys
     from gmpo.serving.admission import AdmissionLimits
     from gmpo.serving.server import ServerSettings, bound_socket
