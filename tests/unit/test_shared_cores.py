@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.commands import gmpo
 
+from gmpo.continual_serving import served_process
+from gmpo.errors import ServerUnreachable
 from gmpo.shared_cores import share_cores, sharing_cores
 
 
@@ -20,12 +25,59 @@ def test_what_the_user_chose_is_kept(choice: dict[str, str]):
     assert sharing_cores(choice) == choice
 
 
-def test_this_process_and_its_children_have_it(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that says nothing of waiting, as before when the test is over."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+        monkeypatch.setenv(name, "")  # remembered, so that what a command sets is undone
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_what_a_process_begins_sleeps_too():
     share_cores()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    code = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "PASSIVE\n"
+
+
+@pytest.mark.usefixtures("undecided")
+def test_commands_that_run_beside_others_share_the_cores(tmp_path: Path):
+    alone, beside = tmp_path / "alone.toml", tmp_path / "beside.toml"
+    none = str(tmp_path / "none")
+    text = f'name = "bot"\nmain = "here"\n[backends.here]\nengine = "{none}"\n'
+    alone.write_text(text)
+    beside.write_text(text + 'follow = "bot"\n')
+    store = ("--store", str(tmp_path / "store.db"))
+    for command, policy in (
+        (("serve", "--config", str(alone), *store), None),
+        (("serve", none, *store), None),
+        (("serve", "--config", str(beside), *store), "PASSIVE"),
+        (("serve", none, "--follow", "bot", *store), "PASSIVE"),
+        (("learn", "--demo", "--name", "bot"), "PASSIVE"),
+    ):
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        refused = gmpo(*command)  # the model is not there
+        assert refused.exit_code == 2, refused.stderr
+        assert os.environ.get("OMP_WAIT_POLICY") == policy, (command, refused.stderr)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_server_beside_a_controller_shares_the_cores(monkeypatch: pytest.MonkeyPatch):
+    begun: list[dict[str, str]] = []
+    real = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        begun.append(options["env"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    with (
+        pytest.raises(ServerUnreachable),
+        served_process("no-such-folder/at-all", threads=1, seconds=60),
+    ):
+        pass
+    assert [environment["OMP_WAIT_POLICY"] for environment in begun] == ["PASSIVE"]
 
 
 def test_openmp_is_told_before_torch_brings_it():

@@ -153,6 +153,12 @@ def model_name(model: str) -> str:
     return str(checkpoint_model(checkpoint))
 
 
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """Whether the user gave a parameter a value, be it the default's."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
 def threads_of_each(processes: int) -> int:
     """CPU threads of each run: what the environment says, else an equal share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

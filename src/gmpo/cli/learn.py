@@ -18,6 +18,7 @@ from gmpo.cli.conventions import (
     JsonOption,
     SetOption,
     existing_store,
+    is_given,
     refuses_clearly,
     say,
     threads_of_each,
@@ -381,9 +382,7 @@ def _refuse_beside_demo(context: typer.Context) -> None:
     given = [
         each.opts[0]
         for each in context.command.params
-        if each.name not in followed
-        and (source := context.get_parameter_source(each.name or "")) is not None
-        and source.name != "DEFAULT"
+        if each.name is not None and each.name not in followed and is_given(context, each.name)
     ]
     if given:
         raise ConfigError(

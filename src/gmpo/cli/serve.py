@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gmpo.cli.conventions import is_loopback, refuses_clearly, warn
+from gmpo.cli.conventions import is_given, is_loopback, refuses_clearly, warn
 from gmpo.cli.serve_backends import Asked, Behind, Recorder, build_behind, wanted
 from gmpo.errors import ConfigError, DependencyError
 from gmpo.shared_cores import share_cores
@@ -123,8 +123,6 @@ def serve(
 ) -> None:
     """Serve models to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads them anew."""
     _require_packages()
-    if follow is not None:  # `gmpo learn` trains beside it, on this machine as a rule
-        share_cores()
     from gmpo.serving.access import read_api_keys
     from gmpo.serving.admission import AdmissionLimits
     from gmpo.serving.server import ServerSettings, bound_socket
@@ -144,6 +142,8 @@ def serve(
     recording = _recording(store, learn_anew=learn_anew, record_texts=record_texts)
     with bound_socket(host, port) as bound, recording as records:
         found = wanted(asked, records.recorder)
+        if found.config.follows:  # `gmpo learn` trains beside it, on this machine as a rule
+            share_cores()
         _refuse_unused(context, found.config)
         engine_limits = partial(_engine_limits, max_rows, max_prompt_tokens, max_tokens)
         behind = build_behind(found, engine_limits, records.recorder)
@@ -172,8 +172,7 @@ def _refuse_unused(context: typer.Context, config: RoutingConfig) -> None:
     if any(isinstance(one, EngineSettings) for one in config.backends.values()):
         return
     for name in ("max_rows", "max_prompt_tokens", "max_tokens"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if is_given(context, name):
             raise ConfigError(
                 f"--{name.replace('_', '-')} is a limit of models in this process, and all models "
                 "are at servers; set it there, and leave it out here"

@@ -91,6 +91,12 @@ class RoutingConfig(Table):
         return self
 
     @property
+    def follows(self) -> bool:
+        """Whether a model here is the champion of a name in the store."""
+        engines = (one for one in self.backends.values() if isinstance(one, EngineSettings))
+        return any(engine.follow is not None for engine in engines)
+
+    @property
     def needs_store(self) -> str | None:
         """The first setting that does nothing without a store; None if there is none."""
         if self.experiment is not None:
