@@ -2,9 +2,8 @@
 
 OpenMP's threads spin between one part of a product and the next, which is quickest while they have
 the cores to themselves. Where a server, its candidate and a training run take turns on the same
-cores, each spins away the time in which another could have finished: on two cores, 16 short
-answers took a server 1.2 s alone and 4 to 10 s while a second one answered 16 more; with threads
-that sleep 1.4 s and 1.7.
+cores, each spins away the time in which another could have finished. `benchmarks/shared_cores.py`
+measures what either way of waiting costs.
 """
 
 from __future__ import annotations
