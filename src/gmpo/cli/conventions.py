@@ -27,6 +27,7 @@ __all__ = [
     "WaitOption",
     "ending_quietly",
     "existing_store",
+    "is_given",
     "is_loopback",
     "model_name",
     "refuses_clearly",
