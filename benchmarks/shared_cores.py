@@ -25,8 +25,8 @@ from rich.table import Table
 
 from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.options import add_threads, require_at_least_one, require_threads
-from gmpo.continual_serving import served_process
-from gmpo.continual_traffic import ServerClient, open_client
+from gmpo.continual.serving import served_process
+from gmpo.continual.traffic import ServerClient, open_client
 from gmpo.policy.load import model_folder
 from gmpo.records import Prompt
 

@@ -13,9 +13,9 @@ from tests.learning import NAME
 from tests.registries import model_folder
 
 from gmpo.continual import ControllerSettings, open_cycle, run_cycle
-from gmpo.continual_anchor import anchor_suites, best_versions, earlier_champions
-from gmpo.continual_records import CycleFacts, CycleResult, StepReport
-from gmpo.continual_release import (
+from gmpo.continual.anchor import anchor_suites, best_versions, earlier_champions
+from gmpo.continual.records import CycleFacts, CycleResult, StepReport
+from gmpo.continual.release import (
     Compared,
     approve_step,
     gate_step,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gmpo.continual import ControllerSettings, CycleWaits, run_cycle
-from gmpo.continual_records import CycleFacts, CycleResult, StepReport
+from gmpo.continual.records import CycleFacts, CycleResult, StepReport
 from gmpo.errors import ChampionMoved, LeaseHeld
 from gmpo.store import ModelVersion, Store, open_store
 

@@ -18,11 +18,11 @@ from tests.tiny_runs import tiny_recipe
 
 from gmpo.config import RewardConfig
 from gmpo.continual import ControllerSettings, open_cycle, run_cycle
-from gmpo.continual_plan import LearnPlan, write_rows
-from gmpo.continual_records import CycleFacts, CycleResult, StepReport
-from gmpo.continual_release import Compared, read_compared
-from gmpo.continual_serving import served_process
-from gmpo.continual_work import RealWork, cycle_request, dry_run
+from gmpo.continual.plan import LearnPlan, write_rows
+from gmpo.continual.records import CycleFacts, CycleResult, StepReport
+from gmpo.continual.release import Compared, read_compared
+from gmpo.continual.serving import served_process
+from gmpo.continual.work import RealWork, cycle_request, dry_run
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.registry import Registry
 from gmpo.store import Store, open_store

@@ -10,7 +10,7 @@ import pytest
 from tests.commands import gmpo, refusal
 from tests.registries import model_folder
 
-from gmpo.continual_plan import write_rows
+from gmpo.continual.plan import write_rows
 from gmpo.registry import Registry
 from gmpo.store import Event, open_store
 

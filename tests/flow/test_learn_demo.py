@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gmpo.continual_demo import run_demo
+from gmpo.continual.demo import run_demo
 
 
 @pytest.mark.verify

@@ -14,10 +14,10 @@ import pytest
 from tests.flow.test_learn import NAME, SERVE, Place, opened, rows
 
 from gmpo.continual import ControllerSettings, run_cycle
-from gmpo.continual_plan import LearnPlan
-from gmpo.continual_records import STEPS
-from gmpo.continual_serving import served_process
-from gmpo.continual_work import RealWork, cycle_request
+from gmpo.continual.plan import LearnPlan
+from gmpo.continual.records import STEPS
+from gmpo.continual.serving import served_process
+from gmpo.continual.work import RealWork, cycle_request
 from gmpo.registry import Registry
 from gmpo.store import open_store
 

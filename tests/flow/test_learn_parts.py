@@ -16,11 +16,11 @@ from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe, weights
 
 from gmpo.config import RunConfig
-from gmpo.continual_plan import LearnPlan, suite_prompts, update_recipe, write_rows
-from gmpo.continual_serving import served_process
-from gmpo.continual_suites import ModelAsked, completion_lengths, some_items, success_shares
-from gmpo.continual_traffic import open_client
-from gmpo.continual_training import stability_metrics, train_run, trained_model
+from gmpo.continual.plan import LearnPlan, suite_prompts, update_recipe, write_rows
+from gmpo.continual.serving import served_process
+from gmpo.continual.suites import ModelAsked, completion_lengths, some_items, success_shares
+from gmpo.continual.traffic import open_client
+from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, RunStopped, ServerUnreachable
 
 
@@ -159,7 +159,7 @@ def test_a_version_is_served_by_a_process_until_the_block_ends(model: str, items
 def test_a_server_does_not_outlive_a_controller_that_is_killed(model: str):
     code = (
         "import sys, time\n"
-        "from gmpo.continual_serving import served_process\n"
+        "from gmpo.continual.serving import served_process\n"
         "with served_process(sys.argv[1], threads=1, seconds=60) as url:\n"
         "    print(url, flush=True)\n"
         "    time.sleep(600)\n"

@@ -12,7 +12,7 @@ import pytest
 from tests.learning import NAME, START, begin_champion, race, run_and_die
 
 from gmpo.continual import open_cycle
-from gmpo.continual_records import ROLL_BACK, STEPS
+from gmpo.continual.records import ROLL_BACK, STEPS
 from gmpo.errors import ConfigError, LeaseHeld
 from gmpo.store import Store, open_store
 

@@ -10,7 +10,7 @@ import pytest
 from tests.learning import NAME, START, ScriptedWork, begin_champion, run
 
 from gmpo.continual import CycleWork, abandon_cycle, lease_name, open_cycle, run_cycle
-from gmpo.continual_records import REASONS, ROLL_BACK, STEPS
+from gmpo.continual.records import REASONS, ROLL_BACK, STEPS
 from gmpo.errors import ConfigError, CycleMoved, DataError, LeaseHeld, RunStopped, StoreError
 from gmpo.store import Store, open_store
 

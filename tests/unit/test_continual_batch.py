@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.continual_batch import apart_from_suites, checked_batch
-from gmpo.continual_demo import default_settings, larger_and_sums
-from gmpo.continual_plan import LearnPlan, write_rows
+from gmpo.continual.batch import apart_from_suites, checked_batch
+from gmpo.continual.demo import default_settings, larger_and_sums
+from gmpo.continual.plan import LearnPlan, write_rows
 from gmpo.errors import DataError
 from gmpo.records import Prompt
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.continual_plan import (
+from gmpo.continual.plan import (
     LearnPlan,
     batch_digest,
     feedback_file,

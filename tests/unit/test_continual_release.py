@@ -14,9 +14,9 @@ from tests.learning import NAME
 from tests.registries import decision, model_folder
 
 from gmpo.continual import CycleWaits
-from gmpo.continual_plan import LearnPlan
-from gmpo.continual_records import CycleFacts, StepReport
-from gmpo.continual_release import (
+from gmpo.continual.plan import LearnPlan
+from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.release import (
     Compared,
     answer_approval,
     approve_step,
@@ -28,7 +28,7 @@ from gmpo.continual_release import (
     roll_back_step,
     write_compared,
 )
-from gmpo.continual_work import RealWork
+from gmpo.continual.work import RealWork
 from gmpo.errors import ConfigError, PromotionRefused
 from gmpo.gate_policy import GatePolicy
 from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gmpo.continual_triggers import Triggers, due
+from gmpo.continual.triggers import Triggers, due
 from gmpo.errors import ConfigError
 from gmpo.store import Event, Store, open_store
 

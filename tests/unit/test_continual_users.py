@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_ind
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.continual_plan import LearnPlan
-from gmpo.continual_records import CycleFacts, StepReport
-from gmpo.continual_users import fell_by_more, users_shadow, users_watch
+from gmpo.continual.plan import LearnPlan
+from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.users import fell_by_more, users_shadow, users_watch
 from gmpo.errors import RunStopped
 from gmpo.live_shadow import (
     CONTROLLER_SESSION,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmpo.continual_anchor import Shares, anchor_suites, best_versions
+from gmpo.continual.anchor import Shares, anchor_suites, best_versions
 from gmpo.errors import ConfigError
 from gmpo.gate import decide_gate, with_anchor
 from gmpo.gate_policy import GatePolicy

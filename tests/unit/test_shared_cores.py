@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.commands import gmpo
 
-from gmpo.continual_serving import served_process
+from gmpo.continual.serving import served_process
 from gmpo.errors import ServerUnreachable
 from gmpo.shared_cores import share_cores, sharing_cores
 

@@ -30,10 +30,10 @@ from gmpo.shared_cores import share_cores
 
 if TYPE_CHECKING:
     from gmpo.continual import ControllerSettings, Moment
-    from gmpo.continual_plan import LearnPlan
-    from gmpo.continual_records import CycleResult, StepReport
-    from gmpo.continual_triggers import Triggers
-    from gmpo.continual_work import RealWork
+    from gmpo.continual.plan import LearnPlan
+    from gmpo.continual.records import CycleResult, StepReport
+    from gmpo.continual.triggers import Triggers
+    from gmpo.continual.work import RealWork
     from gmpo.store import Store
 
 __all__ = ["learn"]
@@ -174,7 +174,7 @@ class _Asked:
 
     def learn_plan(self) -> LearnPlan:
         """The plan that options and file make."""
-        from gmpo.continual_plan import plan_of
+        from gmpo.continual.plan import plan_of
 
         table = {} if self.plan is None else _toml(self.plan)
         for key in ("recipe", "suites", "replay", "gateway", "approval"):
@@ -206,7 +206,7 @@ class _Learner:
 
     def answer(self, *, approved: bool) -> None:
         """A person's yes or no to the candidate that waits."""
-        from gmpo.continual_release import answer_approval
+        from gmpo.continual.release import answer_approval
 
         answer_approval(self.store, self.name, approved=approved, by=getpass.getuser())
 
@@ -221,7 +221,7 @@ class _Learner:
 
     def dry_run(self, asked: _Asked, *, as_json: bool) -> None:
         """What a cycle would check and do, without training, stored nowhere."""
-        from gmpo.continual_work import dry_run
+        from gmpo.continual.work import dry_run
 
         plan = asked.learn_plan()
         _require_gateway(plan)
@@ -235,9 +235,9 @@ class _Learner:
     def cycle(self, asked: _Asked, triggers: Triggers, *, as_json: bool) -> None:
         """Run the unfinished cycle to its end, or a new one if one is due."""
         from gmpo.continual import learning_champion, open_cycle, run_cycle
-        from gmpo.continual_plan import batch_digest, read_batch
-        from gmpo.continual_triggers import due
-        from gmpo.continual_work import cycle_request
+        from gmpo.continual.plan import batch_digest, read_batch
+        from gmpo.continual.triggers import due
+        from gmpo.continual.work import cycle_request
 
         going_on, request = open_cycle(self.store, self.name), None
         if going_on is None:
@@ -278,7 +278,7 @@ class _Learner:
         if asked.data and asked.feedback:
             raise ConfigError("--data and --feedback both say what is learned; give one of them")
         if asked.feedback:
-            from gmpo.continual_plan import feedback_file
+            from gmpo.continual.plan import feedback_file
 
             path, told = feedback_file(self.store, self.name, self.folder)
             warn(f"feedback: {json.dumps(told)}")
@@ -300,7 +300,7 @@ class _Learner:
 @contextmanager
 def _opened(url: str, name: str, folder: Path | None, *, wait_seconds: float) -> Iterator[_Learner]:
     """The store, the registry beside it, and the work of cycles."""
-    from gmpo.continual_work import RealWork
+    from gmpo.continual.work import RealWork
     from gmpo.registry import Registry
     from gmpo.terminal import asked_to_stop
 
@@ -334,7 +334,7 @@ def _place(url: str, folder: Path | None) -> Path:
 
 def _require_gateway(plan: LearnPlan) -> None:
     """Refuse a gateway that does not answer before hours of training, not after them."""
-    from gmpo.continual_traffic import open_client
+    from gmpo.continual.traffic import open_client
 
     if plan.gateway is not None:
         with open_client(plan.gateway) as client:
@@ -356,7 +356,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _triggers(rows: int | None, hours: float | None, on_drift: bool) -> Triggers:
-    from gmpo.continual_triggers import Triggers
+    from gmpo.continual.triggers import Triggers
 
     seconds = None if hours is None else 3600 * hours
     return Triggers(min_rows=rows, every_seconds=seconds, on_drift=on_drift)
@@ -392,7 +392,7 @@ def _refuse_beside_demo(context: typer.Context) -> None:
 
 
 def _run_demo(folder: Path | None, *, as_json: bool) -> None:
-    from gmpo.continual_demo import run_demo
+    from gmpo.continual.demo import run_demo
     from gmpo.terminal import asked_to_stop
     from gmpo.tracking import fresh_folder
 

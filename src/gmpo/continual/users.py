@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr
 
-from gmpo.continual_plan import LearnPlan
-from gmpo.continual_records import CycleFacts, StepReport
+from gmpo.continual.plan import LearnPlan
+from gmpo.continual.records import CycleFacts, StepReport
 from gmpo.errors import RunStopped
 from gmpo.live_shadow import ShadowCall, UsersPairs, called, users_answers, users_pairs
 from gmpo.store import Event, Store

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gmpo.continual_plan import LearnPlan, suites_of
-from gmpo.continual_records import CycleFacts
-from gmpo.continual_suites import ModelAsked, success_shares
+from gmpo.continual.plan import LearnPlan, suites_of
+from gmpo.continual.records import CycleFacts
+from gmpo.continual.suites import ModelAsked, success_shares
 from gmpo.errors import DataError
 from gmpo.gate import drop_p_value
 from gmpo.gate_records import AnchorSuites, PairedSuite

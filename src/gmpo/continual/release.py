@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gmpo.continual import CycleWaits, open_cycle
-from gmpo.continual_records import REASONS, CycleFacts, StepReport, facts_of
+from gmpo.continual.cycle import CycleWaits, open_cycle
+from gmpo.continual.records import REASONS, CycleFacts, StepReport, facts_of
 from gmpo.errors import ChampionMoved, ConfigError, PromotionRefused, RunFolderError
 from gmpo.gate import decide_gate, with_anchor
 from gmpo.gate_policy import GatePolicy

@@ -1,6 +1,6 @@
-"""Continual learning: cycles that bring new data into the model that serves, or leave it as it is.
+"""A cycle, taken through its steps by whoever holds its lease, also after a process was killed.
 
-A cycle is a state machine in the store. Each step writes what it found into a folder that appears
+It is a state machine in the store. Each step writes what it found into a folder that appears
 whole, by a rename, and only then does the cycle move to the next step, if its lease is still held
 and nobody else moved it. So a process may be killed anywhere: the next one finds the finished
 step's folder, or does the step again, and goes on.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from gmpo.continual_lease import HeldLease, held_lease, new_holder
-from gmpo.continual_records import (
+from gmpo.continual.lease import HeldLease, held_lease, new_holder
+from gmpo.continual.records import (
     ROLL_BACK,
     STEPS,
     CycleFacts,

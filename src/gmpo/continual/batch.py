@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.contamination import TrainingText, items_in_rows
-from gmpo.continual_plan import LearnPlan, suite_prompts
-from gmpo.continual_records import StepReport
+from gmpo.continual.plan import LearnPlan, suite_prompts
+from gmpo.continual.records import StepReport
 from gmpo.data_quality import BatchReport, EarlierData, row_texts, validate_batch
 from gmpo.data_samples import Sampler
 from gmpo.errors import DataError

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from gmpo.continual_plan import LearnPlan, suite_prompts
-from gmpo.continual_records import CycleFacts, StepReport
-from gmpo.continual_serving import served_process
-from gmpo.continual_suites import some_items
-from gmpo.continual_traffic import Answered, ServerClient, open_client
-from gmpo.continual_users import users_shadow, users_watch
+from gmpo.continual.plan import LearnPlan, suite_prompts
+from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.serving import served_process
+from gmpo.continual.suites import some_items
+from gmpo.continual.traffic import Answered, ServerClient, open_client
+from gmpo.continual.users import users_shadow, users_watch
 from gmpo.errors import ServerUnreachable
 from gmpo.gate import decide_gate
 from gmpo.gate_records import Guardrail, PairedSuite

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gmpo.continual import learning_champion
-from gmpo.continual_anchor import find_anchor, require_anchor
-from gmpo.continual_batch import apart_from_suites, champion_sampler, checked_batch
-from gmpo.continual_live import live_step, watch_step
-from gmpo.continual_plan import (
+from gmpo.continual.anchor import find_anchor, require_anchor
+from gmpo.continual.batch import apart_from_suites, champion_sampler, checked_batch
+from gmpo.continual.cycle import learning_champion
+from gmpo.continual.live import live_step, watch_step
+from gmpo.continual.plan import (
     LearnPlan,
     batch_digest,
     mixed_rows,
@@ -26,8 +26,8 @@ from gmpo.continual_plan import (
     update_recipe,
     write_rows,
 )
-from gmpo.continual_records import CycleFacts, StepReport
-from gmpo.continual_release import (
+from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.release import (
     Compared,
     approve_step,
     gate_step,
@@ -39,14 +39,14 @@ from gmpo.continual_release import (
     roll_back_step,
     write_compared,
 )
-from gmpo.continual_suites import (
+from gmpo.continual.suites import (
     ModelAsked,
     completion_lengths,
     require_apart,
     some_items,
     success_shares,
 )
-from gmpo.continual_training import stability_metrics, train_run, trained_model
+from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
 from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount

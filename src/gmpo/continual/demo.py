@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.config import RunConfig
-from gmpo.continual import ControllerSettings, Moment, run_cycle
-from gmpo.continual_plan import LearnPlan, suite_prompts, write_rows
-from gmpo.continual_records import CycleResult, StepReport
-from gmpo.continual_serving import served_process
-from gmpo.continual_traffic import ServerClient, open_client
-from gmpo.continual_work import RealWork, cycle_request
+from gmpo.continual.cycle import ControllerSettings, Moment, run_cycle
+from gmpo.continual.plan import LearnPlan, suite_prompts, write_rows
+from gmpo.continual.records import CycleResult, StepReport
+from gmpo.continual.serving import served_process
+from gmpo.continual.traffic import ServerClient, open_client
+from gmpo.continual.work import RealWork, cycle_request
 from gmpo.errors import ConfigError
 from gmpo.recipe import load_recipe
 from gmpo.records import Prompt
