@@ -22,11 +22,11 @@ from gmpo.errors import RunStopped, StillHeld
 from gmpo.locks import take_lock
 from gmpo.recipe import load_recipe
 from gmpo.tracking import read_lines
-from gmpo.tuning import candidates, judge, run_trials
-from gmpo.tuning_plan import TuningOptions, make_tuning_plan, open_tuning
-from gmpo.tuning_report import build_tuning_report
-from gmpo.tuning_score import Score
-from gmpo.tuning_search import Search
+from gmpo.tuning.plan import TuningOptions, make_tuning_plan, open_tuning
+from gmpo.tuning.report import build_tuning_report
+from gmpo.tuning.score import Score
+from gmpo.tuning.search import Search
+from gmpo.tuning.trials import candidates, judge, run_trials
 
 SPACE = """
 replace = true
@@ -270,7 +270,7 @@ def test_a_call_that_keeps_the_search_to_itself_is_not_waited_for_without_end(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     search = begun(small, tmp_path / "kept")
-    monkeypatch.setattr("gmpo.tuning_search._LONGEST_ASKING_SECONDS", 0.05)
+    monkeypatch.setattr("gmpo.tuning.search._LONGEST_ASKING_SECONDS", 0.05)
     with (search.folder / "claims" / "ask.lock").open("a") as file:
         assert take_lock(file)
         with pytest.raises(StillHeld, match=f"ask.lock is held by process {os.getpid()} on"):

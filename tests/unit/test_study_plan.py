@@ -14,7 +14,7 @@ from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import load_recipe
 from gmpo.study import open_study
 from gmpo.study_plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
-from gmpo.tuning_plan import TuningOptions, make_tuning_plan, open_tuning
+from gmpo.tuning.plan import TuningOptions, make_tuning_plan, open_tuning
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from gmpo.errors import StudyError
 from gmpo.statistics import crossed_interval
-from gmpo.tuning_report import JudgedRun, judgements
-from gmpo.tuning_score import FAILED, Score
+from gmpo.tuning.report import JudgedRun, judgements
+from gmpo.tuning.score import FAILED, Score
 
 ITEMS = [str(number) for number in range(40)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from gmpo.errors import StudyError
 from gmpo.recipe import load_recipe
-from gmpo.tuning_score import (
+from gmpo.tuning.score import (
     FAILED,
     Score,
     final_score,

@@ -9,7 +9,7 @@ import pytest
 
 from gmpo.errors import ConfigError
 from gmpo.recipe import load_recipe, recipe_values
-from gmpo.tuning_space import (
+from gmpo.tuning.space import (
     TUNABLE,
     Choices,
     Range,

@@ -26,8 +26,8 @@ from gmpo.errors import ConfigError
 from gmpo.tracking import fresh_folder
 
 if TYPE_CHECKING:
-    from gmpo.tuning_plan import TuningPlan
-    from gmpo.tuning_search import Search
+    from gmpo.tuning.plan import TuningPlan
+    from gmpo.tuning.search import Search
 
 __all__ = ["Stability", "tune"]
 
@@ -99,8 +99,8 @@ def tune(
     if dry_run:
         _show_plan(console, folder, plan, trials, as_json=as_json)
         return
-    from gmpo.tuning_plan import open_tuning
-    from gmpo.tuning_search import Search
+    from gmpo.tuning.plan import open_tuning
+    from gmpo.tuning.search import Search
 
     plan, count = open_tuning(folder, plan, trials=trials, warn=warn)
     search = Search(folder, plan)
@@ -137,7 +137,7 @@ def _asked_plan(
 ) -> tuple[Path, TuningPlan | None]:
     """The study's folder, and the plan asked for; None goes on with the folder's own."""
     from gmpo.study_plan import parse_seeds
-    from gmpo.tuning_plan import TuningOptions, make_tuning_plan
+    from gmpo.tuning.plan import TuningOptions, make_tuning_plan
 
     if recipe is None and study is None:
         raise ConfigError("name a recipe, or with --study the study to go on with")
@@ -167,8 +167,8 @@ def _show_plan(
     console: Console, folder: Path, plan: TuningPlan | None, trials: int | None, *, as_json: bool
 ) -> None:
     """What would be done, for a new study."""
-    from gmpo.tuning_plan import DEFAULT_TRIALS
-    from gmpo.tuning_tables import render_plan
+    from gmpo.tuning.plan import DEFAULT_TRIALS
+    from gmpo.tuning.tables import render_plan
 
     if plan is None:
         raise ConfigError(f"--dry-run shows what a new study in {folder} would do; name a recipe")
@@ -184,8 +184,8 @@ def _run(
 ) -> list[str]:
     """Trials, then the last comparison; names of the runs that could not be brought to an end."""
     from gmpo.terminal import asked_to_stop
-    from gmpo.tuning import candidates, judge, run_trials
-    from gmpo.tuning_tables import plan_sentences
+    from gmpo.tuning.tables import plan_sentences
+    from gmpo.tuning.trials import candidates, judge, run_trials
 
     say = _printer(console)
     for sentence in [*plan_sentences(search.plan, trials), f"study folder {search.folder}"]:
@@ -220,9 +220,9 @@ def _printer(console: Console) -> Callable[[str], None]:
 
 def _report(search: Search, console: Console, *, as_json: bool) -> None:
     """Write the report, the winner's recipe and the plots, and show the report."""
-    from gmpo.tuning_plots import plot_tuning
-    from gmpo.tuning_report import build_tuning_report, write_report
-    from gmpo.tuning_tables import render_tuning
+    from gmpo.tuning.plots import plot_tuning
+    from gmpo.tuning.report import build_tuning_report, write_report
+    from gmpo.tuning.tables import render_tuning
 
     report = build_tuning_report(search)
     plot_tuning(report, report.folder / "plots")

@@ -13,7 +13,7 @@ from gmpo.errors import ConfigError, RunStopped, StudyError
 from gmpo.run_process import MOST_TRIES, Attempt, RunProcess, death, is_trained_in
 from gmpo.stability import run_figures
 from gmpo.tracking import read_lines
-from gmpo.tuning_score import stability
+from gmpo.tuning.score import stability
 
 __all__ = ["TrainedRun", "stability_metrics", "train_run", "trained_model"]
 

@@ -17,9 +17,8 @@ from gmpo.statistics import crossed_interval
 from gmpo.study import cell_folder, ended_cells
 from gmpo.study_plan import Cell
 from gmpo.tracking import RunFolder, builds_of
-from gmpo.tuning import OWN, arm_name, candidates, judged_folder, judged_plan, trial_folder
-from gmpo.tuning_plan import TuningPlan
-from gmpo.tuning_score import (
+from gmpo.tuning.plan import TuningPlan
+from gmpo.tuning.score import (
     ACCURACY_WEIGHT,
     FAILED,
     STABILITY_WEIGHT,
@@ -27,8 +26,9 @@ from gmpo.tuning_score import (
     final_score,
     held_out_outcomes,
 )
-from gmpo.tuning_search import Search, TrialRecord
-from gmpo.tuning_space import recipe_with
+from gmpo.tuning.search import Search, TrialRecord
+from gmpo.tuning.space import recipe_with
+from gmpo.tuning.trials import OWN, arm_name, candidates, judged_folder, judged_plan, trial_folder
 
 __all__ = [
     "JudgedArm",

@@ -20,9 +20,9 @@ from gmpo.study import run_study
 from gmpo.study_plan import Arm, StudyPlan
 from gmpo.study_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 from gmpo.tracking import RunFolder
-from gmpo.tuning_plan import TuningPlan
-from gmpo.tuning_score import final_score, scores_during
-from gmpo.tuning_search import ClaimedTrial, Search, TrialRecord
+from gmpo.tuning.plan import TuningPlan
+from gmpo.tuning.score import final_score, scores_during
+from gmpo.tuning.search import ClaimedTrial, Search, TrialRecord
 
 __all__ = [
     "OWN",

@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gmpo.text_tables import open_table
-from gmpo.tuning_plan import TuningPlan
-from gmpo.tuning_report import JudgedArm, TuningReport, verdict
-from gmpo.tuning_search import TrialRecord
-from gmpo.tuning_space import own_values
+from gmpo.tuning.plan import TuningPlan
+from gmpo.tuning.report import JudgedArm, TuningReport, verdict
+from gmpo.tuning.search import TrialRecord
+from gmpo.tuning.space import own_values
 
 __all__ = ["plan_sentences", "render_plan", "render_tuning"]
 

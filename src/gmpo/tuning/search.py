@@ -20,9 +20,9 @@ import numpy as np
 
 from gmpo.errors import DependencyError, RunFolderError, StillHeld, StudyError
 from gmpo.locks import Holder, holder_of, take_lock
-from gmpo.tuning_plan import TuningPlan
-from gmpo.tuning_score import FAILED, Score
-from gmpo.tuning_space import Choices, Range, Space, Value
+from gmpo.tuning.plan import TuningPlan
+from gmpo.tuning.score import FAILED, Score
+from gmpo.tuning.space import Choices, Range, Space, Value
 
 try:
     import optuna

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gmpo.errors import RunFolderError
-from gmpo.tuning_report import TuningReport
+from gmpo.tuning.report import TuningReport
 
 __all__ = ["plot_tuning"]
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
-from gmpo.inputs import resolve_model
 from gmpo.recipe import load_recipe, recipe_of_table, recipe_values
 from gmpo.study_plan import refuse_other_folders
 from gmpo.task_table import build_task
 from gmpo.tracking import RunFolder, provenance
-from gmpo.tuning_score import StabilityKind
-from gmpo.tuning_space import (
+from gmpo.tuning.score import StabilityKind
+from gmpo.tuning.space import (
     Parameter,
     Space,
     Value,
@@ -241,6 +240,8 @@ def open_tuning(
             raise StudyError(
                 f"{folder} holds trials but no {_FILE}; bring it back, or choose another --study"
             )
+        from gmpo.inputs import resolve_model
+
         model = resolve_model(plan.recipe.model, warn=warn)
         resolved = replace(plan, recipe=plan.recipe.model_copy(update={"model": model}))
         count = DEFAULT_TRIALS if trials is None else trials
