@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.stability import FIGURES, RunFigures
-from gmpo.study_comparison import Comparison
-from gmpo.study_plan import StudyPlan, make_plan
-from gmpo.study_report import ArmSummary, RunReport, StudyReport
+from gmpo.study.comparison import Comparison
+from gmpo.study.plan import StudyPlan, make_plan
+from gmpo.study.report import ArmSummary, RunReport, StudyReport
 
 _CALLS = 0
 

@@ -19,7 +19,7 @@ from tests.studies import outcomes
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
 from gmpo.study import open_study, run_study
-from gmpo.study_report import build_report
+from gmpo.study.report import build_report
 from gmpo.tracking import read_lines
 
 CELLS = ["grpo-seed0", "gmpo-seed0", "grpo-seed1", "gmpo-seed1"]

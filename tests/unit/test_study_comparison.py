@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gmpo.stability import FIGURES, RunFigures
 from gmpo.statistics import detectable_mean
-from gmpo.study_comparison import (
+from gmpo.study.comparison import (
     IMPROVEMENTS,
     Comparison,
     compare_arms,

@@ -11,9 +11,9 @@ import pytest
 from tests.studies import plan_of, report_of, run_figures_of
 from tests.tiny_runs import tiny_recipe, write_recipe
 
-from gmpo.study_comparison import compare_arms
-from gmpo.study_html import study_html
-from gmpo.study_plots import plot_study
+from gmpo.study.comparison import compare_arms
+from gmpo.study.html import study_html
+from gmpo.study.plots import plot_study
 
 
 class Page(HTMLParser):

@@ -13,7 +13,7 @@ from tests.tiny_runs import tiny_recipe, write_recipe
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import load_recipe
 from gmpo.study import open_study
-from gmpo.study_plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
+from gmpo.study.plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
 from gmpo.tuning.plan import TuningOptions, make_tuning_plan, open_tuning
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gmpo.errors import StillHeld
 from gmpo.locks import Holder, holder_of, take_lock
-from gmpo.study_wait import Held, Patience, signs_of_runs
+from gmpo.study.wait import Held, Patience, signs_of_runs
 
 HOLDER = Holder(pid=12, host="box", since="2026-01-02 03:04:05 UTC")
 

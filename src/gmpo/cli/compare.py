@@ -23,8 +23,8 @@ from gmpo.errors import ConfigError
 from gmpo.tracking import RunFolder, fresh_folder
 
 if TYPE_CHECKING:
-    from gmpo.study_plan import StudyPlan
-    from gmpo.study_report import StudyReport
+    from gmpo.study.plan import StudyPlan
+    from gmpo.study.report import StudyReport
 
 __all__ = ["compare"]
 
@@ -68,8 +68,8 @@ def compare(
 ) -> None:
     """Train with several objectives on the same prompts and seeds, and report what differs."""
     from gmpo.study import open_study
-    from gmpo.study_plan import make_plan, parse_seeds
-    from gmpo.study_report import build_report
+    from gmpo.study.plan import make_plan, parse_seeds
+    from gmpo.study.report import build_report
 
     require_wait(wait)
     if recipe is None and study is None:
@@ -147,8 +147,8 @@ def _announce(console: Console, folder: Path, plan: StudyPlan) -> None:
 
 def _write(report: StudyReport) -> None:
     """`report.json`, `report.html` and `plots/` in the study folder."""
-    from gmpo.study_html import study_html
-    from gmpo.study_plots import plot_study
+    from gmpo.study.html import study_html
+    from gmpo.study.plots import plot_study
 
     folder = RunFolder(report.folder)
     plots = plot_study(report, report.folder / "plots")
@@ -157,7 +157,7 @@ def _write(report: StudyReport) -> None:
 
 
 def _show(console: Console, report: StudyReport, *, as_json: bool) -> None:
-    from gmpo.study_tables import render_report
+    from gmpo.study.tables import render_report
 
     if as_json:
         print(json.dumps(report.as_dict()))

@@ -136,7 +136,7 @@ def _asked_plan(
     processes: int,
 ) -> tuple[Path, TuningPlan | None]:
     """The study's folder, and the plan asked for; None goes on with the folder's own."""
-    from gmpo.study_plan import parse_seeds
+    from gmpo.study.plan import parse_seeds
     from gmpo.tuning.plan import TuningOptions, make_tuning_plan
 
     if recipe is None and study is None:

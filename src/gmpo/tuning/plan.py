@@ -11,7 +11,7 @@ from typing import Any
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import load_recipe, recipe_of_table, recipe_values
-from gmpo.study_plan import refuse_other_folders
+from gmpo.study.plan import refuse_other_folders
 from gmpo.task_table import build_task
 from gmpo.tracking import RunFolder, provenance
 from gmpo.tuning.score import StabilityKind

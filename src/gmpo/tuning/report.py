@@ -15,7 +15,7 @@ from gmpo.errors import StudyError
 from gmpo.recipe import dump_recipe
 from gmpo.statistics import crossed_interval
 from gmpo.study import cell_folder, ended_cells
-from gmpo.study_plan import Cell
+from gmpo.study.plan import Cell
 from gmpo.tracking import RunFolder, builds_of
 from gmpo.tuning.plan import TuningPlan
 from gmpo.tuning.score import (

@@ -17,8 +17,8 @@ from gmpo.run_process import (
     is_trained_in,
 )
 from gmpo.study import run_study
-from gmpo.study_plan import Arm, StudyPlan
-from gmpo.study_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
+from gmpo.study.plan import Arm, StudyPlan
+from gmpo.study.wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 from gmpo.tracking import RunFolder
 from gmpo.tuning.plan import TuningPlan
 from gmpo.tuning.score import final_score, scores_during

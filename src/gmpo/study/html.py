@@ -9,9 +9,9 @@ from pathlib import Path
 
 from gmpo.run_process import MOST_TRIES
 from gmpo.stability import FIGURES
-from gmpo.study_comparison import IMPROVEMENTS
-from gmpo.study_report import StudyReport, limits, sentence
-from gmpo.study_tables import comparison_rows, headline, improvement_rows, stability_rows
+from gmpo.study.comparison import IMPROVEMENTS
+from gmpo.study.report import StudyReport, limits, sentence
+from gmpo.study.tables import comparison_rows, headline, improvement_rows, stability_rows
 
 __all__ = ["study_html"]
 

@@ -20,7 +20,7 @@ from gmpo.run_process import (
     drop_weights,
     is_trained_in,
 )
-from gmpo.study_plan import (
+from gmpo.study.plan import (
     Cell,
     StudyPlan,
     load_plan,
@@ -28,7 +28,7 @@ from gmpo.study_plan import (
     refuse_other_folders,
     resolve_plan,
 )
-from gmpo.study_wait import WAIT_MINUTES, Held, Patience, signs_of_runs
+from gmpo.study.wait import WAIT_MINUTES, Held, Patience, signs_of_runs
 from gmpo.tracking import RunFolder, provenance
 
 __all__ = ["cell_folder", "ended_cells", "open_study", "patience_of", "run_study"]

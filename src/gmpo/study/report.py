@@ -13,9 +13,9 @@ from gmpo.config import RunConfig
 from gmpo.errors import StudyError
 from gmpo.run_process import attempts
 from gmpo.stability import FIGURES, RunFigures, common_target, run_figures, window_rounds
-from gmpo.study import cell_folder, ended_cells
-from gmpo.study_comparison import IMPROVEMENTS, Comparison, compare_arms, smallest_p_value
-from gmpo.study_plan import Cell, StudyPlan
+from gmpo.study.cells import cell_folder, ended_cells
+from gmpo.study.comparison import IMPROVEMENTS, Comparison, compare_arms, smallest_p_value
+from gmpo.study.plan import Cell, StudyPlan
 from gmpo.tracking import builds_of, read_lines
 
 __all__ = [

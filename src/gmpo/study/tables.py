@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gmpo.stability import FIGURES
-from gmpo.study_comparison import Comparison
-from gmpo.study_report import ArmSummary, StudyReport, limits
+from gmpo.study.comparison import Comparison
+from gmpo.study.report import ArmSummary, StudyReport, limits
 from gmpo.text_tables import open_table
 
 __all__ = ["comparison_rows", "headline", "improvement_rows", "render_report", "stability_rows"]

@@ -12,7 +12,6 @@ from typing import Any
 
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
-from gmpo.inputs import resolve_model
 from gmpo.recipe import apply_override, load_recipe, recipe_of_table, recipe_values
 
 __all__ = [
@@ -240,6 +239,8 @@ def resolve_plan(plan: StudyPlan, *, warn: Callable[[str], None]) -> StudyPlan:
     `dtype = "auto"` measures for a moment: two cells that measured could come out differently.
     A recipe that does not name `training.kl_ref_every` measures on the last round, for the report.
     """
+    from gmpo.inputs import resolve_model
+
     model = resolve_model(plan.recipe.model, warn=warn)
     arms = []
     for arm in plan.arms:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from gmpo.errors import RunFolderError
-from gmpo.study_report import RunReport, StudyReport
+from gmpo.study.report import RunReport, StudyReport
 
 __all__ = ["plot_study"]
 
