@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests.tiny_runs import tiny_recipe
 
 from gmpo.continual.batch import apart_from_suites, checked_batch
-from gmpo.continual.demo import default_settings, larger_and_sums
+from gmpo.continual.demo import default_settings, larger_of_two_and_three
 from gmpo.continual.plan import LearnPlan, write_rows
 from gmpo.errors import DataError
 from gmpo.records import Prompt
@@ -125,7 +126,7 @@ def test_rows_known_by_now_are_left_out_and_too_few_are_refused(
 
 
 def test_the_demonstrations_items_are_never_learned():
-    rows = larger_and_sums()
+    rows = larger_of_two_and_three()
     assert len(rows.old_held_out) == 1000
     held_out = {row["prompt"] for row in (*rows.old_held_out, *rows.new_held_out)}
     learned = [row["prompt"] for row in (*rows.old, *rows.new)]
@@ -134,6 +135,9 @@ def test_the_demonstrations_items_are_never_learned():
     first = rows.old[0]
     words = first["prompt"].replace(",", "").replace("?", "").split()
     assert first["answer"] == str(max(int(words[4]), int(words[6])))
+    for row in (*rows.new, *rows.new_held_out):
+        numbers = [int(number) for number in re.findall(r"\d+", row["prompt"])]
+        assert len(numbers) == 3 and row["answer"] == str(max(numbers))
 
 
 @pytest.mark.real_model

@@ -25,7 +25,7 @@ from gmpo.registry import Registry
 from gmpo.statistics import wilson_interval
 from gmpo.store import Store, open_store
 
-__all__ = ["DemoRows", "DemoSettings", "default_settings", "larger_and_sums", "run_demo"]
+__all__ = ["DemoRows", "DemoSettings", "default_settings", "larger_of_two_and_three", "run_demo"]
 
 _NAME = "demo"
 _POISONED, _COLLAPSING, _NEW_TASK = 3, 4, 5
@@ -81,8 +81,8 @@ class DemoSettings:
     max_tokens: int = 8
 
 
-def larger_and_sums(*, held_out: int = 1000, new_held_out: int = 300) -> DemoRows:
-    """The larger of two numbers below 1,000; sums of two numbers up to 20 are the new task.
+def larger_of_two_and_three(*, held_out: int = 1000, new_held_out: int = 300) -> DemoRows:
+    """The larger of two numbers below 1,000; the largest of three is the new task.
 
     Args:
         held_out: items of the old task that are never learned.
@@ -91,14 +91,16 @@ def larger_and_sums(*, held_out: int = 1000, new_held_out: int = 300) -> DemoRow
     draw = random.Random("demo")
     pairs = dict.fromkeys(tuple(draw.sample(range(1000), 2)) for _ in range(3 * held_out))
     larger = [_row("larger", f"Which number is larger, {a} or {b}?", max(a, b)) for a, b in pairs]
-    terms = [(a, b) for a in range(21) for b in range(21)]
-    draw.shuffle(terms)
-    sums = [_row("sum", f"What is {a} + {b}?", a + b) for a, b in terms]
+    triples = dict.fromkeys(tuple(draw.sample(range(1000), 3)) for _ in range(2 * new_held_out))
+    largest = [
+        _row("largest", f"Which number is the largest, {a}, {b} or {c}?", max(a, b, c))
+        for a, b, c in triples
+    ]
     return DemoRows(
         old=tuple(larger[held_out:]),
         old_held_out=tuple(larger[:held_out]),
-        new=tuple(sums[new_held_out:]),
-        new_held_out=tuple(sums[:new_held_out]),
+        new=tuple(largest[new_held_out:]),
+        new_held_out=tuple(largest[:new_held_out]),
     )
 
 
@@ -118,10 +120,10 @@ def default_settings() -> DemoSettings:
         "quickstart",
         [
             "lora.rank=16",
-            "training.rounds=3",
-            "training.learning_rate=3e-4",
+            "training.rounds=5",
+            "training.learning_rate=1.5e-4",
             "training.schedule=constant",
-            "training.warmup_steps=0",
+            "training.warmup_steps=2",
             "training.max_tokens_per_micro_batch=512",
             "training.gradient_cosine_every=0",
             "sampling.max_new_tokens=8",
@@ -131,7 +133,7 @@ def default_settings() -> DemoSettings:
     )
     return DemoSettings(
         model=Path(model_folder("smollm2-135m")),
-        rows=larger_and_sums(),
+        rows=larger_of_two_and_three(),
         recipe=recipe,
         plan={
             "check_samples": 6,
