@@ -8,8 +8,8 @@ from gmpo.config import RunConfig
 from gmpo.data_samples import Sampler
 from gmpo.outcomes import Way
 from gmpo.records import Prompt
-from gmpo.suite_runs import Asking, ask_suites
 from gmpo.suites import SuiteItems
+from gmpo.suites.runs import Asking, ask_suites
 from gmpo.tasks.task import with_instruction
 
 __all__ = ["model_sampler"]

@@ -168,7 +168,7 @@ def test_a_registered_version_whose_files_are_damaged_or_gone_is_named(tmp_path:
 def test_a_model_that_is_not_there_is_refused_before_any_is_asked(
     models: tuple[Path, Path], tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gmpo.suite_runs.ask_suites", lambda *_, **__: pytest.fail("it was asked"))
+    monkeypatch.setattr("gmpo.suites.runs.ask_suites", lambda *_, **__: pytest.fail("it was asked"))
     named: list[str | Path] = [*models, stored(tmp_path / "stored", 500)]
     named[place] = tmp_path / "absent"
     said = refusal("gate", *named[:2], "--anchor", named[2], "--suite", "svamp")

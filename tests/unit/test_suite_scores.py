@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from tests.suite_outcomes import greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError, RunFolderError
-from gmpo.suite_plots import plot_scores
-from gmpo.suite_scores import Metric, ScoreTable, metrics_of, score_table
+from gmpo.suites.plots import plot_scores
+from gmpo.suites.scores import Metric, ScoreTable, metrics_of, score_table
 
 PASS_1 = Metric(name="greedy pass@1", way="greedy")
 

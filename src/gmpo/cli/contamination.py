@@ -41,7 +41,7 @@ def contamination(
     as_json: JsonOption = False,
 ) -> None:
     """Look for items of suites in training data, by runs of 13 words (8 for short items)."""
-    from gmpo.suite_tables import contamination_table
+    from gmpo.suites.tables import contamination_table
 
     wanted = known_suites(suites or [*SUITES])
     if data is not None:

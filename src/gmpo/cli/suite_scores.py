@@ -16,8 +16,8 @@ from gmpo.cli.conventions import model_name, warn
 from gmpo.errors import ConfigError, RunFolderError
 from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.recipe import apply_override, bundled_recipes, load_recipe, recipe_of_table
-from gmpo.suite_scores import ScoreTable, metrics_of, score_table
 from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_items
+from gmpo.suites.scores import ScoreTable, metrics_of, score_table
 
 if TYPE_CHECKING:
     from gmpo.config import RunConfig
@@ -251,7 +251,7 @@ def _asked(
     options: SuiteOptions,
     console: Console,
 ) -> Iterator[SuiteOutcomes]:
-    from gmpo.suite_runs import Asking, ask_suites
+    from gmpo.suites.runs import Asking, ask_suites
 
     wanted = [
         _task_items(config, options) if name == _TASK else items[name]
@@ -345,7 +345,7 @@ def _folder_name(label: str) -> str:
 
 
 def _store(out: Path, result: dict[str, Any], tables: Sequence[ScoreTable]) -> None:
-    from gmpo.suite_plots import plot_scores
+    from gmpo.suites.plots import plot_scores
 
     path = out / "results.json"
     try:
@@ -380,7 +380,7 @@ def _show(
     tables: Sequence[ScoreTable],
     out: Path | None,
 ) -> None:
-    from gmpo.suite_tables import counts_table, gains_tables, scores_table
+    from gmpo.suites.tables import counts_table, gains_tables, scores_table
 
     for table in tables:
         console.print(scores_table(table))

@@ -90,7 +90,7 @@ class ModelAsked:
         suites: Mapping[str, Sequence[Prompt]],
         places: Mapping[str, Path],
     ) -> None:
-        from gmpo.suite_runs import Asking, ask_suites
+        from gmpo.suites.runs import Asking, ask_suites
 
         limit = self._recipe.evaluation.max_new_tokens or self._recipe.sampling.max_new_tokens
         items = [

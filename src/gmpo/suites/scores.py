@@ -10,7 +10,7 @@ from typing import Any, Literal
 from gmpo.errors import ConfigError, DataError
 from gmpo.outcomes import SuiteOutcomes
 from gmpo.statistics import average_interval, holm, mcnemar, paired_bootstrap
-from gmpo.suites import SUITES
+from gmpo.suites.items import SUITES
 
 __all__ = ["Gain", "Metric", "Score", "ScoreTable", "metrics_of", "score_table"]
 

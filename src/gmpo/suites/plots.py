@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gmpo.errors import RunFolderError
-from gmpo.suite_scores import ScoreTable
+from gmpo.suites.scores import ScoreTable
 
 __all__ = ["plot_scores"]
 

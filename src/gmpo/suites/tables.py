@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gmpo.contamination import Contamination
 from gmpo.outcomes import SuiteOutcomes
-from gmpo.suite_scores import Gain, Score, ScoreTable
+from gmpo.suites.scores import Gain, Score, ScoreTable
 
 __all__ = ["contamination_table", "counts_table", "gains_tables", "scores_table"]
 

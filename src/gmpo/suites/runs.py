@@ -11,7 +11,7 @@ from gmpo.errors import DataError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.outcomes import ItemOutcome, SuiteOutcomes, Way
 from gmpo.records import Prompt
-from gmpo.suites import SuiteItems
+from gmpo.suites.items import SuiteItems
 from gmpo.tracking import provenance
 
 __all__ = ["Asking", "ask_suites"]
