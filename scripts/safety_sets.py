@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gmpo.gate import decide_gate
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import PairedSuite, SafetyCount
 from gmpo.recipe import load_recipe
 from gmpo.safety import SAFETY_SETS
 from gmpo.safety_runs import ask_safety_sets

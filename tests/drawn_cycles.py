@@ -24,8 +24,8 @@ from gmpo.continual.release import (
     write_compared,
 )
 from gmpo.errors import StoreLocked
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import PairedSuite
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import PairedSuite
 from gmpo.registry import Registry
 from gmpo.store import Store
 

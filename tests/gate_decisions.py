@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from gmpo.gate import decide_gate
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import GateDecision, PairedSuite
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import GateDecision, PairedSuite
 
 SEED = 20260101
 

@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gmpo.gate import decide_gate
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import GateDecision, PairedSuite
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import GateDecision, PairedSuite
 from gmpo.registry import Registry
 from gmpo.store import ModelVersion
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx2
 
 from gmpo.errors import GmpoError, ServerUnreachable
-from gmpo.gate_records import GateDecision
+from gmpo.gate.records import GateDecision
 from gmpo.registry import Registry
 from gmpo.store import Champion, ModelVersion
 

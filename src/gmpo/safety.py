@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.gate_records import SafetyCount
+from gmpo.gate.records import SafetyCount
 from gmpo.records import Message, Prompt
 
 __all__ = [

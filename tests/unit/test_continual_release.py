@@ -30,8 +30,8 @@ from gmpo.continual.release import (
 )
 from gmpo.continual.work import RealWork
 from gmpo.errors import ConfigError, PromotionRefused
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
 from gmpo.recipe import load_recipe
 from gmpo.registry import Registry
 from gmpo.store import Store, open_store

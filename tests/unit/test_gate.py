@@ -15,8 +15,8 @@ from tests.gate_decisions import simulated
 
 from gmpo.errors import ConfigError
 from gmpo.gate import decide_gate
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import GateDecision, Guardrail, PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import GateDecision, Guardrail, PairedSuite, SafetyCount
 
 
 def suite(champion: np.ndarray, candidate: np.ndarray, name: str = "sums", samples: int = 1):

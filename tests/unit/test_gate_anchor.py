@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from gmpo.continual.anchor import Shares, anchor_suites, best_versions
 from gmpo.errors import ConfigError
 from gmpo.gate import decide_gate, with_anchor
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import AnchorSuites, GateDecision, PairedSuite
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import AnchorSuites, GateDecision, PairedSuite
 
 MARGIN = 0.05
 POLICY = GatePolicy(degradation_limit=MARGIN)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from scipy import stats
 
 from gmpo.gate import decide_gate, drop_p_value
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import GateDecision, Guardrail, PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import GateDecision, Guardrail, PairedSuite, SafetyCount
 
 
 def moved(*differences: float, unmoved: int = 0, samples: int = 1) -> PairedSuite:

@@ -7,7 +7,7 @@ import pytest
 from tests.suite_outcomes import completion, greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.gate_suites import compared_suites
+from gmpo.gate.suites import compared_suites
 from gmpo.outcomes import ItemOutcome, SuiteOutcomes
 
 

@@ -12,8 +12,8 @@ from tests.models import character_tokenizer, tiny_model
 
 from gmpo.errors import ConfigError, DataError
 from gmpo.gate import decide_gate
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import PairedSuite, SafetyCount
 from gmpo.recipe import recipe_of_table
 from gmpo.safety import (
     SAFETY_SETS,

@@ -23,11 +23,11 @@ from gmpo.cli.conventions import (
 )
 from gmpo.cli.suite_scores import SuiteOptions, asked_model, suite_outcomes
 from gmpo.errors import ConfigError, ModelError
-from gmpo.gate_policy import GatePolicy
+from gmpo.gate.policy import GatePolicy
 from gmpo.recipe import settings_of
 
 if TYPE_CHECKING:
-    from gmpo.gate_records import AnchorSuites, GateDecision, SafetyCount, SuiteResult
+    from gmpo.gate.records import AnchorSuites, GateDecision, SafetyCount, SuiteResult
     from gmpo.outcomes import SuiteOutcomes
     from gmpo.store import Champion
 
@@ -148,7 +148,7 @@ class _Asking:
 
 def _decision(asking: _Asking, console: Console) -> GateDecision:
     from gmpo.gate import decide_gate, with_anchor
-    from gmpo.gate_suites import compared_suites
+    from gmpo.gate.suites import compared_suites
 
     labels = ("champion", "candidate", "anchor")
     named = [f"{label}={model}" for label, model in zip(labels, asking.models, strict=False)]
@@ -177,8 +177,8 @@ def _anchor_suites(
     versions: tuple[str, str],
 ) -> AnchorSuites | None:
     """An earlier model's outcomes beside the candidate's; None without an earlier model."""
-    from gmpo.gate_records import AnchorSuites
-    from gmpo.gate_suites import compared_suites
+    from gmpo.gate.records import AnchorSuites
+    from gmpo.gate.suites import compared_suites
 
     if not earlier:
         return None

@@ -18,7 +18,7 @@ from gmpo.continual.records import CycleFacts
 from gmpo.continual.suites import ModelAsked, success_shares
 from gmpo.errors import DataError
 from gmpo.gate import drop_p_value
-from gmpo.gate_records import AnchorSuites, PairedSuite
+from gmpo.gate.records import AnchorSuites, PairedSuite
 from gmpo.registry import serving_line
 from gmpo.store import Store
 

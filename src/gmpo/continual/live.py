@@ -20,7 +20,7 @@ from gmpo.continual.traffic import Answered, ServerClient, open_client
 from gmpo.continual.users import users_shadow, users_watch
 from gmpo.errors import ServerUnreachable
 from gmpo.gate import decide_gate
-from gmpo.gate_records import Guardrail, PairedSuite
+from gmpo.gate.records import Guardrail, PairedSuite
 from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.records import Prompt
 from gmpo.store import Event, Store

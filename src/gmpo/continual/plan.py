@@ -15,7 +15,7 @@ from gmpo.config import RunConfig
 from gmpo.data_quality import DataChecks
 from gmpo.errors import RunFolderError
 from gmpo.feedback import chat_digest, training_rows
-from gmpo.gate_policy import GatePolicy
+from gmpo.gate.policy import GatePolicy
 from gmpo.recipe import settings_of
 from gmpo.records import Prompt
 from gmpo.safety import SAFETY_SETS

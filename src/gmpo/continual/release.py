@@ -15,8 +15,8 @@ from gmpo.continual.cycle import CycleWaits, open_cycle
 from gmpo.continual.records import REASONS, CycleFacts, StepReport, facts_of
 from gmpo.errors import ChampionMoved, ConfigError, PromotionRefused, RunFolderError
 from gmpo.gate import decide_gate, with_anchor
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
 from gmpo.registry import Registry, stale_reason
 from gmpo.store import Event, Store
 

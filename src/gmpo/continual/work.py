@@ -49,7 +49,7 @@ from gmpo.continual.suites import (
 from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
-from gmpo.gate_records import Guardrail, PairedSuite, SafetyCount
+from gmpo.gate.records import Guardrail, PairedSuite, SafetyCount
 from gmpo.outcomes import SuiteOutcomes
 from gmpo.registry import Registry
 from gmpo.run_process import drop_weights

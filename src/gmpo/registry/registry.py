@@ -18,7 +18,7 @@ from gmpo.errors import (
     PromotionRefused,
     RunFolderError,
 )
-from gmpo.gate_records import GateDecision
+from gmpo.gate.records import GateDecision
 from gmpo.registry.damage import end_damage, tell_damage
 from gmpo.registry.evidence import WITHDRAWN, require_evidence, stale_reason
 from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.gate_records import Guardrail, PairedSuite
+from gmpo.gate.records import Guardrail, PairedSuite
 from gmpo.outcomes import ItemOutcome, SuiteOutcomes
 
 __all__ = ["ComparedSuites", "compared_suites"]

@@ -30,8 +30,8 @@ import numpy as np
 from scipy.special import bdtr, betaincinv, ndtri, stdtr, stdtrit
 
 from gmpo.errors import ConfigError
-from gmpo.gate_policy import GatePolicy
-from gmpo.gate_records import (
+from gmpo.gate.policy import GatePolicy
+from gmpo.gate.records import (
     AnchorResult,
     AnchorSuites,
     GateDecision,
