@@ -18,9 +18,9 @@ from typing import Any
 
 from tests.data_batches import poisoned, simulated_sampler, sums
 
-from gmpo.data_profile import dispute_test
-from gmpo.data_quality import DataChecks, profile_of, validate_batch
-from gmpo.data_rows import check_form
+from gmpo.data_checks.profile import dispute_test
+from gmpo.data_checks.quality import DataChecks, profile_of, validate_batch
+from gmpo.data_checks.rows import check_form
 from gmpo.records import Prompt
 from gmpo.suites import SUITES, suite_items
 from gmpo.tasks import bundled_task

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from gmpo.data_samples import Sampler
+from gmpo.data_checks.samples import Sampler
 from gmpo.records import Prompt
 
 

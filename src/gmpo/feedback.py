@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gmpo.data_duplicates import text_digest
+from gmpo.data_checks.duplicates import text_digest
 from gmpo.errors import ConfigError
 from gmpo.grading.answers import extract_answer, marked_answer, parse_number
 from gmpo.recipe import settings_of

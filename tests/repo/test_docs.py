@@ -99,8 +99,8 @@ def test_every_metric_is_in_the_metrics_page():
 
 
 def test_every_setting_of_the_checks_of_rows_is_in_their_page():
-    from gmpo.data_pii import PII_KINDS
-    from gmpo.data_quality import DataChecks
+    from gmpo.data_checks.pii import PII_KINDS
+    from gmpo.data_checks.quality import DataChecks
     from gmpo.feedback import FeedbackPolicy
 
     page = (DOCS / "data.md").read_text()

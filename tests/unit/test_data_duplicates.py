@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.data_duplicates import Duplicate, TextIndex, text_digest
+from gmpo.data_checks.duplicates import Duplicate, TextIndex, text_digest
 from gmpo.tasks import bundled_task
 
 

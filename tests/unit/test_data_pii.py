@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmpo.data_pii import PII_KINDS, find_pii
+from gmpo.data_checks.pii import PII_KINDS, find_pii
 from gmpo.tasks import bundled_task
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gmpo.data_profile import (
+from gmpo.data_checks.profile import (
     DataProfile,
     dispute_test,
     main_script,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data_batches import poisoned, simulated_sampler, sums
 
-from gmpo.data_quality import (
+from gmpo.data_checks.quality import (
     BatchReport,
     DataChecks,
     EarlierData,
@@ -20,8 +20,8 @@ from gmpo.data_quality import (
     profile_of,
     validate_batch,
 )
-from gmpo.data_rows import Unreadable
-from gmpo.data_samples import sample_rows
+from gmpo.data_checks.rows import Unreadable
+from gmpo.data_checks.samples import sample_rows
 from gmpo.errors import ConfigError, DataError
 from gmpo.records import Message, Prompt
 from gmpo.suites import SuiteItems
@@ -275,7 +275,7 @@ def test_clean_batches_are_called_poisoned_as_rarely_as_stated(repeats: int):
         earlier = prompts(sums(100, seed=3 + 2 * seed))
         profile = profile_of(earlier, sampler=sampler)
         new = profile_of(prompts(sums(60, seed=4 + 2 * seed)), sampler=sampler)
-        from gmpo.data_profile import dispute_test
+        from gmpo.data_checks.profile import dispute_test
 
         found = dispute_test(new, profile, alpha=0.05)
         assert found is not None

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.commands import gmpo, refusal
 
-from gmpo.data_quality import validate_batch
+from gmpo.data_checks.quality import validate_batch
 from gmpo.errors import ConfigError
 from gmpo.feedback import (
     FeedbackPolicy,

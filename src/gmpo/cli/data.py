@@ -20,8 +20,8 @@ from gmpo.recipe import apply_override
 from gmpo.suites import check_folder_is_read, known_suites, suite_items
 
 if TYPE_CHECKING:
-    from gmpo.data_quality import BatchReport
-    from gmpo.data_samples import Sampler
+    from gmpo.data_checks.quality import BatchReport
+    from gmpo.data_checks.samples import Sampler
 
 __all__ = ["check", "collect", "data", "purge"]
 
@@ -74,8 +74,8 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Check new rows before training: each by itself, against earlier data, and as a whole."""
-    from gmpo.data_files import new_folder, read_batch, read_earlier, write_report
-    from gmpo.data_quality import checks_of, validate_batch
+    from gmpo.data_checks.files import new_folder, read_batch, read_earlier, write_report
+    from gmpo.data_checks.quality import checks_of, validate_batch
 
     checks = checks_of(_checks_table(settings or [], has_model=model is not None))
     status = Console(stderr=True).status("checking")
@@ -117,7 +117,7 @@ def collect(
     as_json: JsonOption = False,
 ) -> None:
     """Make rows of served answers that users or a verifier confirmed; then check them."""
-    from gmpo.data_files import write_rows
+    from gmpo.data_checks.files import write_rows
     from gmpo.feedback import policy_of, training_rows
     from gmpo.store import open_store
 
@@ -206,7 +206,7 @@ def _sampler(
     settings: list[str],
     status: Status,
 ) -> Sampler:
-    from gmpo.data_model import model_sampler
+    from gmpo.data_checks.model import model_sampler
 
     for name, value in (("samples", samples), ("max-tokens", max_tokens)):
         if value < 1:

@@ -11,8 +11,8 @@ from typing import Any
 from gmpo.contamination import TrainingText, items_in_rows
 from gmpo.continual.plan import LearnPlan, suite_prompts
 from gmpo.continual.records import StepReport
-from gmpo.data_quality import BatchReport, EarlierData, row_texts, validate_batch
-from gmpo.data_samples import Sampler
+from gmpo.data_checks.quality import BatchReport, EarlierData, row_texts, validate_batch
+from gmpo.data_checks.samples import Sampler
 from gmpo.errors import DataError
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
@@ -184,7 +184,7 @@ def champion_sampler(
     """
     if not plan.check_samples:
         return None
-    from gmpo.data_model import model_sampler
+    from gmpo.data_checks.model import model_sampler
 
     recipe = plan.recipe
     named = recipe.model.model_copy(update={"name": str(champion)})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from gmpo.config import RunConfig
-from gmpo.data_quality import DataChecks
+from gmpo.data_checks.quality import DataChecks
 from gmpo.errors import RunFolderError
 from gmpo.feedback import chat_digest, training_rows
 from gmpo.gate.policy import GatePolicy

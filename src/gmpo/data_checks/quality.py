@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import Field
 
 from gmpo.contamination import TrainingText, items_in_rows
-from gmpo.data_duplicates import TextIndex
-from gmpo.data_pii import PII_KINDS, PiiKind, find_pii
-from gmpo.data_profile import (
+from gmpo.data_checks.duplicates import TextIndex
+from gmpo.data_checks.pii import PII_KINDS, PiiKind, find_pii
+from gmpo.data_checks.profile import (
     DataProfile,
     DisputeTest,
     ShiftFigure,
@@ -21,8 +21,8 @@ from gmpo.data_profile import (
     main_script,
     measure_shift,
 )
-from gmpo.data_rows import CheckedRow, Reason, Unreadable, answers_of, check_form, problem
-from gmpo.data_samples import Sampler, Samples, Scorer, gold_completion, sample_rows
+from gmpo.data_checks.rows import CheckedRow, Reason, Unreadable, answers_of, check_form, problem
+from gmpo.data_checks.samples import Sampler, Samples, Scorer, gold_completion, sample_rows
 from gmpo.errors import DataError
 from gmpo.grading import Grader
 from gmpo.recipe import settings_of

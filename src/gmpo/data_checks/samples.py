@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from gmpo.data_rows import answers_of
+from gmpo.data_checks.rows import answers_of
 from gmpo.errors import DataError
 from gmpo.grading import Grader, extract_answer, parse_number
 from gmpo.records import Prompt

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gmpo.data_profile import DataProfile, merged_profile
-from gmpo.data_quality import BatchReport, DataChecks, EarlierData, profile_of
-from gmpo.data_rows import Unreadable
-from gmpo.data_samples import Sampler
+from gmpo.data_checks.profile import DataProfile, merged_profile
+from gmpo.data_checks.quality import BatchReport, DataChecks, EarlierData, profile_of
+from gmpo.data_checks.rows import Unreadable
+from gmpo.data_checks.samples import Sampler
 from gmpo.errors import DataError, RunFolderError
 from gmpo.records import Prompt
 from gmpo.tasks import RowForm, jsonl_rows, jsonl_rows_and_faults

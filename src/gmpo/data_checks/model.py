@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from gmpo.config import RunConfig
-from gmpo.data_samples import Sampler
+from gmpo.data_checks.samples import Sampler
 from gmpo.outcomes import Way
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
