@@ -11,6 +11,7 @@ from tests.elsewhere import ELSEWHERE, MixedDevicesError, elsewhere, move_there,
 from tests.models import FAMILIES, tiny_model
 from tests.rollout_groups import one_step, random_groups
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gmpo.batch import MicroBatch, StepBatch
@@ -20,6 +21,7 @@ from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.prefix import extend
 from gmpo.policy.score import BasePolicy, Policy
 from gmpo.sampler.decoders import LlamaDecoder, TransformersDecoder
+from gmpo.sampler.drawing import draw_tokens
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
 from gmpo.update import (
@@ -172,6 +174,44 @@ def test_sampling_elsewhere_gives_the_cpus_completions(family: str, engine: str)
             assert far.logprobs == pytest.approx(one.logprobs, abs=1e-5)
             assert far.prompt_logprobs == pytest.approx(one.prompt_logprobs, abs=1e-5)
             assert len(far.top_logprobs) == len(one.top_logprobs)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations, and those that wait for the device because they read a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(isinstance(arg, Tensor) and arg.device == ELSEWHERE for arg in args)
+        is_read = func is torch.ops.aten._local_scalar_dense.default
+        self.waits += is_read and args[0].device == ELSEWHERE
+        return func(*args, **(kwargs or {}))
+
+
+def drawing_elsewhere(rows: int, **settings: float) -> _Operations:
+    """What drawing for so many rows does on a device, its settings on the CPU."""
+    asked = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | settings
+    with elsewhere() as device:
+        logits = torch.linspace(-3, 3, rows * 600).view(rows, 600).to(device)
+        uniforms = torch.full((rows,), 0.5, dtype=torch.float64).to(device)
+        with _Operations() as operations:
+            draw_tokens(
+                logits,
+                uniforms=uniforms,
+                **{name: torch.full((rows,), value) for name, value in asked.items()},
+            )
+    return operations
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_p": 0.9, "top_k": 5}]
+)
+def test_drawing_on_a_device_waits_for_it_once_and_takes_all_rows_together(settings: dict):
+    few, many = drawing_elsewhere(2, **settings), drawing_elsewhere(40, **settings)
+    assert few.waits == many.waits == 1
+    assert few.count == many.count
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])

@@ -19,7 +19,8 @@ __all__ = ["Draw", "draw_tokens", "truncate_logits"]
 _BLOCK = 256
 """Vocabulary entries summed together: the CDF is searched by block first, then inside one."""
 _ROWS = 8
-"""Rows whose logits exist in fp32 at once: few enough for a processor's cache."""
+"""Rows whose logits exist in fp32 at once on a CPU: few enough for its cache. Other devices take
+all rows at once, since there each operation has to be started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +45,37 @@ def draw_tokens(
 ) -> Draw:
     """Draw token i where the CDF of row i first exceeds uniforms[i]; temperature 0 is greedy.
 
+    Settings of a GPU had better lie on the CPU, where what they decide is known without waiting.
+
     Args:
-        logits: of the unmodified model; bf16 is widened a few rows at a time.
-        uniforms: in [0, 1); their precision is that of the cumulative sums.
-        temperature: divides the logits; 0 takes the likeliest token.
+        logits: of the unmodified model; a CPU widens bf16 a few rows at a time.
+        uniforms: in [0, 1), where the logits are; their precision is that of the cumulative sums.
+        temperature: divides the logits; 0 takes the likeliest token. It, `top_p` and `top_k` lie on
+            the CPU or where the logits are.
         top_p: in (0, 1]; 1 keeps all.
         top_k: 0 keeps all.
 
     Raises:
         NonFiniteError: a row has a NaN, a positive infinity, or nothing but negative ones.
     """
+    device = logits.device
     greedy = temperature == 0
+    is_any_greedy = bool(greedy.any())
     scale = None
     modified = logits
     if not bool((greedy | (temperature == 1)).all()):
         scale = torch.where(greedy, 1.0, temperature).to(widened(logits[:0]).dtype)[:, None]
+        scale = scale.to(device)
     is_truncated = not bool(((top_p == 1) & (top_k == 0)).all())
     if is_truncated:
         modified = widened(logits) if scale is None else widened(logits) / scale
-        modified, scale = truncate_logits(modified, top_p=top_p, top_k=top_k), None
-    token_ids, log_total, plain_total = _inverse_cdf(modified, uniforms, scale)
-    if bool(greedy.any()):
+        modified = truncate_logits(modified, top_p=top_p.to(device), top_k=top_k.to(device))
+        scale = None
+    sums = _block_sums(modified, scale)
+    token_ids, log_total = _inverse_cdf(modified, uniforms, scale, sums)
+    plain_total = log_total if sums.plain_total is None else sums.plain_total
+    greedy = greedy.to(device)
+    if is_any_greedy:
         token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
     chosen = _pick(logits, token_ids)
     if is_truncated:
@@ -72,6 +83,8 @@ def draw_tokens(
     sampled = _pick(modified, token_ids)
     if scale is not None:
         sampled = sampled / scale[:, 0]
+    # Last, because it waits for the device.
+    _require_finite(sums.largest)
     return Draw(
         token_ids=token_ids,
         logprobs=chosen - plain_total,
@@ -100,15 +113,33 @@ def truncate_logits(
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
-def _inverse_cdf(
-    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], scale: Float[Tensor, "B 1"] | None
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """Drawn tokens, log of the total weight, and the same with the logits not divided by scale.
+@dataclass(frozen=True, kw_only=True)
+class _BlockSums:
+    """Of scaled logits.
 
-    One pass over exponents, then two short searches.
+    Attributes:
+        largest: of each row.
+        sums: of exponents relative to the largest, a block each.
+        plain_total: logsumexp of the logits not divided by scale; None without a scale, where it
+            follows from the others.
     """
-    largest, block_sums, plain_total = _block_sums(logits, scale)
-    cumulative = block_sums.to(uniforms.dtype).cumsum(dim=-1)
+
+    largest: Float[Tensor, "B 1"]
+    sums: Float[Tensor, "B K"]
+    plain_total: Float[Tensor, " B"] | None
+
+
+def _inverse_cdf(
+    logits: Float[Tensor, "B V"],
+    uniforms: Float[Tensor, " B"],
+    scale: Float[Tensor, "B 1"] | None,
+    blocks: _BlockSums,
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Drawn tokens and the log of the total weight, by two short searches.
+
+    Rows that are not finite get any token of the vocabulary.
+    """
+    cumulative = blocks.sums.to(uniforms.dtype).cumsum(dim=-1)
     total = cumulative[:, -1:]
     block, rest = _search(cumulative, uniforms[:, None] * total)
     vocabulary = logits.shape[-1]
@@ -116,44 +147,46 @@ def _inverse_cdf(
     of_block = widened(logits.gather(-1, places.clamp(max=vocabulary - 1)))
     if scale is not None:
         of_block = of_block / scale
-    weights = torch.where(places < vocabulary, (of_block - largest).exp(), 0.0)
+    weights = torch.where(places < vocabulary, (of_block - blocks.largest).exp(), 0.0)
     within, _ = _search(weights.to(uniforms.dtype).cumsum(dim=-1), rest)
-    log_total = largest[:, 0] + total[:, 0].log().to(largest.dtype)
-    token_ids = (block * _BLOCK + within)[:, 0]
-    return token_ids, log_total, log_total if plain_total is None else plain_total
+    log_total = blocks.largest[:, 0] + total[:, 0].log().to(blocks.largest.dtype)
+    token_ids = (block * _BLOCK + within)[:, 0].clamp(max=vocabulary - 1)
+    return token_ids, log_total
 
 
-def _block_sums(
-    logits: Float[Tensor, "B V"], scale: Float[Tensor, "B 1"] | None
-) -> tuple[Float[Tensor, "B 1"], Float[Tensor, "B K"], Float[Tensor, " B"] | None]:
-    """Largest scaled logit, sums of exponents a block relative to it, and the unscaled logsumexp.
-
-    The last is None without a scale, where it follows from the others.
-    """
-    vocabulary = logits.shape[-1]
+def _block_sums(logits: Float[Tensor, "B V"], scale: Float[Tensor, "B 1"] | None) -> _BlockSums:
+    """One pass over exponents."""
+    rows, vocabulary = logits.shape
+    at_once = _ROWS if logits.device.type == "cpu" else max(rows, 1)
     # One buffer for all rows: fresh memory would cost more than the arithmetic.
     width = -(-vocabulary // _BLOCK) * _BLOCK
-    buffer = widened(logits[:0]).new_zeros(_ROWS, width)
+    buffer = widened(logits[:0]).new_zeros(at_once, width)
     largest, sums, plain_totals = [], [], []
-    for first in range(0, len(logits), _ROWS):
-        some = logits[first : first + _ROWS]
+    for first in range(0, rows, at_once):
+        some = logits[first : first + at_once]
         padded = buffer[: len(some)]
         wide = padded[:, :vocabulary].copy_(some)
         if scale is not None:
             plain_totals.append(wide.logsumexp(dim=-1))
-            wide.div_(scale[first : first + _ROWS])
+            wide.div_(scale[first : first + at_once])
         largest.append(wide.amax(dim=-1, keepdim=True))
         wide.sub_(largest[-1]).exp_()
         sums.append(padded.view(len(some), -1, _BLOCK).sum(dim=-1))
-    all_largest = torch.cat(largest)
-    is_usable = all_largest.isfinite()
+    return _BlockSums(
+        largest=torch.cat(largest),
+        sums=torch.cat(sums),
+        plain_total=torch.cat(plain_totals) if plain_totals else None,
+    )
+
+
+def _require_finite(largest: Float[Tensor, "B 1"]) -> None:
+    is_usable = largest.isfinite()
     if not bool(is_usable.all()):
         raise NonFiniteError(
-            f"the model's logits are not finite for {int((~is_usable).sum())} of {len(logits)} "
+            f"the model's logits are not finite for {int((~is_usable).sum())} of {len(largest)} "
             "completions, so that no token can be drawn. Its weights are damaged or have diverged: "
             "use other weights, or resume from the last checkpoint with a lower learning rate"
         )
-    return all_largest, torch.cat(sums), torch.cat(plain_totals) if plain_totals else None
 
 
 def _search(
@@ -163,7 +196,8 @@ def _search(
     # Rounding may carry the target to the end of the range, where only zero weights would be left.
     last = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
     target = torch.minimum(target, last)
-    place = torch.searchsorted(cumulative, target, right=True)
+    # Without a target that compares, nothing would be found, and indexing beyond ends a GPU's run.
+    place = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = torch.where(place > 0, cumulative.gather(-1, (place - 1).clamp(min=0)), 0.0)
     return place, target - before
 

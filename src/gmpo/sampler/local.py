@@ -308,10 +308,11 @@ class LocalSampler:
         requests = [row.request for row in self._rows]
         return draw_tokens(
             logits,
-            uniforms=torch.tensor(numbers, dtype=dtype, device=device),
-            temperature=torch.tensor([r.temperature for r in requests], dtype=dtype, device=device),
-            top_p=torch.tensor([r.top_p for r in requests], dtype=dtype, device=device),
-            top_k=torch.tensor([r.top_k for r in requests], device=device),
+            uniforms=_without_waiting(torch.tensor(numbers, dtype=dtype), device),
+            # On the CPU: what they decide is read there without waiting for the device.
+            temperature=torch.tensor([r.temperature for r in requests], dtype=dtype),
+            top_p=torch.tensor([r.top_p for r in requests], dtype=dtype),
+            top_k=torch.tensor([r.top_k for r in requests]),
         )
 
     def _draw_and_record(self, logits: Tensor, events: list[SampledToken | Completion]) -> None:
@@ -383,6 +384,17 @@ class LocalSampler:
         if places:
             order = self._decoder.drop(places)
             self._rows = [self._rows[place] for place in order]
+
+
+def _without_waiting(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device.
+
+    A GPU copies pinned memory in its turn; for other memory the host waits until all that was begun
+    is done, and could not start the drawing while the step's forward pass runs.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _prompt_scores(request: SampleRequest, prefill: Prefill) -> _PromptScores:
