@@ -40,6 +40,7 @@ from gmpo.rewards import RewardFunctions, ScoredGroups, score_groups
 from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
 from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings, decode_text, sample_groups
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
+from gmpo.sampler.graphed import capture_for
 from gmpo.sampler.local import LocalSampler
 from gmpo.task_table import build_task
 from gmpo.tasks import Task
@@ -253,7 +254,8 @@ def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
     """What decodes with the policy's own weights, as fast as its model allows."""
     if policy.body is None:
         return TransformersDecoder(policy.model)
-    return LlamaDecoder(policy.body, max_rows=max_rows)
+    capture = capture_for(policy.device)
+    return LlamaDecoder(policy.body, max_rows=max_rows, capture=capture)
 
 
 def _rollout_function(config: RunConfig, given: RolloutFunction | None) -> RolloutFunction | None:

@@ -156,6 +156,8 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("sampler.decoders", "policy.llama"): "decoding and scoring are one model's arithmetic",
     ("trackers.prometheus", "monitoring.training_metrics"): "monitoring names its figures",
     ("trackers.prometheus", "model_files"): "figures are labelled by the digest of the weights",
+    ("sampler.forward", "policy.llama"): "a step runs that body's layers",
+    ("sampler.graphed", "policy.llama"): "what is captured is a step of that body",
     ("sampler.prepared", "policy.llama"): "it lays out that body's linear layers for decoding",
     ("sampler.decoders", "policy.weights"): "weights reach a sampler as they reach a policy",
     ("sampler.decoders", "policy.prefix"): "prefill and training share beginnings alike",

@@ -1,7 +1,8 @@
 """What a decoding step does beside matrix products, as compiled functions.
 
-`add_norm` runs torch's operations where there is no compiled function. `attends` tells whether
-there is one for attention: torch's operations take other tables, which the sampler's cache makes.
+On a GPU `add_norm` runs Triton's kernel, and torch's operations where there is neither. `attends`
+tells whether there is a compiled function for attention: torch's operations take other tables,
+which the sampler's cache makes.
 The formulas stand in `norms.h` and `decoding.h`.
 
 Dimensions: **R** rows, **H** query heads, **K** key heads, **D** head size, **M** hidden size,
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from gmpo.kernels import triton_norm
 from gmpo.kernels.calls import address, kernel
 
 __all__ = ["AttentionStep", "LayerAttention", "add_norm", "attends", "attention_for"]
@@ -143,6 +145,8 @@ def add_norm(
         weight: of the norm.
         eps: added to the mean square.
     """
+    if triton_norm.adds_norm(stream, added, weight):
+        return triton_norm.add_norm(stream, added, weight, eps=eps)
     run = kernel("add_norm", "pppppiif", weight)
     is_mixed = stream.dtype != torch.float32 or (added is not None and added.dtype != weight.dtype)
     if run is None or is_mixed or not stream.is_contiguous():

@@ -8,8 +8,8 @@ Keys and values are kept in fp32 (fp64 for such a model): CPUs multiply these sm
 so than in bf16, whose 8 bits would also leave scores off by up to 0.03 nats.
 
 Bytes: 2 x layers x K x D x 4 x (slots x prompt positions + rows x completion positions), where
-positions are those of the longest, rounded up to `_STEP`, and slots are the prompts running at
-once, rounded up to a power of two.
+positions are those of the longest, rounded up to `_STEP` (or `_STEP` times a power of two), and
+slots are the prompts running at once, rounded up to a power of two.
 
 Dimensions: **R** rows, **P** prompts, **G** most rows of one prompt, **K** key heads, **Q** query
 heads of a key head, **D** head size, **L** prompt positions, **S** own positions.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gmpo.policy.head import widened
 
-__all__ = ["PromptState", "RowPlan", "SharedCache", "StepPlan"]
+__all__ = ["FixedRows", "PromptState", "RowPlan", "SharedCache", "StepPlan", "power_of_two"]
 
 _STEP = 32
 """Either part grows by this many positions at a time."""
@@ -76,16 +76,53 @@ class RowPlan:
     Attributes:
         prompts: both parts are keys and values of all layers, with room for C positions.
         own: the rows' own positions, with room for the new token.
-        slots: where each row's prompt lies.
-        prompt_lengths: of each row's prompt.
-        own_lengths: of each row's own part, the new token left out.
+        table: of each row, on the CPU: where its prompt lies, the prompt's length, and that of its
+            own part, the new token left out.
     """
 
     prompts: Float[Tensor, "A 2 N K C D"]
     own: Float[Tensor, "A 2 n K c D"]
-    slots: Int[Tensor, " R"]
-    prompt_lengths: Int[Tensor, " R"]
-    own_lengths: Int[Tensor, " R"]
+    table: Int[Tensor, "3 R"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedRows:
+    """A step over buffers that stay where they are; the numbers in them are read on the device.
+
+    Attributes:
+        prompts: as in `RowPlan`.
+        own: likewise, with room for R rows.
+        table: of each row its new token, then as in `RowPlan`. A row of zeros follows no prompt and
+            sees nothing but the new token, which it writes to its first place.
+        prompt_positions: places of the prompts' part that are looked at.
+        own_positions: likewise of the own one.
+    """
+
+    prompts: Float[Tensor, "A 2 N K C D"]
+    own: Float[Tensor, "A 2 n K c D"]
+    table: Int[Tensor, "4 R"]
+    prompt_positions: int
+    own_positions: int
+
+    @property
+    def token_ids(self) -> Int[Tensor, " R"]:
+        """The tokens that the step appends."""
+        return self.table[0]
+
+    @property
+    def slots(self) -> Int[Tensor, " R"]:
+        """Where each row's prompt lies."""
+        return self.table[1]
+
+    @property
+    def prompt_lengths(self) -> Int[Tensor, " R"]:
+        """Tokens of each row's prompt."""
+        return self.table[2]
+
+    @property
+    def own_lengths(self) -> Int[Tensor, " R"]:
+        """Tokens of each row's own part, the new one left out."""
+        return self.table[3]
 
 
 class SharedCache:
@@ -97,6 +134,7 @@ class SharedCache:
         num_key_heads: K.
         head_dim: D.
         device: where everything lies.
+        doubles: whether positions are rounded up to a power of two instead: few sizes occur.
     """
 
     def __init__(
@@ -107,8 +145,10 @@ class SharedCache:
         num_key_heads: int,
         head_dim: int,
         device: torch.device,
+        doubles: bool = False,
     ) -> None:
         self._max_rows = max_rows
+        self._doubles = doubles
         self._num_layers = num_layers
         self._num_key_heads = num_key_heads
         self._head_dim = head_dim
@@ -177,15 +217,8 @@ class SharedCache:
         self._reserve_own(max(self._own_lengths) + 1)
         assert self._own is not None and self._prompts is not None
         lengths = [self._prompt_lengths[slot] for slot in self._slots]
-        table = torch.tensor([self._slots, lengths, self._own_lengths], device=self.device)
-        slots, prompt_lengths, own_lengths = table.unbind(0)
-        return RowPlan(
-            prompts=self._prompts,
-            own=self._own,
-            slots=slots,
-            prompt_lengths=prompt_lengths,
-            own_lengths=own_lengths,
-        )
+        table = torch.tensor([self._slots, lengths, self._own_lengths])
+        return RowPlan(prompts=self._prompts, own=self._own, table=table)
 
     def attend(
         self,
@@ -285,7 +318,8 @@ class SharedCache:
             if old.shape[2] >= rows and old.shape[4] >= positions:
                 return old
             positions = max(positions, old.shape[4])
-        capacity = -(-positions // _STEP) * _STEP
+        steps = -(-positions // _STEP)
+        capacity = _STEP * (power_of_two(steps) if self._doubles else steps)
         shape = (self._num_layers, 2, rows, self._num_key_heads, capacity, self._head_dim)
         # Zeros, not empty: a masked NaN would still poison a softmax-weighted sum.
         new = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -314,6 +348,11 @@ class SharedCache:
         mask = _as_added(unseen, self._prompts.dtype)
         slots = torch.tensor(self._slots, device=self.device)
         return to_groups.flatten(), to_rows.flatten(), mask[slots]
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is no less than a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 def _without(count: int, dropped: set[int]) -> tuple[list[int], dict[int, int]]:

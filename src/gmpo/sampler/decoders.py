@@ -10,6 +10,7 @@ Dimensions: **R** running rows, **V** vocabulary, **L** prompt tokens.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,13 +21,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from gmpo.kernels.decoding import add_norm
 from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.prefix import extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
 from gmpo.sampler.attention import attention_of_step
-from gmpo.sampler.cache import PromptState, SharedCache
+from gmpo.sampler.cache import PromptState, SharedCache, power_of_two
+from gmpo.sampler.forward import step_logits
+from gmpo.sampler.graphed import Capture, FixedSteps
 from gmpo.sampler.prefilling import prepared_layer_run
 from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 
@@ -68,7 +70,10 @@ class Decoder(Protocol):
         """Let `num_rows` new rows continue a prompt."""
 
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        """Append one token to every row; logits of the next one, in the model's precision."""
+        """Append one token to every row; logits of the next one, in the model's precision.
+
+        They hold until the next call, which may write its own in their place.
+        """
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these rows; the remaining ones' old places, in their new order."""
@@ -184,19 +189,26 @@ class LlamaDecoder:
     """A Llama-family model over a cache that keeps each prompt once and each row's own tokens.
 
     Weights may change whenever no row runs, so what was prepared of them lasts only until then.
+
+    Args:
+        body: the model.
+        max_rows: rows held at once.
+        capture: makes steps repeatable, as CUDA graphs do; None takes each step anew.
     """
 
-    def __init__(self, body: LlamaBody, *, max_rows: int) -> None:
+    def __init__(self, body: LlamaBody, *, max_rows: int, capture: Capture | None = None) -> None:
         self.body = body
         self._plain = unprepared_body(body)
         self._prepared: PreparedBody | None = None
         self._unprepared_steps = 0
+        self._fixed = None if capture is None else FixedSteps(body, self._plain, capture=capture)
         self._cache = SharedCache(
-            max_rows=max_rows,
+            max_rows=max_rows if capture is None else power_of_two(max_rows),
             num_layers=len(body.layers),
             num_key_heads=body.num_key_heads,
             head_dim=body.head_dim,
             device=body.model.device,
+            doubles=capture is not None,
         )
 
     @property
@@ -237,23 +249,28 @@ class LlamaDecoder:
     @torch.no_grad()
     def advance(self, token_ids: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         """Append one token to every row's own part and attend to what the row sees."""
-        linear = self._linear(len(token_ids))
-        body, layers = self.body, self.body.layers
-        # The residual stream, this step's own: what layers compute is added in place.
-        hidden = body.embed(token_ids[:, None])[:, 0]
-        attend = attention_of_step(body, self._cache)
-        next_norms = [*(layer.input_layernorm for layer in layers[1:]), body.model.model.norm]
-        normed = _add_and_norm(hidden, None, layers[0].input_layernorm)
-        for number, (layer, prepared) in enumerate(zip(layers, linear.layers, strict=True)):
-            attended = attend(number, prepared.query_key_value(normed))
-            normed = _add_and_norm(
-                hidden, prepared.output(attended), layer.post_attention_layernorm
-            )
-            normed = _add_and_norm(
-                hidden, prepared.down(prepared.gated(normed)), next_norms[number]
-            )
+        logits = None if self._fixed is None else self._repeated(self._fixed, token_ids)
+        if logits is None:
+            linear = self._linear(len(token_ids))
+            attend = attention_of_step(self.body, self._cache)
+            logits = step_logits(self.body, linear, token_ids, attend)
         self._cache.end_step()
-        return linear.head(normed)
+        return logits
+
+    def _repeated(
+        self, fixed: FixedSteps, token_ids: Int[Tensor, " R"]
+    ) -> Float[Tensor, "R V"] | None:
+        """Logits of a step over fixed buffers; None, once and for all, if it is not captured."""
+        try:
+            return fixed.logits(token_ids, self._cache.begin_rows())
+        except RuntimeError as error:
+            self._fixed = None
+            warnings.warn(
+                f"decoding steps are not captured as CUDA graphs and take longer without: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _linear(self, rows: int) -> PreparedBody:
         """The model's linear layers for a step of so many rows, reordered where that pays."""
@@ -269,15 +286,11 @@ class LlamaDecoder:
         order = self._cache.drop(rows)
         if not order:
             self._prepared, self._unprepared_steps = None, 0
+            if self._fixed is not None:
+                self._fixed.weights_may_move()
         return order
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
         assert not self._cache.num_rows, "weights must not change under running rows"
         copy_weights(dict(self.body.model.named_parameters()), named_tensors)
-
-
-def _add_and_norm(
-    hidden: Float[Tensor, "R M"], added: Float[Tensor, "R M"] | None, norm: Any
-) -> Float[Tensor, "R M"]:
-    return add_norm(hidden, added, norm.weight, eps=norm.variance_epsilon)
