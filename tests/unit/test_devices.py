@@ -18,6 +18,7 @@ from gmpo.batch import MicroBatch, StepBatch
 from gmpo.policy.head import chunked_token_logprobs
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, add_adapters
+from gmpo.policy.packed import _query_blocks
 from gmpo.policy.prefix import extend
 from gmpo.policy.score import BasePolicy, Policy
 from gmpo.sampler.decoders import LlamaDecoder, TransformersDecoder
@@ -177,14 +178,15 @@ def test_sampling_elsewhere_gives_the_cpus_completions(family: str, engine: str)
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations, and those that wait for the device because they read a number."""
+    """Counts operations, products, and those that wait for the device for a number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.waits = 0
+        self.count = self.waits = self.products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += any(isinstance(arg, Tensor) and arg.device == ELSEWHERE for arg in args)
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
         is_read = func is torch.ops.aten._local_scalar_dense.default
         self.waits += is_read and args[0].device == ELSEWHERE
         return func(*args, **(kwargs or {}))
@@ -212,6 +214,43 @@ def test_drawing_on_a_device_waits_for_it_once_and_takes_all_rows_together(setti
     few, many = drawing_elsewhere(2, **settings), drawing_elsewhere(40, **settings)
     assert few.waits == many.waits == 1
     assert few.count == many.count
+
+
+def test_on_a_device_the_head_runs_in_few_tiles():
+    with elsewhere() as device:
+        hidden = torch.ones(1100, 4).to(device).requires_grad_()
+        weight = torch.ones(5000, 4).to(device).requires_grad_()
+        token_ids = torch.zeros(1100, dtype=torch.long).to(device)
+        with _Operations() as operations:
+            logprobs, _ = chunked_token_logprobs(hidden, weight, token_ids)
+            logprobs.sum().backward()
+    # A tile's logits twice, and a gradient each of hidden states and weight.
+    assert operations.products == 4
+
+
+def test_on_a_device_a_rows_tokens_attend_together_as_far_as_the_mask_allows(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    body = LlamaBody(tiny_model())
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    assert len(_query_blocks(valid, 300, body)) == 2
+    with elsewhere() as device:
+        assert len(_query_blocks(valid.to(device), 300, body)) == 1
+        # Two rows, two heads of a key head, 300 x 300 positions: more than half of this.
+        monkeypatch.setattr("gmpo.policy.packed._MASK_NUMBERS", 200_000)
+        assert len(_query_blocks(valid.to(device), 300, body)) == 2
+
+
+def test_on_a_device_no_plan_for_the_compiled_attention_is_made(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the compiled attention does not run there")
+
+    monkeypatch.setattr("gmpo.kernels.attention.tree_of", refuse)
+    model = tiny_model()
+    move_there(model)
+    with elsewhere() as device:
+        (batch, *_) = step_on(str(device)).micro_batches
+        Policy(model, warn=ignore).score(batch)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])

@@ -21,6 +21,8 @@ _ROWS_PER_TILE = 512
 TOKENS_PER_TILE = 2048
 """Logits exist in tiles of so many positions and vocabulary entries: 2 MB in bf16, so that what is
 done to them element by element happens in the processor's cache."""
+_TILE_ELSEWHERE = 2048, 16384
+"""The same on other devices, where each operation on a tile has to be started: 128 MB in fp32."""
 
 
 def token_logprobs(
@@ -79,7 +81,8 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        tiles = zip(hidden.split(_ROWS_PER_TILE), token_ids.split(_ROWS_PER_TILE), strict=True)
+        rows_per_tile, _ = _tile(weight)
+        tiles = zip(hidden.split(rows_per_tile), token_ids.split(rows_per_tile), strict=True)
         sums = [_sums(rows, weight, ids, temperature, with_entropy) for rows, ids in tiles]
         chosen = torch.cat([part.chosen for part in sums])
         log_total = torch.cat([part.log_total() for part in sums])
@@ -100,10 +103,11 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         by_weight = None
         if wants_weight:  # without positions nothing fills it
             by_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
-        for start in range(0, len(weight), TOKENS_PER_TILE):
-            entries = weight[start : start + TOKENS_PER_TILE]
-            for first in range(0, len(hidden), _ROWS_PER_TILE):
-                rows = slice(first, first + _ROWS_PER_TILE)
+        rows_per_tile, tokens_per_tile = _tile(weight)
+        for start in range(0, len(weight), tokens_per_tile):
+            entries = weight[start : start + tokens_per_tile]
+            for first in range(0, len(hidden), rows_per_tile):
+                rows = slice(first, first + rows_per_tile)
                 slope = tile_slopes(
                     hidden[rows] @ entries.T,
                     token_ids[rows] - start,
@@ -115,7 +119,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
                 if by_hidden is not None:
                     by_hidden[rows] += slope @ entries
                 if by_weight is not None:
-                    of_entries = by_weight[start : start + TOKENS_PER_TILE]
+                    of_entries = by_weight[start : start + tokens_per_tile]
                     weight_gradient(slope, hidden[rows], into=of_entries, adds=first > 0)
         if by_hidden is not None:
             by_hidden = by_hidden.to(hidden.dtype)
@@ -127,9 +131,16 @@ def _sums(
 ) -> TileSums:
     """Of rows of hidden states, over all tiles of the vocabulary."""
     sums = TileSums.empty(rows, with_mean=with_mean)
-    for number, entries in enumerate(weight.split(TOKENS_PER_TILE)):
-        sums.add(rows @ entries.T, token_ids - number * TOKENS_PER_TILE, temperature=temperature)
+    _, tokens_per_tile = _tile(weight)
+    for number, entries in enumerate(weight.split(tokens_per_tile)):
+        sums.add(rows @ entries.T, token_ids - number * tokens_per_tile, temperature=temperature)
     return sums
+
+
+def _tile(weight: Tensor) -> tuple[int, int]:
+    """Positions and vocabulary entries of a tile where the head lies."""
+    is_here = weight.device.type == "cpu"
+    return (_ROWS_PER_TILE, TOKENS_PER_TILE) if is_here else _TILE_ELSEWHERE
 
 
 def widened(values: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ _Heads = tuple[Tensor, Tensor, Tensor]
 _QUERY_BLOCK = 128
 """Tokens of a row that attend together: a block leaves out the keys that lie after all of it, which
 of a long row are nearly half. Smaller blocks cost more in small products than they leave out."""
+_MASK_NUMBERS = 2**26
+"""Of the largest mask on other devices, where blocks are as few as that allows: each is several
+operations a layer, which have to be started, and what a mask leaves out costs little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +101,15 @@ class _Layout:
     """
 
     generations: Sequence[_Generation]
-    tree: attention.Tree
     cos: Float[Tensor, "N D"]
     sin: Float[Tensor, "N D"]
     spare: int
+    body: LlamaBody
+
+    @functools.cached_property
+    def tree(self) -> attention.Tree:
+        """What follows what; made only where attention is compiled, since it reads lengths back."""
+        return _tree(self.body, self.generations, spare=self.spare)
 
 
 def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N M"]:
@@ -117,8 +125,7 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
     token_ids, positions = (functional.pad(each, (0, spare)) for each in (token_ids, positions))
     hidden = body.embed(token_ids[None])[0]
     cos, sin = (part[0, 0] for part in body.rotary(hidden[None], positions[None]))
-    tree = _tree(body, generations, spare=spare)
-    layout = _Layout(generations=generations, tree=tree, cos=cos, sin=sin, spare=spare)
+    layout = _Layout(generations=generations, cos=cos, sin=sin, spare=spare, body=body)
     run = _run_layer
     if body.recomputes_layers and torch.is_grad_enabled():
         run = functools.partial(recomputed, _run_layer)
@@ -188,6 +195,9 @@ def _query_blocks(
     columns = torch.arange(width, device=valid.device)
     shared_heads = body.num_heads // body.num_key_heads
     count = max(1, width // _QUERY_BLOCK)
+    if valid.device.type != "cpu":
+        whole = rows * shared_heads * width * positions
+        count = min(count, -(-whole // _MASK_NUMBERS))
     blocks = []
     for block in columns.tensor_split(count):
         start, stop = int(block[0]), int(block[-1]) + 1
