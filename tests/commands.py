@@ -1,24 +1,23 @@
-"""The command inside this process and in one of its own."""
+"""The command inside this process, in a fork of its own, and as it is installed."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from click.testing import Result
+from tests.forks import COMMAND, ForkedProcess, forked_gmpo
 from typer.testing import CliRunner
 
 from gmpo.cli import app
 
 LAST_LINE = re.compile(r"held-out accuracy: before \d\.\d{3}, after \d\.\d{3}")
-COMMAND = Path(sys.executable).with_name("gmpo")
 
 
 def gmpo(*arguments: str | Path, stdin: str | None = None) -> Result:
@@ -26,26 +25,30 @@ def gmpo(*arguments: str | Path, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
-def process(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own."""
+def process(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, forks_too: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; what it starts is forked too, or is not."""
+    command = forked_gmpo(*arguments, env=env, forks_too=forks_too)
+    try:
+        stdout, stderr = command.communicate()
+    finally:
+        command.kill()
+    return subprocess.CompletedProcess(arguments, command.wait(), stdout, stderr)
+
+
+def installed(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The installed command, which an interpreter of its own runs."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
 
 
 @contextmanager
-def serving_as(
-    name: str, *arguments: str
-) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client, str]]:
+def serving_as(name: str, *arguments: str) -> Iterator[tuple[ForkedProcess, httpx2.Client, str]]:
     """`gmpo serve`, once it has said where it serves the model of that name, and that line."""
-    process = subprocess.Popen(
-        [COMMAND, "serve", *arguments, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forked_gmpo("serve", *arguments, "--port", "0")
     try:
-        assert process.stdout is not None
         said = process.stdout.readline()
         if not said.startswith(f"serving {name} (version "):
             process.kill()

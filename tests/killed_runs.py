@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forks import FORKS
+
 from gmpo.config import RunConfig
 from gmpo.trackers import feed
 from gmpo.training import train
 
 _TOUCHING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-
-# One process imports torch; each run is a fork of it.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.killed_runs"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +40,10 @@ class Ended:
 
 def run_in_process(config: RunConfig, folder: Path, death: Death | None = None) -> Ended:
     """Start the run in a process of its own, or resume it."""
-    touched, seconds = _FORKS.Value("i", 0), _FORKS.Value("d", 0.0)
+    touched, seconds = FORKS.Value("i", 0), FORKS.Value("d", 0.0)
     arguments = (config, folder, death or Death(), touched, seconds)
     # Forks have the environment in which their server was started, by whichever test came first.
-    process = _FORKS.Process(target=_train_under, args=(dict(os.environ), *arguments))
+    process = FORKS.Process(target=_train_under, args=(dict(os.environ), *arguments))
     process.start()
     process.join()
     assert process.exitcode is not None

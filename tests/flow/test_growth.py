@@ -84,6 +84,7 @@ def test_tables_and_plot_show_both_sides(tmp_path: Path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_command_measures_every_point_once_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -105,6 +106,7 @@ def test_the_command_measures_every_point_once_and_goes_on(
     assert path.read_text() == before
 
 
+@pytest.mark.usefixtures("forked")
 def test_trl_draws_completions_of_the_asked_length_too(tmp_path: Path):
     path = tmp_path / "growth.json"
     model = save_tiny(tmp_path / "model")

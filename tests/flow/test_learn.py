@@ -27,6 +27,8 @@ from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.registry import Registry
 from gmpo.store import Store, open_store
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 NAME = "tiny"
 SERVE = ("--max-prompt-tokens", "60", "--max-tokens", "8", "--dtype", "fp32", "--name", NAME)
 

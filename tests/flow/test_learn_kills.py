@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from tests.flow.test_learn import NAME, SERVE, Place, opened, rows
+from tests.forks import FORKS
 
 from gmpo.continual import ControllerSettings, run_cycle
 from gmpo.continual.plan import LearnPlan
@@ -21,7 +21,6 @@ from gmpo.continual.work import RealWork, cycle_request
 from gmpo.registry import Registry
 from gmpo.store import open_store
 
-CHILDREN = multiprocessing.get_context("spawn")
 MOMENTS = ("begins", "during", "written")
 _DURING_SECONDS = {"small_update": 3.0, "update": 3.0, "live_test": 3.0}
 """After which a step of its own processes is in their midst; others are killed after a moment."""
@@ -57,7 +56,7 @@ def learn_and_die(place: str, plan: LearnPlan, data: str, step: str, moment: str
 
 
 def _run(place: Place, plan: LearnPlan, data: str, step: str, moment: str) -> int | None:
-    process = CHILDREN.Process(
+    process = FORKS.Process(
         target=learn_and_die, args=(str(place.folder), plan, data, step, moment)
     )
     process.start()

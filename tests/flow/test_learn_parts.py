@@ -23,6 +23,8 @@ from gmpo.continual.traffic import open_client
 from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, RunStopped, ServerUnreachable
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

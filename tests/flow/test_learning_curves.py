@@ -52,6 +52,7 @@ def test_engines_agree_if_the_interval_holds_0_and_is_narrow(
     assert len(comparison["by_round"]) == 2
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_command_trains_both_engines_once_and_says_whether_they_agree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -52,6 +52,7 @@ def test_bounds_are_kept_within_them_or_by_recomputing(
     assert f"takes bf16 here and {'keeps' if keeps else 'BREAKS'} the bounds" in text
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_command_writes_a_table_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.commands import COMMAND, refusal, serving_as
+from tests.commands import gmpo, refusal, serving_as
 from tests.models import save_tiny
 from tests.upstreams import refuses, running_upstream, says
 
@@ -55,7 +54,6 @@ def test_a_configuration_is_served_with_fallback_and_recorded(tmp_path: Path):
             thumbs = {"request_id": answer["id"], "thumbs": "up"}
             assert client.post("/feedback", json=thumbs).status_code == 200
             process.send_signal(signal.SIGHUP)
-            assert process.stderr is not None
             assert "no model in this process" in process.stderr.readline()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -71,7 +69,8 @@ def test_an_experiment_between_two_models_of_one_server(
     monkeypatch.setenv("GMPO_UPSTREAM_API_KEY", "sk-up")
     store = str(tmp_path / "store.db")
     begin = ["ab", "start", "e", "--store", store, "--control", "old", "--candidate", "new"]
-    done = subprocess.run([COMMAND, *begin], capture_output=True, text=True, check=True)
+    done = gmpo(*begin)
+    assert done.exit_code == 0, done.stderr
     assert "gmpo serve --experiment e" in " ".join(done.stdout.split())
     with running_upstream(says("4")) as server:
         wanted = ("old", "--name", "bot", "--upstream", server.url)
@@ -84,12 +83,8 @@ def test_an_experiment_between_two_models_of_one_server(
             assert process.wait(60) == 0
         assert {body["model"] for body in server.bodies} == {"old", "new"}
         assert "authorization: Bearer sk-up" in server.headers[0]
-    report = subprocess.run(
-        [COMMAND, "ab", "report", "e", "--store", store, "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    report = gmpo("ab", "report", "e", "--store", store, "--json")
+    assert report.exit_code == 0, report.stderr
     assert json.loads(report.stdout)["num_units"] == 12
 
 
@@ -97,7 +92,7 @@ def test_two_engines_of_an_experiment_answer_each_its_units(tmp_path: Path):
     folders = [save_tiny(tmp_path / name, seed=seed) for seed, name in enumerate(("bot", "new"))]
     store = str(tmp_path / "store.db")
     begin = ["ab", "start", "e", "--store", store, "--control", folders[0]]
-    subprocess.run([COMMAND, *begin, "--candidate", folders[1]], capture_output=True, check=True)
+    assert gmpo(*begin, "--candidate", folders[1]).exit_code == 0
     asked = (folders[0], "--dtype", "fp32", "--store", store, "--experiment", "e")
     with serving(*asked) as (process, client, said):
         versions = {}
@@ -129,7 +124,7 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path):
     missing = refusal("serve", "m", "--experiment", "e", "--store", store, "--port", "0")
     assert "no experiment 'e'" in missing
     begin = ["ab", "start", "e", "--store", store, "--control", "old", "--candidate", "new"]
-    subprocess.run([COMMAND, *begin], capture_output=True, check=True)
+    assert gmpo(*begin).exit_code == 0
     other = refusal("serve", "m", "--experiment", "e", "--store", store, "--port", "0")
     assert "compares old and new, and MODEL is m" in other
     key = configured(tmp_path, text + 'api_key_env = "NO_SUCH_KEY"\n')
@@ -172,12 +167,8 @@ def test_a_threshold_is_set_from_recorded_answers_and_serves(tmp_path: Path):
                 for number in range(1, 41)
             ]
         )
-    done = subprocess.run(
-        [COMMAND, "quality", out, "--store", path, "--target", "0.1"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = gmpo("quality", out, "--store", path, "--target", "0.1")
+    assert done.exit_code == 0, done.stderr
     # 30 right answers, k = floor(.1 * 31) = 3: the third lowest of 11/40 ... is 13/40.
     threshold = (0.05 + 0.95 * 13 / 40) ** (1 / 3)
     assert f"threshold {threshold:.4f}: 9.7 % of good answers" in done.stdout

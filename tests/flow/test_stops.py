@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.commands import COMMAND, gmpo, process, refusal
+from tests.commands import gmpo, process, refusal
 from tests.disks import fill, resize, small_disk
+from tests.forks import ForkedProcess, forked_gmpo
 from tests.tiny_runs import metric_lines, same_weights
 
 from gmpo.checkpoint import latest_checkpoint
@@ -26,30 +26,38 @@ ROUNDS = ("--set", "training.rounds=40", "--set", "checkpoint.every_rounds=30")
 
 
 @contextmanager
-def started(recipe: str, model: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def started(recipe: str, model: str, folder: Path) -> Iterator[ForkedProcess]:
     """A run of 40 rounds in a process of its own, once its second round is done."""
     arguments = ["train", recipe, "--run", str(folder), "--set", f"model.name={model}", *ROUNDS]
-    with subprocess.Popen(
-        [COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
-        try:
-            deadline = time.monotonic() + 60
-            while rounds_done(folder) < 2:
-                assert running.poll() is None, running.communicate()
-                assert time.monotonic() < deadline, "no second round within 60 seconds"
-                time.sleep(0.01)
-            yield running
-        finally:
-            running.kill()  # does nothing where it has ended
+    running = forked_gmpo(*arguments)
+    try:
+        deadline = time.monotonic() + 60
+        while rounds_done(folder) < 2:
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline, "no second round within 60 seconds"
+            time.sleep(0.01)
+        yield running
+    finally:
+        running.kill()  # does nothing where it has ended
+        running.communicate()
 
 
 def rounds_done(folder: Path) -> int:
     return len(metric_lines(folder, "round"))
 
 
+@pytest.fixture(scope="module")
+def whole(model: str, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 rounds that nobody stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = process("train", recipe, "--run", folder, "--set", f"model.name={model}", *ROUNDS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_interrupted_saves_and_says_how_to_go_on(
-    number: signal.Signals, model: str, recipe: str, tmp_path: Path
+    number: signal.Signals, model: str, recipe: str, whole: Path, tmp_path: Path
 ):
     folder = tmp_path / "run"
     with started(recipe, model, folder) as running:
@@ -66,11 +74,6 @@ def test_a_run_that_is_interrupted_saves_and_says_how_to_go_on(
         f"{folder} --resume",
     ]
     assert process("train", "--run", folder, "--resume").returncode == 0
-    whole = tmp_path / "whole"
-    assert (
-        process("train", recipe, "--run", whole, "--set", f"model.name={model}", *ROUNDS).returncode
-        == 0
-    )
     ends = [latest_checkpoint(each / "checkpoints") for each in (folder, whole)]
     assert same_weights(*ends)
 

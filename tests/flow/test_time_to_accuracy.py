@@ -70,6 +70,7 @@ def test_the_table_and_the_plot_mark_what_was_not_reached(tmp_path: Path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("forked")
 def test_both_sides_get_the_recipes_step_sizes_and_go_on_from_their_own_weights(tmp_path: Path):
     model = save_tiny(tmp_path / "model")
     arguments = parse(

@@ -7,15 +7,15 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from tests.commands import gmpo, process, refusal
+from tests.forks import ForkedProcess, forked_gmpo
 from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
 
 from gmpo.errors import RunStopped, StillHeld
@@ -27,6 +27,8 @@ from gmpo.tuning.report import build_tuning_report
 from gmpo.tuning.score import Score
 from gmpo.tuning.search import Search
 from gmpo.tuning.trials import candidates, judge, run_trials
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 SPACE = """
 replace = true
@@ -56,8 +58,8 @@ def small(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tune(small: Path, study: Path, *more: str) -> subprocess.CompletedProcess:
-    return process(
+def tune(small: Path, study: Path, *more: str) -> Result:
+    return gmpo(
         "tune",
         small / "small.toml",
         "--space",
@@ -70,11 +72,11 @@ def tune(small: Path, study: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(small: Path, forked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing disturbed."""
     study = tmp_path_factory.mktemp("studies") / "whole"
     done = tune(small, study)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "winner.toml" in done.stdout
     return study
 
@@ -136,7 +138,7 @@ def test_a_finished_study_is_told_again_without_a_run(whole: Path, tmp_path: Pat
 @pytest.mark.verify
 def test_the_same_study_again_gives_the_same_numbers(whole: Path, small: Path, tmp_path: Path):
     again = tmp_path / "again"
-    assert tune(small, again).returncode == 0
+    assert tune(small, again).exit_code == 0
     assert report_in(whole) == report_in(again)
 
 
@@ -162,7 +164,7 @@ def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_
     search = begun(small, tmp_path / "shared")
     runs = [search.folder / "trials" / name for name in ("0000", "0001")]
     words = ["tune", "--study", str(search.folder), "--processes", "2"]
-    other = subprocess.Popen([sys.executable, "-m", "gmpo.cli", *words])
+    other = forked_gmpo(*words, forks_too=True)
     try:
         for run in runs:
             wait_for(run / "metrics.jsonl", other)
@@ -179,7 +181,7 @@ def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_
         assert run_trials(search, trials=2, say=say) == []
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     holder = f"process {other.pid} on {socket.gethostname()} since 20"
     assert said[0].startswith(f"waiting for other calls: trial 0 ({holder}")
     assert f", trial 1 ({holder}" in said[0]
@@ -188,7 +190,7 @@ def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_
     assert build_tuning_report(search).as_dict()["trials"] == report_in(whole)["trials"]
 
 
-def wait_for(file: Path, process: subprocess.Popen) -> None:
+def wait_for(file: Path, process: ForkedProcess) -> None:
     deadline = time.monotonic() + 300
     while not file.exists():
         assert process.poll() is None, "the study ended too early"
@@ -224,18 +226,20 @@ def test_a_call_that_hangs_is_not_waited_for_without_end_and_nothing_is_lost(
     whole: Path, small: Path, tmp_path: Path
 ):
     study = begun(small, tmp_path / "hung").folder
-    words = [sys.executable, "-m", "gmpo.cli", "tune", "--study", str(study)]
-    hung = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["tune", "--study", str(study)]
+    hung = forked_gmpo(*words, forks_too=True)
     run = study / "trials" / "0000"
+    stopped: list[int] = []
     try:
         wait_for(run / "metrics.jsonl", hung)
         trainer = trainer_of(run)
         assert trainer is not None
+        stopped = [trainer]
         for process_id in (hung.pid, trainer):
             os.kill(process_id, signal.SIGSTOP)
         holder = f"trial 0 (process {hung.pid} on {socket.gethostname()} since 20"
         # The other trial is nobody's, so that a second call has something to do before it waits.
-        given_up = process("tune", "--study", study, "--wait", "0.02")
+        given_up = process("tune", "--study", study, "--wait", "0.02", forks_too=True)
         assert given_up.returncode == 4, given_up.stderr
         assert "trial 1 scores" in given_up.stdout
         assert f"waiting for other calls: {holder}" in given_up.stdout
@@ -246,24 +250,29 @@ def test_a_call_that_hangs_is_not_waited_for_without_end_and_nothing_is_lost(
         assert interrupted(words, once_it_says=holder) == 130
         for process_id in (trainer, hung.pid):
             os.kill(process_id, signal.SIGCONT)
+        stopped.clear()
         assert hung.communicate(timeout=300)[1] == ""
         assert hung.returncode == 0
     finally:
-        hung.kill()  # on Linux its trainer ends with it, stopped or not
+        for process_id in stopped:
+            os.kill(process_id, signal.SIGKILL)
+        hung.kill()
         hung.communicate()
     assert report_in(study)["trials"] == report_in(whole)["trials"]
 
 
 def interrupted(words: list[str], *, once_it_says: str) -> int:
     """Exit code of a command that Ctrl-C comes to."""
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as command:
-        assert command.stdout is not None
+    command = forked_gmpo(*words)
+    try:
         for line in command.stdout:
             if once_it_says in line:
                 command.send_signal(signal.SIGINT)
                 break
-        command.stdout.read()
-    return command.returncode
+        command.communicate()
+    finally:
+        command.kill()
+    return command.wait()
 
 
 def test_a_call_that_keeps_the_search_to_itself_is_not_waited_for_without_end(
@@ -301,14 +310,16 @@ def kill_the_trainer_of(run: Path) -> None:
 
 
 def trainer_of(run: Path) -> int | None:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue  # it ended meanwhile
-            if b"train" in words and str(run).encode() in words:
-                return int(entry.name)
+    """The process that holds the run's folder, where that is another one than this."""
+    lock = run / ".lock"
+    if not lock.exists():
+        return None
+    inode = str(lock.stat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        # Number, kind, whether it binds, how, process, device and inode, first and last byte.
+        _, kind, _, _, process, place, *_ = line.split()
+        if kind == "FLOCK" and place.split(":")[-1] == inode and int(process) != os.getpid():
+            return int(process)
     return None
 
 

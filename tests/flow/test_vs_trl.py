@@ -254,6 +254,7 @@ def test_each_precision_of_gmpo_meets_trls_settings_of_it():
     assert all(setup.startswith("bf16_") for setup in setups_of("bf16"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

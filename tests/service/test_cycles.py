@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from tests.forks import FORKS
 from tests.learning import NAME, START, begin_champion, race, run_and_die
 
 from gmpo.continual import open_cycle
@@ -17,13 +17,11 @@ from gmpo.errors import ConfigError, LeaseHeld
 from gmpo.store import Store, open_store
 
 MOMENTS = ("begins", "during", "written", "moved")
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["tests.learning"])
 
 
 def child(*arguments: object) -> int | None:
     """Exit code of a process that runs the cycle on."""
-    process = CHILDREN.Process(target=run_and_die, args=arguments)
+    process = FORKS.Process(target=run_and_die, args=arguments)
     process.start()
     process.join(60)
     return process.exitcode
@@ -71,7 +69,7 @@ def test_of_two_controllers_one_runs_the_cycle_and_the_other_says_who_does(
     with open_store(store_url) as store:
         begin_champion(store)
     processes = [
-        CHILDREN.Process(target=race, args=(store_url, str(tmp_path), number)) for number in (1, 2)
+        FORKS.Process(target=race, args=(store_url, str(tmp_path), number)) for number in (1, 2)
     ]
     for process in processes:
         process.start()

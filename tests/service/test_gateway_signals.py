@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.commands import serving_as
+from tests.forks import ForkedProcess
 from tests.models import save_tiny
 
 from gmpo.store import open_store
@@ -43,9 +43,8 @@ def _events(lines: Iterator[str]) -> list[dict[str, Any]]:
     return [json.loads(one) for one in told]
 
 
-def _end(process: subprocess.Popen[str]) -> tuple[int, str]:
+def _end(process: ForkedProcess) -> tuple[int, str]:
     code = process.wait(60)
-    assert process.stderr is not None
     said = process.stderr.read()
     assert "Traceback" not in said and "Exception" not in said and "ASGI" not in said, said
     return code, said

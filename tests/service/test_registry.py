@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
+from tests.forks import FORKS
 from tests.registries import NAME, added, decision, model_folder
 
 from gmpo.errors import (
@@ -434,8 +434,7 @@ def test_a_process_killed_while_it_registers_leaves_no_version(
     moment: str, store_url: str, tmp_path: Path
 ):
     source = model_folder(tmp_path / "run", 1.0)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(
+    process = FORKS.Process(
         target=_add_and_die, args=(store_url, tmp_path / "models", source, moment)
     )
     process.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.forks import FORKS
 
 from gmpo.errors import (
     ChampionMoved,
@@ -27,8 +27,6 @@ from gmpo.errors import (
     StoreLocked,
 )
 from gmpo.store import AlertRow, Event, Experiment, ModelVersion, Store, open_store
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def event(number: int, kind: str = "answer", **fields) -> Event:
@@ -228,7 +226,7 @@ def write_many(url: str, start: int) -> None:
 
 def test_processes_write_at_once_and_nothing_is_lost(store_url: str):
     # None has made the tables: all of them try.
-    workers = [SPAWN.Process(target=write_many, args=(store_url, 30 * place)) for place in range(4)]
+    workers = [FORKS.Process(target=write_many, args=(store_url, 30 * place)) for place in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -264,7 +262,7 @@ def test_of_many_promoters_one_wins_each_revision(store_url: str):
     with open_store(store_url) as store:
         for digest in rivals:
             store.put_model_version(version(digest))
-    workers = [SPAWN.Process(target=race, args=(store_url, digest, 15)) for digest in rivals]
+    workers = [FORKS.Process(target=race, args=(store_url, digest, 15)) for digest in rivals]
     for worker in workers:
         worker.start()
     for worker in workers:
