@@ -43,10 +43,11 @@ lint: .venv/.extras-stamp
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-# Two workers with one thread each. Tests of the real model share a group, so that no two of them
-# run at once (tests/conftest.py).
+# Two workers with one thread each. A file is a group, and the real model's tests are one
+# (tests/conftest.py). In the order of collection, because unit tests come last: their files end
+# within seconds, so that no worker waits long for the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -r s --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -r s --durations 10
 
 verify: .venv/.extras-stamp
 	mkdir -p docs/results

@@ -34,10 +34,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the real model's tests on one worker: two copies of it would fight over the memory."""
+    """Keep a file's tests on one worker, so that it alone makes what they share.
+
+    The real model's are all on one: two copies of it would fight over the memory.
+    """
     for item in items:
-        if item.get_closest_marker("real_model") is not None:
-            item.add_marker(pytest.mark.xdist_group("real_model"))
+        is_real = item.get_closest_marker("real_model") is not None
+        group = "real_model" if is_real else str(item.path.relative_to(REPOSITORY))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
