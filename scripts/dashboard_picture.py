@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,24 +33,25 @@ CHROMIUM = Path("/usr/bin/chromium")
 WIDTH, HEIGHT = 1120, 1290
 CLIENTS, JUDGED = 3, 0.7
 """Clients at once, and the share of answers that they give a thumb for."""
-CONTROL, NAME = "smollm2-135m", "sums"
+NAME = "sums"
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--control", default="smollm2-135m", help="the model beside the run's")
     parser.add_argument("--out", type=Path, default=Path("docs/dashboard.png"))
     parser.add_argument("--minutes", type=float, default=2.5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if not (arguments.run / "recipe.toml").is_file():
         parser.error(f"{arguments.run} is no run folder; make it with gmpo train quickstart")
     if not CHROMIUM.is_file():
         parser.error(f"there is no {CHROMIUM}; apt install chromium")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store.db")
-        begin_experiment(store, arguments.run)
-        with gateway(store) as url:
-            said = ask_for(60 * arguments.minutes, url)
+        begin_experiment(store, arguments.control, arguments.run)
+        with gateway(store, arguments.control) as url:
+            said = ask_for(60 * arguments.minutes, url, Path(arguments.control).name)
             # Events are written beside the answers, within moments.
             time.sleep(1)
             take_picture(store, arguments.run, arguments.out)
@@ -58,38 +59,35 @@ def main() -> int:
     return 0
 
 
-def begin_experiment(store: str, run: Path) -> None:
+def begin_experiment(store: str, control: str, run: Path) -> None:
     """Put the experiment into a new store."""
-    command = ["ab", "start", NAME, "--store", store, "--control", CONTROL, "--candidate", str(run)]
+    command = ["ab", "start", NAME, "--store", store, "--control", control, "--candidate", str(run)]
     app(command, standalone_mode=False)
 
 
 @contextmanager
-def gateway(store: str) -> Iterator[str]:
+def gateway(store: str, control: str) -> Iterator[str]:
     """`gmpo serve` with the experiment, while the block runs; its address."""
     options = ["--store", store, "--experiment", NAME, "--port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gmpo.cli", "serve", CONTROL, *options],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        if not said.startswith("serving "):
-            raise SystemExit("gmpo serve did not start")
-        yield said.split()[-1]
-    finally:
-        process.terminate()
-        process.wait()
+    command = [sys.executable, "-m", "gmpo.cli", "serve", control, *options]
+    # Leaving the block waits for the process and closes the pipe that its first line came through.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if not said.startswith("serving "):
+                raise SystemExit("gmpo serve did not start")
+            yield said.split()[-1]
+        finally:
+            process.terminate()
 
 
-def ask_for(seconds: float, url: str) -> str:
+def ask_for(seconds: float, url: str, model: str) -> str:
     """Have all clients ask for so long; what came of it, in words."""
     until = time.monotonic() + seconds
     judged: list[bool | None] = []
     clients = [
-        threading.Thread(target=ask_until, args=(until, url, seed, judged))
+        threading.Thread(target=ask_until, args=(until, url, model, seed, judged))
         for seed in range(CLIENTS)
     ]
     for client in clients:
@@ -103,7 +101,7 @@ def ask_for(seconds: float, url: str) -> str:
     )
 
 
-def ask_until(until: float, url: str, seed: int, judged: list[bool | None]) -> None:
+def ask_until(until: float, url: str, model: str, seed: int, judged: list[bool | None]) -> None:
     """One client: a sum, the answer, most of the time a thumb for it, a moment's rest."""
     chance = random.Random(seed)
     with httpx2.Client(base_url=url, timeout=60) as client:
@@ -111,7 +109,7 @@ def ask_until(until: float, url: str, seed: int, judged: list[bool | None]) -> N
             left, right = chance.randint(1, 12), chance.randint(1, 12)
             question = f"What is {left} + {right}? Answer with just the number."
             asked = {
-                "model": CONTROL,
+                "model": model,
                 "messages": [{"role": "user", "content": question}],
                 "max_tokens": 32,
                 "temperature": 0.7,
