@@ -24,13 +24,15 @@ GIB = 2**30
 
 _FLOAT = 4
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
-"""Positions and vocabulary entries whose logits the fast head holds at once."""
+"""Positions and vocabulary entries whose logits the fast head holds at once on a CPU."""
+_TILE_ELSEWHERE = 2048, 16384
+"""The same on a GPU."""
 _PANEL, _PARTS, _QUERY_ROWS, _KEY_BLOCK = 32, 4, 128, 128
 """Of the compiled attention: positions of a panel, parts of its work, and sizes of its blocks."""
 _ROWS_OF_A_SHAPE = 32
 """As in kernels/shapes.py, which this file must not import: it is read without torch."""
 _CACHE_STEP = 32
-"""Positions by which the sampler's cache grows."""
+"""Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
 _FEWEST_PREPARED_ROWS = 16
 """Rows from which on the sampler lays weights out anew."""
 _PREFILL_TOKENS = 2048
@@ -209,17 +211,20 @@ def cache_bytes(
     Args:
         shape: of the model.
         prompts: different ones that run at once; room is made for a power of two of them.
-        rows: that run at once.
+        rows: that run at once; on a GPU room is made for a power of two of them.
         prompt_positions: tokens of the longest prompt.
         completion_positions: tokens of the longest completion.
     """
     if not shape.is_fast:
         positions = prompt_positions + completion_positions
         return rows * positions * shape.key_value_bytes * shape.layers
-    slots = min(rows, 1 << (prompts - 1).bit_length())
+    rows = rows if shape.on_cpu else _power_of_two(rows)
+    slots = min(rows, _power_of_two(prompts))
     in_prompts, own = (
-        -(-positions // _CACHE_STEP) * _CACHE_STEP
-        for positions in (prompt_positions, completion_positions)
+        _CACHE_STEP * (steps if shape.on_cpu else _power_of_two(steps))
+        for steps in (
+            -(-positions // _CACHE_STEP) for positions in (prompt_positions, completion_positions)
+        )
     )
     wide = 2 * shape.key_value_heads * shape.head_size * _FLOAT
     return (slots * in_prompts + rows * own) * wide * shape.layers
@@ -320,6 +325,11 @@ def _filled(shape: ModelShape, rows: int) -> int:
     return _whole(rows, _ROWS_OF_A_SHAPE) if is_filled else rows
 
 
+def _power_of_two(number: int) -> int:
+    """The least that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
 def _whole(count: int, step: int) -> int:
     return -(-count // step) * step
 
@@ -334,7 +344,8 @@ def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
     narrow = shape.width if shape.width < _FLOAT else 0
     held = 2 * narrow if shape.runs_compiled and narrow else 2 * _FLOAT + narrow
     scored = _filled(shape, scored)
-    tile = min(_TILE_ROWS, scored) * min(_TILE_TOKENS, shape.vocabulary) * held
+    rows, tokens = (_TILE_ROWS, _TILE_TOKENS) if shape.on_cpu else _TILE_ELSEWHERE
+    tile = min(rows, scored) * min(tokens, shape.vocabulary) * held
     return tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
 
 

@@ -288,6 +288,26 @@ def test_the_cache_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
+def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
+    model = llama()
+    decoder = LlamaDecoder(
+        LlamaBody(model), max_rows=5, capture=lambda step, rows: lambda: step(rows)
+    )
+    for prefill in decoder.prefill([[1] * 70, [2] * 30, [3] * 4], all_logits=False):
+        decoder.add_rows(prefill, 1)
+    decoder.advance(torch.tensor([1, 2, 3]))
+    foretold = cache_bytes(
+        replace(shape_of(model), on_cpu=False),
+        prompts=3,
+        rows=5,
+        prompt_positions=70,
+        completion_positions=1,
+    )
+    # Room for four prompts of 128 positions and eight rows of 32.
+    assert foretold == (4 * 128 + 8 * 32) * 2 * 16 * 2 * 4
+    assert decoder._cache.num_bytes == foretold
+
+
 def test_weights_laid_out_for_many_rows_are_counted():
     shape = shape_of(llama())
     few = sampling_bytes(shape, rows=15, prompt_tokens=8)
@@ -305,6 +325,11 @@ def test_the_head_holds_tiles_or_all_logits():
     # two tables of 512 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
     # head's of 101 x 32, in fp32
     assert passing_bytes(shape, size) == (2 * 512 * 101 + 512 * 32 + 101 * 32) * 4
+    # Twice as many scored positions: still 512 at once on a CPU, all 1024 on a GPU.
+    twice = replace(size, rows=128)
+    assert passing_bytes(shape, twice) == (2 * 512 * 101 + 1024 * 32 + 101 * 32) * 4
+    elsewhere = replace(shape, on_cpu=False)
+    assert passing_bytes(elsewhere, twice) == (2 * 1024 * 101 + 1024 * 32 + 101 * 32) * 4
     plain = shape_of(llama(), engine="plain")
     # 64 rows of 12 tokens with logits and their gradient, six tables at 512 positions
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4
