@@ -43,8 +43,8 @@ lint: .venv/.extras-stamp
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-# Two workers with one thread each. A file is a group, and the real model's tests are one
-# (tests/conftest.py). In the order of collection, because unit tests come last: their files end
+# Two workers with one thread each. A file is a group, and those with the real model are one
+# (tests/scheduling.py). In the order of collection, because unit tests come last: their files end
 # within seconds, so that no worker waits long for the other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -r s --durations 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -32,16 +33,14 @@ settings.load_profile("steady")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker, so that it alone makes what they share.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadgroup`: groups are files (tests/scheduling.py)."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.scheduling import FileScheduling
 
-    The real model's are all on one: two copies of it would fight over the memory.
-    """
-    for item in items:
-        is_real = item.get_closest_marker("real_model") is not None
-        group = "real_model" if is_real else str(item.path.relative_to(REPOSITORY))
-        item.add_marker(pytest.mark.xdist_group(group))
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
