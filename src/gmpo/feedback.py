@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import Field
@@ -46,7 +46,8 @@ class FeedbackPolicy(Table):
     liked: float = Field(default=0.5, gt=0, le=1)
     """Score of a user from which on it confirms the answer; below it speaks against it."""
     least_votes: int = Field(default=1, ge=1)
-    """Confirming users that an answer needs where no verifier judged it."""
+    """Confirming users that an answer needs where no verifier judged it; each has one vote on a
+    problem, the last."""
     least_agreement: float = Field(default=0.8, gt=0.5, le=1)
     """Share of the users who judged a problem's answers that must stand behind the one taken."""
     votes: bool = True
@@ -87,6 +88,15 @@ class FeedbackBatch:
         }
 
 
+@dataclass(frozen=True)
+class _Vote:
+    """A user's last word on an answer; a later one has the higher place."""
+
+    place: int
+    liked: bool
+    answer: str = ""
+
+
 @dataclass
 class _Problem:
     """What is known of one problem, however often it was asked."""
@@ -95,9 +105,8 @@ class _Problem:
     request_id: str
     num_requests: int = 0
     references: Counter[str] = field(default_factory=Counter)
-    liked: Counter[str] = field(default_factory=Counter)
+    votes: dict[str, _Vote] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)
-    num_votes: int = 0
     forms: dict[str, str] = field(default_factory=dict)
 
 
@@ -178,7 +187,7 @@ def training_rows(
         request_id = event.request_id or ""
         one = problems.setdefault(digest, _Problem(chat=chat, request_id=request_id))
         one.num_requests += 1
-        _judge(one, event.payload, scores.get(request_id), verdicts.get(request_id, ()))
+        _judge(one, event, scores.get(request_id), verdicts.get(request_id, ()))
     rows = []
     for one in problems.values():
         found = _answer(one, policy)
@@ -234,17 +243,18 @@ def purge_texts(
 
 def _judgements(
     store: Store, policy: FeedbackPolicy
-) -> tuple[dict[str, bool], dict[str, list[Mapping[str, Any]]]]:
+) -> tuple[dict[str, _Vote], dict[str, list[Mapping[str, Any]]]]:
     """By request, whether its user liked the answer (the last word counts), and the verdicts."""
-    scores: dict[str, bool] = {}
+    scores: dict[str, _Vote] = {}
     verdicts: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for event in store.events(kinds=["feedback", "verdict"]):
+    for place, event in enumerate(store.events(kinds=["feedback", "verdict"])):
         if event.request_id is None:
             continue
         if event.kind == "verdict":
             verdicts[event.request_id].append(event.payload)
         elif policy.votes:
-            scores[event.request_id] = event.payload["score"] >= policy.liked
+            is_liked = event.payload["score"] >= policy.liked
+            scores[event.request_id] = _Vote(place, is_liked)
     return scores, verdicts
 
 
@@ -290,22 +300,23 @@ def chat_digest(chat: Sequence[Mapping[str, str]]) -> str:
 
 def _judge(
     one: _Problem,
-    payload: Mapping[str, Any],
-    liked: bool | None,
+    event: Event,
+    vote: _Vote | None,
     verdicts: Iterable[Mapping[str, Any]],
 ) -> None:
     """Note what users and verifiers say of one recorded answer."""
-    answer = _final_answer(payload)
+    answer = _final_answer(event.payload)
     for verdict in verdicts:
         reference = verdict.get("reference") or (answer if verdict.get("is_correct") else None)
         if reference:
             one.references[_noted(one, reference)] += 1
         if verdict.get("is_correct") is False and answer is not None:
             one.refuted.add(_noted(one, answer))
-    if liked is not None and answer is not None:
-        one.num_votes += 1
-        if liked:
-            one.liked[_noted(one, answer)] += 1
+    if vote is not None and answer is not None:
+        voter = event.unit or event.request_id or ""
+        earlier = one.votes.get(voter)
+        if earlier is None or earlier.place < vote.place:
+            one.votes[voter] = replace(vote, answer=_noted(one, answer))
 
 
 def _noted(one: _Problem, answer: str) -> str:
@@ -332,14 +343,15 @@ def _answer(one: _Problem, policy: FeedbackPolicy) -> tuple[str, str] | str:
     if one.references:
         (key,) = one.references
         return one.forms[key], "verdict"
-    if not one.liked:
+    liked = Counter(vote.answer for vote in one.votes.values() if vote.liked)
+    if not liked:
         return "no confirmed answer"
-    key, count = one.liked.most_common(1)[0]
+    key, count = liked.most_common(1)[0]
     if key in one.refuted:
         return "liked, but wrong by a verdict"
     if count < policy.least_votes:
         return "too few votes"
-    if count < policy.least_agreement * one.num_votes:
+    if count < policy.least_agreement * len(one.votes):
         return "votes disagree"
     return one.forms[key], "votes"
 

@@ -163,6 +163,27 @@ def test_users_of_one_problem_are_counted_together(store: Store):
     assert left_out(store, least_agreement=0.6, least_votes=3) == {"too few votes": 3}
 
 
+def test_a_user_has_one_vote_on_a_problem_however_often_it_asks(store: Store):
+    for number in range(5):
+        request = f"r{number}"
+        store.add_events([served(request, "six?", "7", unit="loud"), vote(request, 1.0)])
+    assert left_out(store, least_votes=5) == {"too few votes": 5}
+    store.add_events([served("other", "six?", "6", unit="calm"), vote("other", 1.0)])
+    # One against one, not five.
+    assert left_out(store) == {"votes disagree": 6}
+    store.add_events([served("late", "six?", "6", unit="loud"), vote("late", 1.0)])
+    assert answers(store, least_votes=2) == {"r0": "6"}
+    # Its last vote counts, also where that is on an earlier answer.
+    store.add_events([vote("r0", 0.0)])
+    assert left_out(store) == {"votes disagree": 7}
+
+
+def test_users_without_a_name_are_told_apart_by_request(store: Store):
+    for number in range(3):
+        store.add_events([served(f"r{number}", "six?", "6"), vote(f"r{number}", 1.0)])
+    assert answers(store, least_votes=3) == {"r0": "6"}
+
+
 def test_the_last_word_of_a_user_counts(store: Store):
     store.add_events([served("r", "six?", "6"), vote("r", 1.0), vote("r", 0.0)])
     assert left_out(store) == {"no confirmed answer": 1}
