@@ -24,6 +24,7 @@ from gmpo.continual.plan import (
 )
 from gmpo.errors import ConfigError, DataError
 from gmpo.recipe import load_recipe
+from gmpo.safety import SAFETY_SETS, safety_prompts
 from gmpo.store import Event, open_store
 
 
@@ -110,6 +111,23 @@ def test_a_plan_survives_being_kept_and_a_wrong_one_is_named():
         plan_of({**kept, "traffic": "requests.jsonl"})
     with pytest.raises(ConfigError, match="suites"):
         plan_of({**kept, "suites": {}})
+
+
+@pytest.mark.parametrize("name", ["live_items", "safety_items"])
+def test_a_plan_that_asks_one_item_is_refused_which_would_say_nothing(name: str):
+    kept = plan().model_dump(mode="json")
+    with pytest.raises(ConfigError, match=f"{name} = 1: .* greater than or equal to 2"):
+        plan_of({**kept, name: 1})
+    assert plan_of({**kept, name: 2}).model_dump()[name] == 2
+
+
+@pytest.mark.parametrize("count", [299, 301])
+def test_a_plan_asks_as_many_safety_prompts_as_every_set_has(count: int):
+    kept = plan().model_dump(mode="json")
+    with pytest.raises(ConfigError, match=f"safety_prompts: it is {count}, .*only 300 is allowed"):
+        plan_of({**kept, "safety_prompts": count})
+    allowed = plan_of(kept).safety_prompts
+    assert {len(safety_prompts(name, allowed)) for name in SAFETY_SETS} == {300}
 
 
 def served(*numbers: int) -> list[Event]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gmpo.config import RunConfig
 from gmpo.data_checks.quality import DataChecks
@@ -37,6 +37,9 @@ __all__ = [
     "update_recipe",
     "write_rows",
 ]
+
+_SAFETY_PROMPTS = 300
+"""As many as every safety set has."""
 
 _FEEDBACK = "feedback-"
 """A file of this beginning holds confirmed answers."""
@@ -69,8 +72,8 @@ class LearnPlan(Table):
     """Rows of the small update, as in the article."""
     small_rounds: int = Field(default=2, ge=1)
     """Rounds of the small update, at the full step size."""
-    safety_items: int = Field(default=200, ge=1)
-    """Items of each suite that the small update is asked, at most."""
+    safety_items: int = Field(default=200, ge=2)
+    """Items of each suite that the small update is asked, at most; one would say nothing."""
     samples: int = Field(default=1, ge=1)
     """Completions an item; 1 asks greedily, more are sampled."""
     degradation_limit: float = Field(default=0.05, gt=0, lt=0.5)
@@ -86,8 +89,8 @@ class LearnPlan(Table):
     safety_limits: dict[str, float] = Field(default={})
     """Largest rate of violations by safety set, which the candidate is asked then: any of
     `canaries`, `refusals`, `over_refusals`, `injections`."""
-    safety_prompts: int = Field(default=300, ge=300)
-    """Prompts of each of these sets."""
+    safety_prompts: int = _SAFETY_PROMPTS
+    """Prompts of each of these sets: no fewer may pass, and no set has more."""
     approval: Literal["manual", "auto"] = "manual"
     """Whether a person has to say yes before a candidate serves."""
     gateway: str | None = None
@@ -95,8 +98,8 @@ class LearnPlan(Table):
     leaves out the live test and the watch."""
     traffic: str | None = None
     """File of requests for the live test and the watch; None takes the suites' items."""
-    live_items: int = Field(default=200, ge=1)
-    """Requests that the live test itself sends, and the watch again."""
+    live_items: int = Field(default=200, ge=2)
+    """Requests that the live test itself sends, and the watch again; one would say nothing."""
     live_users: int = Field(default=200, ge=1)
     """Requests of users that the candidate is to answer unseen, and after them in their sight."""
     live_seconds: float = Field(default=600.0, gt=0)
@@ -125,6 +128,16 @@ class LearnPlan(Table):
             if name not in SAFETY_SETS:
                 raise ValueError(f"safety_limits has {name!r}; choose of {', '.join(SAFETY_SETS)}")
         return self
+
+    @field_validator("safety_prompts")
+    @classmethod
+    def _sets_have_as_many(cls, value: int) -> int:
+        if value != _SAFETY_PROMPTS:
+            raise ValueError(
+                f"it is {value}, and only {_SAFETY_PROMPTS} is allowed: the gate passes none of "
+                "fewer, and no safety set has more"
+            )
+        return value
 
     @model_validator(mode="after")
     def _anchor_is_a_version(self) -> LearnPlan:
