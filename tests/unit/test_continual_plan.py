@@ -156,6 +156,21 @@ def liked(*numbers: int) -> list[Event]:
     ]
 
 
+def test_what_users_wrote_is_readable_by_its_owner_only(tmp_path: Path):
+    path = tmp_path / "learn" / "feedback-000001.jsonl"
+    path.parent.mkdir()
+    path.touch(mode=0o644)  # of an earlier version, e.g. of a batch that was too small
+    with open_store(str(tmp_path / "store.db")) as store:
+        store.add_events([*served(1), *liked(1)])
+        assert feedback_file(store, "bot", path.parent)[0] == path
+    assert path.stat().st_mode & 0o777 == 0o600
+    for name in ("accepted.jsonl", "train.jsonl"):
+        write_rows(tmp_path / name, rows(2))
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    write_rows(tmp_path / "drawn.jsonl", rows(2), is_private=False)
+    assert (tmp_path / "drawn.jsonl").stat().st_mode & 0o777 != 0o600
+
+
 def test_confirmed_answers_come_until_a_cycle_had_them(tmp_path: Path):
     def had(path: Path, **result: str) -> None:
         payload = {"request": {"data": [str(path)]}}

@@ -351,7 +351,8 @@ def _write_files(folder: Path, settings: DemoSettings) -> dict[str, Path]:
     data.mkdir(parents=True, exist_ok=True)
     files = {name: data / f"{name}.jsonl" for name in written}
     for name, listed in written.items():
-        write_rows(files[name], [{**row, "id": f"{name}-{n}"} for n, row in enumerate(listed)])
+        numbered = [{**row, "id": f"{name}-{n}"} for n, row in enumerate(listed)]
+        write_rows(files[name], numbered, is_private=False)
     return files
 
 

@@ -184,6 +184,8 @@ def batch_digest(paths: Sequence[str]) -> str:
 def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A file of the confirmed answers that no cycle had yet, and its figures.
 
+    Only its owner may read it. It stays until somebody deletes it, whatever `purge_texts` does.
+
     An answer may be confirmed long after it was given, so rows are told apart by what earlier
     cycles had, not by time. What a cycle had comes again if the batch was too small, or the cycle
     was abandoned.
@@ -262,8 +264,8 @@ def mixed_rows(
     return named + [{**row, "id": f"replay-{place}"} for place, row in enumerate(drawn)]
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, is_private: bool = False) -> None:
-    """Write rows as JSON Lines.
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, is_private: bool = True) -> None:
+    """Write rows as JSON Lines; most are what users wrote.
 
     Args:
         path: of the file.
