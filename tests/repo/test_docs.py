@@ -169,3 +169,13 @@ def test_the_links_of_a_page_lead_somewhere(page: Path):
             if fragment not in {anchor(heading) for heading in HEADING.findall(text)}:
                 broken.append(target)
     assert not broken, f"{page.name} links to what is not there: {broken}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_row_is_in_a_table_with_a_head(page: Path):
+    lines = FENCE.sub("", page.read_text()).splitlines()
+    firsts = [n for n, line in enumerate(lines) if line[:1] == "|" and lines[n - 1][:1] != "|"]
+    astray = [
+        lines[n] for n in firsts if not re.match(r"\|[\s:|-]+\|$", "".join(lines[n + 1 : n + 2]))
+    ]
+    assert not astray
