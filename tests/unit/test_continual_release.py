@@ -358,3 +358,12 @@ def test_suites_too_small_for_the_margin_are_refused_before_anything_is_trained(
     assert needed["overall"] >= policy.min_items
     with pytest.raises(ConfigError, match=r"too small for the margin: .*about \d+ would do"):
         require_decidable({"old": 40}, policy=policy, samples=1)
+
+
+def test_of_a_single_suite_that_is_too_small_it_is_said_once():
+    policy = GatePolicy(degradation_limit=MARGIN)
+    with pytest.raises(ConfigError, match="40 items of old do not rule out") as refused:
+        require_decidable({"old": 40}, policy=policy, samples=1)
+    assert str(refused.value).count("do not rule out") == 1
+    with pytest.raises(ConfigError, match=r"80 items of overall .* 40 items of old .* of new"):
+        require_decidable({"old": 40, "new": 40}, policy=policy, samples=1)

@@ -187,10 +187,12 @@ def require_decidable(
     items_alone = policy.model_copy(update={"safety_limits": {}})
     decision = decide_gate(alike, policy=items_alone, champion="this", candidate="the same")
     if decision.outcome == "inconclusive":
+        # Of a single suite, all items together are the same question.
+        asked = decision.suites if len(sizes) == 1 else (decision.overall, *decision.suites)
         short = [
             f"{row.num_items} items of {row.suite} do not rule out a drop of {row.margin * 100:g} "
             f"points, about {row.items_needed} would do"
-            for row in (decision.overall, *decision.suites)
+            for row in asked
             if row.verdict == "inconclusive"
         ]
         raise ConfigError(
