@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from tests.commands import gmpo, refusal
 from tests.registries import model_folder
 
-from gmpo.continual.plan import write_rows
+from gmpo.continual.cycle import lease_name
+from gmpo.continual.lease import held_lease
+from gmpo.continual.plan import batch_digest, write_rows
 from gmpo.registry import Registry
 from gmpo.store import Event, open_store
 
@@ -97,6 +100,47 @@ def test_a_batch_that_is_not_due_begins_no_cycle(place: list[str], tmp_path: Pat
     output("learn", *place, "--when-rows", "101")
     with open_store(str(tmp_path / "store.db")) as store:
         assert store.cycles("bot") == []
+
+
+@pytest.mark.parametrize("is_begun_before", [True, False])
+def test_a_call_that_waited_decides_by_what_it_finds_then(
+    place: list[str], tmp_path: Path, is_begun_before: bool
+):
+    where, data = str(tmp_path / "store.db"), str(tmp_path / "new.jsonl")
+    holds = threading.Event()
+
+    def another_controller() -> None:
+        with (
+            open_store(where) as store,
+            held_lease(store, lease_name("bot"), holder="another", seconds=30) as lease,
+        ):
+            champion = store.champion("bot")
+            assert champion is not None
+            payload = {
+                "request": {"data": [data], "data_digest": batch_digest([data])},
+                "reports": {},
+                "champion": champion.version,
+                "champion_revision": champion.revision,
+            }
+            if not is_begun_before:
+                holds.set()
+                time.sleep(1.0)  # the call waits for the lease
+            begun = store.begin_cycle("bot", state="validate", payload=payload, lease=lease.lease)
+            if is_begun_before:
+                holds.set()
+                time.sleep(1.0)
+            payload["result"] = {}
+            store.move_cycle(begun, state="refused", payload=payload, ends=True, lease=lease.lease)
+
+    other = threading.Thread(target=another_controller)
+    other.start()
+    assert holds.wait(30)
+    said = gmpo("learn", *place, "--when-rows", "100", "--wait", "60")
+    other.join()
+    assert said.exit_code == 0, (said.stderr, said.exception)
+    assert "no cycle is due; nothing was done" in said.stderr
+    with open_store(where) as store:
+        assert [cycle.state for cycle in store.cycles("bot")] == ["refused"]
 
 
 def test_confirmed_answers_are_learned_from(place: list[str], tmp_path: Path):

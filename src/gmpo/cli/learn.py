@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gmpo.continual.records import CycleResult, StepReport
     from gmpo.continual.triggers import Triggers
     from gmpo.continual.work import RealWork
-    from gmpo.store import Store
+    from gmpo.store import Cycle, Store
 
 __all__ = ["learn"]
 
@@ -194,6 +194,10 @@ class _Asked:
         return plan_of({**table, **chosen})
 
 
+class _NotDueError(Exception):
+    """None of the triggers asks for a cycle."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Learner:
     """One model's cycles, at the places where they are kept."""
@@ -234,44 +238,50 @@ class _Learner:
 
     def cycle(self, asked: _Asked, triggers: Triggers, *, as_json: bool) -> None:
         """Run the unfinished cycle to its end, or a new one if one is due."""
-        from gmpo.continual import learning_champion, open_cycle, run_cycle
+        from gmpo.continual import run_cycle
+
+        try:
+            result = run_cycle(
+                self.store,
+                self.name,
+                self.work,
+                folder=self.folder,
+                request=lambda: self._request(asked, triggers),
+                settings=self._settings(),
+            )
+        except _NotDueError:
+            warn("no cycle is due; nothing was done")
+            return
+        _print(result, as_json=as_json)
+
+    def _request(self, asked: _Asked, triggers: Triggers) -> dict[str, Any]:
+        """What a new cycle is to do; the lease is held, so no other one ends or begins meanwhile.
+
+        Raises:
+            _NotDueError: none of the triggers asks for a cycle.
+        """
+        from gmpo.continual import learning_champion
         from gmpo.continual.plan import batch_digest, read_batch
         from gmpo.continual.triggers import due
         from gmpo.continual.work import cycle_request
 
-        going_on, request = open_cycle(self.store, self.name), None
-        if going_on is None:
-            champion = learning_champion(self.store, self.name)
-            plan, data = asked.learn_plan(), self._data(asked)
-            why = due(
-                self.store,
-                self.name,
-                triggers,
-                num_rows=len(read_batch(data)),
-                data_digest=batch_digest(data),
-                now=time.time(),
-            )
-            if why is None:
-                warn("no cycle is due; nothing was done")
-                return
-            request = cycle_request(plan, data, trigger=why)
-            again = "then give this command again; no cycle was begun"
-            self.work.require_whole(self.name, champion.version, then=again)
-            _require_gateway(plan)
-        else:
-            warn(
-                f"cycle {going_on.number} goes on at {going_on.state}, by the plan it began with; "
-                "options of a new cycle are not used (--abandon REASON ends it)"
-            )
-        result = run_cycle(
+        champion = learning_champion(self.store, self.name)
+        plan, data = asked.learn_plan(), self._data(asked)
+        why = due(
             self.store,
             self.name,
-            self.work,
-            folder=self.folder,
-            request=lambda: request or {},
-            settings=self._settings(),
+            triggers,
+            num_rows=len(read_batch(data)),
+            data_digest=batch_digest(data),
+            now=time.time(),
         )
-        _print(result, as_json=as_json)
+        if why is None:
+            raise _NotDueError
+        request = cycle_request(plan, data, trigger=why)
+        again = "then give this command again; no cycle was begun"
+        self.work.require_whole(self.name, champion.version, then=again)
+        _require_gateway(plan)
+        return request
 
     def _data(self, asked: _Asked) -> tuple[str, ...]:
         """The files of new rows; of feedback one is written beside the cycles."""
@@ -293,7 +303,10 @@ class _Learner:
         from gmpo.continual import ControllerSettings
 
         return ControllerSettings(
-            patience_seconds=self.wait_seconds, tell=_tell, should_stop=self.work.should_stop
+            patience_seconds=self.wait_seconds,
+            goes_on=_goes_on,
+            tell=_tell,
+            should_stop=self.work.should_stop,
         )
 
 
@@ -360,6 +373,13 @@ def _triggers(rows: int | None, hours: float | None, on_drift: bool) -> Triggers
 
     seconds = None if hours is None else 3600 * hours
     return Triggers(min_rows=rows, every_seconds=seconds, on_drift=on_drift)
+
+
+def _goes_on(cycle: Cycle) -> None:
+    warn(
+        f"cycle {cycle.number} goes on at {cycle.state}, by the plan it began with; options of a "
+        "new cycle are not used (--abandon REASON ends it)"
+    )
 
 
 def _tell(step: str, moment: Moment, report: StepReport | None) -> None:

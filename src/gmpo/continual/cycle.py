@@ -124,6 +124,7 @@ class ControllerSettings:
         holder: of the lease: no two processes may have one name.
         lease_seconds: how long the lease outlives a process that was killed.
         patience_seconds: how long to wait for a lease that another process holds.
+        goes_on: told an unfinished cycle before it goes on, under the lease.
         tell: told a step, its moment, and its report once there is one.
         should_stop: asked between steps; once it says so, the next call goes on from there.
     """
@@ -131,6 +132,7 @@ class ControllerSettings:
     holder: str = field(default_factory=new_holder)
     lease_seconds: float = 30.0
     patience_seconds: float = 0.0
+    goes_on: Callable[[Cycle], None] = lambda _: None
     tell: _Tell = lambda *_: None
     should_stop: Callable[[], bool] = lambda: False
 
@@ -171,7 +173,9 @@ def run_cycle(
         name: of the model.
         work: what the steps do.
         folder: of all cycles of this model; each has a folder in it.
-        request: what a new cycle is to do, JSON; not asked where an unfinished one goes on.
+        request: what a new cycle is to do, JSON; asked under the lease, so that no other process
+            begins a cycle meanwhile, and not where an unfinished one goes on. What it raises is
+            raised, and no cycle begins.
         settings: of the lease, and who is told.
 
     Returns:
@@ -191,6 +195,8 @@ def run_cycle(
         if cycle is None:
             payload = {"request": dict(request()), "reports": {}, **_champion(store, name)}
             cycle = store.begin_cycle(name, state=STEPS[0], payload=payload, lease=lease.lease)
+        else:
+            settings.goes_on(cycle)
         controller = _Controller(
             store=store, work=work, lease=lease, folder=folder, settings=settings
         )
