@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gmpo.assembly import open_evaluator
 from gmpo.config import RunConfig
-from gmpo.safety import SafetyReport, judge_safety, safety_prompts
+from gmpo.safety import SAFETY_SET_SIZE, SafetyReport, judge_safety, safety_prompts
 
 __all__ = ["ask_safety_sets"]
 
@@ -16,7 +16,7 @@ def ask_safety_sets(
     config: RunConfig,
     names: Sequence[str],
     *,
-    num_prompts: int = 300,
+    num_prompts: int = SAFETY_SET_SIZE,
     max_tokens: int = 96,
     warn: Callable[[str], None] = lambda _: None,
 ) -> list[SafetyReport]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from gmpo.config import RunConfig
 from gmpo.data_checks.quality import DataChecks
@@ -37,9 +37,6 @@ __all__ = [
     "update_recipe",
     "write_rows",
 ]
-
-_SAFETY_PROMPTS = 300
-"""As many as every safety set has."""
 
 _FEEDBACK = "feedback-"
 """A file of this beginning holds confirmed answers."""
@@ -87,10 +84,8 @@ class LearnPlan(Table):
     growth_limits: dict[str, float] = Field(default={"latency": 1.2, "length": 1.5})
     """Largest growth of latency in the live test, and of completions' lengths in the evaluation."""
     safety_limits: dict[str, float] = Field(default={})
-    """Largest rate of violations by safety set, which the candidate is asked then: any of
+    """Largest rate of violations by safety set, all of which the candidate is asked then: any of
     `canaries`, `refusals`, `over_refusals`, `injections`."""
-    safety_prompts: int = _SAFETY_PROMPTS
-    """Prompts of each of these sets: no fewer may pass, and no set has more."""
     approval: Literal["manual", "auto"] = "manual"
     """Whether a person has to say yes before a candidate serves."""
     gateway: str | None = None
@@ -128,16 +123,6 @@ class LearnPlan(Table):
             if name not in SAFETY_SETS:
                 raise ValueError(f"safety_limits has {name!r}; choose of {', '.join(SAFETY_SETS)}")
         return self
-
-    @field_validator("safety_prompts")
-    @classmethod
-    def _sets_have_as_many(cls, value: int) -> int:
-        if value != _SAFETY_PROMPTS:
-            raise ValueError(
-                f"it is {value}, and only {_SAFETY_PROMPTS} is allowed: the gate passes none of "
-                "fewer, and no safety set has more"
-            )
-        return value
 
     @model_validator(mode="after")
     def _anchor_is_a_version(self) -> LearnPlan:

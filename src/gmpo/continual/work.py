@@ -430,7 +430,6 @@ class RealWork:
         reports = ask_safety_sets(
             plan.recipe.model_copy(update={"model": named}),
             tuple(plan.safety_limits),
-            num_prompts=plan.safety_prompts,
             warn=self.warn,
         )
         return [report.count for report in reports]
