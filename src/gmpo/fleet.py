@@ -76,7 +76,8 @@ class Fleet:
     ) -> Champion:
         """Make a version the champion and have every server report it; else leave all as it was.
 
-        A release that was cut off may be begun again: what is loaded is not loaded twice.
+        A release that was cut off may be begun again: what is loaded is not loaded twice. What a
+        server had loaded before (beside the champion, for an experiment) is left to it.
 
         Args:
             registry: moves the pointer, on evidence.
@@ -88,15 +89,17 @@ class Fleet:
         Raises:
             ServerUnreachable: a server did not report the version in time; the pointer is where it
                 was before.
-            gmpo.errors.GmpoError: as for `Registry.promote`; nothing is loaded any more.
+            gmpo.errors.GmpoError: as for `Registry.promote`; what was loaded for the release is
+                unloaded.
         """
         adapters = [server for server in self._servers if server.kind == "vllm"]
         followers = [server for server in self._servers if server.kind == "gateway"]
+        champion = _promoted_already(registry, version, expected_champion)
+        loaded: list[FleetServer] = []
         try:
             for server in adapters:
-                self._load(server, version)
+                self._load(server, version, loaded)
             self._wait(adapters, version.version)
-            champion = _promoted_already(registry, version, expected_champion)
             champion = champion or registry.promote(
                 version.name,
                 expected_champion=expected_champion,
@@ -105,7 +108,8 @@ class Fleet:
                 by=by,
             )
         except GmpoError:
-            self._unload(adapters, version.version)
+            if champion is None:  # else it serves since a call that was cut off, so it is needed
+                self._unload(loaded, version.version)
             raise
         try:
             self._wait(followers, version.version)
@@ -113,7 +117,7 @@ class Fleet:
             registry.rollback(
                 version.name, expected_champion=version.version, reason=f"a release failed: {error}"
             )
-            self._unload(adapters, version.version)
+            self._unload(loaded, version.version)
             raise ServerUnreachable(
                 f"{error}; version {version.version} was taken back, so it has to pass the gate "
                 "again"
@@ -164,9 +168,11 @@ class Fleet:
             if waiting:
                 time.sleep(self._every_seconds)
 
-    def _load(self, server: FleetServer, version: ModelVersion) -> None:
+    def _load(self, server: FleetServer, version: ModelVersion, loaded: list[FleetServer]) -> None:
+        """Where it is not loaded yet; `loaded` is told before, for an answer may be lost."""
         if version.version in self.reported(server):
             return
+        loaded.append(server)
         told = {"lora_name": version.version, "lora_path": version.path}
         answer = self._ask("POST", server, "/load_lora_adapter", told)
         if answer.status_code != 200:

@@ -204,6 +204,55 @@ def test_a_release_without_evidence_leaves_no_adapter_behind(registry, store, ve
     assert store.champion(NAME).version == old.version
 
 
+@pytest.mark.parametrize("refused_by", ["gate", "vllm", "gateway"])
+def test_a_refused_release_leaves_what_a_server_had_loaded_before(
+    refused_by, registry, store, versions
+):
+    old, new = versions
+    beside, fresh = Server(), Server()  # the first serves both, for an experiment
+    last = Server(store=store if refused_by == "gateway" else None, refuses=refused_by != "gate")
+    beside.versions, fresh.versions = [old.version, new.version], [old.version]
+    gain = -0.2 if refused_by == "gate" else 0.0
+    with running(beside, fresh, last), pytest.raises((PromotionRefused, ServerUnreachable)):
+        fleet(beside, fresh, last, patience=0.1).release(
+            registry,
+            new,
+            expected_champion=old.version,
+            evidence=decision(old.version, new.version, gain=gain),
+        )
+    assert beside.versions == [old.version, new.version] and beside.posted == []
+    assert fresh.versions == [old.version]
+    assert store.champion(NAME).version == old.version
+
+
+def test_an_adapter_whose_loading_was_not_confirmed_is_unloaded(registry, versions):
+    server = Server()
+    with running(server):
+        real = server.change
+
+        def late(path: str, body: dict[str, str]) -> tuple[int, str]:
+            status, said = real(path, body)
+            return (504, "too late") if "unload" not in path else (status, said)
+
+        server.change = late  # type: ignore[method-assign]
+        with pytest.raises(ServerUnreachable, match="too late"):
+            release(fleet(server), registry, versions)
+        assert server.versions == []
+
+
+def test_what_serves_since_a_release_that_was_cut_off_stays_loaded(registry, store, versions):
+    old, new = versions
+    good, other = Server(), Server()
+    with running(good, other):
+        release(fleet(good, other), registry, versions)
+        # Begun again after both were restarted empty, and one takes no adapter any more.
+        good.versions, other.versions, other.refuses = [], [], True
+        with pytest.raises(ServerUnreachable, match="no adapter there"):
+            release(fleet(good, other), registry, versions)
+        assert good.versions == [new.version]
+    assert store.champion(NAME).version == new.version and old
+
+
 def test_a_release_that_was_cut_off_is_begun_again(registry, store, versions):
     server = Server()
     server.versions = [versions[1].version]
