@@ -9,7 +9,7 @@ import pytest
 
 from gmpo.continual.triggers import Triggers, due
 from gmpo.errors import ConfigError
-from gmpo.store import Event, Store, open_store
+from gmpo.store import Event, ModelVersion, Store, open_store
 
 
 @pytest.fixture
@@ -29,8 +29,17 @@ def ended_cycle(store: Store, digest: str = "old") -> float:
     return begun.created
 
 
-def anomaly(level: str, time: float) -> Event:
-    return Event(kind="anomaly", time=time, payload={"level": level, "severity": 0.5})
+def anomaly(level: str, time: float, version: str | None = "v1") -> Event:
+    payload = {"level": level, "severity": 0.5}
+    return Event(kind="anomaly", time=time, payload=payload, model_version=version)
+
+
+def serve(store: Store, version: str, *, name: str = "bot", instead_of: str | None = None) -> None:
+    row = ModelVersion(
+        version=version, created=0.0, name=name, path="", parent=None, lineage={}, metrics={}
+    )
+    store.put_model_version(row)
+    store.set_champion(name, expected=instead_of, version=version, reason={})
 
 
 def test_without_triggers_a_cycle_is_always_due(store: Store):
@@ -57,11 +66,37 @@ def test_enough_time_is_due(store: Store):
 
 def test_an_anomaly_since_the_newest_cycle_is_due(store: Store):
     triggers = Triggers(on_drift=True)
+    serve(store, "v1")
     begun = ended_cycle(store)
     store.add_events([anomaly("critical", begun - 5), anomaly("ok", begun + 5)])
     assert asked(store, triggers) is None
     store.add_events([anomaly("warning", begun + 6)])
-    assert asked(store, triggers) == "an anomaly of level warning"
+    assert asked(store, triggers) == "an anomaly of level warning of version v1"
+
+
+def test_an_anomaly_of_another_model_of_the_store_is_not_due(store: Store):
+    triggers = Triggers(on_drift=True)
+    serve(store, "v1")
+    serve(store, "w1", name="other")
+    begun = ended_cycle(store)
+    store.add_events([anomaly("critical", begun + 5, "w1")])
+    assert asked(store, triggers) is None
+    facts = {"num_rows": 50, "data_digest": "new", "now": 0.0}
+    told = due(store, "other", triggers, **facts)
+    assert told == "an anomaly of level critical of version w1"
+    assert due(store, "without a champion", triggers, **facts) is None
+
+
+def test_an_anomaly_that_is_not_of_the_version_that_serves_is_not_due(store: Store):
+    triggers = Triggers(on_drift=True)
+    serve(store, "v1")
+    begun = ended_cycle(store)
+    # Of a run that gmpo monitor watches, of a gateway's memory, of requests that reached no model.
+    store.add_events([anomaly("critical", begun + 4, None), anomaly("critical", begun + 5, "v1")])
+    serve(store, "v2", instead_of="v1")
+    assert asked(store, triggers) is None
+    store.add_events([anomaly("critical", begun + 6, "v2")])
+    assert asked(store, triggers) == "an anomaly of level critical of version v2"
 
 
 def test_a_trigger_that_means_nothing_is_refused():

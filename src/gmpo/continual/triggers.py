@@ -19,7 +19,8 @@ class Triggers:
     Attributes:
         min_rows: so many new rows; None does not look at them.
         every_seconds: so long after the newest cycle began; None does not look at the time.
-        on_drift: an anomaly of level "warning" or "critical" since the newest cycle began.
+        on_drift: an anomaly of level "warning" or "critical", of the version that serves, since the
+            newest cycle began.
     """
 
     min_rows: int | None = None
@@ -45,7 +46,7 @@ def due(
     With triggers, no rows begin none, and rows that a cycle had already begin no other one.
 
     Args:
-        store: of cycles and anomalies.
+        store: of cycles, champions and anomalies.
         name: of the model.
         triggers: that are set.
         num_rows: of the data there are.
@@ -69,13 +70,27 @@ def due(
         if waited >= triggers.every_seconds:
             return f"{waited:.0f} seconds since cycle {cycles[-1].number}"
     if triggers.on_drift:
-        return _drift(store, newest)
+        return _drift(store, name, newest)
     return None
 
 
-def _drift(store: Store, newest: Cycle | None) -> str | None:
-    since = None if newest is None else newest.created
-    for event in store.events(kinds=["anomaly"], since=since, newest_first=True):
+def _drift(store: Store, name: str, newest: Cycle | None) -> str | None:
+    """An anomaly of the model's champion, in a sentence.
+
+    Anomalies without a version are those of training runs, of a gateway's memory, and of requests
+    that reached no model: new weights are no remedy for them. A version that serves no more left
+    with what was wrong with it; what lasts is soon told of its successor.
+    """
+    champion = store.champion(name)
+    if champion is None:
+        return None
+    events = store.events(
+        kinds=["anomaly"],
+        since=None if newest is None else newest.created,
+        model_version=champion.version,
+        newest_first=True,
+    )
+    for event in events:
         if event.payload["level"] in _DRIFT_LEVELS:
-            return f"an anomaly of level {event.payload['level']}"
+            return f"an anomaly of level {event.payload['level']} of version {champion.version}"
     return None
