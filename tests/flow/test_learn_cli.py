@@ -102,6 +102,24 @@ def test_a_batch_that_is_not_due_begins_no_cycle(place: list[str], tmp_path: Pat
         assert store.cycles("bot") == []
 
 
+def test_rows_of_earlier_cycles_make_no_other_one_due(place: list[str], tmp_path: Path):
+    known, data = [{"prompt": "What is 1 + 1?", "answer": "2"}], tmp_path / "new.jsonl"
+    numbered = [{"question": f"What is {n} + 1?"} for n in range(40)]
+    write_rows(data, [*numbered, *known])  # rows without an answer: the cycle is refused
+    assert json.loads(output("learn", *place, "--when-rows", "41", "--json"))["number"] == 1
+    grown = [*numbered, *known, *({"question": f"Is {n} odd?"} for n in range(5))]
+    write_rows(data, grown)
+    result = gmpo("learn", *place, "--when-rows", "6")
+    assert "no cycle is due" in result.stderr
+    write_rows(data, list(reversed(grown[:-5])))  # another batch, of no new row
+    assert "no cycle is due" in gmpo("learn", *place, "--every-hours", "0.0000001").stderr
+    write_rows(data, grown)
+    assert json.loads(output("learn", *place, "--when-rows", "5", "--json"))["number"] == 2
+    with open_store(str(tmp_path / "store.db")) as store:
+        trigger = store.cycles("bot")[1].payload["request"]["trigger"]
+    assert trigger == "5 new rows, at least 5 wanted"
+
+
 @pytest.mark.parametrize("is_begun_before", [True, False])
 def test_a_call_that_waited_decides_by_what_it_finds_then(
     place: list[str], tmp_path: Path, is_begun_before: bool

@@ -19,7 +19,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def asked(store: Store, triggers: Triggers, **changes) -> str | None:
-    facts = {"num_rows": 50, "data_digest": "new", "now": 0.0, **changes}
+    facts = {"num_new": 50, "data_digest": "new", "now": 0.0, **changes}
     return due(store, "bot", triggers, **facts)
 
 
@@ -58,7 +58,7 @@ def test_enough_rows_are_due_once(store: Store):
 def test_enough_time_is_due(store: Store):
     triggers = Triggers(every_seconds=60)
     assert asked(store, triggers) == "no cycle has been run yet"
-    assert asked(store, triggers, num_rows=0) is None
+    assert asked(store, triggers, num_new=0) is None
     begun = ended_cycle(store)
     assert asked(store, triggers, now=begun + 59) is None
     assert asked(store, triggers, now=begun + 60) == "60 seconds since cycle 1"
@@ -81,7 +81,7 @@ def test_an_anomaly_of_another_model_of_the_store_is_not_due(store: Store):
     begun = ended_cycle(store)
     store.add_events([anomaly("critical", begun + 5, "w1")])
     assert asked(store, triggers) is None
-    facts = {"num_rows": 50, "data_digest": "new", "now": 0.0}
+    facts = {"num_new": 50, "data_digest": "new", "now": 0.0}
     told = due(store, "other", triggers, **facts)
     assert told == "an anomaly of level critical of version w1"
     assert due(store, "without a champion", triggers, **facts) is None

@@ -69,7 +69,9 @@ _Approval = Annotated[
 _Folder = Annotated[
     Path | None, typer.Option(help="Holds cycles and versions; default: the SQLite store's own.")
 ]
-_WhenRows = Annotated[int | None, typer.Option(min=1, help="Begin only with so many new rows.")]
+_WhenRows = Annotated[
+    int | None, typer.Option(min=1, help="Begin only with so many rows that no cycle had.")
+]
 _EveryHours = Annotated[
     float | None, typer.Option(min=0.0, help="Begin only so long after the newest cycle.")
 ]
@@ -262,6 +264,7 @@ class _Learner:
         """
         from gmpo.continual import learning_champion
         from gmpo.continual.plan import batch_digest, read_batch
+        from gmpo.continual.rows_had import num_new_rows
         from gmpo.continual.triggers import due
         from gmpo.continual.work import cycle_request
 
@@ -271,7 +274,7 @@ class _Learner:
             self.store,
             self.name,
             triggers,
-            num_rows=len(read_batch(data)),
+            num_new=num_new_rows(self.store, self.name, read_batch(data), folder=self.folder),
             data_digest=batch_digest(data),
             now=time.time(),
         )

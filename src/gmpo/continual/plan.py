@@ -28,6 +28,7 @@ __all__ = [
     "LearnPlan",
     "batch_digest",
     "feedback_file",
+    "gave_back",
     "mixed_rows",
     "plan_of",
     "read_batch",
@@ -188,7 +189,7 @@ def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str
     had = {
         chat_digest(row["prompt"])
         for cycle in cycles
-        if not _gave_back(cycle)
+        if not gave_back(cycle)
         for path in cycle.payload["request"]["data"]
         if Path(path).name.startswith(_FEEDBACK) and Path(path).is_file()
         for row in read_batch([path])
@@ -203,7 +204,7 @@ def feedback_file(store: Store, name: str, folder: Path) -> tuple[Path, dict[str
     return path, {**told, "rows": len(rows), "left_out": left_out}
 
 
-def _gave_back(cycle: Cycle) -> bool:
+def gave_back(cycle: Cycle) -> bool:
     """Whether a cycle's rows were neither trained on nor found wanting."""
     result = cycle.payload.get("result") or {}
     reason = result.get("reason") or ""

@@ -17,7 +17,7 @@ class Triggers:
     """What begins a cycle; any of them does, and without any a cycle is always due.
 
     Attributes:
-        min_rows: so many new rows; None does not look at them.
+        min_rows: so many rows that no cycle had yet; None does not look at them.
         every_seconds: so long after the newest cycle began; None does not look at the time.
         on_drift: an anomaly of level "warning" or "critical", of the version that serves, since the
             newest cycle began.
@@ -39,30 +39,30 @@ class Triggers:
 
 
 def due(
-    store: Store, name: str, triggers: Triggers, *, num_rows: int, data_digest: str, now: float
+    store: Store, name: str, triggers: Triggers, *, num_new: int, data_digest: str, now: float
 ) -> str | None:
     """Why a cycle is due now, in a sentence; None if none is.
 
-    With triggers, no rows begin none, and rows that a cycle had already begin no other one.
+    With triggers, no new row begins none, nor does a batch that began a cycle already.
 
     Args:
         store: of cycles, champions and anomalies.
         name: of the model.
         triggers: that are set.
-        num_rows: of the data there are.
-        data_digest: of these rows.
+        num_new: rows that no earlier cycle had, of the data there are.
+        data_digest: of all rows of the data.
         now: unix seconds.
     """
     if not triggers.any_is_set:
         return "asked for"
-    if not num_rows:
+    if not num_new:
         return None
     cycles = store.cycles(name)
     if any(cycle.payload["request"].get("data_digest") == data_digest for cycle in cycles):
         return None
     newest = cycles[-1] if cycles else None
-    if triggers.min_rows is not None and num_rows >= triggers.min_rows:
-        return f"{num_rows} new rows, at least {triggers.min_rows} wanted"
+    if triggers.min_rows is not None and num_new >= triggers.min_rows:
+        return f"{num_new} new rows, at least {triggers.min_rows} wanted"
     if triggers.every_seconds is not None:
         waited = None if newest is None else now - newest.created
         if waited is None:

@@ -39,6 +39,7 @@ from gmpo.continual.release import (
     roll_back_step,
     write_compared,
 )
+from gmpo.continual.rows_had import keep_digests
 from gmpo.continual.suites import (
     ModelAsked,
     completion_lengths,
@@ -182,13 +183,15 @@ class RealWork:
         self.require_whole(facts.name, facts.champion, then=begin_another)
         asked = self.asked_before(plan, facts.folder.parent)
         require_anchor(self.store, plan, name=facts.name, asked=asked, folder_of=self.folder_of)
+        rows = read_batch(data)
         report = checked_batch(
             plan,
-            read_batch(data),
+            rows,
             self._earlier(facts, plan),
             sampler=champion_sampler(plan, Path(self._champion(facts)), warn=self.warn),
             seed=facts.number,
         )
+        keep_digests(rows, folder)
         write_rows(folder / _ACCEPTED, [dict(row) for row in report.accepted])
         # Some are rejected for the personal data in them.
         write_rows(folder / _REJECTED, report.rejected, is_private=True)
