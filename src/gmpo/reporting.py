@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
 from gmpo.batch import reward_table
+from gmpo.host_memory import peak_resident_bytes
 from gmpo.records import Group, Rollout
 from gmpo.rewards import ScoredGroups
 from gmpo.saved_rounds import SampledRound
@@ -139,8 +138,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory so far in GiB: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak_resident_bytes() / 2**30
 
 
 def _row_ratios(results: Sequence[StepResult]) -> dict[str, dict[str, float]]:

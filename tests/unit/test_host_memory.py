@@ -11,13 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from gmpo.host_memory import available_bytes, resident_bytes
+from gmpo.host_memory import available_bytes, peak_resident_bytes, resident_bytes
 
 
 def test_this_process_holds_memory_and_some_is_free():
     assert 2**26 < resident_bytes() < 2**37
     free = available_bytes()
     assert free is None or 0 < free < 2**50
+
+
+def test_the_peak_stays_when_memory_is_given_back():
+    held = bytearray(b"x" * 2**28)
+    with_it = resident_bytes()
+    del held
+    assert peak_resident_bytes() >= with_it - 2**20 > 2**28
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    held = bytearray(b"x" * 2**29)
+    command = "from gmpo.host_memory import peak_resident_bytes as peak; print(peak())"
+    child = subprocess.run([sys.executable, "-c", command], check=True, stdout=subprocess.PIPE)
+    assert int(child.stdout) < len(held) / 2
 
 
 def system(root: Path, *, groups: str, files: dict[str, str]) -> Path:
