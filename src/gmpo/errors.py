@@ -25,6 +25,7 @@ __all__ = [
     "RunFolderError",
     "RunStopped",
     "ServerUnreachable",
+    "ServersBehind",
     "StillHeld",
     "StoreError",
     "StoreFull",
@@ -98,6 +99,10 @@ class StillHeld(GmpoError):
 
 class ServerUnreachable(GmpoError):
     """A model server does not answer, or answers what it should not."""
+
+
+class ServersBehind(ServerUnreachable):
+    """A version was taken back, and some servers could not follow: they need a person's hand."""
 
 
 class StoreError(GmpoError):

@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.fleet_servers import NAME, Server, fleet, running
 from tests.registries import decision, model_folder
 
 from gmpo.errors import PromotionRefused, ServerUnreachable
 from gmpo.fleet import Fleet, FleetServer
 from gmpo.registry import Registry
 from gmpo.store import ModelVersion, Store, open_store
-
-NAME = "bot"
-
-
-class Server:
-    """A server of either kind, over a real socket.
-
-    Its `versions` are what it reports; a gateway's follow the store's champion.
-    """
-
-    def __init__(self, *, store: Store | None = None, refuses: bool = False, hold: int = 0) -> None:
-        self.store = store
-        self.versions: list[str] = []
-        self.refuses = refuses
-        self.hold = hold
-        self.posted: list[tuple[str, dict[str, str]]] = []
-        self.keys: set[str | None] = set()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.keys.add(self.headers.get("Authorization"))
-                self._answer(200, json.dumps({"data": server.rows()}))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.posted.append((self.path, body))
-                self._answer(*server.change(self.path, body))
-
-            def _answer(self, status: int, text: str) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def rows(self) -> list[dict[str, str]]:
-        if self.store is None:
-            return [{"id": version} for version in ["base", *self.versions]]
-        champion = self.store.champion(NAME)
-        if champion is not None and not self.refuses:
-            self.hold -= 1
-            if self.hold < 0:
-                self.versions = [champion.version]
-        return [{"id": NAME, "model_version": version} for version in self.versions]
-
-    def change(self, path: str, body: dict[str, str]) -> tuple[int, str]:
-        if self.refuses:
-            return 404, "no adapter there"
-        if path == "/v1/load_lora_adapter":
-            self.versions.append(body["lora_name"])
-        else:
-            self.versions.remove(body["lora_name"])
-        return 200, "Success"
-
-
-@contextmanager
-def running(*servers: Server) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for server in servers:
-            server.http.shutdown()
-            server.http.server_close()
 
 
 @pytest.fixture
@@ -110,19 +34,6 @@ def versions(registry: Registry, tmp_path: Path) -> tuple[ModelVersion, ModelVer
     )
     registry.adopt(NAME, old.version, reason="first")
     return old, new
-
-
-def fleet(*servers: Server, told: list[str] | None = None, patience: float = 5.0) -> Fleet:
-    return Fleet(
-        [
-            FleetServer(url=server.url, kind="vllm" if server.store is None else "gateway")
-            for server in servers
-        ],
-        api_key="secret",
-        patience_seconds=patience,
-        every_seconds=0.02,
-        tell=(told if told is not None else []).append,
-    )
 
 
 def release(one: Fleet, registry: Registry, pair: tuple[ModelVersion, ModelVersion]) -> None:
@@ -226,8 +137,8 @@ def test_a_refused_release_leaves_what_a_server_had_loaded_before(
 
 
 def test_an_adapter_whose_loading_was_not_confirmed_is_unloaded(registry, versions):
-    server = Server()
-    with running(server):
+    server, bad = Server(), Server(refuses=True)
+    with running(server, bad):
         real = server.change
 
         def late(path: str, body: dict[str, str]) -> tuple[int, str]:
@@ -235,8 +146,8 @@ def test_an_adapter_whose_loading_was_not_confirmed_is_unloaded(registry, versio
             return (504, "too late") if "unload" not in path else (status, said)
 
         server.change = late  # type: ignore[method-assign]
-        with pytest.raises(ServerUnreachable, match="too late"):
-            release(fleet(server), registry, versions)
+        with pytest.raises(ServerUnreachable, match="no adapter there"):
+            release(fleet(server, bad), registry, versions)
         assert server.versions == []
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,15 +18,26 @@ from rich.text import Text
 from gmpo.cli.conventions import (
     JsonOption,
     existing_store,
-    model_name,
     refuses_clearly,
+    say,
     warn,
 )
-from gmpo.errors import ConfigError, DataError
+from gmpo.cli.registry_rows import (
+    clock,
+    cycle_row,
+    found_folder,
+    lineage_of,
+    metric_of,
+    read_evidence,
+    version_row,
+    why_serving,
+)
+from gmpo.errors import ConfigError, DataError, ServersBehind
 
 if TYPE_CHECKING:
+    from gmpo.fleet import Fleet
     from gmpo.registry import Registry
-    from gmpo.store import Champion, Cycle, ModelVersion, Store
+    from gmpo.store import Champion, ModelVersion, Store
 
 __all__ = [
     "add",
@@ -59,6 +68,17 @@ _Folder = Annotated[
 _Mlflow = Annotated[
     str | None, typer.Option("--mlflow", help="MLflow's address, to be told of the change too.")
 ]
+_Gateways = Annotated[
+    list[str] | None,
+    typer.Option("--gateway", help="gmpo serve --follow at http://HOST:PORT/v1; repeatable."),
+]
+_Vllm = Annotated[
+    list[str] | None,
+    typer.Option("--vllm", help="vLLM that takes adapters, at .../v1; repeatable."),
+]
+_Patience = Annotated[
+    float, typer.Option(min=0.0, help="Seconds that a server may take to load it.")
+]
 
 
 @registry.command("list")
@@ -72,7 +92,7 @@ def versions(
     with _opened(store, read_only=True) as opened:
         if name is not None:
             _require_known(opened, name)
-        rows = [_row(opened, version) for version in opened.model_versions(name)]
+        rows = [version_row(opened, version) for version in opened.model_versions(name)]
     if as_json:
         print(json.dumps(rows))
         return
@@ -86,7 +106,7 @@ def versions(
     for row in rows:
         metrics = ", ".join(f"{key} {value:.4g}" for key, value in row["metrics"].items())
         table.add_row(
-            *map(Text, (row["name"], row["version"], row["role"], _clock(row["created"])[:10])),
+            *map(Text, (row["name"], row["version"], row["role"], clock(row["created"])[:10])),
             Text((row["parent"] or "")[:8]),
             Text(metrics),
         )
@@ -103,7 +123,7 @@ def show(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
         _require_known(opened, name)
         found = Registry(opened, _folder(opened, None, needed=False))
         history, candidates = found.history(name), found.candidates(name)
-        cycles = [_cycle_row(cycle) for cycle in opened.cycles(name)]
+        cycles = [cycle_row(cycle) for cycle in opened.cycles(name)]
     if as_json:
         told = {
             "history": [vars(champion) for champion in history],
@@ -115,15 +135,15 @@ def show(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
     if not history:
         _say(f"{name} has no champion; gmpo registry adopt makes the first one")
     for champion in history:
-        why = _why(champion.reason)
-        _say(f"{champion.revision}. {champion.version} since {_clock(champion.since)}: {why}")
+        why = why_serving(champion.reason)
+        _say(f"{champion.revision}. {champion.version} since {clock(champion.since)}: {why}")
     for candidate in candidates:
         _say(f"candidate {candidate.version}: {candidate.evidence['sentence']}")
     for row in cycles:
         state = row["state"] if row["ended"] else f"goes on at {row['state']}"
         why = f": {row['reason']}" if row["reason"] else ""
         said = f" ({row['step']}: {row['sentence']})" if row["step"] else ""
-        _say(f"cycle {row['cycle']} of {_clock(row['began'])}: {state}{why}{said}")
+        _say(f"cycle {row['cycle']} of {clock(row['began'])}: {state}{why}{said}")
 
 
 @registry.command()
@@ -143,11 +163,11 @@ def add(
     """Copy a model into the registry, under the digest of its weights."""
     with _open_registry(store, folder, mlflow, is_made=True) as (opened, found):
         version = found.add(
-            _model_folder(model),
+            found_folder(model),
             name=name,
             parent=None if parent is None else _whole(opened, parent).version,
-            lineage=_lineage(model),
-            metrics=dict(_metric(word) for word in metrics or []),
+            lineage=lineage_of(model),
+            metrics=dict(metric_of(word) for word in metrics or []),
         )
     if as_json:
         print(json.dumps(vars(version)))
@@ -184,17 +204,9 @@ def promote(
         typer.Option(help="Decision that gmpo gate --json printed; default: the store's newest."),
     ] = None,
     by: Annotated[str | None, typer.Option(help="Who says so; default: the user.")] = None,
-    gateways: Annotated[
-        list[str] | None,
-        typer.Option("--gateway", help="gmpo serve --follow at http://HOST:PORT/v1; repeatable."),
-    ] = None,
-    vllm: Annotated[
-        list[str] | None,
-        typer.Option("--vllm", help="vLLM that takes adapters, at .../v1; repeatable."),
-    ] = None,
-    patience: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a server may take to load it.")
-    ] = 300.0,
+    gateways: _Gateways = None,
+    vllm: _Vllm = None,
+    patience: _Patience = 300.0,
     mlflow: _Mlflow = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,23 +215,16 @@ def promote(
     With servers named, the release stands once all of them report the version, else it is taken
     back; GMPO_FLEET_API_KEY is sent to them.
     """
-    from gmpo.fleet import Fleet, FleetServer
-
-    servers = [FleetServer(url=url, kind="gateway") for url in gateways or []]
-    servers += [FleetServer(url=url, kind="vllm") for url in vllm or []]
-    fleet = Fleet(
-        servers,
-        api_key=os.environ.get("GMPO_FLEET_API_KEY"),
-        patience_seconds=patience,
-        tell=warn,
-    )
+    fleet = _fleet(gateways, vllm, patience)
     with _open_registry(store, folder, mlflow) as (opened, found):
         _require_known(opened, name)
         chosen = _whole(opened, version)
         candidate = chosen.version
         if chosen.name != name:
             raise ConfigError(f"{candidate} is a version of {chosen.name!r}, not of {name!r}")
-        decision = found.newest_decision(name, candidate) if evidence is None else _read(evidence)
+        decision = (
+            found.newest_decision(name, candidate) if evidence is None else read_evidence(evidence)
+        )
         if decision is None:
             raise ConfigError(
                 f"the store has no decision of the gate about {candidate}; have the gate decide, "
@@ -246,10 +251,17 @@ def rollback(
     expected: Annotated[
         str | None, typer.Option(help="Version to be taken back; default: the one that serves.")
     ] = None,
+    gateways: _Gateways = None,
+    vllm: _Vllm = None,
+    patience: _Patience = 300.0,
     mlflow: _Mlflow = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the predecessor serve again."""
+    """Make the predecessor serve again.
+
+    Servers that are named load it, and those that could not are said, with exit code 1: it is the
+    champion all the same.
+    """
     if not reason.strip():
         raise ConfigError("--reason is empty; say why, for whoever reads the history")
     with _open_registry(store, folder, mlflow) as (opened, found):
@@ -259,8 +271,17 @@ def rollback(
             taken = _whole(opened, expected).version
         else:
             taken = "" if serving is None else serving.version
-        champion = found.rollback(name, expected_champion=taken or None, reason=reason)
+        behind: ServersBehind | None = None
+        try:
+            champion = _fleet(gateways, vllm, patience).rollback(
+                found, name, expected_champion=taken or None, reason=reason
+            )
+        except ServersBehind as error:
+            behind, champion = error, found.history(name)[-1]
     _print_champion(champion, as_json=as_json)
+    if behind is not None:
+        say("error", str(behind), style="red")
+        raise typer.Exit(1)
 
 
 @registry.command()
@@ -353,6 +374,20 @@ def _open_registry(
         yield opened, Registry(opened, where, mirrors=mirrors, tell=warn)
 
 
+def _fleet(gateways: list[str] | None, vllm: list[str] | None, patience: float) -> Fleet:
+    """The servers that are named; none is a fleet too."""
+    from gmpo.fleet import Fleet, FleetServer
+
+    servers = [FleetServer(url=url, kind="gateway") for url in gateways or []]
+    servers += [FleetServer(url=url, kind="vllm") for url in vllm or []]
+    return Fleet(
+        servers,
+        api_key=os.environ.get("GMPO_FLEET_API_KEY"),
+        patience_seconds=patience,
+        tell=warn,
+    )
+
+
 def _folder(opened: Store, folder: Path | None, *, needed: bool) -> Path:
     """Where versions lie: as told, or beside the SQLite file."""
     if folder is not None:
@@ -383,92 +418,6 @@ def _require_known(opened: Store, name: str) -> None:
         )
 
 
-def _cycle_row(cycle: Cycle) -> dict[str, Any]:
-    """A learning cycle: its outcome or next step, and what decided it or was found last."""
-    result, reports = cycle.payload.get("result") or {}, cycle.payload.get("reports") or {}
-    step = result.get("step") or next(reversed(reports), None)
-    sentence = result.get("sentence") or (reports[step]["sentence"] if step in reports else None)
-    return {
-        "cycle": cycle.number,
-        "state": cycle.state,
-        "began": cycle.created,
-        "ended": cycle.ended,
-        "reason": result.get("reason"),
-        "step": step,
-        "sentence": sentence,
-        "new_model_version": result.get("new_model_version"),
-    }
-
-
-def _row(opened: Store, version: ModelVersion) -> dict[str, Any]:
-    from gmpo.registry import Registry, serving_line
-
-    history = opened.champion_history(version.name)
-    line = serving_line(history)
-    waiting = Registry(opened, _folder(opened, None, needed=False)).candidates(version.name)
-    role = ""
-    if version.version in [champion.version for champion in history]:
-        role = "taken back"  # unless it passed again, or is in the line that serves
-    if version.version in [candidate.version for candidate in waiting]:
-        role = "candidate"
-    if version.version in line:
-        role = "served before"
-    if line[-2:-1] == [version.version]:
-        role = "predecessor"
-    if line[-1:] == [version.version]:
-        role = "champion"
-    lineage = {key: value for key, value in version.lineage.items() if key != "files"}
-    return {**vars(version), "lineage": lineage, "role": role}
-
-
-def _model_folder(model: str) -> Path:
-    """A run's newest checkpoint's model, a folder, or the files of a model by name."""
-    folder = Path(model_name(model))
-    if folder.is_dir():
-        return folder
-    from gmpo.policy.load import model_folder
-
-    return Path(model_folder(model))
-
-
-def _lineage(model: str) -> dict[str, Any]:
-    """Where a run's model comes from."""
-    recipe = Path(model) / "recipe.toml"
-    if not recipe.is_file():
-        return {"source": str(Path(model).resolve()) if Path(model).exists() else model}
-    try:
-        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{recipe} cannot be read: {error}; restore it") from None
-    checkpoint = Path(model_name(model)).parent.name
-    return {"run": str(Path(model).resolve()), "checkpoint": checkpoint, "recipe": table}
-
-
-def _metric(word: str) -> tuple[str, float]:
-    name, _, value = word.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise ConfigError(f"--metric is {word!r}; write NAME=NUMBER") from None
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--evidence {path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"--evidence {path} is no JSON object; give what gmpo gate --json printed")
-    return found
-
-
-def _why(reason: Mapping[str, Any]) -> str:
-    kind = reason.get("kind", "set")
-    if kind == "promotion":
-        return f"promoted by {reason.get('by')}: {reason['evidence'].get('sentence')}"
-    return f"{kind}: {reason.get('why', 'no reason given')}"
-
-
 def _print_champion(champion: Champion, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(vars(champion)))
@@ -479,7 +428,3 @@ def _print_champion(champion: Champion, *, as_json: bool) -> None:
 
 def _say(sentence: str) -> None:
     Console().print(Text(sentence), soft_wrap=True)
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M")

@@ -294,23 +294,8 @@ class Registry:
             PromotionRefused: there is no predecessor whose files are whole.
         """
         with self._lock.shared():
-            line = serving_line(self._store.champion_history(name))
-            serving = line[-1] if line else None
-            if serving != expected_champion:
-                raise ChampionMoved(name, expected=expected_champion, found=serving)
+            version, damaged = self._way_back(name, expected_champion)
             why = {"why": reason} if isinstance(reason, str) else dict(reason)
-            damaged: list[str] = []
-            for version in dict.fromkeys(one for one in reversed(line) if one != serving):
-                if self.verify(version).is_whole:
-                    break
-                damaged.append(version)
-            else:
-                which = f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else ""
-                also = ", or add a damaged one again from its run" if damaged else ""
-                raise PromotionRefused(
-                    f"{name!r} has no predecessor to go back to{which}; promote another version"
-                    f"{also}"
-                )
             champion = self._store.set_champion(
                 name,
                 expected=expected_champion,
@@ -320,9 +305,31 @@ class Registry:
         self._record(ROLLBACK, champion)
         return champion
 
+    def rollback_target(self, name: str, *, expected_champion: str | None) -> ModelVersion:
+        """The version that `rollback` would make serve now; nothing is changed.
+
+        Raises:
+            ChampionMoved: another version serves.
+            PromotionRefused: there is no predecessor whose files are whole.
+        """
+        return self.version(self._way_back(name, expected_champion)[0])
+
     def history(self, name: str) -> list[Champion]:
         """Every champion that the model had, oldest first, with the reason of each."""
         return self._store.champion_history(name)
+
+    def version(self, version: str) -> ModelVersion:
+        """A version's row, with its path.
+
+        Raises:
+            DataError: there is no such version.
+        """
+        found = self._store.model_version(version)
+        if found is None:
+            raise DataError(
+                f"model version {version} is not registered; gmpo registry list shows all"
+            )
+        return found
 
     def verify(self, version: str) -> FileCheck:
         """Whether a version's files are what was registered; all of them are read.
@@ -330,7 +337,7 @@ class Registry:
         Raises:
             DataError: there is no such version.
         """
-        return check_files(self._version(version))
+        return check_files(self.version(version))
 
     def servable(self, name: str) -> ModelVersion:
         """The champion, or the nearest version before it where its files are damaged.
@@ -353,7 +360,7 @@ class Registry:
                     tell_damage(self._store, name, checks, instead=version)
                 else:
                     end_damage(self._store, name, serving=version, summary="whole again")
-                return self._version(version)
+                return self.version(version)
             checks.append(check)
         tell_damage(self._store, name, checks, instead=None)
         raise ModelError(
@@ -387,13 +394,22 @@ class Registry:
                 dry_run=dry_run,
             )
 
-    def _version(self, version: str) -> ModelVersion:
-        found = self._store.model_version(version)
-        if found is None:
-            raise DataError(
-                f"model version {version} is not registered; gmpo registry list shows all"
-            )
-        return found
+    def _way_back(self, name: str, expected_champion: str | None) -> tuple[str, list[str]]:
+        """The nearest whole version before the champion, and the damaged ones between."""
+        line = serving_line(self._store.champion_history(name))
+        serving = line[-1] if line else None
+        if serving != expected_champion:
+            raise ChampionMoved(name, expected=expected_champion, found=serving)
+        damaged: list[str] = []
+        for version in dict.fromkeys(one for one in reversed(line) if one != serving):
+            if self.verify(version).is_whole:
+                return version, damaged
+            damaged.append(version)
+        which = f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else ""
+        also = ", or add a damaged one again from its run" if damaged else ""
+        raise PromotionRefused(
+            f"{name!r} has no predecessor to go back to{which}; promote another version{also}"
+        )
 
     def _require_whole(self, version: str) -> None:
         check = self.verify(version)
