@@ -25,6 +25,7 @@ __all__ = [
     "TEXT_KINDS",
     "FeedbackBatch",
     "FeedbackPolicy",
+    "asked_chat",
     "chat_digest",
     "policy_of",
     "purge_texts",
@@ -174,7 +175,7 @@ def training_rows(
     problems: dict[str, _Problem] = {}
     for event in events:
         reason = _unusable(event, oldest=oldest)
-        chat = [] if reason else _chat(event.payload)
+        chat = [] if reason else asked_chat(event.payload)
         if reason is None and not chat:
             reason = "no chat that ends in a user turn"
         if reason is not None:
@@ -264,7 +265,7 @@ def _asked_in_running_experiments(store: Store) -> set[str]:
         chat_digest(chat)
         for name in running
         for event in store.events(kinds=["text"], experiment=name)
-        if (chat := _chat(event.payload))
+        if (chat := asked_chat(event.payload))
     }
 
 
@@ -279,8 +280,12 @@ def _unusable(event: Event, *, oldest: float) -> str | None:
     return None
 
 
-def _chat(payload: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns that were asked, a plain prompt as a user's turn; empty if they are not usable."""
+def asked_chat(payload: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns that were asked, a plain prompt as a user's turn; empty if they are not usable.
+
+    Args:
+        payload: of a "text" event.
+    """
     prompt = payload.get("prompt")
     turns = payload.get("messages") or [{"role": "user", "content": prompt}]
     chat = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]

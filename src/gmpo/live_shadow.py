@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from gmpo.store import Event, Store
 
 __all__ = [
     "CONTROLLER_SESSION",
+    "LONGEST_ANSWER_SECONDS",
     "ShadowCall",
     "UsersPairs",
     "called",
@@ -30,6 +31,9 @@ __all__ = [
 
 CONTROLLER_SESSION = "gmpo-learn"
 """Session of requests that a cycle itself sends to a gateway: they are no users'."""
+
+LONGEST_ANSWER_SECONDS = 3600.0
+"""A shadow is recorded later than its request was made, by less than this."""
 
 _KIND = "shadow_call"
 
@@ -67,6 +71,7 @@ class UsersPairs:
         shadow: the same of the candidate's unseen answers, [U].
         num_shadows: requests that the candidate was asked.
         num_failed: of these, requests that it did not answer, though it should have.
+        num_trained_on: of the others, requests that ask what it was trained on.
         num_unpaired: others without a known quality on both sides: those that the candidate's
             server does not allow, because its limits are others, among them.
     """
@@ -75,7 +80,13 @@ class UsersPairs:
     shadow: NDArray[np.float64]
     num_shadows: int
     num_failed: int
+    num_trained_on: int
     num_unpaired: int
+
+    @property
+    def num_compared(self) -> int:
+        """Requests whose two answers are compared."""
+        return self.num_shadows - self.num_failed - self.num_trained_on - self.num_unpaired
 
 
 @contextmanager
@@ -117,7 +128,9 @@ def users_answers(store: Store, version: str, *, since: float) -> list[Event]:
     ]
 
 
-def users_pairs(store: Store, call: ShadowCall, *, champion: str) -> UsersPairs:
+def users_pairs(
+    store: Store, call: ShadowCall, *, champion: str, trained_on: Set[str] = frozenset()
+) -> UsersPairs:
     """What came of a call so far; what an earlier process of the same cycle gathered counts too.
 
     Requests of one user are evidence together, so each user is one pair of means.
@@ -126,19 +139,27 @@ def users_pairs(store: Store, call: ShadowCall, *, champion: str) -> UsersPairs:
         store: of the gateway.
         call: for the candidate.
         champion: version that users are served.
+        trained_on: ids of requests that ask what the candidate was trained on: whether it answers
+            them is counted, what it answers is not compared.
     """
     shadows = store.events(
         kinds=["shadow"], experiment=call.experiment, model_version=call.candidate
     )
     failed = sum(event.payload.get("fault") not in (None, "bad_request") for event in shadows)
+    compared = [
+        event
+        for event in shadows
+        if event.request_id not in trained_on or event.payload.get("fault") is not None
+    ]
     wanted = {event.request_id for event in shadows}
     # A shadow begins once its request was answered, which took a while.
-    since = min((event.time for event in shadows), default=call.until) - 3600.0
+    since = min((event.time for event in shadows), default=call.until)
+    since -= LONGEST_ANSWER_SECONDS
     answers = [
         event for event in users_answers(store, champion, since=since) if event.request_id in wanted
     ]
     by_unit: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for pair in read_records([*shadows, *answers]).shadow_pairs:
+    for pair in read_records([*compared, *answers]).shadow_pairs:
         if (both := _qualities(pair)) is not None:
             by_unit[pair.unit].append(both)
     num_pairs = sum(map(len, by_unit.values()))
@@ -148,7 +169,8 @@ def users_pairs(store: Store, call: ShadowCall, *, champion: str) -> UsersPairs:
         shadow=means[:, 1],
         num_shadows=len(shadows),
         num_failed=failed,
-        num_unpaired=len(shadows) - failed - num_pairs,
+        num_trained_on=len(shadows) - len(compared),
+        num_unpaired=len(compared) - failed - num_pairs,
     )
 
 

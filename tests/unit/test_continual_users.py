@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_ind
 from tests.tiny_runs import tiny_recipe
 
-from gmpo.continual.plan import LearnPlan
+from gmpo.continual.plan import LearnPlan, write_rows
 from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.trained_on import TrainedRequests
 from gmpo.continual.users import fell_by_more, users_shadow, users_watch
 from gmpo.errors import RunStopped
 from gmpo.live_shadow import (
@@ -29,6 +30,7 @@ from gmpo.store import Event, ModelVersion, Store, open_store
 
 NAME, CHAMPION, CANDIDATE = "bot", "v1", "v2"
 URL = "http://127.0.0.1:9/v1"
+TRAINED = "What is 2 + 2?"
 
 
 @pytest.fixture
@@ -37,12 +39,21 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def facts(**reports: StepReport) -> CycleFacts:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a cycle that was trained on one row, whose prompt nobody asks unless a test says so."""
+    update = tmp_path / "cycle-000001" / "update"
+    update.mkdir(parents=True)
+    write_rows(update / "train.jsonl", [{"id": "new-0", "prompt": TRAINED, "answer": "4"}])
+    return update.parent
+
+
+def facts(folder: Path, **reports: StepReport) -> CycleFacts:
     made = StepReport(passed=True, sentence="made", details={"new_model_version": CANDIDATE})
     return CycleFacts(
         name=NAME,
         number=1,
-        folder=Path(),
+        folder=folder,
         champion=CHAMPION,
         champion_revision=1,
         request={},
@@ -88,8 +99,30 @@ def shadow(
     )
 
 
-def ask(store: Store, settings: LearnPlan) -> StepReport:
-    return users_shadow(facts(), settings, store, url=URL, should_stop=lambda: False)
+def text(number: int, content: str, *, version: str = CHAMPION) -> Event:
+    """What was asked, as a gateway records it where the client allows it."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+    return Event(
+        kind="text",
+        time=time.time(),
+        payload={"messages": turns, "prompt": None, "completions": ["4"], "consent": True},
+        model_version=version,
+        request_id=f"{version}-{number}",
+    )
+
+
+def promote_candidate(store: Store) -> None:
+    for version in (CHAMPION, CANDIDATE):
+        row = ModelVersion(
+            version=version, created=0.0, name=NAME, path="", parent=None, lineage={}, metrics={}
+        )
+        store.put_model_version(row)
+    store.set_champion(NAME, expected=None, version=CANDIDATE, reason={})
+    time.sleep(0.01)
+
+
+def ask(store: Store, settings: LearnPlan, folder: Path) -> StepReport:
+    return users_shadow(facts(folder), settings, store, url=URL, should_stop=lambda: False)
 
 
 def test_pairs_by_hand(store: Store):
@@ -129,20 +162,22 @@ def test_a_call_stands_until_it_ends_or_its_time_is_over(store: Store):
     assert standing_call(store, NAME) is None
 
 
-def test_where_users_ask_too_little_nobody_is_waited_for(store: Store):
+def test_where_users_ask_too_little_nobody_is_waited_for(store: Store, folder: Path):
     cycles = [answer(number, session=CONTROLLER_SESSION) for number in range(50)]
     store.add_events([*cycles, *(answer(number) for number in range(50, 54))])
-    report = ask(store, plan(live_seconds=300.0))
+    report = ask(store, plan(live_seconds=300.0), folder)
     assert report.passed
     assert report.details == {"source": "own", "requests_before": 4}
     assert "users asked 4 requests in 300 seconds, fewer than 5" in report.sentence
     assert store.events(kinds=["shadow_call"]) == []
 
 
-def test_a_wait_ends_when_it_is_stopped_and_so_does_the_call(store: Store):
+def test_a_wait_ends_when_it_is_stopped_and_so_does_the_call(store: Store, folder: Path):
     store.add_events([answer(number) for number in range(10)])
     with pytest.raises(RunStopped, match="waited for users"):
-        users_shadow(facts(), plan(live_seconds=300.0), store, url=URL, should_stop=lambda: True)
+        users_shadow(
+            facts(folder), plan(live_seconds=300.0), store, url=URL, should_stop=lambda: True
+        )
     assert len(store.events(kinds=["shadow_call"])) == 2
     assert standing_call(store, NAME) is None
 
@@ -158,7 +193,13 @@ def test_a_wait_ends_when_it_is_stopped_and_so_does_the_call(store: Store):
     ],
 )
 def test_users_pairs_decide(
-    store: Store, drop: float, faults: int, passed: bool, reason: str | None, said: str
+    store: Store,
+    folder: Path,
+    drop: float,
+    faults: int,
+    passed: bool,
+    reason: str | None,
+    said: str,
 ):
     store.add_events([answer(number, 0.6 + 0.2 * (number % 2)) for number in range(60)])
     store.add_events(
@@ -169,16 +210,53 @@ def test_users_pairs_decide(
             for number in range(60)
         ]
     )
-    report = ask(store, plan())
+    report = ask(store, plan(live_seconds=60.0), folder)  # enough are there
     assert (report.passed, report.reason) == (passed, reason)
     assert said in report.sentence
     assert report.details["source"] == "users"
     assert report.details["users"] == 60 - faults
 
 
-def test_a_gateway_that_has_nobody_asked_is_said(store: Store):
+def test_answers_to_what_the_candidate_was_trained_on_are_not_compared(store: Store, folder: Path):
+    settings = plan(live_users=20, live_seconds=60.0)  # enough are there, so nobody is waited for
+    # 20 requests on which it has lost much, and 40 that it knows by heart.
+    store.add_events([answer(number, 0.6 + 0.2 * (number % 2)) for number in range(60)])
+    store.add_events(
+        [shadow(number, 1.0 if number >= 20 else 0.3 + 0.2 * (number % 2)) for number in range(59)]
+    )
+    store.add_events([shadow(59, None, fault="failed")])
+    report = ask(store, settings, folder)
+    assert report.passed  # their texts are not known
+    assert report.details["trained_on"] == 0
+    assert "trained on" not in report.sentence
+    # Case, white space and the system's turn make no difference.
+    store.add_events([text(number, " what is  2 + 2? ") for number in range(20, 60)])
+    store.add_events([text(number, "What is 2 + 3?") for number in range(20)])
+    report = ask(store, settings, folder)
+    assert not report.passed
+    assert report.details["trained_on"] == 39
+    assert (report.details["failed"], report.details["users"]) == (1, 20)
+    assert report.details["quality"] == {"served": pytest.approx(0.7), "shadow": pytest.approx(0.4)}
+    assert (
+        "answered 59 of 60 requests of users (39 asked what the cycle trained on and are not "
+        "compared), at a quality of 0.400 (0.700 the champion's)"
+    ) in report.sentence
+
+
+def test_requests_of_trained_prompts_are_found_as_they_are_recorded(store: Store, folder: Path):
+    requests = TrainedRequests(store, folder / "update", since=time.time() - 60.0)
+    assert requests.look() == set()
+    store.add_events([text(1, TRAINED), text(2, "What is 2 + 3?")])
+    assert requests.look() == {f"{CHAMPION}-1"}
+    store.add_events([text(3, TRAINED)])
+    assert requests.look() == {f"{CHAMPION}-1", f"{CHAMPION}-3"}
+    later = TrainedRequests(store, folder / "update", since=time.time() + 60.0)
+    assert later.look() == set()
+
+
+def test_a_gateway_that_has_nobody_asked_is_said(store: Store, folder: Path):
     store.add_events([answer(number) for number in range(10)])
-    report = ask(store, plan())
+    report = ask(store, plan(live_seconds=1.0), folder)
     assert report.passed
     assert "no gateway had a user's request answered" in report.sentence
 
@@ -193,23 +271,10 @@ def test_a_gateway_that_has_nobody_asked_is_said(store: Store):
     ],
 )
 def test_what_users_get_after_the_promotion_is_held_against_before(
-    store: Store, quality: float, failed: int, passed: bool, reason: str | None
+    store: Store, folder: Path, quality: float, failed: int, passed: bool, reason: str | None
 ):
     store.add_events([answer(number, 0.88 + 0.02 * (number % 2)) for number in range(40)])
-    for version in (CHAMPION, CANDIDATE):
-        store.put_model_version(
-            ModelVersion(
-                version=version,
-                created=0.0,
-                name=NAME,
-                path="",
-                parent=None,
-                lineage={},
-                metrics={},
-            )
-        )
-    store.set_champion(NAME, expected=None, version=CANDIDATE, reason={})
-    time.sleep(0.01)
+    promote_candidate(store)
     store.add_events(
         [
             answer(number, None, version=CANDIDATE, status=503)
@@ -220,12 +285,38 @@ def test_what_users_get_after_the_promotion_is_held_against_before(
     )
     settings = plan(live_seconds=30.0)
     live = StepReport(passed=True, sentence="fine", details={"users": {"source": "users"}})
-    found = users_watch(facts(live_test=live), settings, store, should_stop=lambda: False)
+    found = users_watch(facts(folder, live_test=live), settings, store, should_stop=lambda: False)
     assert found is not None
     assert (found.passed, found.reason) == (passed, reason), found.sentence
     assert f"{40 - failed} of 40 answers" in found.sentence
     own = StepReport(passed=True, sentence="fine", details={"users": {"source": "own"}})
-    assert users_watch(facts(live_test=own), settings, store, should_stop=bool) is None
+    assert users_watch(facts(folder, live_test=own), settings, store, should_stop=bool) is None
+
+
+def test_what_users_get_of_prompts_that_were_trained_on_is_not_held_against_before(
+    store: Store, folder: Path
+):
+    store.add_events([answer(number, 0.88 + 0.02 * (number % 2)) for number in range(40)])
+    store.add_events([answer(number, 0.1) for number in range(40, 60)])
+    store.add_events([text(number, TRAINED) for number in range(40, 60)])
+    promote_candidate(store)
+    store.add_events(
+        [
+            # 0.3 less than before, which the answers that it knows by heart would hide.
+            answer(number, 1.0 if number >= 20 else 0.6 - 0.02 * (number % 2), version=CANDIDATE)
+            for number in range(60)
+        ]
+    )
+    store.add_events([text(number, TRAINED, version=CANDIDATE) for number in range(20, 60)])
+    live = StepReport(passed=True, sentence="fine", details={"users": {"source": "users"}})
+    cycle, settings = facts(folder, live_test=live), plan(live_users=20, live_seconds=30.0)
+    found = users_watch(cycle, settings, store, should_stop=lambda: False)
+    assert found is not None
+    assert not found.passed
+    assert (found.details["trained_on"], found.details["trained_on_before"]) == (40, 20)
+    assert "60 of 60 answers (40 asked what the cycle trained on and are not compared), at a " in (
+        found.sentence
+    )
 
 
 def test_a_fall_by_hand():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,16 @@ from scipy.special import stdtr
 
 from gmpo.continual.plan import LearnPlan
 from gmpo.continual.records import CycleFacts, StepReport
+from gmpo.continual.trained_on import TrainedRequests
 from gmpo.errors import RunStopped
-from gmpo.live_shadow import ShadowCall, UsersPairs, called, users_answers, users_pairs
+from gmpo.live_shadow import (
+    LONGEST_ANSWER_SECONDS,
+    ShadowCall,
+    UsersPairs,
+    called,
+    users_answers,
+    users_pairs,
+)
 from gmpo.store import Event, Store
 
 __all__ = ["fell_by_more", "users_shadow", "users_watch"]
@@ -39,7 +47,8 @@ def users_shadow(
 ) -> StepReport:
     """Have gateways ask the candidate what users ask, and judge its unseen answers.
 
-    Where users ask too little nobody is waited for, and the report says so.
+    Those to what it was trained on are not compared: memory would pass for skill. Where users ask
+    too little nobody is waited for, and the report says so.
 
     Args:
         facts: of the cycle.
@@ -49,6 +58,7 @@ def users_shadow(
         should_stop: asked while it waits.
 
     Raises:
+        DataError: the file of rows that the candidate was trained on is missing or damaged.
         RunStopped: `should_stop` said so.
     """
     now = time.time()
@@ -67,14 +77,21 @@ def users_shadow(
         url=url,
         until=now + plan.live_seconds + _GRACE_SECONDS,
     )
+    # An earlier process of the cycle may have gathered some.
+    gathered = store.events(kinds=["shadow"], experiment=call.experiment, limit=1)
+    began = gathered[0].time if gathered else now
+    trained = TrainedRequests(
+        store, facts.files("update"), since=min(began, now) - LONGEST_ANSWER_SECONDS
+    )
+
+    def pairs() -> UsersPairs:
+        return users_pairs(store, call, champion=facts.champion, trained_on=trained.look())
+
     with called(store, call):
-
-        def enough() -> bool:
-            found = users_pairs(store, call, champion=facts.champion)
-            return found.num_shadows - found.num_failed - found.num_unpaired >= plan.live_users
-
-        _wait(enough, plan.live_seconds, facts, should_stop)
-    return _shadow_report(users_pairs(store, call, champion=facts.champion), facts, plan)
+        _wait(
+            lambda: pairs().num_compared >= plan.live_users, plan.live_seconds, facts, should_stop
+        )
+    return _shadow_report(pairs(), facts, plan)
 
 
 def _shadow_report(pairs: UsersPairs, facts: CycleFacts, plan: LearnPlan) -> StepReport:
@@ -82,6 +99,7 @@ def _shadow_report(pairs: UsersPairs, facts: CycleFacts, plan: LearnPlan) -> Ste
         "source": "users",
         "requests": pairs.num_shadows,
         "failed": pairs.num_failed,
+        "trained_on": pairs.num_trained_on,
         "not_compared": pairs.num_unpaired,
         "users": len(pairs.served),
     }
@@ -93,7 +111,7 @@ def _shadow_report(pairs: UsersPairs, facts: CycleFacts, plan: LearnPlan) -> Ste
             details=details,
         )
     sentence = f"the candidate answered {pairs.num_shadows - pairs.num_failed} of "
-    sentence += f"{pairs.num_shadows} requests of users"
+    sentence += f"{pairs.num_shadows} requests of users{_left_out(pairs.num_trained_on)}"
     breaks = pairs.num_failed > max(1, pairs.num_shadows // 100)
     is_worse = False
     if len(pairs.served):
@@ -121,6 +139,8 @@ def users_watch(
 ) -> StepReport | None:
     """Hold what users got since the candidate serves against what they got before.
 
+    On neither side does the quality of answers to what the candidate was trained on count.
+
     Args:
         facts: of the cycle, whose live test was on users' requests; else None is returned.
         plan: says how many answers are wanted, and how long they are waited for.
@@ -128,6 +148,7 @@ def users_watch(
         should_stop: asked while it waits.
 
     Raises:
+        DataError: the file of rows that the candidate was trained on is missing or damaged.
         RunStopped: `should_stop` said so.
     """
     users = facts.reports["live_test"].details.get("users") or {}
@@ -135,17 +156,26 @@ def users_watch(
         return None
     champion = store.champion(facts.name)
     since = time.time() if champion is None else champion.since
-    before = users_answers(store, facts.champion, since=since - 2 * plan.live_seconds)
+    earliest = since - 2 * plan.live_seconds
+    before = users_answers(store, facts.champion, since=earliest)
+    trained = TrainedRequests(store, facts.files("update"), since=earliest)
 
     def enough() -> bool:
-        return len(users_answers(store, facts.candidate, since=since)) >= plan.live_users
+        answers = users_answers(store, facts.candidate, since=since)
+        known = trained.look()
+        return sum(event.request_id not in known for event in answers) >= plan.live_users
 
     _wait(enough, plan.live_seconds, facts, should_stop)
     after = users_answers(store, facts.candidate, since=since)
-    return _watch_report(before, after, plan)
+    return _watch_report(before, after, plan, trained_on=trained.look())
 
 
-def _watch_report(before: Sequence[Event], after: Sequence[Event], plan: LearnPlan) -> StepReport:
+def _watch_report(
+    before: Sequence[Event], after: Sequence[Event], plan: LearnPlan, *, trained_on: Set[str]
+) -> StepReport:
+    num_known, num_known_before = (
+        sum(event.request_id in trained_on for event in events) for events in (after, before)
+    )
     failed, failed_before = (_num_failed(events) for events in (after, before))
     details = {
         "source": "users",
@@ -153,11 +183,13 @@ def _watch_report(before: Sequence[Event], after: Sequence[Event], plan: LearnPl
         "answers_before": len(before),
         "failed": failed,
         "failed_before": failed_before,
+        "trained_on": num_known,
+        "trained_on_before": num_known_before,
     }
     # As many failures as the champion's share would give, and one or a hundredth more.
     borne = failed_before * len(after) / max(len(before), 1) + max(1, len(after) // 100)
-    was, now = _qualities(before), _qualities(after)
-    sentence = f"users got {len(after) - failed} of {len(after)} answers"
+    was, now = (_qualities(events, without=trained_on) for events in (before, after))
+    sentence = f"users got {len(after) - failed} of {len(after)} answers{_left_out(num_known)}"
     is_worse = False
     if len(was) and len(now):
         sentence += f", at a quality of {now.mean():.3f} ({was.mean():.3f} before)"
@@ -212,12 +244,19 @@ def _num_failed(events: Sequence[Event]) -> int:
     return sum(event.payload["status"] >= _FAILED for event in events)
 
 
-def _qualities(events: Sequence[Event]) -> NDArray[np.float64]:
-    """Of whole answers, each user's mean, [U]."""
+def _left_out(num_trained_on: int) -> str:
+    """What to say of requests whose answers are not compared."""
+    if not num_trained_on:
+        return ""
+    return f" ({num_trained_on} asked what the cycle trained on and are not compared)"
+
+
+def _qualities(events: Sequence[Event], *, without: Set[str]) -> NDArray[np.float64]:
+    """Of whole answers, each user's mean, [U], without those to some requests."""
     by_unit: dict[str, list[float]] = defaultdict(list)
     for event in events:
         quality = event.payload.get("quality")
-        if quality is not None:
+        if quality is not None and event.request_id not in without:
             by_unit[str(event.unit or event.request_id)].append(quality)
     return np.array([np.mean(values) for values in by_unit.values()])
 

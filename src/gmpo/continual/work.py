@@ -47,6 +47,7 @@ from gmpo.continual.suites import (
     some_items,
     success_shares,
 )
+from gmpo.continual.trained_on import TRAINED_ROWS
 from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
@@ -60,7 +61,6 @@ __all__ = ["RealWork", "cycle_request", "dry_run"]
 
 _ACCEPTED = "accepted.jsonl"
 _REJECTED = "rejected.jsonl"
-_TRAINED_ON = "train.jsonl"
 
 
 def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict[str, Any]:
@@ -204,11 +204,11 @@ class RealWork:
         """Train a little on the first rows, at the full step size."""
         plan = plan_of(facts.request["plan"])
         rows = _accepted(facts)[: plan.small_rows]
-        write_rows(folder / _TRAINED_ON, _own_ids(rows))
+        write_rows(folder / TRAINED_ROWS, _own_ids(rows))
         recipe = small_recipe(
             plan,
             model=self._champion(facts),
-            rows=folder / _TRAINED_ON,
+            rows=folder / TRAINED_ROWS,
             number=facts.number,
         )
         run = train_run(folder, recipe, threads=self.threads, should_stop=self.should_stop)
@@ -263,9 +263,9 @@ class RealWork:
         rows = mixed_rows(
             _accepted(facts), earlier, replay_share=plan.replay_share, seed=facts.number
         )
-        write_rows(folder / _TRAINED_ON, rows)
+        write_rows(folder / TRAINED_ROWS, rows)
         recipe = update_recipe(
-            plan, model=self._champion(facts), rows=folder / _TRAINED_ON, number=facts.number
+            plan, model=self._champion(facts), rows=folder / TRAINED_ROWS, number=facts.number
         )
         run = train_run(folder, recipe, threads=self.threads, should_stop=self.should_stop)
         if run.outcome == "diverged":
