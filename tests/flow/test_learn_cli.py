@@ -51,6 +51,10 @@ def recorded(count: int) -> list[Event]:
     return events
 
 
+def feedback_files(folder: Path) -> list[Path]:
+    return list(folder.rglob("feedback-*"))
+
+
 def output(*arguments: str) -> str:
     result = gmpo(*arguments)
     assert result.exit_code == 0, (result.stderr, result.exception)
@@ -92,6 +96,7 @@ def test_an_empty_batch_begins_no_cycle(place: list[str], tmp_path: Path):
     feedback = [*place[:6], *place[8:], "--feedback"]
     assert "wait until answers are confirmed" in refusal("learn", *feedback)
     output("learn", *feedback, "--every-hours", "1")
+    assert feedback_files(tmp_path) == []
     with open_store(str(tmp_path / "store.db")) as store:
         assert store.cycles("bot") == []
 
@@ -170,6 +175,24 @@ def test_confirmed_answers_are_learned_from(place: list[str], tmp_path: Path):
     assert told["trained_rows"] == 60
     assert "give one of them" in refusal("learn", *place, "--feedback")
     assert "says what is learned" in refusal("learn", *options[:-1])
+
+
+def test_users_texts_are_left_by_a_cycle_alone(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = [*place[:6], *place[8:], "--feedback"]
+    with open_store(str(tmp_path / "store.db")) as store:
+        store.add_events(recorded(20))  # fewer than the plan's min_rows
+    output("learn", *options, "--dry-run")
+    assert not (tmp_path / "learn").exists()
+    refusal("learn", *options, "--dry-run", "--replay", str(tmp_path / "gone.jsonl"))
+    output("learn", *options, "--when-rows", "21")
+    refusal("learn", *options, "--replay", str(tmp_path / "gone.jsonl"))
+    assert feedback_files(tmp_path) == []
+    assert list(tmp_path.rglob("gmpo-learn-*")) == []
+    assert json.loads(output("learn", *options, "--json"))["outcome"] == "refused"
+    assert feedback_files(tmp_path) == [tmp_path / "learn" / "bot" / "feedback-000001.jsonl"]
 
 
 def test_a_batch_that_is_refused_is_told_as_one_object(place: list[str], tmp_path: Path):

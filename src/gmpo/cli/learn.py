@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +25,7 @@ from gmpo.cli.conventions import (
     threads_of_each,
     warn,
 )
-from gmpo.errors import ConfigError, RunStopped
+from gmpo.errors import ConfigError, GmpoError, RunStopped
 from gmpo.recipe import load_recipe
 from gmpo.shared_cores import share_cores
 
@@ -231,7 +232,10 @@ class _Learner:
 
         plan = asked.learn_plan()
         _require_gateway(plan)
-        told = dry_run(plan, self._data(asked), self.work, name=self.name, folder=self.folder)
+        # A controller may be at work, so even the file of feedback is another one than a cycle's.
+        with TemporaryDirectory(prefix="gmpo-learn-") as apart:
+            data = self._data(asked, Path(apart))
+            told = dry_run(plan, data, self.work, name=self.name, folder=self.folder)
         if as_json:
             print(json.dumps(told))
             return
@@ -263,13 +267,26 @@ class _Learner:
             _NotDueError: none of the triggers asks for a cycle.
         """
         from gmpo.continual import learning_champion
+        from gmpo.continual.work import cycle_request
+
+        champion, plan = learning_champion(self.store, self.name), asked.learn_plan()
+        data = self._data(asked, self.folder)
+        try:
+            request = cycle_request(plan, data, trigger=self._why_due(data, triggers))
+            again = "then give this command again; no cycle was begun"
+            self.work.require_whole(self.name, champion.version, then=again)
+            _require_gateway(plan)
+        except (_NotDueError, GmpoError):
+            if asked.feedback:  # users' texts that no cycle has
+                Path(data[0]).unlink(missing_ok=True)
+            raise
+        return request
+
+    def _why_due(self, data: tuple[str, ...], triggers: Triggers) -> str:
         from gmpo.continual.plan import batch_digest, read_batch
         from gmpo.continual.rows_had import num_new_rows
         from gmpo.continual.triggers import due
-        from gmpo.continual.work import cycle_request
 
-        champion = learning_champion(self.store, self.name)
-        plan, data = asked.learn_plan(), self._data(asked)
         why = due(
             self.store,
             self.name,
@@ -280,20 +297,16 @@ class _Learner:
         )
         if why is None:
             raise _NotDueError
-        request = cycle_request(plan, data, trigger=why)
-        again = "then give this command again; no cycle was begun"
-        self.work.require_whole(self.name, champion.version, then=again)
-        _require_gateway(plan)
-        return request
+        return why
 
-    def _data(self, asked: _Asked) -> tuple[str, ...]:
-        """The files of new rows; of feedback one is written beside the cycles."""
+    def _data(self, asked: _Asked, folder: Path) -> tuple[str, ...]:
+        """The files of new rows; of feedback one is written into the folder."""
         if asked.data and asked.feedback:
             raise ConfigError("--data and --feedback both say what is learned; give one of them")
         if asked.feedback:
             from gmpo.continual.plan import feedback_file
 
-            path, told = feedback_file(self.store, self.name, self.folder)
+            path, told = feedback_file(self.store, self.name, folder)
             warn(f"feedback: {json.dumps(told)}")
             return (str(path),)
         if not asked.data:
