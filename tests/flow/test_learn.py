@@ -297,6 +297,9 @@ def test_bad_input_is_named_before_anything_is_trained(tmp_path: Path):
         assert told["data_passes"]
         assert told["suites"] == {"old": 400}
         assert len(place.store.cycles(NAME)) == 2
+        one = place.plan(traffic=place.file("one", rows(1)), gateway="http://127.0.0.1:9/v1")
+        with pytest.raises(DataError, match="has 1 request, and the live test needs at least 2"):
+            dry_run(one, [str(tmp_path)], place.work, name=NAME, folder=tmp_path / "learn")
         empty = tmp_path / "empty.jsonl"
         empty.write_text("")
         with pytest.raises(DataError, match="holds no row"):

@@ -211,6 +211,11 @@ def test_files_that_a_cycle_would_miss_later_begin_none(place: list[str], tmp_pa
     (tmp_path / "plan.toml").write_text(f'check_samples = 0\ntraffic = "{gone}"\n')
     silent = "http://127.0.0.1:9/v1"
     assert "gone.jsonl does not exist" in refusal("learn", *place, "--gateway", silent)
+    one = tmp_path / "one.jsonl"
+    write_rows(one, [{"prompt": "What is 1 + 1?", "answer": "2"}])
+    (tmp_path / "plan.toml").write_text(f'check_samples = 0\ntraffic = "{one}"\n')
+    said = refusal("learn", *place, "--gateway", silent)
+    assert "one.jsonl has 1 request, and the live test needs at least 2" in said
     (tmp_path / "plan.toml").write_text("check_samples = 0\n")
     for more in ((), ("--dry-run",)):
         said = refusal("learn", *place, "--gateway", silent, *more)

@@ -17,6 +17,7 @@ from gmpo.continual.plan import (
     mixed_rows,
     plan_of,
     read_batch,
+    require_traffic,
     small_recipe,
     suite_prompts,
     update_recipe,
@@ -120,6 +121,19 @@ def test_a_plan_that_asks_one_item_is_refused_which_would_say_nothing(name: str)
     with pytest.raises(ConfigError, match=f"{name} = 1: .* greater than or equal to 2"):
         plan_of({**kept, name: 1})
     assert plan_of({**kept, name: 2}).model_dump()[name] == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_file_of_requests_has_at_least_two(tmp_path: Path, count: int):
+    path = tmp_path / "requests.jsonl"
+    write_rows(path, rows(count))
+    asked = plan(traffic=str(path), gateway="http://127.0.0.1:8000/v1")
+    if count == 1:
+        with pytest.raises(DataError, match=r"requests\.jsonl has 1 request, .* at least 2"):
+            require_traffic(asked)
+    else:
+        require_traffic(asked)
+    require_traffic(plan())
 
 
 def test_a_plan_has_no_number_of_safety_prompts_since_only_whole_sets_can_pass():

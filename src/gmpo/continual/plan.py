@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from gmpo.config import RunConfig
 from gmpo.data_checks.quality import DataChecks
-from gmpo.errors import RunFolderError
+from gmpo.errors import DataError, RunFolderError
 from gmpo.feedback import chat_digest, training_rows
 from gmpo.gate.policy import GatePolicy
 from gmpo.recipe import settings_of
@@ -32,12 +32,15 @@ __all__ = [
     "mixed_rows",
     "plan_of",
     "read_batch",
+    "require_traffic",
     "small_recipe",
     "suite_prompts",
     "suites_of",
     "update_recipe",
     "write_rows",
 ]
+
+_LEAST_REQUESTS = 2
 
 _FEEDBACK = "feedback-"
 """A file of this beginning holds confirmed answers."""
@@ -94,7 +97,7 @@ class LearnPlan(Table):
     leaves out the live test and the watch."""
     traffic: str | None = None
     """File of requests for the live test and the watch; None takes the suites' items."""
-    live_items: int = Field(default=200, ge=2)
+    live_items: int = Field(default=200, ge=_LEAST_REQUESTS)
     """Requests that the live test itself sends, and the watch again; one would say nothing."""
     live_users: int = Field(default=200, ge=1)
     """Requests of users that the candidate is to answer unseen, and after them in their sight."""
@@ -218,6 +221,23 @@ def suite_prompts(path: str) -> tuple[Prompt, ...]:
         DataError: the file is missing or a row is not usable.
     """
     return jsonl_task(path=path).train
+
+
+def require_traffic(plan: LearnPlan) -> None:
+    """Refuse a file of requests that is too short for the live test to compare anything.
+
+    Raises:
+        DataError: it is, is missing, or a row is not usable.
+    """
+    if plan.traffic is None:
+        return
+    count = len(suite_prompts(plan.traffic))
+    if count < _LEAST_REQUESTS:
+        raise DataError(
+            f"traffic {plan.traffic} has {count} request, and the live test needs at least "
+            f"{_LEAST_REQUESTS}: of one alone it could say nothing; add some, up to live_items "
+            f"({plan.live_items}) are asked"
+        )
 
 
 def suites_of(plan: LearnPlan) -> dict[str, tuple[Prompt, ...]]:

@@ -20,8 +20,8 @@ from gmpo.continual.plan import (
     mixed_rows,
     plan_of,
     read_batch,
+    require_traffic,
     small_recipe,
-    suite_prompts,
     suites_of,
     update_recipe,
     write_rows,
@@ -73,19 +73,14 @@ def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict
 
     Raises:
         ConfigError: the suites are too small for the margin, or share an item.
-        DataError: a file is missing or unreadable, there is no new row, or a row of a suite is not
-            usable.
+        DataError: a file is missing or unreadable, there is no new row, a row of a suite is not
+            usable, or `traffic` has too few.
     """
-    suites = suites_of(plan)
-    require_apart(suites)
-    sizes = {suite: len(items) for suite, items in suites.items()}
-    require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    _checked_files(plan)
     # A cycle that has begun has to be brought to its end, so nothing begins with nothing, nor with
     # files that are not there.
     if plan.replay:
         read_batch(plan.replay)
-    if plan.traffic is not None:
-        suite_prompts(plan.traffic)
     if not read_batch(data):
         raise DataError(
             f"there is no new row in {', '.join(map(str, data))}; no cycle was begun: give rows, "
@@ -114,14 +109,12 @@ def dry_run(
     Raises:
         ConfigError: the model has no champion, or the suites are too small for the margin or share
             an item.
-        DataError: a file is missing or unreadable, or the batch is empty.
+        DataError: a file is missing or unreadable, the batch is empty, or `traffic` has too few
+            rows.
         ModelError: the champion's files are damaged.
     """
     champion = learning_champion(work.store, name)
-    suites = suites_of(plan)
-    require_apart(suites)
-    sizes = {suite: len(items) for suite, items in suites.items()}
-    needed = require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
+    sizes, needed = _checked_files(plan)
     check = work.registry.verify(champion.version)
     if not check.is_whole:
         raise ModelError(f"nothing could be learned: champion {check.sentence}; restore the files")
@@ -151,6 +144,15 @@ def dry_run(
         "approval": plan.approval,
         "gateway": plan.gateway,
     }
+
+
+def _checked_files(plan: LearnPlan) -> tuple[dict[str, int], Mapping[str, int]]:
+    """Items of each suite, and those that are needed, of files that can decide a cycle."""
+    suites = suites_of(plan)
+    require_apart(suites)
+    require_traffic(plan)
+    sizes = {suite: len(items) for suite, items in suites.items()}
+    return sizes, require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
 
 
 @dataclass(frozen=True, kw_only=True)
