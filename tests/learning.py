@@ -59,7 +59,7 @@ class ScriptedWork:
         return self._plain("validate", folder)
 
     def small_update(self, facts: CycleFacts, folder: Path) -> StepReport:
-        return self._plain("small_update", folder)
+        return self._plain("small_update", folder, {"stability_metrics": {"alarms": 1}})
 
     def safety_test(self, facts: CycleFacts, folder: Path) -> StepReport:
         return self._plain("safety_test", folder)

@@ -136,6 +136,8 @@ def test_cycles_improve_what_is_served_and_leave_out_what_unlearns(tmp_path: Pat
         collapsed = place.run(wild, rows(60, start=200))
         assert (collapsed.outcome, collapsed.champion) == ("refused", first.version)
         assert collapsed.reason == "Safety test failed", (collapsed.step, collapsed.sentence)
+        assert collapsed.stability_metrics is not None
+        assert collapsed.stability_metrics["rounds"] == 4  # of the small update
         arguments = ("--store", place.store.where, "--follow", NAME, *SERVE)
         with served_process(str(start), arguments=arguments, threads=1, seconds=60) as url:
             # A champion whose files are gone is named, and the cycle goes on once they are back.

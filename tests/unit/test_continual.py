@@ -65,6 +65,23 @@ def test_a_step_that_does_not_pass_ends_the_cycle_and_names_itself(
     assert champions(store) == [START]
 
 
+@pytest.mark.parametrize(
+    ("step", "metrics"),
+    [
+        ("validate", None),
+        ("small_update", {"alarms": 1}),
+        ("safety_test", {"alarms": 1}),
+        ("update", {"alarms": 0}),
+        ("evaluate", {"alarms": 0}),
+    ],
+)
+def test_a_result_has_the_metrics_of_the_run_that_was_trained_last(
+    store: Store, tmp_path: Path, step: str, metrics: dict[str, int] | None
+):
+    result = run(store, ScriptedWork(store=store, fails=frozenset([step])), tmp_path)
+    assert result.stability_metrics == metrics
+
+
 def test_a_new_champion_that_disappoints_is_taken_back(store: Store, tmp_path: Path):
     work = ScriptedWork(store=store, fails=frozenset(["watch"]))
     result = run(store, work, tmp_path)

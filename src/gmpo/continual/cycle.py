@@ -63,8 +63,9 @@ class CycleWork(Protocol):
     must find changed and leave alone the second time. A report that did not pass ends the cycle,
     except that of `watch`, which is followed by `roll_back`.
 
-    Keys of the reports' details that the result is made of: `new_model_version` and
-    `stability_metrics` (update), `performance_improvement` (gate).
+    Keys of the reports' details that the result is made of: `new_model_version` (update),
+    `stability_metrics` (update; small_update where the cycle ends before it),
+    `performance_improvement` (gate).
     """
 
     def validate(self, facts: CycleFacts, folder: Path) -> StepReport:

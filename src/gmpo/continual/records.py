@@ -123,7 +123,8 @@ class CycleResult:
         new_model_version: the candidate, if there is one.
         performance_improvement: candidate minus champion, in points of accuracy over all suites;
             None if they were not compared.
-        stability_metrics: of the training run.
+        stability_metrics: of the update's run; of the small update's where the cycle ended before
+            the update. None of a run that diverged, or if nothing was trained.
         outcome: what became of the cycle.
         step: that decided, or that waits for a person.
         sentence: what it said.
@@ -188,6 +189,7 @@ def result_of(
     if reason is None and failed:
         reason = report.reason or REASONS[step]
     update = reports["update"].details if "update" in reports else {}
+    trained = reports.get("update") or reports.get("small_update")
     gate = reports["gate"].details if "gate" in reports else {}
     return CycleResult(
         success=outcome == "promoted",
@@ -195,7 +197,7 @@ def result_of(
         details=report.details,
         new_model_version=update.get("new_model_version"),
         performance_improvement=gate.get("performance_improvement"),
-        stability_metrics=update.get("stability_metrics"),
+        stability_metrics=None if trained is None else trained.details.get("stability_metrics"),
         outcome=outcome,
         step=step,
         sentence=sentence or report.sentence,

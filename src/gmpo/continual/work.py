@@ -292,6 +292,7 @@ class RealWork:
                 passed=False,
                 sentence="the update left the weights as they were: no group had rewards that "
                 "differ; the data are too easy or too hard for the model",
+                details={"stability_metrics": figures},
             )
         return StepReport(
             passed=True,
