@@ -6,6 +6,9 @@ seed by seed. The engines are said to agree if the 95 % interval of the mean dif
 each seed's averaged over its rounds, contains 0 and is no wider than `--widest`. Intervals of
 single rounds are shown and decide nothing: one in twenty misses 0 by chance.
 
+`--control TOKENS` trains the fast engine a second time, with micro-batches of so many tokens: the
+same sums in another order. What that changes shows how far rounding alone leads curves apart.
+
 Resumable: a finished run is read and an unfinished one goes on from its newest checkpoint.
 
     python -m benchmarks.learning_curves --json docs/results/learning_curves.json
@@ -34,6 +37,8 @@ from benchmarks.results import OtherBenchmark, Results
 from gmpo.tracking import provenance, read_lines
 
 ENGINES = ("fast", "plain")
+CONTROL = "control"
+"""The fast engine with other micro-batches."""
 LEAST_SEEDS = 2
 """Below, there is no interval over seeds."""
 
@@ -49,22 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides": overrides_of(arguments),
         "rounds": arguments.rounds,
         "widest": arguments.widest,
+        **({} if arguments.control is None else {"control": arguments.control}),
         "made_with": provenance(),
     }
     try:
         results = Results(arguments.json, setting)
         curves: dict[str, Any] = results.content.setdefault("rewards", {})
         for seed in arguments.seeds:
-            for engine in ENGINES:
-                if f"{engine}/{seed}" not in curves:
-                    curves[f"{engine}/{seed}"] = trained(engine, seed, arguments)
+            for name in (*ENGINES, *([CONTROL] if arguments.control else [])):
+                if f"{name}/{seed}" not in curves:
+                    curves[f"{name}/{seed}"] = trained(name, seed, arguments)
                     results.save()
     except (OtherBenchmark, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     results.content["comparison"] = compared(curves, widest=arguments.widest)
-    results.save()
     print_tables(results.content["comparison"])
+    if arguments.control:
+        results.content["control"] = compared(curves, other=CONTROL, widest=arguments.widest)
+        print_differences(results.content["control"], other=CONTROL)
+    results.save()
     draw(curves, arguments.json.with_suffix(".png"))
     return 0 if results.content["comparison"]["agree"] else 3
 
@@ -77,6 +86,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--widest", type=float, default=0.1, help="interval that still says agree")
+    parser.add_argument(
+        "--control",
+        type=int,
+        metavar="TOKENS",
+        help="the fast engine again, with micro-batches of at most so many tokens",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/curves"), help="folder of the runs")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args(argv)
@@ -86,6 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"{LEAST_SEEDS} or more"
         )
     require_at_least_one(parser, rounds=arguments.rounds)
+    if arguments.control is not None:
+        require_at_least_one(parser, control=arguments.control)
     if not 0 < arguments.widest <= 1:
         parser.error(f"--widest is {arguments.widest}; a reward above 0 and up to 1 is needed")
     return arguments
@@ -105,25 +122,38 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
-def trained(engine: str, seed: int, arguments: argparse.Namespace) -> list[float]:
+def own_overrides(name: str, seed: int, arguments: argparse.Namespace) -> list[str]:
+    """What a curve's runs change besides."""
+    own = [f"training.engine={'plain' if name == 'plain' else 'fast'}", f"training.seed={seed}"]
+    if name == CONTROL:
+        own.append(f"training.max_tokens_per_micro_batch={arguments.control}")
+    return own
+
+
+def trained(name: str, seed: int, arguments: argparse.Namespace) -> list[float]:
     """Mean reward of each round of the run, which is made, or gone on with, where it must be.
+
+    Args:
+        name: of the curve: an engine, or the control.
+        seed: of the run.
+        arguments: of the command.
 
     Raises:
         RunFailed: the run ended with an error.
     """
-    folder = arguments.runs / f"{study_name(arguments)}-{engine}-seed{seed}"
+    label = f"{name}{arguments.control}" if name == CONTROL else name
+    folder = arguments.runs / f"{study_name(arguments)}-{label}-seed{seed}"
     command = [sys.executable, "-c", "from gmpo.cli import main; main()", "train"]
     if any(folder.glob("checkpoints/round-*")):
         command += ["--run", str(folder), "--resume"]
     else:
         command += [arguments.recipe, "--run", str(folder)]
-        own = [f"training.engine={engine}", f"training.seed={seed}"]
-        for override in [*overrides_of(arguments), *own]:
+        for override in [*overrides_of(arguments), *own_overrides(name, seed, arguments)]:
             command += ["--set", override]
     code = 0 if is_finished(folder) else subprocess.run(command, check=False).returncode
     if code:
         raise RunFailed(
-            f"{engine}, seed {seed}, ended with exit code {code}; run this again to go on, or "
+            f"{name}, seed {seed}, ended with exit code {code}; run this again to go on, or "
             f"remove {folder} to begin it anew"
         )
     rewards = [
@@ -145,11 +175,13 @@ def study_name(arguments: argparse.Namespace) -> str:
     return f"{Path(arguments.recipe).stem}-{changes.hexdigest()}"
 
 
-def compared(curves: dict[str, list[float]], *, widest: float) -> dict[str, Any]:
-    """Differences fast minus plain by round and over all rounds, with 95 % intervals over seeds."""
+def compared(
+    curves: dict[str, list[float]], *, other: str = "plain", widest: float
+) -> dict[str, Any]:
+    """Differences fast minus other by round and over all rounds, with 95 % intervals over seeds."""
     seeds = sorted({int(name.partition("/")[2]) for name in curves})
     by_seed = [
-        [a - b for a, b in zip(curves[f"fast/{s}"], curves[f"plain/{s}"], strict=True)]
+        [a - b for a, b in zip(curves[f"fast/{s}"], curves[f"{other}/{s}"], strict=True)]
         for s in seeds
     ]
     by_round = [list(values) for values in zip(*by_seed, strict=True)]
@@ -171,9 +203,12 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": middle, "low": middle - half, "high": middle + half}
 
 
-def print_tables(comparison: dict[str, Any], console: Console | None = None) -> None:
+def print_differences(
+    comparison: dict[str, Any], console: Console | None = None, *, other: str = "plain"
+) -> None:
+    """By round and over all."""
     console = console or Console(width=100)
-    table = Table(title="reward, fast minus plain: mean over seeds and its 95 % interval")
+    table = Table(title=f"reward, fast minus {other}: mean over seeds and its 95 % interval")
     for name in ("round", "difference", "interval"):
         table.add_column(name)
     names = [*map(str, range(1, len(comparison["by_round"]) + 1)), "all"]
@@ -181,6 +216,12 @@ def print_tables(comparison: dict[str, Any], console: Console | None = None) -> 
         interval_text = f"{figures['low']:+.4f} to {figures['high']:+.4f}"
         table.add_row(name, f"{figures['mean']:+.4f}", interval_text)
     console.print(table)
+
+
+def print_tables(comparison: dict[str, Any], console: Console | None = None) -> None:
+    """Fast minus plain, and whether they agree."""
+    console = console or Console(width=100)
+    print_differences(comparison, console)
     overall = comparison["overall"]
     verdict = "agree" if comparison["agree"] else "are not shown to agree"
     console.print(
@@ -191,10 +232,14 @@ def print_tables(comparison: dict[str, Any], console: Console | None = None) -> 
 
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """Reward by round, a line a run, a colour an engine."""
+    """Reward by round, a line a run, a colour an engine and the control."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    styles = {"fast": ("tab:blue", "-"), "plain": ("tab:orange", "--")}
+    styles = {
+        "fast": ("tab:blue", "-"),
+        "plain": ("tab:orange", "--"),
+        CONTROL: ("tab:gray", ":"),
+    }
     labelled: set[str] = set()
     for name, rewards in curves.items():
         engine = name.partition("/")[0]

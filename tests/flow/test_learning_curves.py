@@ -70,10 +70,17 @@ def test_the_command_trains_both_engines_once_and_says_whether_they_agree(
     assert rewards["fast/0"] == pytest.approx(rewards["plain/0"], abs=0.05)
     assert content["comparison"]["overall"]["mean"] == pytest.approx(0.0, abs=0.05)
     assert path.with_suffix(".png").is_file()
-    # Without the file, the finished runs are read.
+    # Without the file, the finished runs are read; the control is made besides.
     path.unlink()
-    assert learning_curves.main(command) == 0
-    assert json.loads(path.read_text())["rewards"] == rewards
+    assert learning_curves.main([*command, "--control", "64"]) == 0
+    content = json.loads(path.read_text())
+    curves = content["rewards"]
+    assert {name: curves[name] for name in rewards} == rewards
+    assert list(curves) == ["fast/0", "plain/0", "control/0", "fast/1", "plain/1", "control/1"]
+    assert "fast minus control" in capsys.readouterr().out
+    assert content["control"]["overall"]["mean"] == pytest.approx(0.0, abs=0.05)
+    [made] = (tmp_path / "runs").glob("*-control64-seed0")
+    assert "max_tokens_per_micro_batch = 64\n" in (made / "recipe.toml").read_text()
 
 
 def test_the_plot_shows_every_run(tmp_path: Path):
@@ -86,6 +93,7 @@ def test_the_plot_shows_every_run(tmp_path: Path):
     [
         (["--seeds", "3"], "--seeds has 1 seed; an interval over seeds needs 2 or more"),
         (["--rounds", "0"], "--rounds is 0; at least 1 is needed"),
+        (["--control", "0"], "--control is 0; at least 1 is needed"),
         (["--widest", "0"], "--widest is 0.0; a reward above 0 and up to 1 is needed"),
     ],
 )
