@@ -31,6 +31,7 @@ from gmpo.policy.load import (
     load_model,
     load_tokenizer,
     require_context,
+    restore_stored_digits,
 )
 from gmpo.policy.lora import adapters_of, add_adapters, has_these_adapters
 from gmpo.policy.score import BasePolicy, Policy, Scorer
@@ -156,6 +157,9 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     require_context(model, max_length=config.sampling.max_length)
     sampling = _sampling_settings(config, end_token_ids(model, tokenizer))
     policy = _policy(config, model, warn=warn)
+    name = config.model.name if given.model is None else given.model_name
+    if name is not None:
+        restore_stored_digits(policy, name)
     reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, rollout)

@@ -46,7 +46,8 @@ class ModelConfig(Table):
     """Where the model runs; auto takes the first accelerator that works, else the CPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of forward and backward; auto measures both for a moment and says which it took.
-    Weights are updated in fp32 either way."""
+    Weights are updated in fp32 either way, and begin in fp32 as they are stored: those stored in
+    bf16 move for the policy only once its steps add up to half a rounding."""
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """chat renders the tokenizer's chat template, text joins the turns with line breaks; auto takes
     chat where the tokenizer has a template."""

@@ -63,6 +63,7 @@ class Given:
 
     Attributes:
         model: trained in place of the one that the recipe names, and really in place.
+        model_name: that it was loaded by, if it was, where its weights are stored in full.
         tokenizer: of that model.
         task: whose items are asked in place of those of `[task]`, which has `kind = "given"`.
         rewards: by a name of the recipe's `[reward.functions]`, whose reference is then a record
@@ -71,6 +72,7 @@ class Given:
     """
 
     model: PreTrainedModel | None = None
+    model_name: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     task: Task | None = None
     rewards: Mapping[str, RewardFunction] = field(default_factory=dict)

@@ -140,6 +140,7 @@ class GMPOTrainer:
         self._num_prompts = len(task.train)
         self._given = Given(
             model=self.model,
+            model_name=str(model) if isinstance(model, str | Path) else None,
             tokenizer=self.tokenizer,
             task=task,
             rewards={name: each for name, each in rewards.items() if not isinstance(each, str)},

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe
@@ -16,7 +18,8 @@ from tests.tiny_runs import tiny_recipe
 from gmpo.assembly import TrainingParts, build_evaluator, build_parts
 from gmpo.config import ModelConfig, RunConfig
 from gmpo.errors import DataError, ModelError
-from gmpo.inputs import PromptStream, resolve_model
+from gmpo.inputs import Given, PromptStream, resolve_model
+from gmpo.policy.load import load_model
 from gmpo.records import Prompt
 from gmpo.task_config import TaskConfig
 from gmpo.task_table import build_task
@@ -300,3 +303,30 @@ def test_auto_says_what_it_took():
     assert resolved.dtype in ("fp32", "bf16")
     (sentence,) = said
     assert sentence.startswith(f"auto took cpu and {resolved.dtype}: bf16 runs ")
+
+
+# Precision
+
+
+def test_a_bf16_run_begins_with_the_weights_as_they_are_stored(model: str):
+    config = tiny_recipe(model)
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
+    with closing(parts_of(config)) as wide_parts, closing(parts_of(narrow)) as parts:
+        assert parts.policy.dtype == torch.bfloat16
+        for name, weight in wide_parts.policy.masters.items():
+            assert torch.equal(parts.policy.masters[name], weight), name
+
+
+def test_a_model_from_a_callers_hand_is_taken_as_it_is(model: str):
+    config = tiny_recipe(model)
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
+    handed = load_model(model, device="cpu", dtype="bf16")
+    rounded = {name: weight.detach().float() for name, weight in handed.named_parameters()}
+    with closing(build_parts(narrow, warn=lambda _: None, given=Given(model=handed))) as parts:
+        for name, weight in rounded.items():
+            assert torch.equal(parts.policy.masters[name], weight), name
+    # Loaded by a name, it is stored in full there.
+    handed = load_model(model, device="cpu", dtype="bf16")
+    given = Given(model=handed, model_name=model)
+    with closing(build_parts(narrow, warn=lambda _: None, given=given)) as parts:
+        assert any(not torch.equal(parts.policy.masters[n], w) for n, w in rounded.items())

@@ -399,3 +399,64 @@ def test_a_model_that_peft_wraps_and_what_is_no_model_are_refused():
         given_model(wrapped)
     with pytest.raises(ModelError, match=r"is a builtins\.int; give a transformers model"):
         given_model(3)
+
+
+# Digits that bf16 takes
+
+
+def stored_weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_masters_of_a_bf16_policy_begin_as_the_weights_are_stored(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    stored = stored_weights(folder)
+    policy = load_policy(folder, device="cpu", dtype="bf16", warn=lambda _: None)
+    assert policy.masters.keys() >= stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(policy.masters[name], tensor), name
+        assert torch.equal(policy.model.get_parameter(name), tensor.bfloat16()), name
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in stored.values())
+
+
+def test_a_step_as_large_as_half_a_rounding_moves_weights_that_are_stored_in_full(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    policy = load_policy(folder, device="cpu", dtype="bf16", warn=lambda _: None)
+    weight = policy.model.model.layers[0].mlp.up_proj.weight
+    master = policy.masters["model.layers.0.mlp.up_proj.weight"]
+    before = weight.detach().clone()
+    with torch.no_grad():
+        master += 0.2 * 2.0**-8 * master.abs()  # a fifth to two fifths of the spacing
+    policy.publish_masters()
+    moved = (weight != before).float().mean().item()
+    # Rounded weights would all stay; of others as many cross to the next as the move is long.
+    assert 0.1 < moved < 0.5
+
+
+def test_a_policy_that_has_moved_keeps_what_it_is(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    policy = load_policy(folder, device="cpu", dtype="bf16", warn=lambda _: None)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        policy.masters[name] *= 1.5
+    policy.publish_masters()
+    moved = policy.masters[name].clone()
+    others = len(policy.masters) - 1
+    assert policy.restore_masters(stored_weights(folder).items()) == others
+    assert torch.equal(policy.masters[name], moved)
+
+
+def test_a_model_that_is_stored_in_bf16_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny_model().bfloat16().save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    asked: list[str] = []
+
+    def counted(name: str, **options: str) -> object:
+        asked.append(options["dtype"])
+        return load_model(name, **options)
+
+    monkeypatch.setattr("gmpo.policy.load.load_model", counted)
+    load_policy(str(tmp_path), device="cpu", dtype="bf16", warn=lambda _: None)
+    assert asked == ["bf16"]

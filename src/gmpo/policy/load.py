@@ -51,6 +51,7 @@ __all__ = [
     "model_folder",
     "model_version",
     "require_context",
+    "restore_stored_digits",
 ]
 
 _SMOLLM2 = "smollm2-135m"
@@ -110,7 +111,36 @@ def load_policy(
         ModelError: there is no such model, it is no decoder-only causal language model, or a file
             of it is damaged.
     """
-    return Policy(load_model(name, device=device, dtype=dtype), engine=engine, warn=warn)
+    policy = Policy(load_model(name, device=device, dtype=dtype), engine=engine, warn=warn)
+    restore_stored_digits(policy, name)
+    return policy
+
+
+def restore_stored_digits(policy: Policy, name: str) -> None:
+    """Let a policy's fp32 masters begin as the named model's weights are stored, not rounded.
+
+    Nothing is read where nothing was rounded: in fp32, where adapters alone are trained, and of a
+    model that is stored in bf16.
+
+    Args:
+        policy: of that model.
+        name: as for `load_model`.
+
+    Raises:
+        ModelError: as for `load_model`.
+    """
+    if policy.has_narrow_weights and not policy.adapters and _stored_dtype(name) != torch.bfloat16:
+        policy.restore_masters(load_model(name, device="cpu", dtype="fp32").named_parameters())
+
+
+def _stored_dtype(name: str) -> torch.dtype | None:
+    """As the model's config.json says; None for an adapter and where it says nothing."""
+    if is_adapter_folder(name):
+        return None
+    dtype: torch.dtype | None = getattr(
+        AutoConfig.from_pretrained(model_folder(name)), "dtype", None
+    )
+    return dtype
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:

@@ -152,6 +152,11 @@ class Policy:
         )
 
     @property
+    def has_narrow_weights(self) -> bool:
+        """Whether trained weights are computed with in less than their masters' fp32."""
+        return bool(self._narrow)
+
+    @property
     def takes_narrow_gradients(self) -> bool:
         """Whether an optimizer may step from gradients as the backward pass leaves them.
 
@@ -173,6 +178,30 @@ class Policy:
             yield
         finally:
             self._leaves_narrow = False
+
+    @torch.no_grad()
+    def restore_masters(self, stored: Iterable[tuple[str, Tensor]]) -> int:
+        """Give fp32 masters the digits that loading in the compute precision rounded away.
+
+        A master that begins as a bf16 number stays one to the policy until it has moved by half the
+        distance to the next, which a small step size takes rounds to do: most weights would be
+        computed with as if nothing had been learned. Only a weight that rounds to the one that is
+        computed with is taken, so a policy that has moved since keeps what it is.
+
+        Args:
+            stored: weights of the model by name, as they are stored.
+
+        Returns:
+            Masters that were given their digits.
+        """
+        found = [(self._narrow[name], tensor) for name, tensor in stored if name in self._narrow]
+        count = 0
+        for pair, tensor in found:
+            exact = tensor.to(pair.master)
+            if torch.equal(exact.to(pair.parameter.dtype), pair.parameter):
+                pair.master.copy_(exact)
+                count += 1
+        return count
 
     def widen_gradients(self) -> None:
         """Add gradients that were left narrow to those of the fp32 masters."""
