@@ -85,7 +85,8 @@ def running(*servers: Server) -> Iterator[None]:
             server.http.server_close()
 
 
-def fleet(*servers: Server, told: list[str] | None = None, patience: float = 5.0) -> Fleet:
+def fleet(*servers: Server, told: list[str] | None = None, patience: float = 60.0) -> Fleet:
+    """Asks often; the patience is for servers that come, however busy the machine is."""
     return Fleet(
         [
             FleetServer(url=server.url, kind="vllm" if server.store is None else "gateway")

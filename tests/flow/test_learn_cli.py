@@ -229,9 +229,12 @@ def test_a_damaged_champion_begins_no_cycle_and_raises_an_alert(place: list[str]
         champion = store.champion("bot")
         assert champion is not None
         (tmp_path / "models" / champion.version / "model.safetensors").write_bytes(b"")
+        add = f"(gmpo registry add MODEL --name bot --store {tmp_path / 'store.db'})"
+        assert add in refusal("learn", *place, "--dry-run")
+        assert store.alerts("firing") == []  # a dry run writes nothing
         said = refusal("learn", *place)
-        assert "no version of 'bot' can be served" in said
-        assert "add one of them again from its run" in said
+        assert "is not learned from: no version of 'bot' can be served" in said
+        assert add in said and said.endswith("give this command again; no cycle was begun")
         assert store.cycles("bot") == []
         assert len(store.alerts("firing")) == 1
         output("registry", "add", str(tmp_path / "first"), "--name", "bot", *place[:2])

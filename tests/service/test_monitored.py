@@ -177,7 +177,9 @@ def test_a_damaged_champion_is_told_and_stays_the_registrys_alert(store: Store, 
     )
     assert "config.json is missing" in told.annotations["summary"]
     assert told.annotations["summary"].endswith(f"serving: {first.version}")
-    assert told.annotations["action"].endswith("gmpo registry rollback bot")
+    action = told.annotations["action"]
+    assert f"go back to version {first.version} (gmpo registry rollback bot --store " in action
+    assert action.endswith(" --reason WHY)")
     (row,) = store.alerts()
     assert (row.fingerprint, row.status) == ("registry/bot", "firing")
     registry.rollback("bot", expected_champion=second.version, reason="damaged")

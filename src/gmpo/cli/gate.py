@@ -197,18 +197,20 @@ def _placed(model: str, store: str | None) -> str:
     """A model as it was named, or the folder of the registered version of these first digits."""
     if store is None or Path(model).exists() or not set(model) <= set("0123456789abcdef"):
         return model
-    from gmpo.registry import check_files
+    from gmpo.registry import check_files, commands_for
     from gmpo.store import open_store
 
     with open_store(store, read_only=True) as opened:
         found = [one for one in opened.model_versions() if one.version.startswith(model)]
+        if len(found) == 1 and not (check := check_files(found[0])).is_whole:
+            add = commands_for(opened, found[0].name).add
+            raise ModelError(
+                f"{check.sentence}; add it again from its run, which restores the files ({add})"
+            )
     if len(found) != 1:
         raise ConfigError(
             f"{len(found)} registered versions begin with {model!r}; gmpo registry list shows all"
         )
-    check = check_files(found[0])
-    if not check.is_whole:
-        raise ModelError(f"{check.sentence}; add it again from its run, which restores the files")
     return found[0].path
 
 

@@ -182,13 +182,26 @@ def adopt(
     version: _Version,
     store: _StoreUrl,
     folder: _Folder = None,
-    reason: Annotated[str, typer.Option(help="For the history.")] = "the first version",
+    reason: Annotated[
+        str | None, typer.Option(help="For the history; needed where a champion is replaced.")
+    ] = None,
     mlflow: _Mlflow = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a version a model's first champion; later ones are promoted on evidence."""
+    """Make a version a model's first champion; later ones are promoted on evidence.
+
+    With --reason it also takes the place of a champion whose files are damaged, if those of every
+    version before it are too.
+    """
     with _open_registry(store, folder, mlflow) as (opened, found):
-        champion = found.adopt(name, _whole(opened, version).version, reason=reason)
+        chosen, serving = _whole(opened, version).version, opened.champion(name)
+        if serving is not None and not (reason or "").strip():
+            raise ConfigError(
+                f"{name!r} has champion {serving.version}: another version is promoted on evidence "
+                "(gmpo registry promote); if the champion's files are gone for good, say so with "
+                "--reason"
+            )
+        champion = found.adopt(name, chosen, reason=reason or "the first version")
     _print_champion(champion, as_json=as_json)
 
 

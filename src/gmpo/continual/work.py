@@ -53,7 +53,7 @@ from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
 from gmpo.gate.records import Guardrail, PairedSuite, SafetyCount
 from gmpo.outcomes import SuiteOutcomes
-from gmpo.registry import Registry
+from gmpo.registry import Registry, commands_for
 from gmpo.run_process import drop_weights
 from gmpo.store import Store
 
@@ -117,7 +117,9 @@ def dry_run(
     sizes, needed = _checked_files(plan)
     check = work.registry.verify(champion.version)
     if not check.is_whole:
-        raise ModelError(f"nothing could be learned: champion {check.sentence}; restore the files")
+        raise ModelError(
+            f"nothing could be learned: champion {check.sentence}; {work.registry.way_out(name)}"
+        )
     asked = work.asked_before(plan, folder)
     require_anchor(work.store, plan, name=name, asked=asked, folder_of=work.folder_of)
     earlier = work.earlier_rows(plan, name=name, folder=folder)
@@ -181,7 +183,10 @@ class RealWork:
                 f"{', '.join(data)} changed since cycle {facts.number} began; put the old rows "
                 "back, or end the cycle with gmpo learn --abandon"
             )
-        begin_another = "end this cycle with gmpo learn --abandon, and begin another"
+        begin_another = (
+            f"then, if another version serves, end this cycle with gmpo learn --name {facts.name} "
+            "--store STORE --abandon REASON, and begin another"
+        )
         self.require_whole(facts.name, facts.champion, then=begin_another)
         asked = self.asked_before(plan, facts.folder.parent)
         require_anchor(self.store, plan, name=facts.name, asked=asked, folder_of=self.folder_of)
@@ -396,7 +401,9 @@ class RealWork:
         found = self.store.model_version(version)
         if found is None or not Path(found.path).is_dir():
             where = "is not registered" if found is None else f"has no folder at {found.path}"
-            raise ModelError(f"version {version} {where}; restore it, or roll back to another one")
+            name = "NAME" if found is None else found.name
+            add = commands_for(self.store, name).add
+            raise ModelError(f"version {version} {where}; add it again from its run ({add})")
         return found.path
 
     def require_whole(self, name: str, version: str, *, then: str) -> None:
@@ -405,7 +412,7 @@ class RealWork:
         Args:
             name: of the model.
             version: of its champion.
-            then: what to do once it was rolled back.
+            then: what to do once another version serves.
 
         Raises:
             ModelError: they are, and which version can serve in its place.
@@ -413,11 +420,14 @@ class RealWork:
         check = self.registry.verify(version)
         if check.is_whole:
             return
-        instead = self.registry.servable(name).version
+        refused = f"champion {version} of {name!r} is not learned from: "
+        try:
+            instead = self.registry.servable(name).version
+        except ModelError as error:  # nothing can serve
+            raise ModelError(f"{refused}{error}, {then}") from None
         raise ModelError(
-            f"champion {version} of {name!r} is not learned from: {check.sentence}; version "
-            f"{instead} can serve in its place: restore the files, or roll back with gmpo registry "
-            f"rollback {name} --reason WHY, {then}"
+            f"{refused}{check.sentence}; version {instead} can serve in its place: "
+            f"{self.registry.way_out(name)}, {then}"
         )
 
     def _earlier(self, facts: CycleFacts, plan: LearnPlan) -> list[dict[str, Any]]:

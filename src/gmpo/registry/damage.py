@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from gmpo.registry.advice import commands_for, way_out
 from gmpo.registry.files import FileCheck
 from gmpo.store import AlertRow, Event, Store
 
@@ -23,7 +24,7 @@ def tell_damage(
         instead: whole version before them; None if there is none.
     """
     summary = "; ".join(check.sentence for check in checks)
-    actions = ["add the version again from its run", f"gmpo registry rollback {name}"]
+    actions = [way_out(commands_for(store, name), instead=instead)]
     _put(store, name, summary, serving=instead or "nothing", actions=actions)
 
 

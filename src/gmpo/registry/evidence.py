@@ -34,7 +34,10 @@ def require_evidence(
     """
     if champion is None:
         raise PromotionRefused(
-            "there is no champion that the candidate was compared with; adopt the first version"
+            "the evidence names no champion that the candidate was compared with; adopt the first "
+            f"version (gmpo registry adopt NAME {candidate} --store STORE), and have the gate "
+            f"decide about later ones (gmpo gate CHAMPION {candidate} --suite SUITE --store STORE "
+            "--name NAME)"
         )
     outcome = evidence.get("outcome")
     if outcome != "pass":

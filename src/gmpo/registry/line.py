@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gmpo.store import Champion
 
-__all__ = ["ROLLBACK", "serving_line"]
+__all__ = ["ROLLBACK", "nearest_whole", "serving_line"]
 
 ROLLBACK = "rollback"
 """Kind of a reason: the version serves again because the one after it was taken back."""
@@ -29,3 +29,20 @@ def serving_line(history: Sequence[Champion]) -> list[str]:
         else:
             line.append(row.version)
     return line
+
+
+def nearest_whole(
+    line: Sequence[str], *, is_whole: Callable[[str], bool]
+) -> tuple[str | None, list[str]]:
+    """The last version of a line whose files are whole, and the damaged ones after it.
+
+    Args:
+        line: of versions, the last one nearest.
+        is_whole: reads a version's files.
+    """
+    damaged: list[str] = []
+    for version in dict.fromkeys(reversed(line)):
+        if is_whole(version):
+            return version, damaged
+        damaged.append(version)
+    return None, damaged

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,35 +18,22 @@ from gmpo.errors import (
     RunFolderError,
 )
 from gmpo.gate.records import GateDecision
+from gmpo.registry.advice import commands_for, way_out
+from gmpo.registry.candidates import Candidate, newest_decision, waiting
 from gmpo.registry.damage import end_damage, tell_damage
 from gmpo.registry.evidence import WITHDRAWN, require_evidence, stale_reason
 from gmpo.registry.files import FILES, FileCheck, FolderLock, ModelCopy, check_files, copied_model
 from gmpo.registry.garbage import Garbage, clear_away
-from gmpo.registry.line import ROLLBACK, serving_line
+from gmpo.registry.line import ROLLBACK, nearest_whole, serving_line
 from gmpo.store import Champion, Event, ModelVersion, Store
 
-__all__ = ["Approval", "Candidate", "Mirror", "Registry"]
+__all__ = ["Approval", "Mirror", "Registry"]
 
 Approval = Literal["manual", "auto"]
 """Who moves the pointer after a gate that passed: a person, or the gate's own caller at once."""
 
 Mirror = Callable[[Store, str], None]
 """Told the store and a model's name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A version that passed the gate against the version that serves.
-
-    Attributes:
-        version: of the model.
-        time: unix seconds of the decision.
-        evidence: the decision.
-    """
-
-    version: str
-    time: float
-    evidence: Mapping[str, Any]
 
 
 class Registry:
@@ -104,7 +90,7 @@ class Registry:
         Raises:
             ModelError: the folder holds no model.
             DataError: these weights are a version of another model, or one whose files are damaged
-                and lie in another folder.
+                and lie in another folder or were others.
             RunFolderError: the disk is full, or the folder cannot be written.
         """
         with self._lock.shared(), copied_model(Path(path), self._folder) as copy:
@@ -133,17 +119,27 @@ class Registry:
         return version
 
     def adopt(self, name: str, version: str, *, reason: str) -> Champion:
-        """Make a version the first champion, without evidence: there is nothing to compare with.
+        """Make a version the champion without evidence, where there is nothing to compare it with.
+
+        That is so of a first champion, and where the champion's files are damaged like those of
+        every version before it: what was lost is in the history then.
 
         Raises:
-            ChampionMoved: the model has a champion; `promote` is how it is replaced.
+            ChampionMoved: the model has a champion that is whole; `promote` is how it is replaced.
             DataError: the version is not registered under this name.
-            PromotionRefused: its files are damaged.
+            PromotionRefused: its files are damaged, or the champion's are and there is a whole
+                version to go back to.
         """
         with self._lock.shared():
             self._require_whole(version)
+            champion = self._store.champion(name)
+            lost = [] if champion is None else self._lost(champion)
             champion = self._store.set_champion(
-                name, expected=None, version=version, reason={"kind": "adoption", "why": reason}
+                name,
+                expected=None if champion is None else champion.version,
+                expected_revision=None if champion is None else champion.revision,
+                version=version,
+                reason={"kind": "adoption", "why": reason, **({"damaged": lost} if lost else {})},
             )
         self._record("promotion", champion)
         return champion
@@ -190,23 +186,7 @@ class Registry:
         Of several decisions about a version the newest counts. What was taken back is no candidate
         by the evidence that it once had.
         """
-        champion = self._store.champion(name)
-        if champion is None:
-            return []
-        found: dict[str, Candidate] = {}
-        for event in self._store.events(kinds=["gate"], since=champion.since):
-            keys = ("name", "champion", "champion_revision")
-            about = tuple(event.payload.get(key) for key in keys)
-            candidate = event.payload.get("candidate")
-            serving = (name, champion.version, champion.revision)
-            if about != serving or not isinstance(candidate, str):
-                continue
-            found.pop(candidate, None)
-            if event.payload.get("outcome") == "pass":
-                found[candidate] = Candidate(
-                    version=candidate, time=event.time, evidence=event.payload
-                )
-        return list(found.values())
+        return waiting(self._store, name)
 
     def withdraw(
         self, name: str, evidence: GateDecision | Mapping[str, Any], *, reason: str
@@ -227,10 +207,7 @@ class Registry:
 
     def newest_decision(self, name: str, candidate: str) -> dict[str, Any] | None:
         """What the gate last said about a version, whatever it said; None if it was not asked."""
-        for event in self._store.events(kinds=["gate"], model_version=candidate, newest_first=True):
-            if event.payload.get("name") == name:
-                return event.payload
-        return None
+        return newest_decision(self._store, name, candidate)
 
     def promote(
         self,
@@ -351,7 +328,8 @@ class Registry:
         """
         line = serving_line(self._store.champion_history(name))
         if not line:
-            raise DataError(f"model {name!r} has no champion; adopt a first version")
+            adopt = commands_for(self._store, name).adopt
+            raise DataError(f"model {name!r} has no champion; make a first version one ({adopt})")
         checks: list[FileCheck] = []
         for version in dict.fromkeys(reversed(line)):
             check = self.verify(version)
@@ -365,8 +343,14 @@ class Registry:
         tell_damage(self._store, name, checks, instead=None)
         raise ModelError(
             f"no version of {name!r} can be served: {'; '.join(one.sentence for one in checks)}; "
-            "add one of them again from its run, or adopt another"
+            f"{way_out(commands_for(self._store, name), instead=None)}"
         )
+
+    def way_out(self, name: str) -> str:
+        """What to do about a damaged champion, with commands, for the end of a sentence."""
+        line = serving_line(self._store.champion_history(name))
+        found, _ = nearest_whole(line, is_whole=self._is_whole)
+        return way_out(commands_for(self._store, name), instead=found)
 
     def collect_garbage(self, name: str, *, keep: int = 3, dry_run: bool = False) -> Garbage:
         """Remove files of versions that nothing needs; their rows stay.
@@ -400,22 +384,42 @@ class Registry:
         serving = line[-1] if line else None
         if serving != expected_champion:
             raise ChampionMoved(name, expected=expected_champion, found=serving)
-        damaged: list[str] = []
-        for version in dict.fromkeys(one for one in reversed(line) if one != serving):
-            if self.verify(version).is_whole:
-                return version, damaged
-            damaged.append(version)
+        earlier = [one for one in line if one != serving]
+        found, damaged = nearest_whole(earlier, is_whole=self._is_whole)
+        if found is not None:
+            return found, damaged
         which = f" whose files are whole (damaged: {', '.join(damaged)})" if damaged else ""
-        also = ", or add a damaged one again from its run" if damaged else ""
-        raise PromotionRefused(
-            f"{name!r} has no predecessor to go back to{which}; promote another version{also}"
-        )
+        commands = commands_for(self._store, name)
+        advice = "promote another version"
+        if serving is not None and not self._is_whole(serving):
+            advice = way_out(commands, instead=None)
+        elif damaged:
+            advice += f", or add a damaged one again from its run ({commands.add})"
+        raise PromotionRefused(f"{name!r} has no predecessor to go back to{which}; {advice}")
+
+    def _lost(self, champion: Champion) -> list[str]:
+        """The champion and all before it, where none of them is whole."""
+        line = serving_line(self._store.champion_history(champion.name))
+        whole, damaged = nearest_whole(line, is_whole=self._is_whole)
+        if whole == champion.version:
+            raise ChampionMoved(champion.name, expected=None, found=whole)
+        if whole is not None:
+            advice = way_out(commands_for(self._store, champion.name), instead=whole)
+            raise PromotionRefused(
+                f"champion {champion.version} is damaged and version {whole} before it is whole, "
+                f"so nothing is adopted without evidence: {advice}"
+            )
+        return damaged
+
+    def _is_whole(self, version: str) -> bool:
+        return self.verify(version).is_whole
 
     def _require_whole(self, version: str) -> None:
         check = self.verify(version)
         if not check.is_whole:
+            add = commands_for(self._store, self.version(version).name).add
             raise PromotionRefused(
-                f"{check.sentence}; add it again from its run, which restores the files"
+                f"{check.sentence}; add it again from its run, which restores the files ({add})"
             )
 
     def _known(self, known: ModelVersion, copy: ModelCopy, *, name: str) -> ModelVersion:
@@ -431,12 +435,18 @@ class Registry:
             for file in {**(files or {}), **copy.files}
             if files is not None and files.get(file) != copy.files.get(file)
         )
+        check = check_files(known)
+        if others and not check.is_whole:
+            raise DataError(
+                f"{check.sentence}, and is not restored: {', '.join(others)} of the new folder "
+                "differ from what was registered; add the model with the files that it had"
+            )
         if others:
             self._tell(
                 f"version {known.version} stays as it was first registered; {', '.join(others)} "
                 "of the new folder differ, and the weights are the same"
             )
-        elif not (check := check_files(known)).is_whole:
+        elif not check.is_whole:
             if Path(known.path).parent != self._folder:
                 raise DataError(
                     f"{check.sentence}, which is not in the registry's folder {self._folder}, so "
