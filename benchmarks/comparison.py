@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Protocol
 
 from benchmarks.exchange import Scratch
+from benchmarks.options import BenchmarkError
 from benchmarks.ratios import (
     UpdatesDiffer,
     bounds_of,
@@ -164,12 +165,12 @@ def warm_up(bench: Bench, sides: Sides, results: Results) -> None:
     """One untimed round each, with SGD: whether the gradients agree on the same completions.
 
     Raises:
-        ValueError: the sides end completions at different tokens.
+        BenchmarkError: the sides end completions at different tokens.
         UpdatesDiffer: they do not agree.
     """
     theirs, ours = sides.trl.ask("about")["end_tokens"], sides.gmpo.ask("about")["end_tokens"]
     if theirs != ours:
-        raise ValueError(
+        raise BenchmarkError(
             f"TRL ends completions at tokens {theirs} and gmpo at {ours}; set eos_token_id in the "
             "model's generation config to all of them"
         )

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
-from benchmarks.options import add_threads, require_at_least_one, require_threads
-from benchmarks.results import OtherBenchmark, Results, made_with
+from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.results import Results, made_with
 from benchmarks.spread import spread
 from benchmarks.worker import Worker, WorkerFailed
 from benchmarks.workloads import WORKLOADS, Workload
@@ -93,6 +93,7 @@ def trl_points(points: Sequence[Point], *, is_quick: bool = False) -> list[Point
     return [p for p in points if p.curve.startswith("group") and p.value in sizes]
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     points = curves(arguments.model, is_quick=arguments.quick)
@@ -102,19 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": arguments.dtype,
         "made_with": made_with(threads=arguments.threads),
     }
-    try:
-        results = Results(arguments.json, setting)
-        with tempfile.TemporaryDirectory() as folder:
-            scratch = Scratch(folder=Path(folder))
-            write_start(arguments.model, scratch.start)
-            for point in points:
-                measure(point, "gmpo", arguments, results, scratch)
-            if arguments.with_trl:
-                for point in trl_points(points, is_quick=arguments.quick):
-                    measure(point, "trl", arguments, results, scratch)
-    except (OtherBenchmark, WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = Results(arguments.json, setting)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Scratch(folder=Path(folder))
+        write_start(arguments.model, scratch.start)
+        for point in points:
+            measure(point, "gmpo", arguments, results, scratch)
+        if arguments.with_trl:
+            for point in trl_points(points, is_quick=arguments.quick):
+                measure(point, "trl", arguments, results, scratch)
     print_tables(results.content)
     draw(results.content, arguments.json.with_suffix(".png"))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.exchange import load_weights
+from benchmarks.options import BenchmarkError
 from gmpo.assembly import build_parts
 from gmpo.config import RunConfig
 
@@ -17,7 +18,7 @@ class HeldOut:
         num_items: of the held-out set.
 
     Raises:
-        ValueError: the task does not hold out so many.
+        BenchmarkError: the task does not hold out so many.
     """
 
     def __init__(self, recipe: RunConfig, *, num_items: int) -> None:
@@ -26,7 +27,7 @@ class HeldOut:
         self._version = 0
         if len(self._items) < num_items:
             self._parts.close()
-            raise ValueError(
+            raise BenchmarkError(
                 f"--items is {num_items}, and the task holds out {len(self._items)}; lower it"
             )
 

@@ -32,8 +32,8 @@ from rich.table import Table
 from scipy.stats import t as student
 from scripts.seeds import is_finished
 
-from benchmarks.options import require_at_least_one
-from benchmarks.results import OtherBenchmark, Results
+from benchmarks.options import BenchmarkError, ends_clearly, require_at_least_one
+from benchmarks.results import Results
 from gmpo.tracking import provenance, read_lines
 
 ENGINES = ("fast", "plain")
@@ -43,10 +43,11 @@ LEAST_SEEDS = 2
 """Below, there is no interval over seeds."""
 
 
-class RunFailed(RuntimeError):
+class RunFailed(BenchmarkError):
     """A training run ended with an error, which stands above."""
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     setting = {
@@ -57,17 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         **({} if arguments.control is None else {"control": arguments.control}),
         "made_with": provenance(),
     }
-    try:
-        results = Results(arguments.json, setting)
-        curves: dict[str, Any] = results.content.setdefault("rewards", {})
-        for seed in arguments.seeds:
-            for name in (*ENGINES, *([CONTROL] if arguments.control else [])):
-                if f"{name}/{seed}" not in curves:
-                    curves[f"{name}/{seed}"] = trained(name, seed, arguments)
-                    results.save()
-    except (OtherBenchmark, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = Results(arguments.json, setting)
+    curves: dict[str, Any] = results.content.setdefault("rewards", {})
+    for seed in arguments.seeds:
+        for name in (*ENGINES, *([CONTROL] if arguments.control else [])):
+            if f"{name}/{seed}" not in curves:
+                curves[f"{name}/{seed}"] = trained(name, seed, arguments)
+                results.save()
     results.content["comparison"] = compared(curves, widest=arguments.widest)
     print_tables(results.content["comparison"])
     if arguments.control:

@@ -1,11 +1,42 @@
-"""Options that several scripts take, and their refusals."""
+"""Options that several scripts take, their refusals, and how a benchmark says that it failed."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import sys
+from collections.abc import Callable, Sequence
 
-__all__ = ["add_threads", "require_at_least_one", "require_threads"]
+from gmpo.errors import GmpoError
+
+__all__ = [
+    "BenchmarkError",
+    "add_threads",
+    "ends_clearly",
+    "require_at_least_one",
+    "require_threads",
+]
+
+_Main = Callable[..., int]
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark cannot be held, and the message says why."""
+
+
+def ends_clearly(main: _Main) -> _Main:
+    """Have a script's `main` print what it cannot do in one line, and return 1."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except (BenchmarkError, GmpoError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run
 
 
 def add_threads(parser: argparse.ArgumentParser, *, what: str = "all cores unless given") -> None:

@@ -6,7 +6,6 @@ python -m benchmarks.report docs/results/vs_trl/*.json --plot docs/results/vs_tr
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import ends_clearly
 from benchmarks.ratios import RATIOS
+from benchmarks.results import read_results
 
 COLUMNS = {
     "round_ratio": "round",
@@ -27,12 +28,13 @@ COLUMNS = {
 Content = Mapping[str, Any]
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="written by benchmarks.vs_trl")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     arguments = parser.parse_args(argv)
-    contents = [json.loads(path.read_text()) for path in arguments.files]
+    contents = [read_results(path) for path in arguments.files]
     print_table(contents)
     if arguments.plot is not None:
         draw(contents, arguments.plot)

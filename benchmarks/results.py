@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.devices import device_name
+from benchmarks.options import BenchmarkError
 from gmpo.tracking import provenance
 
 
@@ -38,7 +39,7 @@ def processor(cpuinfo: str) -> dict[str, Any]:
     }
 
 
-class OtherBenchmark(RuntimeError):
+class OtherBenchmark(BenchmarkError):
     """The file holds samples that were made under other conditions."""
 
 
@@ -57,6 +58,7 @@ class Results:
 
     Raises:
         OtherBenchmark: the samples are of another setting, which is named.
+        BenchmarkError: the file is damaged.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Results:
         self._path = path
         # As it will be read back: tuples are lists there.
         setting = json.loads(json.dumps(setting))
-        self.whole: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.whole: dict[str, Any] = read_results(path) if path.is_file() else {}
         self.content = self.whole if section is None else self.whole.setdefault(section, {})
         changed = differences(self.content.setdefault("setting", setting), setting)
         if changed:
@@ -80,6 +82,23 @@ class Results:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self.whole, indent=1) + "\n")
         os.replace(partial, self._path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a benchmark wrote.
+
+    Raises:
+        BenchmarkError: there is no such file, or it is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(
+            f"{path} cannot be read: {error}; name a file that a benchmark wrote, or remove it"
+        ) from None
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{path} holds no figures of a benchmark; name another file")
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import flops
 from benchmarks.circumstances import busy_warning, circumstances
-from benchmarks.options import add_threads, require_threads
+from benchmarks.options import add_threads, ends_clearly, require_threads
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
 from benchmarks.roofline_report import (
@@ -87,6 +87,7 @@ class Measured:
         return sum(weight.numel() for weight in self.policy.masters.values())
 
 
+@ends_clearly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     torch.set_num_threads(options.threads)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import flops
+from benchmarks import flops, workloads
 from gmpo.batch import MicroBatch, StepBatch, build_step, split_steps
 from gmpo.policy.load import load_tokenizer
 from gmpo.policy.prefix import common_length, padded
 from gmpo.records import Group, Prompt, Rollout
 from gmpo.rollouts import PromptRenderer
-from gmpo.tasks import arithmetic_task, bundled_task, few_shot_prompt
 
 STEPS_PER_ROUND = 4
 PREFILL_TOKENS = 2048
 """Padded prompt tokens that gmpo's sampler runs in one prefill."""
 MICRO_BATCH_TOKENS = 2048
 """gmpo's default `training.max_tokens_per_micro_batch`."""
-LONG_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +64,16 @@ class Round:
 
 
 def prompts_of(workload: Workload, model: str) -> list[tuple[int, ...]]:
-    """The workload's prompts, rendered with the model's own template."""
+    """The prompts that gmpo and TRL are timed with in their first round of this workload.
+
+    Rendered with the model's own template.
+    """
     renderer = PromptRenderer(
         load_tokenizer(model), prompt_format="auto", system=None, max_prompt_tokens=4096
     )
-
-    def tokens(prompt: Prompt) -> tuple[int, ...]:
-        return renderer.render(prompt).token_ids or ()
-
-    if workload.name == "short":
-        return [tokens(prompt) for prompt in arithmetic_task().train[: workload.num_prompts]]
-    problems = bundled_task(name="svamp" if workload.name == "words" else "gsm8k").train
-    asked, examples = problems[: workload.num_prompts], problems[workload.num_prompts :]
-    if workload.name == "words":
-        return [tokens(prompt) for prompt in asked]
-    shown = next(
-        number
-        for number in range(1, len(examples))
-        if min(len(tokens(few_shot_prompt(one, examples[:number]))) for one in asked)
-        >= LONG_PROMPT_TOKENS
-    )
-    return [tokens(few_shot_prompt(one, examples[:shown])) for one in asked]
+    timed = workloads.WORKLOADS[workload.name]
+    asked = workloads.prompts_of(replace(timed, prompts_per_round=workload.num_prompts), 0)
+    return [renderer.render(prompt).token_ids or () for prompt in asked]
 
 
 def steps_of(

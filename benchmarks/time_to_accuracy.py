@@ -28,9 +28,9 @@ from benchmarks.accuracy_report import SIDES, draw, print_table, summary
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
-from benchmarks.options import add_threads, require_at_least_one, require_threads
-from benchmarks.results import OtherBenchmark, Results, made_with
-from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.results import Results, made_with
+from benchmarks.worker import Worker
 from benchmarks.workloads import Workload
 from gmpo.config import RunConfig
 from gmpo.recipe import load_recipe
@@ -39,6 +39,7 @@ from gmpo.schedules import learning_rate_factor
 RECIPE = "quickstart"
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
@@ -54,12 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workload": asdict(workload_of(recipe, seed=0)),
         "made_with": made_with(threads=arguments.threads),
     }
-    try:
-        results = Results(arguments.json, setting)
-        run_study(arguments, recipe, results)
-    except (OtherBenchmark, WorkerFailed, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = Results(arguments.json, setting)
+    run_study(arguments, recipe, results)
     print_table(results.content)
     draw(results.content, arguments.json.with_suffix(".png"))
     return 0

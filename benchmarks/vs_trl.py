@@ -32,31 +32,30 @@ from benchmarks.comparison import (
 from benchmarks.devices import DEVICES
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
-from benchmarks.options import require_at_least_one
+from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
 from benchmarks.ratios import UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
-from benchmarks.worker import WorkerFailed
 from benchmarks.workloads import WORKLOADS, Workload
+from gmpo.policy.load import choose_device
 
 REFUSED = 3
 """Exit code where the updates differ."""
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    choose_device(arguments.device)  # or it says which there are
     workload = workload_of(arguments)
     setting = {
         "workload": asdict(workload),
         "dtype": arguments.dtype,
         "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }
+    results = Results(arguments.json, setting, section=section_of(arguments.dtype))
     try:
-        results = Results(arguments.json, setting, section=section_of(arguments.dtype))
         compare(arguments, workload, results)
-    except (OtherBenchmark, WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except UpdatesDiffer as refusal:
         # Ratios of unequal work must not lie about as results.
         results.content.pop("variants", None)
@@ -103,7 +102,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SAMPLES",
         help="updates of each side at every share of live groups; none unless given",
     )
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
+    parser.add_argument(
+        "--full-length",
+        action="store_true",
+        help="no completion ends before its limit, so that both sides draw equally many tokens",
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of both sides")
     parser.add_argument(
         "--trl", choices=setups_of("auto"), help="take this setting of TRL and hold no trial"
@@ -111,6 +115,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="in place of the workload's: a name or a folder")
     arguments = parser.parse_args(argv)
     require_at_least_one(parser, pairs=arguments.pairs)
+    require_threads(parser, arguments.threads)
     if arguments.live_shares < 0:
         parser.error(f"--live-shares is {arguments.live_shares}; 0 or more is needed")
     if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
@@ -122,7 +127,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
-    workload = WORKLOADS[arguments.workload]
+    workload = replace(WORKLOADS[arguments.workload], ignores_end=arguments.full_length)
     return workload if arguments.model is None else replace(workload, model=arguments.model)
 
 
@@ -144,6 +149,8 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             say=say,
             device=arguments.device,
         )
+        was_tried = arguments.trl is None or "trial" in results.content
+        results.content["trl_chosen_by"] = "trial" if was_tried else "--trl"
         setup = arguments.trl or choose_setup(bench, results)
         if results.content.setdefault("trl_setup", setup) != setup:
             raise OtherBenchmark(

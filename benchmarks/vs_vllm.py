@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
-from benchmarks.options import add_threads, require_threads
+from benchmarks.options import add_threads, ends_clearly, require_threads
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import VLLM, is_finished, make_environment, python_of
 from gmpo.policy.load import load_tokenizer, model_folder
@@ -117,6 +117,7 @@ class Worker:
         return answer
 
 
+@ends_clearly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     if not options.build and not is_finished(options.venv):
@@ -126,11 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    model = model_folder(options.model)  # before anything is downloaded for it
     make_environment(options.venv)
     made_with = circumstances(*NEEDED_PACKAGES)
     if warning := busy_warning(made_with["load_before"]):
         print(warning)
-    model = model_folder(options.model)
     scenarios = [s for s in SCENARIOS if s.name in (options.scenario or [s.name])]
     prompts = prompt_supply(model, seed=options.seed)
     with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
@@ -168,7 +169,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=[scenario.name for scenario in SCENARIOS],
         help="only this one; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of gmpo's draws")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of prompts")
     add_threads(parser, what="on both sides; all cores unless given")
     parser.add_argument(
         "--block-size",
@@ -176,7 +177,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=32,
         help="positions of a block of vLLM's cache; only full blocks are shared",
     )
-    parser.add_argument("--venv", type=Path, default=REPOSITORY / ".venv-vllm")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=Path(os.environ.get("GMPO_VLLM_VENV", REPOSITORY / ".venv-vllm")),
+        help="environment of vLLM; GMPO_VLLM_VENV if that is set, else .venv-vllm",
+    )
     parser.add_argument(
         "--no-build", dest="build", action="store_false", help="fail where vLLM is not installed"
     )

@@ -17,13 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from benchmarks.options import BenchmarkError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOG_LINES = 25
 
 Command = Callable[..., dict[str, Any]]
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(BenchmarkError):
     """A worker ended where an answer was due."""
 
 

@@ -24,10 +24,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from benchmarks.exchange import Scratch, write_start
-from benchmarks.options import add_threads, require_at_least_one, require_threads
-from benchmarks.results import OtherBenchmark, Results, made_with
+from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.results import Results, made_with
 from benchmarks.spread import Spread, spread
-from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Workload
 from matplotlib.figure import Figure
 
@@ -41,6 +41,7 @@ PRECISIONS = tuple(
 MISMATCH_ROUNDS = 2
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     workload = replace(WORKLOADS["short"], model=arguments.model, ignores_end=True)
@@ -49,12 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": arguments.repeats,
         "made_with": made_with(threads=arguments.threads),
     }
-    try:
-        results = Results(arguments.json, setting)
-        measure_all(workload, arguments, results)
-    except (OtherBenchmark, WorkerFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = Results(arguments.json, setting)
+    measure_all(workload, arguments, results)
     print(table(results.content))
     draw(results.content["precisions"], arguments.json.with_suffix(".png"))
     return 0 if keeps_bounds(results.content["precisions"][results.content["default"]]) else 1

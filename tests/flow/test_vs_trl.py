@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import vs_trl
 from benchmarks.comparison import Bench, Sides, hold_to_trl, run_pairs, setups_of, warm_up
 from benchmarks.exchange import SampledRows
@@ -283,3 +284,58 @@ def test_no_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         vs_trl.main(["--workload", "short", "--json", str(tmp_path / "x.json"), "--pairs", "0"])
     assert "at least 1 is needed" in capsys.readouterr().err
+
+
+def test_a_refused_comparison_ends_with_3_and_keeps_no_ratio(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "short.json"
+
+    def differs(_: object, __: object, results: Results) -> None:
+        results.content["variants"] = {"no_dead": {"pairs": []}}
+        raise UpdatesDiffer("the updates differ by 0.5")
+
+    monkeypatch.setattr(vs_trl, "compare", differs)
+    command = ["--workload", "short", "--json", str(path), "--threads", "1"]
+    assert vs_trl.main(command) == vs_trl.REFUSED == 3
+    assert "refused: the updates differ by 0.5" in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    assert content["refused"] == "the updates differ by 0.5" and "variants" not in content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/nowhere"], "error: cannot load model '/nowhere'"),
+        (["--json", "FILE"], "error: FILE cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_a_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    arguments = [word.replace("FILE", str(broken)) for word in arguments]
+    command = ["--workload", "short", "--json", str(tmp_path / "x.json"), "--threads", "1"]
+    assert vs_trl.main([*command, "--trl", "fp32/generate", "--dtype", "fp32", *arguments]) == 1
+    assert said.replace("FILE", str(broken)) in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["--workload", "short", "--json", str(tmp_path / "x.json"), "--device", "cuda"]
+    assert vs_trl.main(command) == 1
+    assert "error: device 'cuda' is not available here" in capsys.readouterr().err
+
+
+def test_more_threads_than_cores_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["--workload", "short", "--json", str(tmp_path / "x.json"), "--threads", "4096"]
+    with pytest.raises(SystemExit):
+        vs_trl.main(command)
+    assert "--threads 4096 must lie in 1 to" in capsys.readouterr().err
+
+
+def test_full_length_asks_both_sides_for_every_token(tmp_path: Path):
+    command = ["--workload", "short", "--json", str(tmp_path / "x.json"), "--threads", "1"]
+    assert not vs_trl.workload_of(vs_trl.parse(command)).ignores_end
+    assert vs_trl.workload_of(vs_trl.parse([*command, "--full-length"])).ignores_end

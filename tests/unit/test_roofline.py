@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import flops, peaks, roofline
+from benchmarks import flops, peaks, roofline, shapes, workloads
 from benchmarks.roofline_report import BY_TORCH, DECODE_BY_TORCH, count_ratios
 from benchmarks.shapes import Round, Workload, counts, layout_of, prefills_of, steps_of
 from tests.models import save_tiny, tiny_model
@@ -111,3 +111,11 @@ def test_a_run_reports_peaks_bounds_parts_and_counts(
     shown = capsys.readouterr().out
     assert f"| {DECODE_BY_TORCH} |" in shown
     assert "| share of the bound |" in shown and f"| update, short: {BY_TORCH} |" in shown
+
+
+def test_the_counted_rounds_are_those_that_are_timed_against_trl():
+    assert shapes.WORKLOADS.keys() == workloads.WORKLOADS.keys()
+    for name, counted in shapes.WORKLOADS.items():
+        timed = workloads.WORKLOADS[name]
+        sizes = (timed.prompts_per_round, timed.group_size, timed.max_new_tokens)
+        assert (counted.num_prompts, counted.group_size, counted.max_tokens) == sizes
