@@ -203,7 +203,7 @@ def build_evaluator(
     renderer = prompt_renderer(config, tokenizer)
     held_out = held_out_items(config, task)
     require_fit(held_out, examples=task.train[: config.evaluation.few_shot], renderer=renderer)
-    policy = _frozen_policy(config, None, warn=warn)
+    policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
     require_context(policy.model, max_length=config.sampling.max_length)
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         asker = _asker(config, policy, tokenizer, renderer, grader)
@@ -228,7 +228,7 @@ def open_evaluator(
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     tokenizer = load_tokenizer(config.model.name)
-    policy = _frozen_policy(config, None, warn=warn)
+    policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
     context = context_length(policy.model)
     renderer = PromptRenderer(
         tokenizer,
@@ -361,12 +361,12 @@ def _policy(config: RunConfig, model: PreTrainedModel, *, warn: Callable[[str], 
 
 
 def _frozen_policy(
-    config: RunConfig, given: PreTrainedModel | None, *, warn: Callable[[str], None]
+    config: RunConfig, given: PreTrainedModel | None, *, engine: str, warn: Callable[[str], None]
 ) -> Policy:
     """A copy of the given model, or the named one, as it is: to be asked and not trained."""
     model = _named_model(config) if given is None else copy.deepcopy(given)
     model.requires_grad_(False)  # before Policy makes fp32 masters of what is trained
-    return Policy(model, engine=config.training.engine, warn=warn)
+    return Policy(model, engine=engine, warn=warn)
 
 
 def _named_model(config: RunConfig) -> PreTrainedModel:
@@ -384,7 +384,11 @@ def _reference(
     """The starting model, if anything is compared with it: under adapters it is there already."""
     if not config.needs_reference():
         return None
-    return BasePolicy(policy) if policy.adapters else _frozen_policy(config, given, warn=warn)
+    if policy.adapters:
+        return BasePolicy(policy)
+    # Where the policy left the fast path, which was said, a copy of its model would leave it too.
+    engine = "plain" if policy.body is None else "fast"
+    return _frozen_policy(config, given, engine=engine, warn=warn)
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:
