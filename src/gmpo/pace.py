@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gmpo.assembly import TrainingParts
-from gmpo.batch import build_step
+from gmpo.batch import MicroBatch, build_step
 from gmpo.config import RunConfig
 from gmpo.records import Group, Prompt, Rollout
 from gmpo.sampler.requests import SampleRequest
@@ -162,19 +162,9 @@ def _time_scoring(parts: TrainingParts, prompts: Sequence[Prompt]) -> list[float
     """
     config = parts.config
     per_step = config.sampling.prompts_per_round // config.training.steps_per_round
-    length = config.sampling.max_new_tokens
-    groups = [_longest_group(p, config.sampling.group_size, length) for p in prompts[:per_step]]
-    step = build_step(
-        groups,
-        torch.ones(len(groups), config.sampling.group_size, dtype=torch.float64),
-        max_tokens=config.training.max_tokens_per_micro_batch,
-        shares_prompts=parts.policy.shares_prompts,
-        skips_dead_rows=False,
-        device=parts.policy.device,
-    )
     # The first one stands for all: a whole step of long completions may take minutes.
-    batch = step.micro_batches[0]
-    share = len(batch.row_names) / step.num_rollouts
+    batch = _first_micro_batch(parts, prompts[:per_step])
+    share = len(batch.row_names) / (per_step * config.sampling.group_size)
     seconds: list[float] = []
     while len(seconds) < _LEAST_TIMINGS or (
         sum(seconds) < _TRIAL_SECONDS and len(seconds) < _MOST_TIMINGS
@@ -187,7 +177,33 @@ def _time_scoring(parts: TrainingParts, prompts: Sequence[Prompt]) -> list[float
     return [value / share for value in seconds]
 
 
-def _longest_group(prompt: Prompt, group_size: int, length: int) -> Group:
+def _first_micro_batch(parts: TrainingParts, prompts: Sequence[Prompt]) -> MicroBatch:
+    """The first of a step of these prompts, every completion at its limit.
+
+    Only rows that may lie in it are made: those of a whole step may be more than fit into memory.
+    """
+    config = parts.config
+    length, group_size = config.sampling.max_new_tokens, config.sampling.group_size
+    budget = config.training.max_tokens_per_micro_batch
+    left = max(1, budget // length)  # rows; one may exceed the budget
+    groups: list[Group] = []
+    for prompt in sorted(prompts, key=lambda prompt: prompt.id):  # as a step orders equal lengths
+        groups.append(_longest_group(prompt, min(left, group_size), length))
+        left -= len(groups[-1].rollouts)
+        if not left:
+            break
+    step = build_step(
+        groups,
+        torch.ones(len(groups), len(groups[0].rollouts), dtype=torch.float64),
+        max_tokens=budget,
+        shares_prompts=parts.policy.shares_prompts,
+        skips_dead_rows=False,
+        device=parts.policy.device,
+    )
+    return step.micro_batches[0]
+
+
+def _longest_group(prompt: Prompt, num_rows: int, length: int) -> Group:
     """A prompt with completions of the prompt's first token, as long as they may be."""
     assert prompt.token_ids is not None
     token_ids = np.full(length, prompt.token_ids[0], dtype=np.int64)
@@ -204,6 +220,6 @@ def _longest_group(prompt: Prompt, group_size: int, length: int) -> Group:
             last_version=0,
             reward=0.0,
         )
-        for index in range(group_size)
+        for index in range(num_rows)
     )
     return Group(prompt=prompt, rollouts=rollouts)

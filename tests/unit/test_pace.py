@@ -13,9 +13,10 @@ from tests.tiny_runs import tiny_recipe
 
 from gmpo import pace
 from gmpo.assembly import TrainingParts, build_parts
-from gmpo.batch import MicroBatch
+from gmpo.batch import MicroBatch, build_step
 from gmpo.pace import forecast_time
 from gmpo.policy.score import TokenScores
+from gmpo.records import Rollout
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,50 @@ def test_a_step_of_many_micro_batches_is_timed_by_one(
     # 17 prompt tokens and 4 rows of 12 tokens fit into 70; a step has 16 rows.
     assert pace._time_scoring(changed, parts.prompts.take(0, 8)) == [4.0, 4.0]
     assert rows == [4, 4]
+
+
+def with_sizes(parts: TrainingParts, *, group_size: int, budget: int) -> TrainingParts:
+    config = parts.config
+    sampling = config.sampling.model_copy(update={"group_size": group_size})
+    training = config.training.model_copy(update={"max_tokens_per_micro_batch": budget})
+    changed = config.model_copy(update={"sampling": sampling, "training": training})
+    return replace(parts, config=changed)
+
+
+# 1 is less than a row; a prompt of 17 tokens and 10 rows of 12 fit into 137; groups of 2 and of 5
+# end within a micro-batch; 4,000 holds a whole step.
+@pytest.mark.parametrize("group_size", [2, 5, 8])
+@pytest.mark.parametrize("budget", [1, 40, 137, 138, 4000])
+@pytest.mark.parametrize("repeats", [False, True], ids=["different", "one prompt twice"])
+def test_the_micro_batch_of_the_trial_is_the_first_of_the_whole_step(
+    parts: TrainingParts, group_size: int, budget: int, repeats: bool
+):
+    changed = with_sizes(parts, group_size=group_size, budget=budget)
+    prompts = parts.prompts.take(0, 3)
+    prompts += prompts[:1] if repeats else []
+    whole = build_step(
+        [pace._longest_group(prompt, group_size, 12) for prompt in prompts],
+        torch.ones(len(prompts), group_size, dtype=torch.float64),
+        max_tokens=budget,
+        shares_prompts=parts.policy.shares_prompts,
+        skips_dead_rows=False,
+        device=parts.policy.device,
+    ).micro_batches[0]
+    found = pace._first_micro_batch(changed, prompts)
+    assert len(found.row_names) == len(whole.row_names)
+    for name in ("prompt_ids", "prompt_lengths", "prompt_of_row", "completion_ids", "mask"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+
+
+def test_the_trial_makes_no_more_rows_than_it_times(
+    parts: TrainingParts, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[int] = []
+    monkeypatch.setattr(pace, "Rollout", lambda **fields: made.append(1) or Rollout(**fields))
+    changed = with_sizes(parts, group_size=1_000_000, budget=70)
+    seconds = pace._time_scoring(changed, parts.prompts.take(0, 8))
+    assert len(made) == 70 // 12
+    assert min(seconds) > 0
 
 
 def test_a_slow_machine_is_timed_twice_and_no_more(
