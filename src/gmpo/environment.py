@@ -119,7 +119,7 @@ def _packages() -> Finding:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from gmpo.forecast import free_bytes
+    from gmpo.headroom import free_bytes
     from gmpo.policy.load import choose_device, choose_dtype
 
     said: list[str] = []

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gmpo.config import RunConfig
-from gmpo.errors import ConfigError, ModelError
-from gmpo.host_memory import available_bytes, resident_bytes
+from gmpo.errors import ModelError
+from gmpo.host_memory import resident_bytes
 from gmpo.inputs import RunInputs, read_inputs
 from gmpo.kernels import attention
 from gmpo.memory import (
@@ -23,6 +23,7 @@ from gmpo.memory import (
     cache_bytes,
     largest_micro_batch,
     passing_bytes,
+    rollout_bytes,
     sampling_bytes,
     weight_bytes,
 )
@@ -36,9 +37,8 @@ __all__ = [
     "Forecast",
     "forecast",
     "forecast_inputs",
-    "free_bytes",
+    "forecaster",
     "model_shape",
-    "require_memory",
 ]
 
 
@@ -71,6 +71,8 @@ class Forecast:
         cache_gib: the sampler's keys and values, which stay between rounds.
         update_gib: what the largest micro-batch takes for a moment.
         sampling_gib: what sampling takes for a moment.
+        rollouts_gib: a round's rollouts and the tensors of its steps; on an accelerator the tensors
+            alone, because rollouts stay with the host.
         peak_gib: what stays, and the larger of the two that do not; a checkpoint copies nothing.
     """
 
@@ -88,6 +90,7 @@ class Forecast:
     cache_gib: float
     update_gib: float
     sampling_gib: float
+    rollouts_gib: float
     peak_gib: float
 
     @property
@@ -134,53 +137,36 @@ def forecast(config: RunConfig) -> Forecast:
 
 def forecast_inputs(inputs: RunInputs) -> Forecast:
     """`forecast` of what has been read already."""
-    config = inputs.config
-    sampling, training = config.sampling, config.training
+    return forecaster(inputs)(inputs.config)
+
+
+def forecaster(inputs: RunInputs) -> Callable[[RunConfig], Forecast]:
+    """Forecasts of the run by its recipe, and by others like it: model and prompts are read once.
+
+    A recipe may have another micro-batch, other rows at once, and fewer rollouts, whose prompts are
+    then as long as the longest of the recipe's own.
+    """
     lengths, shape = _lengths(inputs), _shape_of_run(inputs)
     process, loaded = _held_bytes(inputs)
-    longest_completion = _longest_completion(config, lengths.shortest)
-    return Forecast(
-        num_parameters=shape.num_parameters,
-        trained_parameters=shape.adapter_parameters or shape.num_parameters,
-        train_items=len(inputs.prompts),
-        held_out_items=len(inputs.held_out),
-        longest_prompt_tokens=lengths.trained,
-        completion_tokens_per_round=sampling.most_prompts()
-        * sampling.group_size
-        * longest_completion,
-        prompt_tokens_per_round=sampling.most_prompts() * lengths.trained,
-        optimizer_steps=training.rounds * training.steps_per_round,
-        **_memory(config, shape, lengths, process=process, loaded=loaded),
-    )
 
+    def forecast_of(config: RunConfig) -> Forecast:
+        sampling, training = config.sampling, config.training
+        longest_completion = _longest_completion(config, lengths.shortest)
+        return Forecast(
+            num_parameters=shape.num_parameters,
+            trained_parameters=shape.adapter_parameters or shape.num_parameters,
+            train_items=len(inputs.prompts),
+            held_out_items=len(inputs.held_out),
+            longest_prompt_tokens=lengths.trained,
+            completion_tokens_per_round=sampling.most_prompts()
+            * sampling.group_size
+            * longest_completion,
+            prompt_tokens_per_round=sampling.most_prompts() * lengths.trained,
+            optimizer_steps=training.rounds * training.steps_per_round,
+            **_memory(config, shape, lengths, process=process, loaded=loaded),
+        )
 
-def require_memory(inputs: RunInputs, needs: Forecast, *, free: int | None) -> None:
-    """Refuse a run that cannot fit, and say what to lower to which value.
-
-    Args:
-        inputs: of the run.
-        needs: its forecast.
-        free: bytes that this process may still take; None where that is not known.
-
-    Raises:
-        ConfigError: it needs more than there is, and the recipe does not say to go on anyway.
-    """
-    wanted = needs.wanted_gib
-    if not inputs.config.training.refuse_beyond_memory or free is None or wanted * GIB <= free:
-        return
-    raise ConfigError(
-        f"the run needs about {wanted:.2f} GiB of memory and {free / GIB:.2f} GiB are free "
-        f"(weights, gradients and moments {needs.weights_gib:.2f}, sampler's cache "
-        f"{needs.cache_gib:.2f}, micro-batch {needs.update_gib:.2f}); {_remedy(inputs, free)}, or "
-        "set training.refuse_beyond_memory = false to try anyway"
-    )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What this process may still take where the model will lie; None if that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_bytes()
+    return forecast_of
 
 
 def model_shape(
@@ -308,7 +294,12 @@ def _memory(
     update = max(_update_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     # A cache that grows is there twice for a moment.
     sampling_peak = sampling_bytes(shape, rows=rows, prompt_tokens=longest) + cache
-    peak = process + weights + cache + max(update, sampling_peak)
+    rollouts = rollout_bytes(
+        sampling.most_prompts() * sampling.group_size,
+        completion_tokens=_longest_completion(config, lengths.shortest),
+        on_cpu=shape.on_cpu,
+    )
+    peak = process + weights + cache + rollouts + max(update, sampling_peak)
     return {
         "process_gib": process / GIB,
         "loaded_gib": min(loaded, weights) / GIB,
@@ -316,6 +307,7 @@ def _memory(
         "cache_gib": cache / GIB,
         "update_gib": update / GIB,
         "sampling_gib": sampling_peak / GIB,
+        "rollouts_gib": rollouts / GIB,
         "peak_gib": peak / GIB,
     }
 
@@ -367,9 +359,12 @@ def _lengths(inputs: RunInputs) -> _Lengths:
         taken = [_length(prompt) for prompt in inputs.prompts.take(0, may_come)]
         steps = frozenset([max(taken)])
     else:
-        per_round = config.sampling.prompts_per_round
-        taken = [_length(prompt) for prompt in inputs.prompts.take(0, rounds * per_round)]
-        per_step = per_round // steps_per_round
+        per_step = config.sampling.prompts_per_round // steps_per_round
+        num_taken = rounds * steps_per_round * per_step
+        if per_step >= 2 * len(inputs.prompts):
+            # Every step sees every prompt: one pass stands for what may be millions of prompts.
+            num_taken = per_step = len(inputs.prompts)
+        taken = [_length(prompt) for prompt in inputs.prompts.take(0, num_taken)]
         steps = frozenset(
             max(taken[first : first + per_step]) for first in range(0, len(taken), per_step)
         )
@@ -396,58 +391,3 @@ def _held_bytes(inputs: RunInputs) -> tuple[int, int]:
         return 0, loaded
     # Weights that a file maps are resident only once they were read.
     return max(0, resident_bytes() - loaded), loaded
-
-
-def _remedy(inputs: RunInputs, free: int) -> str:
-    """The largest values of the keys that cost nothing but time with which the run would fit."""
-    shape, lengths = _shape_of_run(inputs), _lengths(inputs)
-    _, loaded = _held_bytes(inputs)
-
-    def needed(config: RunConfig) -> float:
-        figures = _memory(config, shape, lengths, process=0, loaded=loaded)
-        return float(figures["peak_gib"] - figures["loaded_gib"]) * GIB
-
-    def with_values(tokens: int, rows: int) -> RunConfig:
-        config = inputs.config
-        training = config.training.model_copy(update={"max_tokens_per_micro_batch": tokens})
-        sampling = config.sampling.model_copy(update={"max_rows": rows})
-        return config.model_copy(update={"training": training, "sampling": sampling})
-
-    most_tokens = inputs.config.training.max_tokens_per_micro_batch
-    most_rows = inputs.config.sampling.max_rows
-    tokens = _largest(most_tokens, lambda n: needed(with_values(n, most_rows)) <= free)
-    if tokens:
-        return f"training.max_tokens_per_micro_batch = {tokens} would fit"
-    rows = _largest(most_rows, lambda n: needed(with_values(most_tokens, n)) <= free)
-    if rows:
-        return f"sampling.max_rows = {rows} would fit"
-    rows = _largest(most_rows, lambda n: needed(with_values(1, n)) <= free)
-    if rows:
-        tokens = _largest(most_tokens, lambda n: needed(with_values(n, rows)) <= free)
-        return (
-            f"training.max_tokens_per_micro_batch = {tokens} with sampling.max_rows = {rows} "
-            "would fit"
-        )
-    least = needed(with_values(1, 1)) / GIB
-    training = inputs.config.training
-    others = [
-        *(() if inputs.config.lora.rank else ("lora.rank = 16",)),
-        *(() if training.gradient_checkpointing else ("training.gradient_checkpointing = true",)),
-    ]
-    lighter = f"{' and '.join(others)} {'take' if others[1:] else 'takes'} less, else "
-    return (
-        f"with one row at a time it would still need {least:.2f} GiB; {lighter if others else ''}"
-        "take a smaller model or a machine with more memory"
-    )
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` that fits, by halving; 0 if none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

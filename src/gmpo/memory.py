@@ -16,6 +16,7 @@ __all__ = [
     "cache_bytes",
     "largest_micro_batch",
     "passing_bytes",
+    "rollout_bytes",
     "sampling_bytes",
     "weight_bytes",
 ]
@@ -37,6 +38,11 @@ _FEWEST_PREPARED_ROWS = 16
 """Rows from which on the sampler lays weights out anew."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
+_ROLLOUT, _KEPT_TOKEN = 2500, 17
+"""Of a rollout in Python (Linux, CPython 3.11, as its round is saved), and of each of its tokens:
+id, mask and log-probability, and four letters of text."""
+_TRAINED_TOKEN = 27
+"""Of a token in its step's tensors: id, mask, three log-probabilities, log-ratio, what was cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +158,17 @@ def largest_micro_batch(
         shares_prompts: whether a prompt counts once for all its rows.
     """
 
-    def prompts_of(rows: int) -> int:
-        return -(-rows // group_size) if shares_prompts else rows
+    def fits(rows: int) -> bool:
+        prompts = -(-rows // group_size) if shares_prompts else rows
+        return prompts * prompt_tokens + rows * completion_tokens <= max_tokens
 
-    rows = 1
-    while rows < groups * group_size:
-        more = prompts_of(rows + 1) * prompt_tokens + (rows + 1) * completion_tokens
-        if more > max_tokens:
-            break
-        rows += 1
+    rows, most = 1, max(1, min(groups * group_size, max_tokens // completion_tokens))
+    while rows < most:  # by halving: there may be millions
+        middle = (rows + most + 1) // 2
+        if fits(middle):
+            rows = middle
+        else:
+            most = middle - 1
     return MicroBatchSize(
         prompts=-(-rows // group_size),
         rows=rows,
@@ -249,6 +257,18 @@ def _prepared_bytes(shape: ModelShape, rows: int) -> int:
     layer = shape.hidden * (2 * queries + keys + 3 * shape.feed_forward)
     head = shape.vocabulary * shape.hidden if shape.width < _FLOAT else 0
     return (shape.layers * layer + head) * shape.width
+
+
+def rollout_bytes(rollouts: int, *, completion_tokens: int, on_cpu: bool) -> int:
+    """What a round's rollouts and the tensors of its steps take, from sampling to the last step.
+
+    Args:
+        rollouts: of the round.
+        completion_tokens: of each.
+        on_cpu: where the model runs; elsewhere only the tensors lie beside it.
+    """
+    tensors = completion_tokens * _TRAINED_TOKEN
+    return rollouts * (tensors + on_cpu * (_ROLLOUT + completion_tokens * _KEPT_TOKEN))
 
 
 def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:

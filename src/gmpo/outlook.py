@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from gmpo.assembly import TrainingParts
 from gmpo.checkpoint import TrainingState
-from gmpo.forecast import forecast_inputs, free_bytes, require_memory
+from gmpo.forecast import forecast_inputs
+from gmpo.headroom import free_bytes, require_memory
 from gmpo.inputs import RunInputs
 from gmpo.memory import GIB
 from gmpo.pace import TimeForecast, forecast_time

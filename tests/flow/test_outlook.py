@@ -96,6 +96,18 @@ def test_the_command_refuses_in_one_line(model: str, recipe: str, tmp_path: Path
     assert re.search(r"sampling\.max_rows = \d+ would fit, or set training\.refuse_beyond_", said)
 
 
+def test_a_group_of_a_million_is_refused_before_anything_is_loaded(
+    model: str, recipe: str, tmp_path: Path
+):
+    said = refusal(
+        *("train", recipe, "--run", tmp_path / "run", "--set", f"model.name={model}"),
+        *("--set", "sampling.group_size=1000000000"),
+    )
+    assert re.search(
+        r"a round's rollouts \d{5,}\.\d\d, .*sampling\.group_size = \d+ would fit", said
+    )
+
+
 def test_a_model_in_memory_has_a_forecast_which_is_printed_unless_callbacks_are_given(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -77,6 +77,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "contamination",
         "inputs",
         "forecast",
+        "headroom",
         "assembly",
         "adaptation",
         "pace",

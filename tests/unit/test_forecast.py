@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, DataError, ModelError
-from gmpo.forecast import Forecast, forecast, forecast_inputs, free_bytes, require_memory
+from gmpo.forecast import Forecast, forecast, forecast_inputs
+from gmpo.headroom import free_bytes, refusal_beyond_memory, require_memory
 from gmpo.inputs import Given, RunInputs, read_inputs
 from gmpo.kernels.library import kernels_off
 from gmpo.policy.lora import adapters_of
@@ -62,7 +64,9 @@ def test_the_forecast_is_the_one_by_hand(model: str):
     # two tables of 48 logits, the gradients of 48 hidden states and of the head
     head = 2 * 48 * 101 + 48 * 32 + 101 * 32
     assert needs.update_gib == (2 * layer + masks + head) * 4 / GIB
-    stays = needs.process_gib + needs.weights_gib + needs.cache_gib
+    # 64 rollouts of 3 tokens: 2,500 bytes each and 17 a token, and 27 a token in tensors
+    assert needs.rollouts_gib == 64 * (2500 + 3 * (17 + 27)) / GIB
+    stays = needs.process_gib + needs.weights_gib + needs.cache_gib + needs.rollouts_gib
     assert needs.peak_gib == pytest.approx(stays + needs.sampling_gib)
     assert needs.process_gib > 0.1
 
@@ -70,7 +74,7 @@ def test_the_forecast_is_the_one_by_hand(model: str):
 def test_the_larger_of_what_stays_for_a_moment_makes_the_peak(model: str):
     long = forecast(tiny_recipe(model, sampling__max_new_tokens=40, sampling__max_rows=2))
     assert long.update_gib > long.sampling_gib
-    stays = long.process_gib + long.weights_gib + long.cache_gib
+    stays = long.process_gib + long.weights_gib + long.cache_gib + long.rollouts_gib
     assert long.peak_gib == pytest.approx(stays + long.update_gib)
 
 
@@ -116,6 +120,7 @@ def test_a_refilled_round_may_take_every_prompt_it_is_allowed(model: str):
     )
     assert refilled.completion_tokens_per_round == (8 + 5) * 8 * 3
     assert refilled.prompt_tokens_per_round == (8 + 5) * 17
+    assert refilled.rollouts_gib == (8 + 5) * 8 * (2500 + 3 * (17 + 27)) / GIB
 
 
 def test_a_rollout_function_may_fill_what_is_left_of_the_length(model: str):
@@ -287,6 +292,72 @@ def test_both_are_lowered_where_neither_alone_would_do(model: str):
         training__max_tokens_per_micro_batch=int(tokens),
     )
     assert wanted(forecast(smaller)) <= free
+
+
+def test_rollouts_are_lowered_where_they_are_what_does_not_fit(model: str):
+    def needs(group: int, prompts: int) -> float:
+        config = tiny_recipe(model, sampling__group_size=group, sampling__prompts_per_round=prompts)
+        return wanted(forecast(config))
+
+    free = needs(8, 8) * 4
+    config = tiny_recipe(model, sampling__group_size=1_000_000)
+    said = refusal(config, free=free)
+    (group,) = re.findall(r"; sampling\.group_size = (\d+) would fit, or set", said)
+    assert needs(int(group), 8) <= free < needs(int(group) + 1, 8)
+    config = tiny_recipe(model, sampling__prompts_per_round=1_000_000)
+    said = refusal(config, free=free)
+    (prompts,) = re.findall(r"; sampling\.prompts_per_round = (\d+) would fit, or set", said)
+    assert int(prompts) % 4 == 0  # a step takes whole groups
+    assert needs(8, int(prompts)) <= free < needs(8, int(prompts) + 4)
+
+
+def test_rollouts_are_lowered_with_what_costs_time_where_they_do_not_suffice(model: str):
+    config = large(model, sampling__group_size=1_000_000)
+    least = large(
+        model,
+        sampling__group_size=2,
+        sampling__prompts_per_round=4,
+        sampling__max_rows=1,
+        training__max_tokens_per_micro_batch=1,
+    )
+    free = wanted(forecast(least)) * 1.02
+    said = refusal(config, free=free).partition("); ")[2]
+    found = dict(re.findall(r"(\w+\.\w+) = (\d+)", said))
+    changes = {key.replace(".", "__"): int(value) for key, value in found.items()}
+    assert "sampling__group_size" in changes
+    assert wanted(forecast(large(model, **{"sampling__group_size": 2} | changes))) <= free
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling__max_rows": 100_000},
+        {"sampling__max_new_tokens": 200, "sampling__max_length": 256, "sampling__max_rows": 2},
+        {"sampling__group_size": 1_000_000},
+    ],
+    ids=["sampling is larger", "a micro-batch is larger", "rollouts"],
+)
+def test_the_parts_that_a_refusal_names_add_up_to_what_is_needed(
+    model: str, changes: dict[str, Any]
+):
+    # The tiny model's would all be 0.00: each figure a GiB for a byte.
+    config = tiny_recipe(model, **changes)
+    needs = forecast(config)
+    scaled = replace(
+        needs,
+        **{name: value * GIB for name, value in needs.as_dict().items() if name.endswith("_gib")},
+    )
+    reason = refusal_beyond_memory(read_inputs(config), scaled, free=1000)
+    found = re.match(
+        r"the run needs about (\S+) GiB of memory and 0\.00 GiB are free \(weights, gradients "
+        r"and moments (\S+), sampler's cache (\S+), a round's rollouts (\S+), and for a moment "
+        r"(?:a micro-batch|sampling) (\S+), while (?:a micro-batch|sampling) takes (\S+)\); ",
+        reason or "",
+    )
+    assert found, reason
+    total, *parts, less = (float(number) for number in found.groups())
+    assert sum(parts) == pytest.approx(total, abs=0.05)
+    assert less <= parts[-1]
 
 
 def test_a_model_too_large_for_anything_is_said_to_be(model: str):
