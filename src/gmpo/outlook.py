@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gmpo.assembly import TrainingParts
 from gmpo.checkpoint import TrainingState
@@ -37,17 +37,27 @@ class Outlook:
         self._pace: TimeForecast | None = None
         self._rounds_to_come = 0
 
-    def announce(self, parts: TrainingParts, state: TrainingState) -> str | None:
+    def announce(
+        self,
+        parts: TrainingParts,
+        state: TrainingState,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> str | None:
         """What the rounds to come will take, in one sentence; None if none are to come.
 
-        Times a short trial, which changes nothing of the run.
+        Times a short trial, which changes nothing of the run; None too if `should_stop` ended it.
         """
         config = parts.config
         self._rounds_to_come = config.training.rounds - state.round
         if not self._rounds_to_come:
             return None
         prompts = parts.prompts.take(state.prompts_taken, config.sampling.prompts_per_round)
-        self._pace = forecast_time(parts, prompts, rounds=self._rounds_to_come)
+        self._pace = forecast_time(
+            parts, prompts, rounds=self._rounds_to_come, should_stop=should_stop
+        )
+        if self._pace is None:
+            return None
         self._write(self._pace, measured=None)
         free = "" if self._free is None else f" ({self._free / GIB:.2f} were free at the start)"
         beside = self._pace.not_counted

@@ -49,8 +49,14 @@ class TimeForecast:
         return asdict(self)
 
 
-def forecast_time(parts: TrainingParts, prompts: Sequence[Prompt], *, rounds: int) -> TimeForecast:
-    """Time decoding and scoring for a moment, and multiply.
+def forecast_time(
+    parts: TrainingParts,
+    prompts: Sequence[Prompt],
+    *,
+    rounds: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TimeForecast | None:
+    """Time decoding and scoring for a moment, and multiply; None if it was asked to stop.
 
     Not timed are AdamW's step and the graded answers, which are small beside the passes for all but
     small batches. Nothing of the run changes: weights stay, no gradient is made.
@@ -59,12 +65,15 @@ def forecast_time(parts: TrainingParts, prompts: Sequence[Prompt], *, rounds: in
         parts: of the run.
         prompts: of one round, `prompts_per_round` of them.
         rounds: to come.
+        should_stop: asked before each timing.
     """
     config = parts.config
     sampling, training, evaluation = config.sampling, config.training, config.evaluation
     rows = min(sampling.max_rows, len(prompts) * sampling.group_size)
-    starts, steps = _time_decoding(parts, prompts, rows=rows)
-    scores = _time_scoring(parts, prompts)
+    starts, steps = _time_decoding(parts, prompts, rows=rows, should_stop=should_stop)
+    scores = _time_scoring(parts, prompts, should_stop=should_stop)
+    if should_stop():
+        return None
     waves = math.ceil(len(prompts) * sampling.group_size / rows)
     every = training.gradient_cosine_every
     cosines = rounds // every if every else 0
@@ -119,7 +128,11 @@ def _not_counted(config: RunConfig) -> Iterator[str]:
 
 
 def _time_decoding(
-    parts: TrainingParts, prompts: Sequence[Prompt], *, rows: int
+    parts: TrainingParts,
+    prompts: Sequence[Prompt],
+    *,
+    rows: int,
+    should_stop: Callable[[], bool],
 ) -> tuple[list[float], list[float]]:
     """Seconds to run the prompts of `rows` completions with their first token, and a step after."""
     each = min(rows, parts.config.sampling.group_size)
@@ -131,13 +144,15 @@ def _time_decoding(
         parts.sampler.submit(request)
     seconds: list[float] = []
     while not parts.sampler.is_idle:
-        started = time.perf_counter()
-        parts.sampler.step()
-        seconds.append(time.perf_counter() - started)
-        if len(seconds) > _LEAST_TIMINGS and sum(seconds) > _TRIAL_SECONDS:
+        is_enough = len(seconds) > _LEAST_TIMINGS and sum(seconds) > _TRIAL_SECONDS
+        if is_enough or should_stop():
             for request in requests:
                 parts.sampler.cancel(request.id)
             parts.sampler.step()  # not timed: it only drops them
+            break
+        started = time.perf_counter()
+        parts.sampler.step()
+        seconds.append(time.perf_counter() - started)
     return seconds[:1], seconds[1:] or seconds
 
 
@@ -156,7 +171,9 @@ def _trial_request(
     )
 
 
-def _time_scoring(parts: TrainingParts, prompts: Sequence[Prompt]) -> list[float]:
+def _time_scoring(
+    parts: TrainingParts, prompts: Sequence[Prompt], *, should_stop: Callable[[], bool]
+) -> list[float]:
     """Seconds of a forward pass over one optimizer step's rows, completions at their limit,
     without gradient.
     """
@@ -166,8 +183,9 @@ def _time_scoring(parts: TrainingParts, prompts: Sequence[Prompt]) -> list[float
     batch = _first_micro_batch(parts, prompts[:per_step])
     share = len(batch.row_names) / (per_step * config.sampling.group_size)
     seconds: list[float] = []
-    while len(seconds) < _LEAST_TIMINGS or (
-        sum(seconds) < _TRIAL_SECONDS and len(seconds) < _MOST_TIMINGS
+    while not should_stop() and (
+        len(seconds) < _LEAST_TIMINGS
+        or (sum(seconds) < _TRIAL_SECONDS and len(seconds) < _MOST_TIMINGS)
     ):
         started = time.perf_counter()
         with torch.no_grad():

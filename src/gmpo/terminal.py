@@ -108,7 +108,10 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         nonlocal came
         came = True
         signal.signal(number, signal.default_int_handler)
-        say("finishing the round, then saving; once more to stop at once, which --resume mends too")
+        say(
+            "finishing what is under way (at most a round or an evaluation), then saving; once "
+            "more to stop at once, which --resume mends too"
+        )
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

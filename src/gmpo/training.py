@@ -95,7 +95,8 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
         resume: go on from the newest checkpoint and the rollouts saved since.
         report: told what happens, as it happens.
         warn: told in one sentence what is not as expected.
-        should_stop: asked between rounds; once it says so, the run is saved and ends.
+        should_stop: asked during the trial before the first round and between rounds; once it says
+            so, the run is saved and ends.
         given: functions that stand in for those that the recipe names.
 
     Raises:
@@ -104,14 +105,16 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
             the run was saved.
         gmpo.errors.GmpoError: anything the recipe, model, data, disk or a diverging run gets wrong.
     """
-    run = RunFolder(folder)
     require_packages(config.tracking.to)
+    run = RunFolder(folder)
     with run.locked():
         inputs = inputs_of_run(run, config, resume=resume, warn=warn, given=given)
         outlook = Outlook(run, inputs)
         with closing(assemble(inputs, warn=warn)) as parts:
             state = begin_or_resume(run, parts, resume=resume, warn=warn)
-            _tell(report, outlook.announce(parts, state), round_number=state.round)
+            announced = outlook.announce(parts, state, should_stop=should_stop)
+            _tell(report, announced, round_number=state.round)
+            _stop_if(should_stop, run, parts, state)
             report(_standing("start", parts, state))
             _save_the_beginning(run, parts, state)
             before = _evaluated_before(run, parts, state, report)

@@ -55,7 +55,7 @@ def test_a_run_says_what_it_needs_before_anything_else_and_compares_after_its_fi
 def test_the_trial_changes_nothing(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tiny_recipe(model)
     with_trial = train(config, folder=tmp_path / "with")
-    monkeypatch.setattr(outlook.Outlook, "announce", lambda *_: None)
+    monkeypatch.setattr(outlook.Outlook, "announce", lambda *_, **__: None)
     without = train(config, folder=tmp_path / "without")
     assert same_weights(with_trial.checkpoint, without.checkpoint)
 

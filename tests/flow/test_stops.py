@@ -15,9 +15,13 @@ from tests.disks import fill, resize, small_disk
 from tests.forks import ForkedProcess, forked_gmpo
 from tests.tiny_runs import metric_lines, same_weights
 
+from gmpo import training
 from gmpo.checkpoint import latest_checkpoint
+from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError, RunStopped
 from gmpo.recipe import load_recipe
+from gmpo.sampler.local import LocalSampler
+from gmpo.sampler.requests import Completion, SampledToken
 from gmpo.terminal import asked_to_stop
 from gmpo.tracking import RunFolder
 from gmpo.training import Report, train
@@ -68,8 +72,8 @@ def test_a_run_that_is_interrupted_saves_and_says_how_to_go_on(
     assert 2 <= done < 40
     assert latest_checkpoint(folder / "checkpoints").name == f"round-{done:06d}"
     assert said.splitlines()[-2:] == [
-        "note: finishing the round, then saving; once more to stop at once, which --resume mends "
-        "too",
+        "note: finishing what is under way (at most a round or an evaluation), then saving; once "
+        "more to stop at once, which --resume mends too",
         f"stopped: stopped after round {done} of 40, which is saved; go on with: gmpo train --run "
         f"{folder} --resume",
     ]
@@ -89,6 +93,24 @@ def test_the_second_ctrl_c_stops_at_once(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_what_is_said_of_a_run_that_ends_at_once_depends_on_whether_it_had_begun(
+    model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(config: RunConfig, *, folder: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    command = ("train", recipe, "--run", tmp_path / "run", "--set", f"model.name={model}")
+    done = gmpo(*command)
+    assert done.exit_code == 130
+    assert "stopped: stopped before the run began; nothing of it is kept" in done.stderr
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text("")
+    assert f"gmpo train --run {tmp_path / 'run'} --resume" in " ".join(
+        gmpo(*command).stderr.split()
+    )
 
 
 def test_two_processes_do_not_train_in_one_folder(model: str, recipe: str, tmp_path: Path):
@@ -113,6 +135,35 @@ def test_a_stop_before_the_first_round_is_saved_too(model: str, recipe: str, tmp
     again = train(config, folder=tmp_path / "run", resume=True, warn=print)
     whole = train(config, folder=tmp_path / "whole", warn=print)
     assert same_weights(again.checkpoint, whole.checkpoint)
+
+
+def test_a_stop_in_the_trial_before_the_first_round_ends_it_and_asks_no_item(
+    model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_recipe(recipe, [f"model.name={model}"])
+    timings = [0]
+    step = LocalSampler.step
+
+    def stepped(sampler: LocalSampler) -> list[SampledToken | Completion]:
+        timings[0] += 1
+        return step(sampler)
+
+    monkeypatch.setattr(LocalSampler, "step", stepped)
+    reports: list[Report] = []
+    with pytest.raises(RunStopped, match="after round 0 of 2"):
+        train(
+            config,
+            folder=tmp_path / "run",
+            should_stop=lambda: timings[0] >= 2,
+            report=reports.append,
+            warn=print,
+        )
+    assert timings == [3]  # two were timed, and one dropped what was running
+    assert reports == []
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "round-000000"
+    monkeypatch.undo()
+    again = train(config, folder=tmp_path / "run", resume=True, warn=print)
+    assert len(again.before) == 1
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(

@@ -34,6 +34,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingParts]:
     built.close()
 
 
+def never() -> bool:
+    return False
+
+
+def time_decoding(parts: TrainingParts) -> tuple[list[float], list[float]]:
+    return pace._time_decoding(parts, parts.prompts.take(0, 8), rows=16, should_stop=never)
+
+
 def timings(
     parts: TrainingParts,
     monkeypatch: pytest.MonkeyPatch,
@@ -44,7 +52,7 @@ def timings(
 ) -> None:
     """Let the trial find these seconds."""
     monkeypatch.setattr(pace, "_time_decoding", lambda *_, **__: (start, step))
-    monkeypatch.setattr(pace, "_time_scoring", lambda *_: score)
+    monkeypatch.setattr(pace, "_time_scoring", lambda *_, **__: score)
 
 
 def test_seconds_are_multiplied_up_by_hand(parts: TrainingParts, monkeypatch: pytest.MonkeyPatch):
@@ -128,7 +136,7 @@ def test_a_step_of_many_micro_batches_is_timed_by_one(
     clock = iter(range(100))
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
     # 17 prompt tokens and 4 rows of 12 tokens fit into 70; a step has 16 rows.
-    assert pace._time_scoring(changed, parts.prompts.take(0, 8)) == [4.0, 4.0]
+    assert pace._time_scoring(changed, parts.prompts.take(0, 8), should_stop=never) == [4.0, 4.0]
     assert rows == [4, 4]
 
 
@@ -171,7 +179,7 @@ def test_the_trial_makes_no_more_rows_than_it_times(
     made: list[int] = []
     monkeypatch.setattr(pace, "Rollout", lambda **fields: made.append(1) or Rollout(**fields))
     changed = with_sizes(parts, group_size=1_000_000, budget=70)
-    seconds = pace._time_scoring(changed, parts.prompts.take(0, 8))
+    seconds = pace._time_scoring(changed, parts.prompts.take(0, 8), should_stop=never)
     assert len(made) == 70 // 12
     assert min(seconds) > 0
 
@@ -180,17 +188,17 @@ def test_a_slow_machine_is_timed_twice_and_no_more(
     parts: TrainingParts, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(pace, "_TRIAL_SECONDS", 0.0)
-    starts, steps = pace._time_decoding(parts, parts.prompts.take(0, 8), rows=16)
+    starts, steps = time_decoding(parts)
     assert (len(starts), len(steps)) == (1, 2)
-    assert len(pace._time_scoring(parts, parts.prompts.take(0, 8))) == 2
+    assert len(pace._time_scoring(parts, parts.prompts.take(0, 8), should_stop=never)) == 2
     assert parts.sampler.is_idle
 
 
 def test_a_fast_machine_is_timed_four_times(parts: TrainingParts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pace, "_TRIAL_SECONDS", 60.0)
-    starts, steps = pace._time_decoding(parts, parts.prompts.take(0, 8), rows=16)
+    starts, steps = time_decoding(parts)
     assert (len(starts), len(steps)) == (1, 4)
-    assert len(pace._time_scoring(parts, parts.prompts.take(0, 8))) == 4
+    assert len(pace._time_scoring(parts, parts.prompts.take(0, 8), should_stop=never)) == 4
 
 
 def test_the_trial_leaves_weights_gradients_and_sampler_as_they_were(parts: TrainingParts):
@@ -205,3 +213,33 @@ def test_the_trial_leaves_weights_gradients_and_sampler_as_they_were(parts: Trai
 def test_a_prompt_that_comes_twice_in_a_round_is_tried_twice(parts: TrainingParts):
     prompt = parts.prompts.take(0, 8)[0]
     assert forecast_time(parts, [prompt] * 8, rounds=1).round_seconds[0] > 0
+
+
+@pytest.mark.parametrize("asked_before", [0, 1, 3, 5])
+def test_a_trial_that_is_asked_to_stop_times_no_more_and_leaves_the_sampler_idle(
+    parts: TrainingParts, monkeypatch: pytest.MonkeyPatch, asked_before: int
+):
+    # A clock on which nothing takes long: 5 steps of decoding and 4 of scoring would be timed.
+    clock = iter(range(10**6))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock) * 1e-3)
+    asked, done = [0], [0]
+    step, score = parts.sampler.step, parts.policy.score
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return asked[0] > asked_before
+
+    def stepped() -> Any:
+        done[0] += 1
+        return step()
+
+    def scored(batch: MicroBatch, **settings: Any) -> TokenScores:
+        done[0] += 1
+        return score(batch, **settings)
+
+    monkeypatch.setattr(parts.sampler, "step", stepped)
+    monkeypatch.setattr(parts.policy, "score", scored)
+    prompts = parts.prompts.take(0, 8)
+    assert forecast_time(parts, prompts, rounds=1, should_stop=should_stop) is None
+    assert done[0] == asked_before + (asked_before < 5)  # one more only drops what was asked
+    assert parts.sampler.is_idle
