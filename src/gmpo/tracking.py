@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ class RunFolder:
         self.path = Path(path)
         self._followers: list[Callable[[Mapping[str, Any]], None]] = []
         try:
+            self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.write_bytes(b"0" * 4096)
@@ -132,7 +133,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes off this folder; the lock ends with the process, however it ends.
 
-        Its file stays beside what was written; where nothing was, it goes too.
+        Its file stays beside what was written; where nothing was, it goes too, and after an error
+        the folder with it, and its parents, if they are this object's making.
 
         Raises:
             RunFolderError: another process trains here.
@@ -145,12 +147,21 @@ class RunFolder:
                     f"run folder {self.path} is being trained in by another process; wait for it, "
                     "stop it, or choose another folder with --run"
                 ) from None
+            is_refused = True
             try:
                 yield
+                is_refused = False
             finally:
                 lock = Path(file.name)
                 if [lock] == list(self.path.iterdir()):
                     lock.unlink()
+                    if is_refused:
+                        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with suppress(OSError):  # a folder that another process writes to stays
+            for each in self._made:
+                each.rmdir()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the run, whole or not at all.

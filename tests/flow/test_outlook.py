@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import refusal
+from tests.commands import gmpo, refusal
 from tests.models import character_tokenizer
 from tests.tiny_runs import same_weights, tiny_recipe
 from transformers import AutoModelForCausalLM
@@ -82,18 +82,40 @@ def test_a_run_beyond_the_free_memory_is_refused_before_anything_is_loaded(
 ):
     monkeypatch.setattr(outlook, "free_bytes", lambda _: 2**20)
     with pytest.raises(ConfigError, match=r"the run needs about .* GiB of memory and 0\.00 GiB"):
-        train(tiny_recipe(model), folder=tmp_path / "run")
-    assert not (tmp_path / "run" / "recipe.toml").exists()
+        train(tiny_recipe(model), folder=tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError):
+        train(tiny_recipe(model), folder=tmp_path / "mine")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
     anyway = tiny_recipe(model, training__refuse_beyond_memory=False)
     train(anyway, folder=tmp_path / "run")
 
 
 def test_the_command_refuses_in_one_line(model: str, recipe: str, tmp_path: Path):
-    said = refusal(
-        *("train", recipe, "--run", tmp_path / "run", "--set", f"model.name={model}"),
-        *("--set", "sampling.max_rows=1000000000"),
-    )
+    settings = ("--set", f"model.name={model}", "--set", "sampling.max_rows=1000000000")
+    said = refusal("train", recipe, "--run", tmp_path / "run", *settings)
     assert re.search(r"sampling\.max_rows = \d+ would fit, or set training\.refuse_beyond_", said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_what_would_be_refused_says_so_and_fails(model: str, recipe: str):
+    settings = ("--set", f"model.name={model}", "--set", "sampling.max_rows=1000000000")
+    shown = gmpo("train", recipe, "--dry-run", *settings)
+    assert shown.exit_code == 2
+    assert "max_rows = 1000000000" in shown.stdout
+    assert re.search(r"cache\W+\d", shown.stdout)
+    told = " ".join(shown.stderr.split())
+    assert re.search(
+        r"the run would be refused: the run needs about \d.* sampling\.max_rows = \d+ would fit",
+        told,
+    )
+    as_json = gmpo("train", recipe, "--dry-run", "--json", *settings)
+    assert as_json.exit_code == 2
+    assert json.loads(as_json.stdout)["refusal"].startswith("the run needs about ")
+    fits = gmpo("train", recipe, "--dry-run", "--json", *settings[:2])
+    assert fits.exit_code == 0
+    assert json.loads(fits.stdout)["refusal"] is None
 
 
 def test_a_group_of_a_million_is_refused_before_anything_is_loaded(

@@ -194,6 +194,26 @@ def test_a_second_user_of_the_folder_is_refused(run: RunFolder):
         pass
 
 
+def test_an_error_before_anything_was_written_takes_away_the_folders_that_were_made(
+    run: RunFolder, tmp_path: Path
+):
+    with pytest.raises(ValueError, match="refused"), run.locked():
+        raise ValueError("refused")
+    assert list(tmp_path.iterdir()) == []
+    there = tmp_path / "mine"
+    there.mkdir()
+    with pytest.raises(ValueError, match="refused"), RunFolder(there / "run").locked():
+        raise ValueError("refused")
+    with pytest.raises(ValueError, match="refused"), RunFolder(there).locked():
+        raise ValueError("refused")
+    assert list(tmp_path.rglob("*")) == [there]
+    begun = RunFolder(there / "run")
+    with pytest.raises(ValueError, match="refused"), begun.locked():
+        begun.write_text("recipe.toml", "")
+        raise ValueError("refused")
+    assert (there / "run" / "recipe.toml").exists()
+
+
 def test_a_lock_leaves_nothing_where_nothing_was_written(run: RunFolder):
     with run.locked():
         assert [path.name for path in run.path.iterdir()] == [".lock"]

@@ -35,7 +35,11 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print recipe and forecast; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print recipe and forecast, and whether the run would be refused; train nothing.",
+        ),
     ] = False,
     plots: Annotated[bool, typer.Option(help="Draw PNG plots into RUN/plots.")] = True,
     as_json: JsonOption = False,
@@ -108,6 +112,8 @@ def _train_with_display(
                 should_stop=should_stop,
             )
         except KeyboardInterrupt:
+            if not (folder / "recipe.toml").exists():
+                raise RunStopped("stopped before the run began; nothing of it is kept") from None
             raise RunStopped(f"{folder} goes on with: gmpo train --run {folder} --resume") from None
 
 
@@ -142,17 +148,30 @@ def _draw(folder: Path) -> list[Path]:
 
 
 def _show_dry_run(config: RunConfig, *, as_json: bool) -> None:
-    from gmpo.forecast import forecast
+    """Print what a run would do.
+
+    Raises:
+        ConfigError: it would be refused for want of memory; all has been printed by then.
+    """
+    from gmpo.forecast import forecast_inputs
+    from gmpo.headroom import free_bytes, refusal_beyond_memory
+    from gmpo.inputs import read_inputs
+    from gmpo.policy.load import choose_device
     from gmpo.terminal import forecast_table
 
     for note in config.notes():
         warn(note)
-    needs = forecast(config)
+    inputs = read_inputs(config)
+    needs = forecast_inputs(inputs)
+    free = free_bytes(choose_device(inputs.config.model.device))
+    refusal = refusal_beyond_memory(inputs, needs, free=free)
     if as_json:
         recipe = config.model_dump(mode="json")
-        print(json.dumps({"recipe": recipe, "forecast": needs.as_dict()}))
-        return
-    print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
-    for line in (config.objective.clip_description(), *config.adaptive.descriptions(config)):
-        print(f"# {line}")
-    Console().print(forecast_table(needs))
+        print(json.dumps({"recipe": recipe, "forecast": needs.as_dict(), "refusal": refusal}))
+    else:
+        print(dump_recipe(config))  # as it is: a wrapped line would be no TOML
+        for line in (config.objective.clip_description(), *config.adaptive.descriptions(config)):
+            print(f"# {line}")
+        Console().print(forecast_table(needs))
+    if refusal is not None:
+        raise ConfigError(f"the run would be refused: {refusal}")
