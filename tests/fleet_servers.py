@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,14 +17,22 @@ NAME = "bot"
 class Server:
     """A server of either kind, over a real socket.
 
-    Its `versions` are what it reports; a gateway's follow the store's champion.
+    Its `versions` are what it reports, to begin with those that it holds; a gateway's follow the
+    store's champion, `late_by` so many looks.
     """
 
-    def __init__(self, *, store: Store | None = None, refuses: bool = False, hold: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store | None = None,
+        holds: Sequence[str] = (),
+        refuses: bool = False,
+        late_by: int = 0,
+    ) -> None:
         self.store = store
-        self.versions: list[str] = []
+        self.versions = list(holds)
         self.refuses = refuses
-        self.hold = hold
+        self.late_by = late_by
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.keys: set[str | None] = set()
         server = self
@@ -60,8 +68,8 @@ class Server:
             return [{"id": version} for version in ["base", *self.versions]]
         champion = self.store.champion(NAME)
         if champion is not None and not self.refuses:
-            self.hold -= 1
-            if self.hold < 0:
+            self.late_by -= 1
+            if self.late_by < 0:
                 self.versions = [champion.version]
         return [{"id": NAME, "model_version": version} for version in self.versions]
 

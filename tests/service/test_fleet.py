@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,10 @@ from tests.registries import decision, model_folder
 from gmpo.errors import PromotionRefused, ServerUnreachable
 from gmpo.fleet import Fleet, FleetServer
 from gmpo.registry import Registry
-from gmpo.store import ModelVersion, Store, open_store
+from gmpo.store import ModelVersion
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(str(tmp_path / "store.db")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def registry(store: Store, tmp_path: Path) -> Registry:
-    return Registry(store, tmp_path / "models")
+# The pointer's own moves are tested on both kinds of store in test_registry.py.
+pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -77,7 +68,7 @@ def test_a_server_that_refuses_an_adapter_stops_the_release(registry, store, ver
 
 
 def test_gateways_that_follow_are_waited_for(registry, store, versions):
-    slow, quick = Server(store=store, hold=5), Server(store=store)
+    slow, quick = Server(store=store, late_by=5), Server(store=store)
     with running(slow, quick):
         release(fleet(slow, quick), registry, versions)
         assert slow.versions == quick.versions == [versions[1].version]

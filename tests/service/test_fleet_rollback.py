@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,20 +16,13 @@ from tests.registries import decision, model_folder
 from gmpo.errors import ChampionMoved, PromotionRefused, ServersBehind
 from gmpo.fleet import Fleet
 from gmpo.registry import Registry
-from gmpo.store import ModelVersion, Store, open_store
+from gmpo.store import ModelVersion
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(str(tmp_path / "store.db")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def registry(store: Store, tmp_path: Path) -> Registry:
-    return Registry(store, tmp_path / "models")
+# The pointer's own moves are tested on both kinds of store in test_registry.py.
+pytestmark = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -86,8 +78,7 @@ def test_the_predecessor_is_loaded_before_the_pointer_moves(registry, store, ver
 
 def test_gateways_are_waited_for_after_the_pointer_has_moved(registry, store, versions):
     _, old, bad = versions
-    slow = Server(store=store, hold=5)
-    slow.versions = [bad.version]
+    slow = Server(store=store, late_by=5, holds=[bad.version])
     with running(slow):
         assert take_back(fleet(slow), registry, bad) == old.version
         assert slow.versions == [old.version]
@@ -142,8 +133,7 @@ def test_a_server_that_hangs_does_not_hold_the_pointer_up(
 
 def test_a_load_that_was_given_up_and_went_on_counts(registry, store, versions):
     _, old, bad = versions
-    server = Server()
-    server.versions = [bad.version]
+    server = Server(holds=[bad.version])
     with running(server):
         real = server.change
 
@@ -158,8 +148,7 @@ def test_a_load_that_was_given_up_and_went_on_counts(registry, store, versions):
 
 def test_a_rollback_goes_on_with_the_servers_and_no_further_back(registry, store, versions):
     _, old, bad = versions
-    server = Server(refuses=True)
-    server.versions = [bad.version]
+    server = Server(refuses=True, holds=[bad.version])
     with running(server):
         with pytest.raises(ServersBehind):
             take_back(fleet(server, patience=0.1), registry, bad)
@@ -172,8 +161,7 @@ def test_a_rollback_goes_on_with_the_servers_and_no_further_back(registry, store
 def test_what_is_loaded_is_where_the_rollback_leads(registry, store, versions):
     first, old, bad = versions
     (Path(old.path) / "model.safetensors").unlink()
-    server = Server()
-    server.versions = [bad.version]
+    server = Server(holds=[bad.version])
     with running(server):
         assert take_back(fleet(server), registry, bad) == first.version
         assert [body["lora_name"] for _, body in server.posted] == [first.version, bad.version]
@@ -183,8 +171,7 @@ def test_what_is_loaded_is_where_the_rollback_leads(registry, store, versions):
 
 def test_files_that_are_damaged_while_they_are_loaded_are_passed_over(registry, store, versions):
     first, old, bad = versions
-    server = Server()
-    server.versions = [bad.version]
+    server = Server(holds=[bad.version])
     with running(server):
         real = server.change
 
@@ -200,8 +187,7 @@ def test_files_that_are_damaged_while_they_are_loaded_are_passed_over(registry, 
 
 def test_a_rollback_that_is_refused_loads_nothing(registry, store, versions):
     first, old, bad = versions
-    server = Server()
-    server.versions = [bad.version]
+    server = Server(holds=[bad.version])
     with running(server):
         with pytest.raises(ChampionMoved):
             take_back(fleet(server), registry, first)
@@ -215,8 +201,7 @@ def test_a_rollback_that_is_refused_loads_nothing(registry, store, versions):
 
 def test_a_rollback_that_loses_a_race_unloads_what_it_loaded(registry, store, versions):
     first, old, bad = versions
-    server = Server()
-    server.versions = [bad.version]
+    server = Server(holds=[bad.version])
     with running(server):
         real = server.change
 
