@@ -22,6 +22,8 @@ def test_what_is_bad_never_reaches_the_users(tmp_path: Path):
         assert told["served"]["old"]["items"] == 1000
         assert told["served"]["old"]["accuracy"] >= start["served"]["old"]["accuracy"] - 0.05
         assert told["traffic"]["failed"] == 0
+    assert set(by_number[3]["step_seconds"]) == {"validate", "served"}
+    assert by_number[5]["step_seconds"]["update"] > by_number[5]["step_seconds"]["small_update"] > 0
     before, after = by_number[4]["served"], by_number[5]["served"]
     assert after["new"]["accuracy"] > before["new"]["accuracy"] + 0.1
     assert after["old"]["accuracy"] > before["old"]["accuracy"] - 0.05

@@ -75,7 +75,7 @@ class DemoSettings:
     recipe: RunConfig
     batch_rows: int = 64
     new_task_rounds: int = 8
-    gate_items: int = 600
+    gate_items: int = 400
     plan: Mapping[str, Any] = field(default_factory=dict)
     serve: tuple[str, ...] = ()
     max_tokens: int = 8
@@ -106,7 +106,8 @@ def larger_of_two_and_three(*, held_out: int = 1000, new_held_out: int = 300) ->
 
 def _row(category: str, question: str, answer: int) -> _Row:
     return {
-        "prompt": f"{question} Answer with just the number.",
+        # What all prompts share stands first, so that it is run once for many.
+        "prompt": f"Answer with just the number. {question}",
         "answer": str(answer),
         "category": category,
     }
@@ -120,7 +121,7 @@ def default_settings() -> DemoSettings:
         "quickstart",
         [
             "lora.rank=16",
-            "training.rounds=5",
+            "training.rounds=4",
             "training.learning_rate=1.5e-4",
             "training.schedule=constant",
             "training.warmup_steps=2",
@@ -212,6 +213,23 @@ def run_demo(
             yield from demo.cycles()
 
 
+@dataclass
+class _StepTimes:
+    """Seconds of a cycle's steps, by what the controller tells of them and is passed on."""
+
+    tell: _Tell
+    seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = 0.0
+
+    def __call__(self, step: str, moment: Moment, report: StepReport | None) -> None:
+        now = time.monotonic()
+        if moment == "begins":
+            self._began = now
+        else:
+            self.seconds[step] = round(now - self._began, 1)
+        self.tell(step, moment, report)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Demo:
     """A demonstration under way."""
@@ -230,11 +248,14 @@ class _Demo:
         start = self._served("old", "new")
         yield {"cycle": 0, "served": start, "seconds": round(time.monotonic() - began, 1)}
         for number in range(1, 6):
+            steps = _StepTimes(self.tell)
             with self._traffic() as requests:
-                result = self._cycle(number)
+                result = self._cycle(number, steps)
             # The new task is asked before and after it is learned.
             is_near_new = number >= _NEW_TASK - 1
+            asked = time.monotonic()
             served = self._served(*(("old", "new") if is_near_new else ("old",)))
+            steps.seconds["served"] = round(time.monotonic() - asked, 1)
             yield {
                 "cycle": number,
                 "data": _told(number),
@@ -242,10 +263,11 @@ class _Demo:
                 "served": served,
                 "served_change": round(served["old"]["accuracy"] - start["old"]["accuracy"], 4),
                 "traffic": dict(requests),
+                "step_seconds": steps.seconds,
                 "seconds": round(time.monotonic() - began, 1),
             }
 
-    def _cycle(self, number: int) -> CycleResult:
+    def _cycle(self, number: int, tell: _Tell) -> CycleResult:
         request = cycle_request(
             self._plan(number), [str(self.files[f"batch-{number}"])], trigger=_told(number)
         )
@@ -255,7 +277,7 @@ class _Demo:
             self.work,
             folder=self.folder / "learn" / _NAME,
             request=lambda: request,
-            settings=ControllerSettings(tell=self.tell, should_stop=self.work.should_stop),
+            settings=ControllerSettings(tell=tell, should_stop=self.work.should_stop),
         )
 
     def _plan(self, number: int) -> LearnPlan:
