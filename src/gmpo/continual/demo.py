@@ -106,8 +106,9 @@ def larger_of_two_and_three(*, held_out: int = 1000, new_held_out: int = 300) ->
 
 def _row(category: str, question: str, answer: int) -> _Row:
     return {
-        # What all prompts share stands first, so that it is run once for many.
-        "prompt": f"Answer with just the number. {question}",
+        # Not the instruction first: prompts that begin with eight equal words or more count as
+        # contaminated by each other.
+        "prompt": f"{question} Answer with just the number.",
         "answer": str(answer),
         "category": category,
     }
