@@ -159,7 +159,7 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     policy = _policy(config, model, warn=warn)
     name = config.model.name if given.model is None else given.model_name
     if name is not None:
-        restore_stored_digits(policy, name)
+        restore_stored_digits(policy, name, warn=warn)
     reference = _reference(config, policy, given.model, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, rollout)

@@ -38,6 +38,7 @@ from gmpo.policy.load import (
     load_tokenizer,
     model_folder,
     model_version,
+    restore_stored_digits,
 )
 from gmpo.policy.prefix import largest_logit_difference
 from gmpo.policy.score import Policy
@@ -444,6 +445,22 @@ def test_a_policy_that_has_moved_keeps_what_it_is(tmp_path: Path):
     others = len(policy.masters) - 1
     assert policy.restore_masters(stored_weights(folder).items()) == others
     assert torch.equal(policy.masters[name], moved)
+
+
+def test_a_model_that_is_not_the_stored_one_is_said_to_begin_rounded(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    said: list[str] = []
+    same = Policy(load_model(folder, device="cpu", dtype="bf16"), engine="fast", warn=said.append)
+    restore_stored_digits(same, folder, warn=said.append)
+    assert said == []
+    other = load_model(folder, device="cpu", dtype="bf16")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(1)
+    policy = Policy(other, engine="fast", warn=said.append)
+    restore_stored_digits(policy, folder, warn=said.append)
+    (sentence,) = said
+    assert folder in sentence and "train in fp32" in sentence
 
 
 def test_a_model_that_is_stored_in_bf16_is_read_once(

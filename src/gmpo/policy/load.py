@@ -112,11 +112,11 @@ def load_policy(
             of it is damaged.
     """
     policy = Policy(load_model(name, device=device, dtype=dtype), engine=engine, warn=warn)
-    restore_stored_digits(policy, name)
+    restore_stored_digits(policy, name, warn=warn)
     return policy
 
 
-def restore_stored_digits(policy: Policy, name: str) -> None:
+def restore_stored_digits(policy: Policy, name: str, *, warn: Callable[[str], None]) -> None:
     """Let a policy's fp32 masters begin as the named model's weights are stored, not rounded.
 
     Nothing is read where nothing was rounded: in fp32, where adapters alone are trained, and of a
@@ -125,12 +125,20 @@ def restore_stored_digits(policy: Policy, name: str) -> None:
     Args:
         policy: of that model.
         name: as for `load_model`.
+        warn: told in one sentence if no weight is the stored one, rounded.
 
     Raises:
         ModelError: as for `load_model`.
     """
-    if policy.has_narrow_weights and not policy.adapters and _stored_dtype(name) != torch.bfloat16:
-        policy.restore_masters(load_model(name, device="cpu", dtype="fp32").named_parameters())
+    if not policy.has_narrow_weights or policy.adapters or _stored_dtype(name) == torch.bfloat16:
+        return
+    stored = load_model(name, device="cpu", dtype="fp32").named_parameters()
+    if not policy.restore_masters(stored):
+        warn(
+            f"the model has none of the weights that are stored as {name!r}, so it is trained from "
+            "digits that bf16 rounded, and small steps take longer to show; give the folder that "
+            "holds its weights, or train in fp32"
+        )
 
 
 def _stored_dtype(name: str) -> torch.dtype | None:
