@@ -23,6 +23,7 @@ from gmpo.policy.llama import LlamaBody, attend
 from gmpo.policy.recompute import recomputed
 
 __all__ = [
+    "Beginning",
     "LayerRun",
     "Past",
     "common_length",
@@ -58,6 +59,16 @@ class Past:
             lengths=self.lengths[index],
         )
 
+    def first(self, positions: int) -> Past:
+        """The first positions of every row, none of which is padding."""
+        return Past(
+            layers=tuple(
+                (keys[:, :, :positions], values[:, :, :positions]) for keys, values in self.layers
+            ),
+            valid=self.valid[:, :positions],
+            lengths=torch.full_like(self.lengths, positions),
+        )
+
     def then(self, later: Past) -> Past:
         """This past with a later one behind it, row by row."""
         pairs = zip(self.layers, later.layers, strict=True)
@@ -69,6 +80,24 @@ class Past:
             valid=torch.cat((self.valid, later.valid), dim=1),
             lengths=self.lengths + later.lengths,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Tokens that were run, with their keys and values: what later prompts may begin with.
+
+    Attributes:
+        token_ids: from position 0 on.
+        past: of one row, as long.
+    """
+
+    token_ids: Int[Tensor, " S"]
+    past: Past
+
+    def length_in(self, prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]) -> int:
+        """Tokens of it that all prompts begin with, at least one short of the shortest."""
+        longest = min(len(self.token_ids), int(lengths.min()) - 1)
+        return _equal_length(prompt_ids[:, :longest], self.token_ids[None, :longest])
 
 
 LayerRun = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -136,21 +165,46 @@ def run_prompts(
     prompt_ids: Int[Tensor, "P L"],
     lengths: Int[Tensor, " P"],
     *,
+    known: Beginning | None = None,
     run: LayerRun | None = None,
-) -> tuple[Float[Tensor, "P R M"], Past]:
-    """Run prompts, their common beginning once; hidden states of the rest, and the whole past.
+) -> tuple[Float[Tensor, "P R M"], Past, Beginning | None]:
+    """Run prompts, their common beginning once, or not at all where it is known.
 
-    The hidden states end at each prompt's last token: row p's last real one is at
-    `lengths[p] - 1 - (L - R)`.
+    Args:
+        body: the model.
+        prompt_ids: padded on the right.
+        lengths: real tokens of each prompt.
+        known: of prompts that these weights ran before.
+        run: how a layer is run; by the model's modules if None.
+
+    Returns:
+        Hidden states that end at each prompt's last token (row p's last real one is at
+        `lengths[p] - 1 - (L - R)`), the whole past, and what is to be known from now on.
     """
     shared = common_length(prompt_ids, lengths)
-    if not shared:
-        return extend(body, prompt_ids, lengths, run=run)
-    once = torch.full_like(lengths[:1], shared)
-    _, beginning = extend(body, prompt_ids[:1, :shared], once, run=run)
-    beginning = beginning.rows(torch.zeros_like(lengths))
-    hidden, rest = extend(body, prompt_ids[:, shared:], lengths - shared, beginning, run=run)
-    return hidden, beginning.then(rest)
+    spared = 0 if known is None else known.length_in(prompt_ids, lengths)
+    if known is not None and spared >= max(shared, _SHORTEST_COMMON):
+        once = known.past.first(spared)
+    elif shared:
+        _, once = extend(body, prompt_ids[:1, :shared], lengths[:1] * 0 + shared, run=run)
+        known = Beginning(token_ids=prompt_ids[0, :shared], past=once)
+        spared = shared
+    else:
+        hidden, past = extend(body, prompt_ids, lengths, run=run)
+        return hidden, past, _newer(known, prompt_ids, past, spared=0)
+    beginning = once.rows(torch.zeros_like(lengths))
+    hidden, rest = extend(body, prompt_ids[:, spared:], lengths - spared, beginning, run=run)
+    past = beginning.then(rest)
+    return hidden, past, _newer(known, prompt_ids, past, spared=spared)
+
+
+def _newer(
+    known: Beginning | None, prompt_ids: Int[Tensor, "P L"], past: Past, *, spared: int
+) -> Beginning | None:
+    """A prompt that came alone, where what is known spared less than half of it."""
+    if len(prompt_ids) == 1 and 2 * spared < prompt_ids.shape[1]:
+        return Beginning(token_ids=prompt_ids[0], past=past)
+    return known
 
 
 def common_length(prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]) -> int:
@@ -158,9 +212,14 @@ def common_length(prompt_ids: Int[Tensor, "P L"], lengths: Int[Tensor, " P"]) ->
     if len(prompt_ids) == 1:
         return 0
     shortest = int(lengths.min()) - 1
-    differs = (prompt_ids[:, :shortest] != prompt_ids[:1, :shortest]).any(dim=0)
-    shared = int(differs.int().argmax()) if bool(differs.any()) else shortest
+    shared = _equal_length(prompt_ids[:, :shortest], prompt_ids[:1, :shortest])
     return shared if shared >= _SHORTEST_COMMON else 0
+
+
+def _equal_length(rows: Int[Tensor, "P S"], row: Int[Tensor, "1 S"]) -> int:
+    """Columns before the first in which a row differs from the one."""
+    differs = (rows != row).any(dim=0)
+    return int(differs.int().argmax()) if bool(differs.any()) else rows.shape[1]
 
 
 @torch.no_grad()

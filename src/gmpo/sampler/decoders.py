@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gmpo.policy.head import widened
 from gmpo.policy.llama import LlamaBody
-from gmpo.policy.prefix import extend, padded, run_prompts
+from gmpo.policy.prefix import Beginning, extend, padded, run_prompts
 from gmpo.policy.weights import copy_weights
 from gmpo.sampler.attention import attention_of_step
 from gmpo.sampler.cache import PromptState, SharedCache, power_of_two
@@ -201,6 +201,7 @@ class LlamaDecoder:
         self._plain = unprepared_body(body)
         self._prepared: PreparedBody | None = None
         self._unprepared_steps = 0
+        self._beginning: Beginning | None = None
         self._fixed = None if capture is None else FixedSteps(body, self._plain, capture=capture)
         self._cache = SharedCache(
             max_rows=max_rows if capture is None else power_of_two(max_rows),
@@ -223,17 +224,30 @@ class LlamaDecoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, all_logits: bool) -> list[Prefill]:
-        """Run prompts together; their common beginning once, unless all logits are wanted."""
+        """Run prompts together; their common beginning once, unless all logits are wanted.
+
+        What running rows' prompts began with is not run again.
+        """
         prompt_ids, lengths = padded(prompts, device=self.device)
-        run_all = extend if all_logits else run_prompts
         # While rows run, their reordered weights are there and serve new prompts too.
         run = prepared_layer_run(self.body, self._prepared) if self._prepared else None
-        hidden, past = run_all(self.body, prompt_ids, lengths, run=run)
-        not_run = prompt_ids.shape[1] - hidden.shape[1]
+        if all_logits:
+            hidden, past = extend(self.body, prompt_ids, lengths, run=run)
+            wanted = [
+                self.body.logits(of_one[: len(p)])
+                for of_one, p in zip(hidden, prompts, strict=True)
+            ]
+        else:
+            hidden, past, self._beginning = run_prompts(
+                self.body, prompt_ids, lengths, known=self._beginning, run=run
+            )
+            last = lengths - 1 - (prompt_ids.shape[1] - hidden.shape[1])
+            # One product for all: the head's weights are read once.
+            wanted = self.body.logits(
+                hidden[torch.arange(len(last), device=self.device), last]
+            ).split(1)
         results = []
-        for row, prompt in enumerate(prompts):
-            last = len(prompt) - 1 - not_run
-            logits = self.body.logits(hidden[row, 0 if all_logits else last : last + 1])
+        for row, (prompt, logits) in enumerate(zip(prompts, wanted, strict=True)):
             # Padding lies behind a prompt's real positions, so a slice drops it.
             layers = tuple(
                 (keys[row, :, : len(prompt)], values[row, :, : len(prompt)])
@@ -285,7 +299,7 @@ class LlamaDecoder:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
         order = self._cache.drop(rows)
         if not order:
-            self._prepared, self._unprepared_steps = None, 0
+            self._prepared, self._unprepared_steps, self._beginning = None, 0, None
             if self._fixed is not None:
                 self._fixed.weights_may_move()
         return order
@@ -293,4 +307,5 @@ class LlamaDecoder:
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
         assert not self._cache.num_rows, "weights must not change under running rows"
+        self._beginning = None
         copy_weights(dict(self.body.model.named_parameters()), named_tensors)
