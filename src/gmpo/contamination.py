@@ -26,6 +26,11 @@ _LONG_RUN = 13
 _SHORT_RUN = 8
 """Words in a run for an item with fewer than `_LONG_RUN` words."""
 
+_TEMPLATE_SHARE = 0.2
+"""Share of a suite's items above which a run that they have is their template's, not an item's."""
+_LEAST_TEMPLATE_ITEMS = 10
+"""Items that have a template's run, at least: a few near copies in a small suite are items."""
+
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -66,12 +71,21 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class Contamination:
-    """What was found of one suite; items of which most was found come first."""
+    """What was found of one suite; items of which most was found come first.
+
+    Attributes:
+        suite: short name.
+        title: of the suite.
+        num_items: that were looked for.
+        matches: items that training texts hold.
+        template: runs of words that more than a fifth of the items have, which were not looked for.
+    """
 
     suite: str
     title: str
     num_items: int
     matches: tuple[Match, ...]
+    template: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON."""
@@ -80,6 +94,7 @@ class Contamination:
             "suite": self.suite,
             "items": self.num_items,
             "found": len(self.matches),
+            "template": list(self.template),
             "matches": matches,
         }
 
@@ -115,7 +130,9 @@ def find_contamination(
     of them. It finds copies and quotations, also inside longer texts. It does not find what was
     reworded or translated, nor the same problem with other numbers unless 13 words between two
     numbers stay; and a phrase of the field that 13 words long stands in both is found too, so
-    read the excerpt.
+    read the excerpt. Runs that more than a fifth of a suite's items have, and ten of them at least,
+    are its template's, as an instruction that all repeat is: they tell no item from another and
+    are looked for only where an item has no other.
 
     Args:
         suites: short name, title and items of each; the items without an instruction.
@@ -124,7 +141,7 @@ def find_contamination(
     Raises:
         DataError: there is no training text.
     """
-    runs_of = _runs_of_items(suites)
+    runs_of, templates = _runs_of_items(suites)
     search = _Search(runs_of)
     hits: dict[tuple[str, str], list[tuple[str, set[tuple[str, ...]]]]] = defaultdict(list)
     is_empty = True
@@ -139,6 +156,7 @@ def find_contamination(
             suite=suite,
             title=title,
             num_items=len(prompts),
+            template=tuple(sorted(" ".join(run) for run in templates[suite])),
             matches=tuple(
                 sorted(
                     (
@@ -163,7 +181,7 @@ def items_in_rows(
         suites: as for `find_contamination`.
         training: each row once, each with an id of its own.
     """
-    runs_of = _runs_of_items(suites)
+    runs_of, _ = _runs_of_items(suites)
     search = _Search(runs_of)
     held: dict[str, HeldItem] = {}
     for row in training:
@@ -180,14 +198,32 @@ def items_in_rows(
     return held
 
 
+_Run = tuple[str, ...]
+
+
 def _runs_of_items(
     suites: Sequence[tuple[str, str, Sequence[Prompt]]],
-) -> dict[tuple[str, str], set[tuple[str, ...]]]:
-    return {
-        (suite, prompt.id): _runs(words(_problem(prompt)))
-        for suite, _, prompts in suites
-        for prompt in prompts
-    }
+) -> tuple[dict[tuple[str, str], set[_Run]], dict[str, set[_Run]]]:
+    """Runs to look for, by suite and item, and by suite those of its items' template."""
+    runs_of: dict[tuple[str, str], set[_Run]] = {}
+    templates: dict[str, set[_Run]] = {}
+    for suite, _, prompts in suites:
+        runs = {prompt.id: _runs(words(_problem(prompt))) for prompt in prompts}
+        template = _template(list(runs.values()))
+        left_out: set[_Run] = set()
+        for item, of_item in runs.items():
+            own = of_item - template
+            runs_of[suite, item] = own or of_item
+            left_out |= of_item & template if own else set()
+        templates[suite] = left_out
+    return runs_of, templates
+
+
+def _template(runs_of_items: Sequence[set[_Run]]) -> set[_Run]:
+    """Runs that so many items have that they tell none from another."""
+    counts = Counter(run for runs in runs_of_items for run in runs)
+    most = max(_TEMPLATE_SHARE * len(runs_of_items), _LEAST_TEMPLATE_ITEMS - 1)
+    return {run for run, count in counts.items() if count > most}
 
 
 class _Search:

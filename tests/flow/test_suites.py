@@ -113,3 +113,17 @@ def test_planted_items_are_found_in_training_data(data: Path):
     (match,) = suite["matches"]
     assert (match["item_id"], match["whole"], match["coverage"]) == ("planted", True, 1.0)
     assert match["training_id"].endswith("train.jsonl:1")
+
+
+def test_what_all_items_begin_with_is_left_out_and_said_so(data: Path):
+    asked = "Solve the problem below step by step and put the answer alone on the last line"
+    items = [
+        {"id": f"q{n}", "problem": f"{asked}: {n} plus {n}", "answer": str(2 * n)}
+        for n in range(12)
+    ]
+    jsonl(data / "amc.jsonl", items)
+    path = jsonl(data / "train.jsonl", [{"prompt": f"{asked}: 70 plus 4", "answer": "74"}])
+    done = gmpo("contamination", path, "--suite", "amc", "--data", data)
+    assert done.exit_code == 0, done.stderr
+    assert "not looked for: 4 runs of words that more than a fifth of AMC's items" in done.stdout
+    assert "train.jsonl:1" not in done.stdout

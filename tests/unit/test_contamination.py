@@ -109,3 +109,49 @@ def test_by_row_the_item_of_which_it_has_most_is_named():
     }
     assert by_item == {"long": ("both", 1 / 2), "middle": ("both", 1 / 5), "short": ("short", 1.0)}
     assert items_in_rows(suites, []) == {}
+
+
+INSTRUCTION = "solve the problem below step by step and put the answer alone on the last line"
+
+
+def templated(*problems: str) -> list[Prompt]:
+    return [Prompt(id=f"{n}", text=f"{INSTRUCTION} {text}") for n, text in enumerate(problems)]
+
+
+def problem(number: int) -> str:
+    return " ".join(f"w{number}x{place}" for place in range(13))
+
+
+def test_an_instruction_that_the_items_repeat_makes_no_row_contaminated():
+    suite = ("own", "own", templated(*map(problem, range(12))))
+    rows = [
+        TrainingText(id="new", text=f"{INSTRUCTION} {problem(99)}"),
+        TrainingText(id="copy", text=f"{INSTRUCTION} {problem(3)}"),
+    ]
+    (one,) = find_contamination([suite], rows)
+    (match,) = one.matches
+    assert (match.item_id, match.training_id, match.coverage) == ("3", "copy", 1.0)
+    assert len(words(INSTRUCTION)) == 16 and len(one.template) == 4
+    assert one.template[0] in INSTRUCTION
+    assert one.as_dict()["template"] == list(one.template)
+    assert items_in_rows([suite], rows).keys() == {"copy"}
+
+
+@pytest.mark.parametrize(
+    ("copies", "others", "is_template"),
+    [(10, 39, True), (9, 0, False), (10, 40, False), (11, 40, True)],
+)
+def test_a_template_is_what_a_fifth_of_the_items_and_ten_have(
+    copies: int, others: int, is_template: bool
+):
+    plain = [Prompt(id=f"plain {n}", text=problem(100 + n)) for n in range(others)]
+    suite = ("own", "own", [*templated(*map(problem, range(copies))), *plain])
+    (one,) = find_contamination([suite], [TrainingText(id="row", text=INSTRUCTION)])
+    assert bool(one.template) == is_template
+    assert len(one.matches) == (0 if is_template else copies)
+
+
+def test_items_that_are_nothing_but_a_template_are_still_looked_for():
+    suite = ("own", "own", [Prompt(id=f"{n}", text=LONG) for n in range(12)])
+    (one,) = find_contamination([suite], [TrainingText(id="row", text=LONG)])
+    assert len(one.matches) == 12 and one.template == ()

@@ -112,6 +112,12 @@ def _write(out: Path, result: dict[str, Any]) -> None:
 
 
 def _show_items(console: Console, found: Contamination) -> None:
+    if found.template:
+        sentence = (
+            f"not looked for: {len(found.template)} runs of words that more than a fifth of "
+            f'{found.title}\'s items have, as "{found.template[0]}"'
+        )
+        console.print(Text(sentence), soft_wrap=True)
     for match in found.matches[:_SHOWN]:
         sentence = (
             f"{match.item_id}: {100 * match.coverage:.0f} % in {match.training_id}"
