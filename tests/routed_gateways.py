@@ -104,7 +104,7 @@ def served(
         before(store)
         writer = EventWriter(store)
         stack.callback(writer.close)
-        more = {"retries": 0, "first_token_seconds": 1.0, "stall_seconds": 1.0, **(upstream or {})}
+        more = {"retries": 0, "first_token_seconds": 10.0, "stall_seconds": 10.0, **(upstream or {})}
         backends = {
             name: UpstreamBackend(
                 name,

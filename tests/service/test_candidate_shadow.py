@@ -100,10 +100,10 @@ def test_a_call_ends_by_itself_should_its_process_be_killed(path: Path):
         served(path, {"a": says("4")}, follow="bot") as made,
         running_upstream(says("4")) as candidate,
         # Whoever was killed does not come to the block's end.
-        called(made.store, call_for(candidate.url, seconds=1.0)),
+        called(made.store, call_for(candidate.url, seconds=3.0)),
     ):
         until_told(made, "answers users' requests too")
-        time.sleep(1.0)
+        until_told(made, "answers no more")
         asked = len(candidate.bodies)
         assert made.ask(ASKED, **UNIT)
         time.sleep(0.1)
