@@ -25,7 +25,8 @@ from gmpo.study.plan import (
     StudyPlan,
     load_plan,
     plan_differences,
-    refuse_other_folders,
+    refuse_another_study,
+    refuse_used_folder,
     resolve_plan,
 )
 from gmpo.study.wait import WAIT_MINUTES, Held, Patience, signs_of_runs
@@ -64,22 +65,14 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
         raise StudyError(f"{study} holds no study to go on with; name a recipe")
     if there is None:
         assert plan is not None
-        refuse_other_folders(study)
-        if (study / "runs").exists():
-            raise StudyError(
-                f"{study} holds runs but no study.json; bring it back, or choose another --study"
-            )
+        refuse_used_folder(study, work="runs", record="study.json")
         resolved = resolve_plan(plan, warn=warn)
         record = {**resolved.as_dict(), "made_with": provenance()}
         folder = RunFolder(study, option="--study")
         folder.write_text("study.json", json.dumps(record, indent=1) + "\n")
         return resolved
     differences = plan_differences(there, plan) if plan is not None else []
-    if differences:
-        raise StudyError(
-            f"study folder {study} is of another study; {'; '.join(differences)}. Choose another "
-            f"--study folder, or go on with its own plan: gmpo compare --study {study}"
-        )
+    refuse_another_study(study, differences, command="compare")
     return there
 
 

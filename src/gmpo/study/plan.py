@@ -22,7 +22,8 @@ __all__ = [
     "make_plan",
     "parse_seeds",
     "plan_differences",
-    "refuse_other_folders",
+    "refuse_another_study",
+    "refuse_used_folder",
     "resolve_plan",
 ]
 
@@ -222,15 +223,42 @@ def load_plan(folder: Path) -> StudyPlan | None:
         ) from None
 
 
-def refuse_other_folders(folder: Path) -> None:
+def refuse_used_folder(folder: Path, *, work: str, record: str) -> None:
     """Keep a new study out of a folder that is something else, whose files it would replace.
 
+    Args:
+        folder: that the study would begin in.
+        work: name of the subfolder of its runs or trials.
+        record: name of the file of its plan, which is not there.
+
     Raises:
-        StudyError: there is a study or a run.
+        StudyError: there is a study, a run, or a study's work without its plan.
     """
     for name, what in _MARKS.items():
         if (folder / name).exists():
             raise StudyError(f"{folder} holds {what}; choose another --study folder")
+    if (folder / work).exists():
+        raise StudyError(
+            f"{folder} holds {work} but no {record}; bring it back, or choose another --study"
+        )
+
+
+def refuse_another_study(folder: Path, differences: Sequence[str], *, command: str) -> None:
+    """Keep a call out of a folder whose study is not the one that was asked for.
+
+    Args:
+        folder: of the study.
+        differences: between its plan and the one asked for.
+        command: of gmpo that goes on with it.
+
+    Raises:
+        StudyError: there are differences.
+    """
+    if differences:
+        raise StudyError(
+            f"study folder {folder} is of another study; {'; '.join(differences)}. Choose another "
+            f"--study folder, or go on with its own plan: gmpo {command} --study {folder}"
+        )
 
 
 def resolve_plan(plan: StudyPlan, *, warn: Callable[[str], None]) -> StudyPlan:

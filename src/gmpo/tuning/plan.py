@@ -11,7 +11,7 @@ from typing import Any
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import load_recipe, recipe_of_table, recipe_values
-from gmpo.study.plan import refuse_other_folders
+from gmpo.study.plan import refuse_another_study, refuse_used_folder
 from gmpo.task_table import build_task
 from gmpo.tracking import RunFolder, provenance
 from gmpo.tuning.score import StabilityKind
@@ -235,11 +235,7 @@ def open_tuning(
         raise StudyError(f"{folder} holds no tuning study to go on with; name a recipe")
     if there is None:
         assert plan is not None
-        refuse_other_folders(folder)
-        if (folder / "trials").exists():
-            raise StudyError(
-                f"{folder} holds trials but no {_FILE}; bring it back, or choose another --study"
-            )
+        refuse_used_folder(folder, work="trials", record=_FILE)
         from gmpo.inputs import resolve_model
 
         model = resolve_model(plan.recipe.model, warn=warn)
@@ -249,11 +245,7 @@ def open_tuning(
         return resolved, count
     found, count, made_with = there
     differences = [] if plan is None else list(_differences(found, plan))
-    if differences:
-        raise StudyError(
-            f"study folder {folder} is of another study; {'; '.join(differences)}. Choose another "
-            f"--study folder, or go on with its own plan: gmpo tune --study {folder}"
-        )
+    refuse_another_study(folder, differences, command="tune")
     if trials is not None and trials != count:
         _write(folder, found, trials, made_with)
         count = trials
