@@ -104,7 +104,8 @@ def served(
         before(store)
         writer = EventWriter(store)
         stack.callback(writer.close)
-        more = {"retries": 0, "first_token_seconds": 10.0, "stall_seconds": 10.0, **(upstream or {})}
+        patient = {"retries": 0, "first_token_seconds": 10.0, "stall_seconds": 10.0}
+        more = {**patient, **(upstream or {})}
         backends = {
             name: UpstreamBackend(
                 name,
