@@ -127,6 +127,22 @@ def test_the_server_is_asked_for_its_own_model_a_stream_and_log_probabilities():
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
 
 
+def test_a_limit_reaches_the_server_once_whatever_its_name():
+    with both(says("4")) as made:
+        asked = {"model": "bot", "prompt": "12+3=", "max_completion_tokens": 40}
+        assert made.ask(asked).status_code == 200
+        chat = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
+        assert made.ask({**chat, "max_completion_tokens": 40}, "chat/completions").is_success
+        limits = [
+            {name: value for name, value in body.items() if "max_" in name}
+            for body in made.upstream.bodies
+        ]
+        assert limits == [{"max_tokens": 40}, {"max_completion_tokens": 40}]
+        refused = made.ask({**asked, "max_tokens": 40})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "max_completion_tokens"
+
+
 def test_its_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BOT_KEY", "sk-9")
     with both(says("4"), api_key_env="BOT_KEY") as made:

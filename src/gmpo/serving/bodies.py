@@ -54,15 +54,21 @@ class _ChatMessage(_Body):
     content: _Text | list[_TextPart]
 
 
-class _StreamOptions(_Body):
-    """What a stream tells besides the answer."""
+class _StreamOptions(BaseModel):
+    """What a stream tells besides the answer; no backend is passed them, so others are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool | None = None
+    # OpenAI's and vLLM's: this server does neither, and may be told so.
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class _Common(_Body):
     model: Annotated[str, Field(min_length=1, max_length=512)]
     n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -84,7 +90,6 @@ class ChatBody(_Common):
 
     messages: Annotated[list[_ChatMessage], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
 
@@ -131,15 +136,25 @@ class Asker:
 
 
 def chat_requests(body: ChatBody, raw: Mapping[str, Any], asker: Asker) -> list[GenerationRequest]:
-    """The one request that a chat is."""
-    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    """The one request that a chat is.
+
+    Raises:
+        ApiError: fields contradict one another.
+    """
     wants_logprobs = bool(body.logprobs)
+    if body.top_logprobs and not wants_logprobs:
+        raise ApiError(
+            400,
+            f"top_logprobs is {body.top_logprobs}, and without logprobs none would be listed; "
+            "set logprobs to true, or leave top_logprobs out",
+            param="top_logprobs",
+        )
     return [
         GenerationRequest(
             id=asker.id,
             route="chat",
             messages=tuple(_turn(message) for message in body.messages),
-            max_tokens=limit,
+            max_tokens=_longest(body, body.max_tokens),
             logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
             body=raw,
             **_common(body, asker),
@@ -153,8 +168,9 @@ def completion_requests(
     """One request for each prompt.
 
     Raises:
-        ApiError: they ask for too many completions together.
+        ApiError: they ask for too many completions together, or fields contradict one another.
     """
+    longest = _longest(body, body.max_tokens)
     prompts = body.prompts
     common = _common(body, asker)
     num_completions = len(prompts) * common["n"]
@@ -173,7 +189,7 @@ def completion_requests(
             num_prompts=len(prompts),
             route="completions",
             prompt=prompt,
-            max_tokens=_DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
+            max_tokens=_DEFAULT_COMPLETION_TOKENS if longest is None else longest,
             logprobs=body.logprobs,
             echo=bool(body.echo),
             body={**raw, "prompt": prompt if isinstance(prompt, str) else list(prompt)},
@@ -183,7 +199,28 @@ def completion_requests(
     ]
 
 
+def _longest(body: _Common, max_tokens: int | None) -> int | None:
+    """The limit of a completion, by whichever name it was given."""
+    if max_tokens is None:
+        return body.max_completion_tokens
+    if body.max_completion_tokens is not None:
+        raise ApiError(
+            400,
+            f"max_tokens is {max_tokens} and max_completion_tokens {body.max_completion_tokens}, "
+            "and both limit the completion; give one of them",
+            param="max_completion_tokens",
+        )
+    return max_tokens
+
+
 def _common(body: _Common, asker: Asker) -> dict[str, Any]:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            400,
+            "stream_options says what a stream tells, and this answer comes in one piece; set "
+            "stream to true, or leave stream_options out",
+            param="stream_options",
+        )
     stop = body.stop
     return {
         "model": body.model,

@@ -327,11 +327,13 @@ class EmbeddedBackend:
                 )
             return min(limits.max_tokens, left)
         if asked > limits.max_tokens:
+            other = "max_completion_tokens"
+            field = "max_tokens" if request.body.get(other) is None else other
             raise BackendError(
-                f"max_tokens is {asked}, and this server gives at most {limits.max_tokens}; ask "
+                f"{field} is {asked}, and this server gives at most {limits.max_tokens}; ask "
                 "for fewer",
                 fault="bad_request",
-                param="max_tokens",
+                param=field,
             )
         if max(1, asked) > left:
             raise _too_long(

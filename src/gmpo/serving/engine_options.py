@@ -9,25 +9,27 @@ from gmpo.serving.backend import BackendError, GenerationRequest
 
 __all__ = ["refuse_what_is_not_done"]
 
-_FOLLOWED = frozenset(
+_FOLLOWED_BY_BOTH = frozenset(
     {
-        "echo",
         "logprobs",
         "max_completion_tokens",
         "max_tokens",
-        "messages",
         "model",
         "n",
-        "prompt",
         "seed",
         "stop",
         "stream",
         "temperature",
         "top_k",
-        "top_logprobs",
         "top_p",
     }
 )
+_FOLLOWED = {
+    "chat": _FOLLOWED_BY_BOTH | {"messages", "top_logprobs"},
+    "completions": _FOLLOWED_BY_BOTH | {"echo", "prompt"},
+}
+"""By route: a field of the other one would be taken and change nothing."""
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _WITHOUT_EFFECT = frozenset(
     {
         "metadata",
@@ -44,16 +46,19 @@ _WITHOUT_EFFECT = frozenset(
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None, True),
     "audio": (None,),
+    "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "logit_bias": (None, {}),
+    "messages": (None,),
     "min_p": (None, 0),
     "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "presence_penalty": (None, 0),
+    "prompt": (None,),
     "reasoning_effort": (None, "none"),
     "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
@@ -61,10 +66,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
+    "top_logprobs": (None, 0),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-"""What the engine cannot do, with the values that ask for nothing."""
+"""What the engine, or a route, does not do, with the values that ask for nothing."""
 
 
 def refuse_what_is_not_done(request: GenerationRequest) -> None:
@@ -73,24 +79,25 @@ def refuse_what_is_not_done(request: GenerationRequest) -> None:
     Raises:
         BackendError: the body has such a field; it is named.
     """
+    followed = _FOLLOWED[request.route]
     neutral = {**_NEUTRAL, "best_of": (None, request.n)}
     for name, value in request.body.items():
-        if name in _FOLLOWED or name in _WITHOUT_EFFECT:
+        if name in followed or name in _WITHOUT_EFFECT or value in neutral.get(name, ()):
             continue
         if name not in neutral:
-            near = difflib.get_close_matches(name, [*_FOLLOWED, *neutral], n=1)
+            near = difflib.get_close_matches(name, [*followed, *neutral], n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise BackendError(
-                f"the embedded engine knows no field {name!r}; {hint}",
-                fault="bad_request",
-                param=name,
-                code="unknown_parameter",
+            said, code = f"the embedded engine knows no field {name!r}; {hint}", "unknown_parameter"
+        elif others := [route for route in _FOLLOWED if name in _FOLLOWED[route]]:
+            said, code = (
+                f"{_PATHS[request.route]} has no field {name!r}, which is one of "
+                f"{_PATHS[others[0]]}; leave it out",
+                "unknown_parameter",
             )
-        if value not in neutral[name]:
-            raise BackendError(
+        else:
+            said, code = (
                 f"the embedded engine does not follow {name!r}; leave it out, or serve the model "
                 "by an upstream that does",
-                fault="bad_request",
-                param=name,
-                code="unsupported_parameter",
+                "unsupported_parameter",
             )
+        raise BackendError(said, fault="bad_request", param=name, code=code)

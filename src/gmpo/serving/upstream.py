@@ -191,6 +191,8 @@ class UpstreamBackend:
             "top_p": request.top_p,
         }
         if request.route == "completions":
+            # The one limit by the name that all servers know on this route.
+            body.pop("max_completion_tokens", None)
             body["max_tokens"] = request.max_tokens
         if settings.logprobs and request.route == "chat":
             body |= {"logprobs": True, "top_logprobs": request.logprobs or 0}
