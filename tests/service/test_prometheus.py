@@ -25,7 +25,7 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
 
 
-def answer(*, status: int = 200, version: str = "ab12") -> AnswerRecord:
+def answer(*, status: int = 200, version: str | None = "ab12") -> AnswerRecord:
     return AnswerRecord(
         request=GenerationRequest(id="1", route="chat", model="m", prompt="1+1=", stream=True),
         report=AnswerReport(
@@ -90,6 +90,70 @@ def test_promtool_accepts_the_rules_and_the_configuration():
     )
     assert done.returncode == 0, done.stderr
     assert "8 rules found" in done.stdout
+
+
+FAIL = "GmpoAnswersFail"
+
+
+def series_of(per_minute: dict[tuple[int, str | None], int]) -> list[dict[str, str]]:
+    """Twenty minutes of answers by status and version, under the labels that a gateway writes."""
+    found = []
+    for (status, version), count in per_minute.items():
+        figures = GatewayFigures()
+        figures.observe(answer(status=status, version=version))
+        (series,) = re.findall(r"^(gmpo_answers_total{.*}) 1\.0$", shown(figures), re.MULTILINE)
+        found.append({"series": series, "values": f"0+{count}x20"})
+    return found
+
+
+def shown(figures: GatewayFigures) -> str:
+    return figures.exposition().decode()
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "firing"),
+    [
+        ({(400, None): 600}, {}),
+        ({(400, None): 60, (429, None): 60, (499, "ab12"): 5, (200, "ab12"): 5}, {}),
+        # A flood of clients' mistakes does not hide that the engine fails.
+        ({(400, None): 600, (500, None): 6}, {"none": "100%"}),
+        ({(502, "ab12"): 10, (200, "ab12"): 90}, {"ab12": "10%"}),
+        ({(502, "ab12"): 1, (200, "ab12"): 99, (400, None): 30}, {}),
+    ],
+)
+def test_the_alert_of_failing_answers_counts_our_failures_and_no_clients_mistakes(
+    per_minute: dict[tuple[int, str | None], int], firing: dict[str, str], tmp_path: Path
+):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    expected = [
+        {
+            "exp_labels": {"model_version": version, "variant": "none", "severity": "critical"},
+            "exp_annotations": {
+                "summary": f"{share} of the answers of {version} fail",
+                "action": "read the errors of recent answers in the store; go back to the version "
+                "before if it did not have them",
+            },
+        }
+        for version, share in firing.items()
+    ]
+    told = {"eval_time": "15m", "alertname": FAIL, "exp_alerts": expected}
+    case = {"interval": "1m", "input_series": series_of(per_minute), "alert_rule_test": [told]}
+    tests = tmp_path / "tests.yml"
+    tests.write_text(json.dumps({"rule_files": [str(RULES)], "tests": [case]}))
+    done = subprocess.run(
+        [promtool, "test", "rules", str(tests)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_shows_the_share_that_the_alert_watches():
+    dashboard = json.loads((DEPLOY / "grafana" / "serving.json").read_text())
+    (panel,) = [one for one in dashboard["panels"] if one["title"] == "Share of answers that fail"]
+    (target,) = panel["targets"]
+    rule = RULES.read_text().split(f"alert: {FAIL}\n")[1].split("for:")[0]
+    assert " ".join(rule.split()) == f"expr: > {target['expr']} > 0.05"
 
 
 @pytest.fixture

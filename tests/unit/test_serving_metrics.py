@@ -47,7 +47,9 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
         ({"finish_reason": "length"}, "length"),
         ({"finish_reason": "made up by an upstream"}, "other"),
         ({"status": 499, "finish_reason": None}, "client_gone"),
-        ({"status": 429, "finish_reason": None}, "error"),
+        ({"status": 400, "finish_reason": None}, "refused"),
+        ({"status": 429, "finish_reason": None}, "refused"),
+        ({"status": 500, "finish_reason": None}, "error"),
         ({"status": 502, "finish_reason": "stop"}, "error"),
     ],
 )

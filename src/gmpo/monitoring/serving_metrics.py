@@ -23,7 +23,8 @@ class ServingMetrics:
 
     Labels are few and have few values, so that neither users nor texts can make a new series:
     `model_version`, `variant`, `route`, and `finish_reason`, which is "stop", "length", "error" (a
-    status of 400 or more), "client_gone" (499) or "other".
+    status of 500 or more), "refused" (one of 400 to 498: what was asked is not allowed, or too
+    much), "client_gone" (499) or "other".
 
     Args:
         registry: where they are exposed; a registry holds one of these.
@@ -109,7 +110,10 @@ class ServingMetrics:
 def _finish_reason(payload: Mapping[str, Any]) -> str:
     if payload["status"] == _CLIENT_GONE:
         return "client_gone"
-    if payload["status"] >= 400:
+    if payload["status"] >= 500:
         return "error"
+    # Apart from failures: one client's mistakes shall wake nobody.
+    if payload["status"] >= 400:
+        return "refused"
     reason: str | None = payload["finish_reason"]
     return reason if reason in _FINISH_REASONS else "other"
