@@ -22,6 +22,7 @@ from gmpo.policy.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights, sav
 from gmpo.policy.score import Policy
 
 __all__ = [
+    "WEIGHTS_REMOVED",
     "TrainingState",
     "begin_attempt",
     "beginning_of_attempt",
@@ -32,12 +33,16 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_newest_checkpoint",
+    "no_checkpoint",
     "remove_newer_checkpoints",
     "remove_old_checkpoints",
     "save_checkpoint",
     "save_tokenizer",
     "verified_content",
 ]
+
+WEIGHTS_REMOVED = "weights-removed.txt"
+"""File of a run whose checkpoints were removed on purpose; it says why."""
 
 _PREFIX = "round-"
 _WEIGHTS = "model/model.safetensors"
@@ -280,6 +285,14 @@ def checkpoint_round(path: Path) -> int:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
     return next(iter(checkpoints_newest_first(folder)), None)
+
+
+def no_checkpoint(run: Path) -> str:
+    """Why a run has no checkpoint to read, and what to do; to be asked only if it has none."""
+    removed = run / WEIGHTS_REMOVED
+    if removed.is_file():
+        return f"run {run} has no weights any more: {removed.read_text(encoding='utf-8').strip()}"
+    return f"run {run} has no checkpoint yet; wait for one"
 
 
 def begin_attempt(path: Path, *, attempt: int) -> None:

@@ -18,6 +18,7 @@ from gmpo.checkpoint import (
     checkpoint_round,
     checkpoints_newest_first,
     flush_folder,
+    no_checkpoint,
     save_tokenizer,
     verified_content,
 )
@@ -102,7 +103,7 @@ def _checkpoint(run: Path, round_number: int | None) -> Path:
         raise ExportError(f"{run} is no run folder: it holds no recipe.toml; name a run's folder")
     found = checkpoints_newest_first(run / "checkpoints")
     if not found:
-        raise CheckpointError(f"run {run} has no checkpoint yet; wait for one")
+        raise CheckpointError(no_checkpoint(run))
     for path in found:
         if round_number in (None, checkpoint_round(path)):
             return path

@@ -16,6 +16,7 @@ from gmpo.records import Group, Prompt, Rollout
 from gmpo.statistics import bootstrap_interval, pass_at_k, wilson_interval
 
 __all__ = [
+    "TASK_SUITE",
     "CompletionOutcome",
     "ItemOutcome",
     "SuiteOutcomes",
@@ -23,8 +24,12 @@ __all__ = [
     "item_outcome",
     "prompt_digest",
     "stored_outcomes",
+    "what_chooses_items",
     "write_outcomes",
 ]
+
+TASK_SUITE = "task"
+"""Name of the suite that is a recipe's own task: its items come from the recipe."""
 
 _SUFFIX = ".outcomes.json"
 _FORMAT = 1
@@ -223,3 +228,10 @@ def prompt_digest(prompt: Prompt) -> str:
     answer = prompt.columns.get("answers") or prompt.columns.get("answer")
     text = re.sub(r"\s+", " ", "\n".join([*turns, str(answer)]))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def what_chooses_items(suite: str) -> str:
+    """The options that have to be alike for two models to be asked the same items of a suite."""
+    if suite == TASK_SUITE:
+        return "one recipe, the same --items and the same task.* keys of --set"
+    return "the same --items and --data"

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gmpo.checkpoint import WEIGHTS_REMOVED
 from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError
 from gmpo.leash import leashed
 from gmpo.locks import try_lock
 from gmpo.recipe import dump_recipe
-from gmpo.tracking import read_lines
+from gmpo.tracking import RunFolder, read_lines
 
 __all__ = [
     "MOST_TRIES",
@@ -49,7 +50,7 @@ class Attempt:
         outcome: "finished" and "diverged" end a run; a process that "died" is followed by another.
         exit_code: of the process; minus the signal's number if one killed it.
         seconds: that it ran.
-        message: what it said last on stderr; empty if it finished.
+        message: what it said last, after the signal's name if one killed it; empty if it finished.
     """
 
     cell: str
@@ -150,14 +151,24 @@ class RunProcess:
             outcome=outcome,
             exit_code=code,
             seconds=round(time.monotonic() - self.started, 1),
-            message="" if outcome == "finished" else _last_line(self.log),
+            message="" if outcome == "finished" else _last_words(self.log, code),
         )
 
 
-def drop_weights(run: Path) -> None:
-    """Remove a run's checkpoints and saved rounds; its figures stay."""
+def drop_weights(run: Path, *, why: str) -> None:
+    """Remove a run's checkpoints and saved rounds, if there are any; its figures stay.
+
+    Args:
+        run: its folder.
+        why: in one sentence, and what keeps them: whoever asks for the weights is told.
+
+    Raises:
+        RunFolderError: the sentence cannot be written.
+    """
     for name in ("checkpoints", "rounds"):
         shutil.rmtree(run / name, ignore_errors=True)
+    if run.is_dir():
+        RunFolder(run).write_text(WEIGHTS_REMOVED, why + "\n")
 
 
 def death(exit_code: int) -> str:
@@ -176,7 +187,9 @@ def is_trained_in(run: Path) -> bool:
         return not try_lock(file.fileno())
 
 
-def _last_line(log: Path) -> str:
+def _last_words(log: Path, exit_code: int) -> str:
+    """What a process said last; one that was killed had no words for it, so that is said first."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    return last.removeprefix("error: ").strip()
+    words = last.removeprefix("error: ").strip()
+    return f"killed by {death(exit_code)}; before that: {words}" if exit_code < 0 else words

@@ -196,7 +196,7 @@ def run_figures(  # noqa: PLR0913 - all by keyword, and each is its own concern
         target: reward that `rounds_to_target` waits for; None for no target.
         rounds: that the recipe asks for.
         steps_per_round: optimizer steps of each.
-        diverged: training ended because a value was not finite.
+        diverged: training ended because a value was not finite, or because the guard gave up.
     """
     of_rounds = [line for line in lines if line["kind"] == "round"]
     live = [line for line in lines if line["kind"] == "step" and "ratio/max" in line]

@@ -127,7 +127,22 @@ def test_runs_that_are_no_pairs_are_noticed(unfinished: Path):
     assert (report.same_prompts, report.same_start) == (True, False)
     groups[-1]["prompt_id"] = "another"
     file.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    assert not build_report(unfinished, plan).same_prompts
+    assert build_report(unfinished, plan).same_prompts is False
+
+
+def test_pairs_that_kept_no_rollouts_are_not_said_to_be_checked(unfinished: Path):
+    plan = open_study(unfinished, None, warn=print)
+    (unfinished / "runs" / "gmpo-seed0" / "rollouts.jsonl").unlink()
+    report = build_report(unfinished, plan)
+    assert (report.same_prompts, report.same_start) == (None, None)
+    assert report.as_dict()["same_prompts"] is None
+
+
+def test_whoever_asks_for_weights_that_the_study_dropped_is_told_how_to_keep_them(whole: Path):
+    run = whole / "runs" / "gmpo-seed0"
+    said = refusal("evaluate", str(run))
+    assert f"run {run} has no weights any more: a study drops" in said
+    assert "gmpo compare --keep-checkpoints" in said
 
 
 def test_a_study_whose_worker_is_killed_and_which_is_stopped_gives_the_same_numbers(
@@ -183,6 +198,8 @@ def test_a_cell_that_dies_three_times_is_given_up_and_tried_again_by_the_next_ca
     first = gmpo("compare", "--study", unfinished)
     assert first.exit_code == 1, first.stderr
     assert "died (SIGKILL)" in first.stdout
+    killed = [a for a in read_lines(unfinished, "attempts.jsonl") if a["outcome"] == "died"]
+    assert all(a["message"].startswith("killed by SIGKILL; before that: ") for a in killed)
     assert "not run to an end: gmpo-seed1" in first.stderr
     assert outcomes(unfinished)[3:] == [("gmpo-seed1", "died")] * 3
     assert report_in(unfinished)["missing"] == ["gmpo, seed 1"]

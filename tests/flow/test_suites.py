@@ -109,7 +109,9 @@ def test_planted_items_are_found_in_training_data(data: Path):
     ]
     path = jsonl(data / "train.jsonl", train)
     done = gmpo("contamination", path, "--suite", "amc", "--data", data, "--json")
-    (suite,) = json.loads(done.stdout)["suites"]
+    found = json.loads(done.stdout)
+    assert found["made_with"] == provenance()
+    (suite,) = found["suites"]
     (match,) = suite["matches"]
     assert (match["item_id"], match["whole"], match["coverage"]) == ("planted", True, 1.0)
     assert match["training_id"].endswith("train.jsonl:1")

@@ -186,7 +186,8 @@ def test_what_a_killed_call_was_running_is_taken_over_by_another_and_nothing_is_
     assert said[0].startswith(f"waiting for other calls: trial 0 ({holder}")
     assert f", trial 1 ({holder}" in said[0]
     outcomes = [(a["cell"], a["outcome"]) for a in read_lines(search.folder, "attempts.jsonl")]
-    assert outcomes == [("0000", "finished"), ("0001", "finished")]
+    # In whichever order: the dead call's locks do not all come free in one moment.
+    assert sorted(outcomes) == [("0000", "finished"), ("0001", "finished")]
     assert build_tuning_report(search).as_dict()["trials"] == report_in(whole)["trials"]
 
 

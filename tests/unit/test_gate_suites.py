@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.suite_outcomes import completion, greedy, outcomes
@@ -56,8 +58,12 @@ def test_what_cannot_be_paired_is_refused():
         compared_suites([old], [greedy("new", {0}, 2, suite="aime24")])
     with pytest.raises(ConfigError, match="share no suite"):
         compared_suites([old], [outcomes("new", {"q0": [True, False]})])
-    with pytest.raises(DataError, match="share no item"):
+    with pytest.raises(DataError, match=r"share no item of .*the same --items and --data"):
         compared_suites([old], [outcomes("new", {"x": [True]})])
+    task = replace(old, suite="task")
+    other = replace(outcomes("new", {"x": [True]}), suite="task")
+    with pytest.raises(DataError, match=r"one recipe, the same --items and the same task\.\* keys"):
+        compared_suites([task], [other])
     with pytest.raises(DataError, match="put differently"):
         compared_suites([old], [greedy("new", {0}, 2, digest="other")])
     with pytest.raises(ConfigError, match=r"2 samples at temperature 1 .* 3 at 1"):

@@ -81,6 +81,21 @@ def test_it_says_why_there_is_no_kl_to_the_start(html: str, tmp_path: Path):
     ) in page
 
 
+def test_it_says_that_pairs_were_not_checked_where_no_rollouts_were_kept(tmp_path: Path):
+    recipe = write_recipe(tmp_path / "a.toml", tiny_recipe("no model", training__rounds=3))
+    found = compare_arms(
+        {0: run_figures_of(1.0), 1: run_figures_of(2.0)},
+        {0: run_figures_of(0.5), 1: run_figures_of(2.5)},
+        names=("grpo", "gmpo"),
+    )
+    report = replace(
+        report_of(plan_of(recipe, quick=True), tmp_path, found), same_prompts=None, same_start=None
+    )
+    html = study_html(report, [])
+    assert "alike was not checked: not all of them kept rollouts" in html
+    assert "first round, in the runs of each seed: not checked, see above" in html
+
+
 def test_names_are_escaped(html: str):
     assert "a &lt;b&gt; &amp; c.toml" in html
     assert "<b>" not in html
@@ -89,5 +104,7 @@ def test_names_are_escaped(html: str):
 def test_it_says_what_it_found_and_what_it_cannot_show(html: str):
     assert "gmpo against grpo: no difference seen in any of 15 figures." in html
     assert "This is a quick study" in html
+    assert "15 figures are compared, each at 95 %" in html
+    assert "checked on the groups kept, yes" in html
     assert "With 2 pairs the exact sign-flip test cannot give a p below 0.5" in html
     assert "would have been seen with 80 % probability" in html

@@ -16,6 +16,7 @@ from gmpo.contamination import Contamination, TrainingText, find_contamination
 from gmpo.errors import ConfigError, RunFolderError
 from gmpo.recipe import bundled_recipes, load_recipe
 from gmpo.suites import SUITES, check_folder_is_read, known_suites, suite_items
+from gmpo.tracking import provenance
 
 __all__ = ["contamination"]
 
@@ -51,7 +52,11 @@ def contamination(
         [(suite.name, suite.title, suite.prompts) for suite in asked],
         _training_texts(training, overrides or []),
     )
-    result = {"training": training, "suites": [one.as_dict() for one in found]}
+    result = {
+        "made_with": provenance(),
+        "training": training,
+        "suites": [one.as_dict() for one in found],
+    }
     if out is not None:
         _write(out, result)
     if as_json:

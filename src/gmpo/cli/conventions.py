@@ -146,11 +146,11 @@ def model_name(model: str) -> str:
     """A run folder stands for its newest checkpoint's model."""
     if not (Path(model) / "recipe.toml").is_file():
         return model
-    from gmpo.checkpoint import checkpoint_model, latest_checkpoint
+    from gmpo.checkpoint import checkpoint_model, latest_checkpoint, no_checkpoint
 
     checkpoint = latest_checkpoint(Path(model) / "checkpoints")
     if checkpoint is None:
-        raise ConfigError(f"run {model} has no checkpoint yet; wait for one or name a model")
+        raise ConfigError(f"{no_checkpoint(Path(model))}, or name a model")
     return str(checkpoint_model(checkpoint))
 
 

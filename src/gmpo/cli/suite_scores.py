@@ -14,7 +14,7 @@ from rich.text import Text
 
 from gmpo.cli.conventions import model_name, warn
 from gmpo.errors import ConfigError, RunFolderError
-from gmpo.outcomes import SuiteOutcomes, Way, stored_outcomes, write_outcomes
+from gmpo.outcomes import TASK_SUITE, SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.recipe import apply_override, bundled_recipes, load_recipe, recipe_of_table
 from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_items
 from gmpo.suites.scores import ScoreTable, metrics_of, score_table
@@ -31,7 +31,6 @@ __all__ = [
     "suite_outcomes",
 ]
 
-_TASK = "task"
 _SETTABLE = (
     "model.",
     "task.",
@@ -179,7 +178,7 @@ def suite_outcomes(
         ways: tuple[Way, ...] = ()
     else:
         ways = options.ways()
-    suites = known_suites([name for name in options.suites if name != _TASK])
+    suites = known_suites([name for name in options.suites if name != TASK_SUITE])
     if options.data is not None:
         check_folder_is_read(suites, warn=warn)
     labels = _labels(named)
@@ -254,8 +253,8 @@ def _asked(
     from gmpo.suites.runs import Asking, ask_suites
 
     wanted = [
-        _task_items(config, options) if name == _TASK else items[name]
-        for name in options.suites or (_TASK,)
+        _task_items(config, options) if name == TASK_SUITE else items[name]
+        for name in options.suites or (TASK_SUITE,)
     ]
     if options.max_tokens is not None:
         wanted = [replace(suite, max_tokens=options.max_tokens) for suite in wanted]
@@ -293,7 +292,7 @@ def asked_model(model: str, options: SuiteOptions) -> RunConfig:
     own = Path(model) / "recipe.toml"
     if options.recipe is not None or own.is_file():
         config = load_recipe(options.recipe or own, options.overrides)
-    elif _TASK in (options.suites or (_TASK,)):
+    elif TASK_SUITE in (options.suites or (TASK_SUITE,)):
         raise ConfigError(
             f"{model!r} is no run folder, so --recipe must say whose task is asked, or --suite "
             f"name a suite; bundled recipes: {', '.join(bundled_recipes())}"
@@ -312,7 +311,7 @@ def _task_items(config: RunConfig, options: SuiteOptions) -> SuiteItems:
     from gmpo.inputs import held_out_items, notes_of_evaluation
     from gmpo.task_table import build_task
 
-    if options.instruction is not None and options.suites in ((), (_TASK,)):
+    if options.instruction is not None and options.suites in ((), (TASK_SUITE,)):
         raise ConfigError("--instruction is of suites; a task has its own: --set task.instruction=")
     if options.items is not None:
         evaluation = config.evaluation.model_copy(update={"items": options.items})
@@ -321,7 +320,7 @@ def _task_items(config: RunConfig, options: SuiteOptions) -> SuiteItems:
     for note in (*task.notes(), *notes_of_evaluation(config, task)):
         warn(note)
     return SuiteItems(
-        name=_TASK,
+        name=TASK_SUITE,
         title=task.name,
         prompts=held_out_items(config, task),
         max_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens,

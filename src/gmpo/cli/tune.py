@@ -202,7 +202,8 @@ def _run(
         chosen = candidates(search)
         if chosen:
             names = ", ".join(str(record.number) for record in chosen)
-            say(f"trials {names} against the recipe, on items that no trial asked")
+            noun = "trial" if len(chosen) == 1 else "trials"
+            say(f"{noun} {names} against the recipe, on items that no trial asked")
             given_up += judge(
                 search,
                 chosen,

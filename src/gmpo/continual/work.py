@@ -456,7 +456,9 @@ class RealWork:
 
 def _drop_run(step: Path, merged: Path) -> None:
     """Remove weights that are kept elsewhere by now, or needed no more."""
-    drop_weights(step / "run")
+    drop_weights(
+        step / "run", why="gmpo learn keeps weights only in the registry, once a step is over"
+    )
     shutil.rmtree(merged, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gmpo.errors import ConfigError, DataError
 from gmpo.gate.records import Guardrail, PairedSuite
-from gmpo.outcomes import ItemOutcome, SuiteOutcomes
+from gmpo.outcomes import ItemOutcome, SuiteOutcomes, what_chooses_items
 
 __all__ = ["ComparedSuites", "compared_suites"]
 
@@ -101,8 +101,8 @@ def _pairs(
     shared = [item for item in before.items if item.id in others]
     if not shared:
         raise DataError(
-            f"the two models share no item of {before.suite}; evaluate both with the same --items "
-            "and --data"
+            f"the two models share no item of {before.suite}; evaluate both with "
+            f"{what_chooses_items(before.suite)}"
         )
     alone = len(before.items) + len(after.items) - 2 * len(shared)
     if alone:

@@ -35,6 +35,10 @@ from gmpo.tracking import RunFolder, provenance
 __all__ = ["cell_folder", "ended_cells", "open_study", "patience_of", "run_study"]
 
 _POLL_SECONDS = 0.2
+_DROPPED = (
+    "a study drops the weights of runs that have ended; gmpo compare --keep-checkpoints with a new "
+    "--study folder keeps them"
+)
 
 
 def cell_folder(study: Path, cell: Cell) -> Path:
@@ -219,7 +223,7 @@ class _Crew:
         cell = self._cells[worker.name]
         if attempt.outcome in ("finished", "diverged"):
             if not self._keeps:
-                drop_weights(cell_folder(self._folder.path, cell))
+                drop_weights(cell_folder(self._folder.path, cell), why=_DROPPED)
             ended = "" if attempt.outcome == "finished" else f": diverged ({attempt.message})"
             self._say(f"{cell.name} took {attempt.seconds:.0f} s{ended}")
             return False

@@ -90,12 +90,18 @@ def _faults(report: StudyReport) -> str:
     found = []
     if report.missing:
         found.append(f"Not run to an end: {'; '.join(report.missing)}. They are in no figure.")
-    if not report.same_prompts:
+    if report.same_prompts is False:
         found.append("Runs of one seed asked different prompts, so they are not pairs.")
-    if not report.same_start:
+    if report.same_start is False:
         found.append(
             "Runs of one seed drew different completions in the first round, although weights and "
             "streams are the same: sampling does not repeat itself here, and pairs are looser."
+        )
+    if None in (report.same_prompts, report.same_start):
+        found.append(
+            "Whether runs of one seed asked the same prompts and began alike was not checked: not "
+            "all of them kept rollouts to compare (tracking.groups_per_round is "
+            f"{report.plan.recipe.tracking.groups_per_round}; 1 is enough)."
         )
     if len(report.made_with) > 1:
         found.append(
@@ -109,7 +115,6 @@ def _what(report: StudyReport) -> list[str]:
     plan, recipe = report.plan, report.plan.recipe
     arms = "; ".join(f"{arm.label}: {arm.objective}, {arm.clip}" for arm in report.arms)
     rollouts = recipe.sampling.prompts_per_round * recipe.sampling.group_size
-    checked = "yes" if report.same_prompts and report.same_start else "no, see above"
     return [
         f"Arms (clips are in each objective's own unit): {arms}",
         f"Seeds: {', '.join(map(str, plan.seeds))}; each decides the order of prompts and every "
@@ -120,9 +125,16 @@ def _what(report: StudyReport) -> list[str]:
         f"each), {recipe.training.steps_per_round} optimizer steps a round, step size "
         f"{recipe.training.learning_rate:g}",
         "Same prompts in the same order, and the same completions in the first round, in the runs "
-        f"of each seed: checked, {checked}",
+        f"of each seed: {_pairs_checked(report)}",
         f"Made with: {'; '.join(map(_build, report.made_with)) or 'not known'}",
     ]
+
+
+def _pairs_checked(report: StudyReport) -> str:
+    found = (report.same_prompts, report.same_start)
+    if False in found:
+        return "checked, no, see above"
+    return "not checked, see above" if None in found else "checked on the groups kept, yes"
 
 
 def _build(made_with: Mapping[str, str | None]) -> str:
@@ -141,9 +153,10 @@ def _definitions() -> list[str]:
     return [
         *figures,
         "later steps: those after a round's first, on which every ratio is 1",
-        "crash: training ended because a value that counts was not finite (diverged), or the mean "
-        "reward of the last ten rounds lies below the best ten in a row by more than half of that "
-        "and by more than three standard errors (collapsed)",
+        "crash: training ended because a value that counts was not finite, or because the guard of "
+        "a recipe that has one gave up (diverged), or the mean reward of the last ten rounds lies "
+        "below the best ten in a row by more than half of that and by more than three standard "
+        "errors (collapsed)",
         "interval: 95 %, Student's t on the differences paired by seed (of logarithms, where the "
         "figure is compared by ratio); p: exact two-sided sign-flip test of the same differences",
         "no difference seen: the interval contains no change (of crashes, and of pairs that all "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,10 @@ class StudyReport:
         arms: in the plan's order.
         comparisons: each other arm with the first.
         runs: every cell.
-        same_prompts: whether the runs of each seed asked the same prompts in the same order.
-        same_start: whether their first rounds have the same completions, as the same weights give.
+        same_prompts: whether the runs of each seed asked the same prompts in the same order, in
+            the groups that they kept; None where runs kept none, so that nobody can tell.
+        same_start: whether their first rounds have the same completions, as the same weights give;
+            None likewise.
         made_with: builds of gmpo that the runs were begun with, as `builds_of` tells them.
     """
 
@@ -105,8 +107,8 @@ class StudyReport:
     arms: tuple[ArmSummary, ...]
     comparisons: tuple[Comparison, ...]
     runs: tuple[RunReport, ...]
-    same_prompts: bool
-    same_start: bool
+    same_prompts: bool | None
+    same_start: bool | None
     made_with: tuple[Mapping[str, str | None], ...]
 
     @property
@@ -251,7 +253,7 @@ def limits(report: StudyReport) -> list[str]:
         )
     else:
         found.append(f"{at_best}. The intervals suppose differences that are about normal.")
-    count = len(FIGURES) * (len(plan.arms) - 1)
+    count = len(report.comparisons)
     found.append(
         f"{count} figures are compared, each at 95 %: if nothing differed, about "
         f"{0.05 * count:.1f} of them would be called different all the same."
@@ -380,19 +382,35 @@ def _runs(
     return tuple(found)
 
 
-def _pairing(study: Path, cells: Sequence[Cell]) -> tuple[bool, bool]:
+def _pairing(study: Path, cells: Sequence[Cell]) -> tuple[bool | None, bool | None]:
     """Whether runs of one seed asked the same prompts, and began with the same completions."""
-    same_prompts = same_start = True
+    asked: list[bool | None] = []
+    began: list[bool | None] = []
     first: dict[int, list[dict[str, Any]]] = {}
     for cell in cells:
         groups = list(read_lines(cell_folder(study, cell), "rollouts.jsonl"))
-        other = first.setdefault(cell.seed, groups)
-        both = list(zip(groups, other, strict=False))  # one that diverged has fewer
-        same_prompts &= all(_asked(mine) == _asked(theirs) for mine, theirs in both)
-        same_start &= all(
-            _texts(mine) == _texts(theirs) for mine, theirs in both if mine["round"] == 1
+        if cell.seed not in first:
+            first[cell.seed] = groups
+            continue
+        both = list(zip(groups, first[cell.seed], strict=False))  # one that diverged has fewer
+        asked.append(_all_of(_asked(mine) == _asked(theirs) for mine, theirs in both))
+        began.append(
+            _all_of(_texts(mine) == _texts(theirs) for mine, theirs in both if mine["round"] == 1)
         )
-    return same_prompts, same_start
+    return _all_known(asked), _all_known(began)
+
+
+def _all_of(found: Iterable[bool]) -> bool | None:
+    """Whether all are true; None of nothing, which is no proof."""
+    known = list(found)
+    return all(known) if known else None
+
+
+def _all_known(found: Sequence[bool | None]) -> bool | None:
+    """False if one is, None if one is not known, or none is there to be known."""
+    if False in found:
+        return False
+    return None if None in found or not found else True
 
 
 def _asked(group: Mapping[str, Any]) -> tuple[int, int, str]:

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.outcomes import SuiteOutcomes
+from gmpo.outcomes import SuiteOutcomes, what_chooses_items
 from gmpo.statistics import average_interval, holm, mcnemar, paired_bootstrap
 from gmpo.suites.items import SUITES
 
@@ -271,8 +271,8 @@ def _pairs(
     if not shared:
         raise DataError(
             f"{baseline.label!r} and {candidate.label!r} share no item of {baseline.suite} (for "
-            f"instance {baseline.items[0].id!r} and {candidate.items[0].id!r}); evaluate both with "
-            "the same --items and --data"
+            f"instance {baseline.items[0].id!r} and {candidate.items[0].id!r}); evaluate both "
+            f"with {what_chooses_items(baseline.suite)}"
         )
     for item in shared:
         other = others[item.id]

@@ -40,6 +40,9 @@ OWN = "recipe"
 """Name of the arm that is the recipe itself."""
 
 _POLL_SECONDS = 0.2
+_DROPPED = (
+    "gmpo tune keeps no weights of trials and comparisons; winner.toml of the study trains its best"
+)
 _Say = Callable[[str], None]
 
 
@@ -303,7 +306,7 @@ class _Crew:
         process.kill()
         attempt = replace(process.attempt(), outcome="stopped", message="pruned")
         self._folder.log_record("attempts.jsonl", asdict(attempt))
-        drop_weights(self._run_of(running))
+        drop_weights(self._run_of(running), why=_DROPPED)
         trial.pruned()
         del self._running[trial.number]
         self._say(f"trial {trial.number} is behind after round {trial.last_round}: pruned")
@@ -334,7 +337,7 @@ class _Crew:
                 f"scores {score.objective:.4f} (accuracy {score.accuracy:.3f}, stability "
                 f"{score.stability:.3f})"
             )
-        drop_weights(self._run_of(running))
+        drop_weights(self._run_of(running), why=_DROPPED)
         del self._running[trial.number]
         self._say(f"trial {trial.number} {said}")
 
