@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from gmpo.errors import CheckpointError, DamagedCheckpointError, RunFolderError
 from gmpo.policy.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights, save_adapter
 from gmpo.policy.score import Policy
+from gmpo.tracking import WEIGHTS_REMOVED
 
 __all__ = [
-    "WEIGHTS_REMOVED",
     "TrainingState",
     "begin_attempt",
     "beginning_of_attempt",
@@ -40,9 +40,6 @@ __all__ = [
     "save_tokenizer",
     "verified_content",
 ]
-
-WEIGHTS_REMOVED = "weights-removed.txt"
-"""File of a run whose checkpoints were removed on purpose; it says why."""
 
 _PREFIX = "round-"
 _WEIGHTS = "model/model.safetensors"

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gmpo.checkpoint import WEIGHTS_REMOVED
 from gmpo.config import RunConfig
 from gmpo.errors import RunFolderError
 from gmpo.leash import leashed
 from gmpo.locks import try_lock
 from gmpo.recipe import dump_recipe
-from gmpo.tracking import RunFolder, read_lines
+from gmpo.tracking import WEIGHTS_REMOVED, RunFolder, read_lines
 
 __all__ = [
     "MOST_TRIES",

@@ -21,12 +21,16 @@ from gmpo.kernels.library import build
 __all__ = [
     "METRICS",
     "METRIC_FAMILIES",
+    "WEIGHTS_REMOVED",
     "RunFolder",
     "builds_of",
     "fresh_folder",
     "provenance",
     "read_lines",
 ]
+
+WEIGHTS_REMOVED = "weights-removed.txt"
+"""File of a run whose checkpoints were removed on purpose; it says why."""
 
 METRICS: Mapping[str, str] = {
     "rollout/reward": "mean reward of the round's rollouts",
