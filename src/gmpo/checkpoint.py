@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from gmpo.errors import CheckpointError, DamagedCheckpointError, RunFolderError
 from gmpo.policy.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights, save_adapter
 from gmpo.policy.score import Policy
-from gmpo.tracking import WEIGHTS_REMOVED
 
 __all__ = [
     "TrainingState",
@@ -33,7 +32,6 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_newest_checkpoint",
-    "no_checkpoint",
     "remove_newer_checkpoints",
     "remove_old_checkpoints",
     "save_checkpoint",
@@ -282,14 +280,6 @@ def checkpoint_round(path: Path) -> int:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
     return next(iter(checkpoints_newest_first(folder)), None)
-
-
-def no_checkpoint(run: Path) -> str:
-    """Why a run has no checkpoint to read, and what to do; to be asked only if it has none."""
-    removed = run / WEIGHTS_REMOVED
-    if removed.is_file():
-        return f"run {run} has no weights any more: {removed.read_text(encoding='utf-8').strip()}"
-    return f"run {run} has no checkpoint yet; wait for one"
 
 
 def begin_attempt(path: Path, *, attempt: int) -> None:

@@ -18,14 +18,13 @@ from gmpo.checkpoint import (
     checkpoint_round,
     checkpoints_newest_first,
     flush_folder,
-    no_checkpoint,
     save_tokenizer,
     verified_content,
 )
 from gmpo.errors import CheckpointError, ConfigError, ExportError
 from gmpo.policy.adapter_files import is_adapter_folder, read_adapter, write_adapter
 from gmpo.policy.load import load_model, load_tokenizer
-from gmpo.tracking import provenance
+from gmpo.tracking import no_checkpoint, provenance
 
 __all__ = ["Exported", "export_run"]
 

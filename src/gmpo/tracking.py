@@ -25,6 +25,7 @@ __all__ = [
     "RunFolder",
     "builds_of",
     "fresh_folder",
+    "no_checkpoint",
     "provenance",
     "read_lines",
 ]
@@ -298,6 +299,14 @@ def read_lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             raise DataError(
                 f"line {number} of {path} is damaged ({error.msg}): {line[:60]!a}; remove the line"
             ) from None
+
+
+def no_checkpoint(run: Path) -> str:
+    """Why a run has no checkpoint to read, and what to do; to be asked only if it has none."""
+    removed = run / WEIGHTS_REMOVED
+    if removed.is_file():
+        return f"run {run} has no weights any more: {removed.read_text(encoding='utf-8').strip()}"
+    return f"run {run} has no checkpoint yet; wait for one"
 
 
 def provenance() -> dict[str, str | None]:

@@ -146,7 +146,8 @@ def model_name(model: str) -> str:
     """A run folder stands for its newest checkpoint's model."""
     if not (Path(model) / "recipe.toml").is_file():
         return model
-    from gmpo.checkpoint import checkpoint_model, latest_checkpoint, no_checkpoint
+    from gmpo.checkpoint import checkpoint_model, latest_checkpoint
+    from gmpo.tracking import no_checkpoint
 
     checkpoint = latest_checkpoint(Path(model) / "checkpoints")
     if checkpoint is None:
