@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -37,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
+from benchmarks.load_clients import answers_of
 from benchmarks.options import add_threads, require_at_least_one, require_threads
 from gmpo.config import ModelConfig
 from gmpo.records import Message, Prompt
@@ -194,15 +194,7 @@ def run_clients(url: str, load: Load, offline: Offline) -> Served:
         "seconds": load.seconds,
         "max_tokens": load.max_tokens,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load_clients"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        check=True,
-    )
-    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    answers = answers_of(job, folder=REPOSITORY)
     good = [answer for answer in answers if answer["status"] == 200]
     in_time = [answer for answer in good if answer["ended"] <= load.seconds] or good
     compared = [answer for answer in good if answer["place"] in offline.texts]

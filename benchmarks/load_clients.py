@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -59,6 +61,20 @@ async def run(job: dict[str, Any]) -> list[dict[str, Any]]:
             *(ask_until(client, job, first, start) for first in range(job["clients"]))
         )
     return [answer for of_one in each for answer in of_one]
+
+
+def answers_of(job: dict[str, Any], *, folder: Path) -> list[dict[str, Any]]:
+    """What clients in a process of their own got; `folder` is the repository."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load_clients"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=True,
+    )
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
 
 
 if __name__ == "__main__":

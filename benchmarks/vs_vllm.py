@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
-from benchmarks.options import add_threads, ends_clearly, require_threads
+from benchmarks.options import BenchmarkError, add_threads, ends_clearly, require_threads
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import VLLM, is_finished, make_environment, python_of
 from gmpo.policy.load import load_tokenizer, model_folder
@@ -120,15 +120,8 @@ class Worker:
 @ends_clearly
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
-    if not options.build and not is_finished(options.venv):
-        print(
-            f"{options.venv} holds no finished environment with {VLLM}; leave --no-build out to "
-            "build it there (2 GB, some minutes), or name another one with --venv",
-            file=sys.stderr,
-        )
-        return 1
     model = model_folder(options.model)  # before anything is downloaded for it
-    make_environment(options.venv)
+    require_vllm(options)
     made_with = circumstances(*NEEDED_PACKAGES)
     if warning := busy_warning(made_with["load_before"]):
         print(warning)
@@ -177,6 +170,17 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=32,
         help="positions of a block of vLLM's cache; only full blocks are shared",
     )
+    add_venv(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    options = parser.parse_args(arguments)
+    if options.pairs < LEAST_PAIRS:
+        parser.error(f"--pairs {options.pairs} must be at least {LEAST_PAIRS}")
+    require_threads(parser, options.threads)
+    return options
+
+
+def add_venv(parser: argparse.ArgumentParser) -> None:
+    """The options about vLLM's environment."""
     parser.add_argument(
         "--venv",
         type=Path,
@@ -186,12 +190,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-build", dest="build", action="store_false", help="fail where vLLM is not installed"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
-    options = parser.parse_args(arguments)
-    if options.pairs < LEAST_PAIRS:
-        parser.error(f"--pairs {options.pairs} must be at least {LEAST_PAIRS}")
-    require_threads(parser, options.threads)
-    return options
+
+
+def require_vllm(options: argparse.Namespace) -> None:
+    """Build vLLM's environment if it is not there.
+
+    Raises:
+        BenchmarkError: it is not, and is not to be built.
+    """
+    if not options.build and not is_finished(options.venv):
+        raise BenchmarkError(
+            f"{options.venv} holds no finished environment with {VLLM}; leave --no-build out to "
+            "build it there (2 GB, some minutes), or name another one with --venv"
+        )
+    make_environment(options.venv)
 
 
 def start(name: str, options: argparse.Namespace, model: str, log: Path) -> Worker:
@@ -210,6 +222,11 @@ def environment_of(name: str, options: argparse.Namespace) -> dict[str, str]:
     """What each engine is told through its environment: threads, and vLLM's cache and cores."""
     if name == "gmpo":
         return {"OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(REPOSITORY / "src")}
+    return vllm_environment(options)
+
+
+def vllm_environment(options: argparse.Namespace) -> dict[str, str]:
+    """What vLLM is told: its OpenMP, its cores, its cache, and not to look for anything."""
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     return {
         # Intel's OpenMP, which vLLM asks for by a warning and whose package it installs.
