@@ -11,6 +11,7 @@ from tests.gateways import RunningGateway, running_gateway, tiny_backend
 from tests.models import save_tiny
 
 PLAIN: dict[str, Any] = {"model": "tiny", "prompt": "12+3=", "temperature": 0}
+CHAT_PATH = "/v1/chat/completions"
 CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "1+1="}],
@@ -56,13 +57,14 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
             "False",
         ),
         ("chat", {"stream_options": {"include_usage": True}}, "stream_options", "in one piece"),
+        ("chat", {"metadata": "42"}, "metadata", "metadata: it must be a JSON object, not '42'"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_refused_by_name(
     gateway: RunningGateway, route: str, fields: dict[str, Any], param: str, said: str
 ):
     path, asked = {
-        "chat": ("/v1/chat/completions", CHAT),
+        "chat": (CHAT_PATH, CHAT),
         "completions": ("/v1/completions", PLAIN),
     }[route]
     with gateway.client() as client:
@@ -73,14 +75,33 @@ def test_a_field_that_would_be_ignored_is_refused_by_name(
     assert said in error["message"]
 
 
+@pytest.mark.parametrize("reference", [15, 1.5, True, "", " \n", ["15"], {"answer": "15"}])
+@pytest.mark.parametrize(("path", "asked"), [("/v1/completions", PLAIN), (CHAT_PATH, CHAT)])
+def test_a_right_answer_that_would_not_be_graded_is_refused(
+    gateway: RunningGateway, path: str, asked: dict[str, Any], reference: object
+):
+    with gateway.client() as client:
+        refused = client.post(path, json={**asked, "metadata": {"reference": reference}})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["param"] == "metadata.reference"
+    assert error["message"] == (
+        "metadata.reference: it must be the right answer as a text that is not blank, such as "
+        f'"42", not {reference!r}'
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "asked", "fields"),
     [
         ("/v1/completions", PLAIN, {"top_logprobs": None, "messages": None}),
         ("/v1/completions", PLAIN, {"max_completion_tokens": None, "stream_options": None}),
-        ("/v1/chat/completions", CHAT, {"echo": None, "prompt": None, "top_logprobs": None}),
-        ("/v1/chat/completions", CHAT, {"echo": False, "top_logprobs": 0, "logprobs": None}),
-        ("/v1/chat/completions", CHAT, {"max_completion_tokens": None, "stream_options": None}),
+        (CHAT_PATH, CHAT, {"echo": None, "prompt": None, "top_logprobs": None}),
+        (CHAT_PATH, CHAT, {"echo": False, "top_logprobs": 0, "logprobs": None}),
+        (CHAT_PATH, CHAT, {"max_completion_tokens": None, "stream_options": None}),
+        (CHAT_PATH, CHAT, {"metadata": {"reference": "2", "team": "a"}, "user": None}),
+        ("/v1/completions", PLAIN, {"metadata": {"reference": None, "line": 7}}),
+        ("/v1/completions", PLAIN, {"metadata": None}),
     ],
 )
 def test_null_and_what_asks_for_nothing_are_as_absent(

@@ -326,8 +326,14 @@ def test_scores_of_a_version_become_its_stability():
 
 def test_answers_are_verified_where_the_request_brings_a_reference():
     one = made(Given("a", text="The answer is 15"), verifies=True)
-    for reference, verdict in (("15", 1.0), ("16", 0.0), (" ", None), (7, None)):
-        body = {"metadata": {"reference": reference}}
+    for metadata, verdict in (
+        ({"reference": "15"}, 1.0),
+        ({"reference": "16"}, 0.0),
+        ({"reference": None}, None),
+        ({"other": "15"}, None),
+        (None, None),
+    ):
+        body = {"metadata": metadata}
         asked = GenerationRequest(id="r", route="completions", model="m", prompt="a", body=body)
         asyncio.run(one.ask(asked))
         assert one.report.quality_components.get("verified") == verdict

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gmpo.serving.backend import MAX_COMPLETIONS, GenerationRequest
 from gmpo.serving.faults import ApiError
@@ -28,7 +28,15 @@ def _whole(text: str) -> str:
     return text
 
 
+def _not_blank(value: object) -> object:
+    """Refuse a right answer that nothing can be graded against, rather than leave it ungraded."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError('it must be the right answer as a text that is not blank, such as "42"')
+    return value
+
+
 _Text = Annotated[str, AfterValidator(_whole)]
+_Reference = Annotated[_Text, BeforeValidator(_not_blank)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -65,6 +73,12 @@ class _StreamOptions(BaseModel):
     continuous_usage_stats: Literal[False] | None = None
 
 
+class _Metadata(_Body):
+    """What a client notes about its request; the right answer alone is read."""
+
+    reference: _Reference | None = None
+
+
 class _Common(_Body):
     model: Annotated[str, Field(min_length=1, max_length=512)]
     n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
@@ -76,6 +90,7 @@ class _Common(_Body):
     seed: Annotated[int, Field(ge=-_LARGEST_SEED, le=_LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
+    metadata: _Metadata | None = None
     # It is recorded, and databases take no NUL.
     user: Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")] | None = None
 

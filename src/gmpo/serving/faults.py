@@ -235,6 +235,8 @@ def _said(error: Any, schema: Mapping[str, Any], param: str) -> str:
         return "it is required, and missing" + ("" if hint is None else f"; {hint}")
     if error["type"] == "string_pattern_mismatch":
         return "it must hold no NUL character"  # the one pattern that bodies have
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "it must be a JSON object"
     allowed = _numbers(schema) if error["type"] in _OF_NUMBERS else None
     return allowed or str(error["msg"]).removeprefix("Value error, ")
 

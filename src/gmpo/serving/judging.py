@@ -267,6 +267,5 @@ class AnswerJudge:
 
 
 def _reference(request: GenerationRequest) -> str | None:
-    metadata = request.body.get("metadata")
-    told = metadata.get("reference") if isinstance(metadata, Mapping) else None
-    return told if isinstance(told, str) and told.strip() else None
+    metadata: Mapping[str, str | None] = request.body.get("metadata") or {}
+    return metadata.get("reference")
