@@ -76,12 +76,36 @@ def test_a_box_takes_its_quantiles_as_they_are():
     assert box.x[0] == "&lt;b&gt;v1&lt;/b&gt;"
 
 
-def test_a_latency_axis_over_more_than_tenfold_names_values_between_powers_of_ten():
-    quantiles = {"q05": (0.7,), "q25": (1.8,), "q50": (2.8,), "q75": (4.4,)}
-    wide = latency_figure(Boxes(versions=("v1",), **quantiles, q95=(13.0,), counts=(9,)))
-    narrow = latency_figure(Boxes(versions=("v1",), **quantiles, q95=(6.9,), counts=(9,)))
-    assert (wide.layout.yaxis.type, wide.layout.yaxis.dtick) == ("log", "D2")
-    assert (narrow.layout.yaxis.type, narrow.layout.yaxis.dtick) == (None, None)
+def latency_axis(q05: float, q95: float):
+    inner = {"q25": (q05,), "q50": (q95,), "q75": (q95,)}
+    return latency_figure(
+        Boxes(versions=("v1",), q05=(q05,), q95=(q95,), counts=(9,), **inner)
+    ).layout.yaxis
+
+
+@pytest.mark.parametrize(
+    ("q05", "q95", "labels"),
+    [
+        (0.7, 13.0, "0.1 0.2 0.5 1 2 5 10 20 50 100 200 500"),
+        (0.031, 0.9, "0.01 0.02 0.05 0.1 0.2 0.5 1 2 5"),
+        (0.15, 103.0, "0.1 0.2 0.5 1 2 5 10 20 50 100 200 500 1000 2000 5000"),
+        (0.004, 120.0, "0.001 0.01 0.1 1 10 100 1000"),
+    ],
+)
+def test_a_latency_axis_over_more_than_tenfold_has_labels_in_full(
+    q05: float, q95: float, labels: str
+):
+    axis = latency_axis(q05, q95)
+    assert axis.type == "log" and axis.dtick is None
+    assert axis.ticktext == tuple(labels.split())
+    assert axis.tickvals == tuple(float(label) for label in labels.split())
+    assert sum(q05 <= tick <= q95 for tick in axis.tickvals) >= 3
+
+
+@pytest.mark.parametrize(("q05", "q95"), [(0.7, 6.9), (0.0, 5.0)])
+def test_a_latency_axis_without_tenfold_or_with_zero_is_not_logarithmic(q05: float, q95: float):
+    axis = latency_axis(q05, q95)
+    assert (axis.type, axis.tickvals, axis.rangemode) == (None, None, "tozero")
 
 
 def test_the_geometric_mean_has_its_band():

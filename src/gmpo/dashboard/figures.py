@@ -135,12 +135,25 @@ def latency_figure(boxes: Boxes) -> go.Figure:
         )
     _lay_out(figure, y="seconds to the whole answer")
     figure.update_xaxes(type="category")
-    if boxes.q95 and max(boxes.q95) > 10 * min(boxes.q05):
-        # With powers of ten alone, a box between two of them could not be read off.
-        figure.update_yaxes(type="log", dtick="D2")
+    low, high = min(boxes.q05, default=0.0), max(boxes.q95, default=0.0)
+    if 0 < 10 * low < high:
+        ticks = _log_ticks(low, high)
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     else:
         figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Values for a logarithmic axis, from at most the low end to at least the high one.
+
+    Plotly's own marks between powers of ten have their leading digit alone for a label, and two of
+    one digit are told apart by counting; these are for labels in full.
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    # With powers of ten alone a box between two could not be read off; of more, labels would touch.
+    digits = (1, 2, 5) if high <= 1000 * low else (1,)
+    return [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in digits]
 
 
 def geometric_mean_figure(trend: Trend) -> go.Figure:
