@@ -15,7 +15,6 @@ from rich.text import Text
 from gmpo.abtest.analysis import analyse_records
 from gmpo.abtest.records import EVENT_KINDS, read_records
 from gmpo.abtest.report import ArmSummary, ExperimentReport, MetricResult
-from gmpo.abtest.sequences import Interval
 from gmpo.abtest.wording import NAMES, value_words
 from gmpo.errors import RunFolderError
 from gmpo.store import Experiment, Store
@@ -37,15 +36,23 @@ METRIC_COLUMNS = ("metric", "role", "control", "candidate", "difference", "inter
 _BLUE, _GREY = "#0072B2", "#777777"
 
 
-def report_of(store: Store, experiment: Experiment) -> ExperimentReport:
-    """What the store shows of an experiment now, of a stopped one when its last record came.
+def report_of(
+    store: Store, experiment: Experiment, *, now: float | None = None
+) -> ExperimentReport:
+    """What the store shows of an experiment.
+
+    Args:
+        store: with its records.
+        experiment: which one.
+        now: time of the look, unix seconds; None is now, or a stopped one's last record.
 
     Raises:
         ConfigError: its settings are not a plan.
         StoreError: the store cannot be read.
     """
     records = read_records(store.events(kinds=EVENT_KINDS, experiment=experiment.name))
-    now = None if experiment.status == "stopped" else time.time()
+    if now is None and experiment.status != "stopped":
+        now = time.time()
     return analyse_records(experiment, records, now=now)
 
 
@@ -120,10 +127,23 @@ def plot_experiment(report: ExperimentReport, path: Path) -> Path:
 
 
 def _metrics(report: ExperimentReport) -> Table:
+    """`metric_rows` with several lines in a cell, so that 80 columns are enough."""
     at = datetime.fromtimestamp(report.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    table = open_table(METRIC_COLUMNS, title=f"at {at}, valid at every look", left=2)
-    for row in metric_rows(report):
-        table.add_row(*row)
+    heads = ("metric", "control", "candidate", "difference", "says")
+    table = open_table(heads, title=f"at {at}, valid at every look")
+    table.leading = 1
+    for result in _results(report):
+        margin = "" if result.margin is None else f"\nmargin {_margin(result)}"
+        name = NAMES[result.metric].replace(" (", "\n(")
+        table.add_row(
+            f"{name}\n{result.role}{margin}",
+            *[
+                f"{value_words(result.metric, arm.value)}\n{arm.num_units} units"
+                for arm in (result.control, result.candidate)
+            ],
+            f"{_change(result, result.estimate, unit=_unit(result))}\n{_interval(result, unit='')}",
+            result.state,
+        )
     return table
 
 
@@ -138,21 +158,22 @@ def judgement_lines(report: ExperimentReport) -> list[str]:
 
 def metric_rows(report: ExperimentReport) -> list[list[str]]:
     """Every metric in words, the primary one first; the columns are `METRIC_COLUMNS`."""
-    return [_row(result) for result in (report.primary, *report.guardrails, *report.shadow)]
+    return [_row(result) for result in _results(report)]
+
+
+def _results(report: ExperimentReport) -> tuple[MetricResult, ...]:
+    return (report.primary, *report.guardrails, *report.shadow)
 
 
 def _row(result: MetricResult) -> list[str]:
-    role: str = result.role
-    if result.margin is not None:
-        unit = "%" if result.scale == "ratio" else "points"
-        role = f"guardrail, margin {100 * result.margin:g} {unit}"
+    margin = "" if result.margin is None else f", margin {_margin(result)}"
     return [
         NAMES[result.metric],
-        role,
+        f"{result.role}{margin}",
         _arm(result.metric, result.control),
         _arm(result.metric, result.candidate),
-        _shown(result, result.estimate),
-        _interval(result, result.interval),
+        _change(result, result.estimate, unit=_unit(result)),
+        _interval(result, unit=_unit(result)),
         result.state,
     ]
 
@@ -161,14 +182,26 @@ def _arm(metric: str, arm: ArmSummary) -> str:
     return f"{value_words(metric, arm.value)} ({arm.num_units})"
 
 
-def _interval(result: MetricResult, interval: Interval | None) -> str:
-    if interval is None:
+def _margin(result: MetricResult) -> str:
+    assert result.margin is not None
+    return f"{100 * result.margin:g}{_unit(result)}"
+
+
+def _interval(result: MetricResult, *, unit: str) -> str:
+    if result.interval is None:
         return "burn-in"
-    return f"{_shown(result, interval.low)} to {_shown(result, interval.high)}"
+    ends = (result.interval.low, result.interval.high)
+    return " to ".join(_change(result, end, unit=unit) for end in ends)
 
 
-def _shown(result: MetricResult, value: float) -> str:
-    if not math.isfinite(value):
-        return "-"
-    change = value - 1 if result.scale == "ratio" else value
-    return f"{100 * change:+.2f} {'%' if result.scale == 'ratio' else 'points'}"
+def _unit(result: MetricResult) -> str:
+    return " %" if result.scale == "ratio" else " points"
+
+
+def _change(result: MetricResult, value: float, *, unit: str) -> str:
+    """By how much the candidate is more or less, in percent or points."""
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{100 * (value - 1 if result.scale == 'ratio' else value):+.2f}{unit}"

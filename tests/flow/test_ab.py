@@ -92,6 +92,25 @@ def test_the_status_tells_when_hours_end_and_that_they_are_over(tmp_path: Path):
     assert found == {"young": ("running", False), "old": ("over", False), "open": ("running", True)}
 
 
+def test_a_stopped_experiment_says_when_and_what_the_data_said_last(tmp_path: Path):
+    store = tmp_path / "store.db"
+    begin = ("ab", "start", "early", "--store", store, "--control", "a", "--candidate", "b")
+    assert gmpo(*begin, "--set", "end_after_hours=24").exit_code == 0
+    before = time.time()
+    said = gmpo("ab", "stop", "early", "--store", store).stdout
+    assert said.startswith("early is stopped. Undecided: success rate is not judged yet, with 0")
+    shown = gmpo("ab", "status", "--store", store).stdout
+    assert re.match(r"early \(stopped at 20..-.* UTC\): Undecided: success rate is not", shown)
+    (told,) = json.loads(gmpo("ab", "status", "--store", store, "--json").stdout)
+    assert told["status"] == "stopped" and before <= told["stopped"] <= time.time()
+    report = gmpo("ab", "report", "early", "--store", store).stdout
+    assert report.startswith("Undecided") and "eep running" not in said + shown + report
+    with open_store(str(store)) as opened:
+        (decision,) = opened.events(kinds=["decision"], experiment="early")
+    assert decision.payload["recommendation"].startswith("Undecided")
+    assert decision.payload["time"] == told["stopped"]
+
+
 def test_what_is_wrong_is_said_in_one_line(store: str, tmp_path: Path):
     begin = ("ab", "start", "other", "--store", store, "--control", "a", "--candidate", "b")
     assert "already" in refusal("ab", "start", "greeting", *begin[3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -9,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scripts.abtest_simulation import crossings, rate
 
 from gmpo.abtest.analysis import analyse, analyse_records
 from gmpo.abtest.decision import Decision, Evidence, decide
 from gmpo.abtest.plan import plan_of
 from gmpo.abtest.records import Exposure, Outcome, read_records
-from gmpo.abtest_report import judgement_lines
+from gmpo.abtest.report import ExperimentReport
+from gmpo.abtest.sequences import Interval
+from gmpo.abtest.wording import effect_words
+from gmpo.abtest_report import judgement_lines, metric_rows, render_experiment
 from gmpo.errors import ConfigError
 from gmpo.store import Event, Experiment
 
@@ -54,6 +59,60 @@ def traffic(
             )
         )
     return exposures, outcomes
+
+
+def shown(report: ExperimentReport, *, width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(render_experiment(report))
+    return captured.get()
+
+
+def test_nothing_keeps_running_of_an_experiment_that_was_stopped():
+    stopped = replace(experiment(), status="stopped")
+    undecided = traffic((0.6, 0.6))
+    assert analyse(experiment(), *undecided).recommendation.startswith("Keep running: success")
+    assert analyse(stopped, *undecided).recommendation.startswith("Undecided: success rate may")
+    guarded = {"guardrails": [{"metric": "latency", "margin": 0.05}], "guardrails_proven": True}
+    open_one = replace(experiment(**guarded), status="stopped")
+    told = analyse(open_one, *traffic((0.4, 0.8))).recommendation
+    assert told.startswith("Undecided: success rate is better") and "not yet shown safe" in told
+    # What it shows holds all the same.
+    assert analyse(stopped, *traffic((0.4, 0.8))).recommendation.startswith("Promote the cand")
+
+
+def test_a_report_is_whole_in_eighty_columns():
+    guarded = [{"metric": "latency_p95", "margin": 0.025}, {"metric": "quality", "margin": 0.025}]
+    report = analyse(experiment(guardrails=guarded), *traffic((0.4, 0.8), seconds=(1.0, 3.0)))
+    many = [
+        replace(one, control=replace(one.control, num_units=1_234_567))
+        for one in (report.primary, *report.guardrails)
+    ]
+    report = replace(report, primary=many[0], guardrails=tuple(many[1:]))
+    told = [shown(report, width=width).split("\nat ")[1] for width in (80, 300)]
+    narrow, wide = ([line.rstrip() for line in one.splitlines()] for one in told)
+    of_table = narrow.index(next(line for line in narrow if line.startswith("note:")))
+    assert narrow[:of_table] == wide[:of_table] and of_table > 12
+    assert "1234567 units" in told[0] and "margin 2.5 points" in told[0]
+
+
+def test_an_end_that_is_open_is_infinite_and_what_is_not_known_is_unknown():
+    guarded = [{"metric": "latency", "margin": 0.1}, {"metric": "quality", "margin": 0.1}]
+    report = analyse(experiment(guardrails=guarded), *traffic((0.4, 0.8)))
+    latency, quality = report.guardrails
+    ends = Interval(low=0.9, high=math.inf), Interval(low=-math.inf, high=math.inf)
+    report = replace(
+        report,
+        guardrails=(
+            replace(latency, interval=ends[0]),
+            replace(quality, interval=ends[1], estimate=math.nan),
+        ),
+    )
+    _, of_latency, of_quality = metric_rows(report)
+    assert of_latency[5] == "-10.00 % to ∞"
+    assert of_quality[4:6] == ["unknown", "-∞ to ∞"]
+    assert "-10.00 to ∞" in shown(report, width=80)
+    assert "no bound to no bound" in effect_words(report.guardrails[1])
 
 
 def test_a_clear_gain_is_promoted_and_a_clear_loss_rolled_back():

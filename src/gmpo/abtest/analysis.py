@@ -33,6 +33,10 @@ class Registered(Protocol):
         """Unix seconds; when it began."""
 
     @property
+    def status(self) -> str:
+        """ "running" or "stopped"."""
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """Settings of an `ExperimentPlan`."""
 
@@ -67,7 +71,7 @@ def analyse(
     """Everything that a look shows; it may be taken at any time and as often as one likes.
 
     Args:
-        experiment: name, start and settings.
+        experiment: name, start, status and settings.
         exposures: assignments of units; see `Exposure`.
         outcomes: one a request; see `Outcome`.
         shadow_pairs: served and shadow answers to the same request.
@@ -120,7 +124,9 @@ def analyse(
             *warnings_of_presumed(results, judged),
         ),
         decision=decision,
-        recommendation=recommendation(decision, results, ratio, plan),
+        recommendation=recommendation(
+            decision, results, ratio, plan, is_stopped=experiment.status == "stopped"
+        ),
     )
 
 

@@ -34,7 +34,12 @@ _MANY_PRESUMED = 0.1
 
 
 def recommendation(
-    decision: Decision, results: Mapping[str, MetricResult], ratio: RatioCheck, plan: ExperimentPlan
+    decision: Decision,
+    results: Mapping[str, MetricResult],
+    ratio: RatioCheck,
+    plan: ExperimentPlan,
+    *,
+    is_stopped: bool = False,
 ) -> str:
     """One or two sentences: what to do, and the figures that say so.
 
@@ -43,6 +48,7 @@ def recommendation(
         results: primary and guardrails by metric.
         ratio: test of the shares.
         plan: the experiment's settings.
+        is_stopped: whether somebody ended it, so that nothing keeps running.
     """
     primary = results[plan.primary]
     models = plan.models
@@ -57,9 +63,10 @@ def recommendation(
     if decision.action == "promote":
         guarded = _open(results, decision.because)
         return f"Promote {candidate}: {effect_words(primary)}.{guarded}"
+    undecided = "Undecided" if is_stopped else "Keep running"
     if decision.rule == "guardrails_open":
         return (
-            f"Keep running: {effect_words(primary)}, but not yet shown safe: "
+            f"{undecided}: {effect_words(primary)}, but not yet shown safe: "
             f"{'; '.join(_guardrail(results[name]) for name in decision.because)}."
         )
     if decision.action == "stop_for_futility":
@@ -72,7 +79,7 @@ def recommendation(
             f"Stop and stay with control ({models['control']}): {why}, and the evidence does not "
             f"call for {candidate}: {effect_words(primary)}."
         )
-    return f"Keep running: {effect_words(primary)}."
+    return f"{undecided}: {effect_words(primary)}."
 
 
 def effect_words(result: MetricResult) -> str:
@@ -158,8 +165,10 @@ def _presumed_share(counts: Mapping[str, int]) -> float:
 def _effect(result: MetricResult, value: float) -> str:
     if math.isnan(value):
         return "unknown"
+    if math.isinf(value) or (result.scale == "ratio" and value == 0):
+        return "no bound"
     if result.scale == "ratio":
-        return "no bound" if math.isinf(value) or value == 0 else f"{100 * (value - 1):+.1f} %"
+        return f"{100 * (value - 1):+.1f} %"
     return f"{100 * value:+.2f} points"
 
 

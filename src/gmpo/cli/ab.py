@@ -149,9 +149,10 @@ def stop(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
         experiment = _experiment(opened, name)
         if experiment.status == "stopped":
             raise ConfigError(f"experiment {name!r} was stopped already")
-        found = report_of(opened, experiment)
+        stopped = replace(experiment, status="stopped")
+        found = report_of(opened, stopped, now=time.time())
         decision = found.as_dict()
-        opened.put_experiment(replace(experiment, status="stopped", decision=decision))
+        opened.put_experiment(replace(stopped, decision=decision))
         opened.add_events(
             [Event(kind="decision", time=time.time(), payload=decision, experiment=name)]
         )
@@ -230,12 +231,26 @@ def _is_over(experiment: Experiment, report: ExperimentReport) -> bool:
 
 def _state_words(experiment: Experiment, report: ExperimentReport) -> str:
     ends = report.plan.ends(experiment.created)
+    stopped = _stopped_at(experiment)
+    if stopped is not None:
+        return f"stopped at {_moment(stopped)}"
     if experiment.status != "running" or ends is None:
         return experiment.status
-    at = datetime.fromtimestamp(ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
     if _is_over(experiment, report):
-        return f"over since {at}, everybody gets {report.plan.models['control']}"
-    return f"running until {at}"
+        return f"over since {_moment(ends)}, everybody gets {report.plan.models['control']}"
+    return f"running until {_moment(ends)}"
+
+
+def _stopped_at(experiment: Experiment) -> float | None:
+    """When `stop` looked at it for the last time, unix seconds; None while it is not stopped."""
+    if experiment.status != "stopped" or experiment.decision is None:
+        return None
+    at: float | None = experiment.decision.get("time")
+    return at
+
+
+def _moment(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _summary(experiment: Experiment, report: ExperimentReport) -> dict[str, object]:
@@ -243,6 +258,7 @@ def _summary(experiment: Experiment, report: ExperimentReport) -> dict[str, obje
         "name": experiment.name,
         "status": "over" if _is_over(experiment, report) else experiment.status,
         "ends": report.plan.ends(experiment.created),
+        "stopped": _stopped_at(experiment),
         "units": report.num_units,
         "action": report.decision.action,
         "recommendation": report.recommendation,
