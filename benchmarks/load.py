@@ -4,7 +4,9 @@ Clients in a process of their own ask for S seconds, each again as soon as it wa
 and after, the offline sampler works off the same prompts with as many in flight, so that a machine
 whose speed drifts does not favour either. Then one client asks for single tokens, over HTTP and
 straight from the engine in turns: the difference is what the gateway adds. The engine is asked once
-more in each turn, so that one sees how far it differs from itself.
+more in each turn, so that one sees how far it differs from itself. At last the same is measured
+with a gateway before a server, each a process of its own (`benchmarks.upstream_latency`): short
+answers, asked of the server and of the gateway in turns.
 
 Answers are greedy and compared with the offline sampler's. In bf16 a few may differ: rounding
 depends on how many rows are decoded together. Another prompt's answer must never be among them.
@@ -33,11 +35,19 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
+from benchmarks.differences import Difference, quantile_difference
 from benchmarks.load_clients import answers_of
 from benchmarks.options import add_threads, require_at_least_one, require_threads
+from benchmarks.upstream_latency import (
+    NAME,
+    WARM_UP,
+    added_to_upstream,
+    report_upstream,
+    seconds_of_answer,
+    shown,
+)
 from gmpo.config import ModelConfig
 from gmpo.records import Message, Prompt
 from gmpo.sampler.requests import Completion, SampleRequest
@@ -49,10 +59,7 @@ from gmpo.serving.judging import AnswerJudge, QualityRules
 from gmpo.serving.router import VariantRouter
 from gmpo.serving.server import GatewayServer, ServerSettings, bound_socket
 
-NAME = "model"
 NEEDED_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn")
-_WARM_UP = 5
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,8 @@ class Load:
     max_tokens: int
     num_prompts: int
     latency_pairs: int
+    upstream_pairs: int
+    upstream_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +95,6 @@ class Served:
     num_compared: int
     num_equal: int
     num_mixed_up: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A quantile of one row of times less that of another, with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,19 +226,12 @@ def added_latency(
             pass
         return time.perf_counter() - began
 
-    body = json.dumps({"model": NAME, **asked})
+    body = {"model": NAME, **asked}
     address = urlsplit(url)
     connection = HTTPConnection(address.hostname or "", address.port)
 
     def over_http() -> float:
-        began = time.perf_counter()
-        connection.request(
-            "POST", f"{address.path}/completions", body, {"content-type": "application/json"}
-        )
-        response = connection.getresponse()
-        response.read()
-        assert response.status == 200, response.status
-        return time.perf_counter() - began
+        return seconds_of_answer(connection, f"{address.path}/completions", body)
 
     def straight(number: int, turn: str) -> float:
         return asyncio.run_coroutine_threadsafe(direct(f"{turn}-{number}"), loop).result()
@@ -246,8 +239,8 @@ def added_latency(
     times = np.array(
         [
             (straight(number, "before"), over_http(), straight(number, "after"))
-            for number in range(pairs + _WARM_UP)  # the first ones open the connection
-        ][_WARM_UP:]
+            for number in range(pairs + WARM_UP)  # the first ones open the connection
+        ][WARM_UP:]
     )
     connection.close()
     before, through, after = 1000 * times.T
@@ -258,23 +251,6 @@ def added_latency(
         direct_p50=float(np.quantile(before, 0.5)),
         pairs=pairs,
     )
-
-
-def quantile_difference(
-    less: NDArray[np.float64], more: NDArray[np.float64], quantile: float
-) -> Difference:
-    """`more`'s quantile less `less`'s; the interval is from pairs drawn with replacement.
-
-    Pairs stay together, because a machine that stalls for a moment holds up both.
-    """
-    draws = np.random.default_rng(0)
-    resampled = np.empty(_RESAMPLES)
-    for place in range(_RESAMPLES):
-        drawn = draws.integers(len(less), size=len(less))
-        resampled[place] = np.quantile(more[drawn], quantile) - np.quantile(less[drawn], quantile)
-    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
-    value = float(np.quantile(more, quantile) - np.quantile(less, quantile))
-    return Difference(value=value, low=low, high=high)
 
 
 def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
@@ -288,6 +264,13 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
         added = added_latency(backend, url, loop, load.latency_pairs)
     served.source.renew()
     after = on_passing_thread(run_offline, served, load, load.seconds / 2)
+    upstream = added_to_upstream(
+        model,
+        dtype,
+        pairs=load.upstream_pairs,
+        max_tokens=load.upstream_tokens,
+        threads=torch.get_num_threads(),
+    )
     offline = (before.tokens_per_second + after.tokens_per_second) / 2
     num_answers = sum(through.statuses.values())
     return {
@@ -299,12 +282,8 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
         "offline_tokens_per_second": [before.tokens_per_second, after.tokens_per_second],
         "goodput": through.tokens_per_second / offline,
         "added_milliseconds": asdict(added),
+        "added_to_upstream_milliseconds": asdict(upstream),
     }
-
-
-def _shown(difference: dict[str, float]) -> str:
-    low, high = difference["low"], difference["high"]
-    return f"{difference['value']:.2f} ms ({low:.2f} to {high:.2f})"
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -320,9 +299,10 @@ def report(figures: dict[str, Any]) -> str:
             f"latency {served['median_seconds']:.2f} s median, {served['p99_seconds']:.2f} s p99",
             f"{served['tokens_per_second']:.0f} tokens/s through the gateway, offline "
             f"{before:.0f} before and {after:.0f} after: goodput {figures['goodput']:.2f}",
-            f"the gateway adds {_shown(added['p50'])} at p50 and {_shown(added['p99'])} at p99 to "
+            f"the gateway adds {shown(added['p50'])} at p50 and {shown(added['p99'])} at p99 to "
             f"{added['direct_p50']:.1f} ms ({added['pairs']} pairs, one client)",
-            f"the engine asked twice differs from itself by {_shown(added['engine_p99'])} at p99",
+            f"the engine asked twice differs from itself by {shown(added['engine_p99'])} at p99",
+            report_upstream(figures["added_to_upstream_milliseconds"]),
         )
     )
 
@@ -340,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--latency-pairs", type=int, default=1000)
+    parser.add_argument("--upstream-pairs", type=int, default=500)
+    parser.add_argument("--upstream-tokens", type=int, default=8)
     parser.add_argument("--json", type=Path, help="file for all figures")
     add_threads(parser)
     options = parser.parse_args(arguments)
@@ -352,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_tokens=options.max_tokens,
         prompts=options.prompts,
         latency_pairs=options.latency_pairs,
+        upstream_pairs=options.upstream_pairs,
+        upstream_tokens=options.upstream_tokens,
     )
     torch.set_num_threads(options.threads)
     under = circumstances(*NEEDED_PACKAGES)
@@ -364,6 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_tokens=options.max_tokens,
         num_prompts=options.prompts,
         latency_pairs=options.latency_pairs,
+        upstream_pairs=options.upstream_pairs,
+        upstream_tokens=options.upstream_tokens,
     )
     figures = measure(options.model, options.dtype, load)
     print(report(figures))

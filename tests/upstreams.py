@@ -50,6 +50,10 @@ class Reply:
         """Break the connection without an end."""
         self._writer.transport.abort()
 
+    def close(self) -> None:
+        """Close the connection once what was written is sent."""
+        self._writer.close()
+
     async def client_gone(self) -> None:
         """Wait until the other side closes the connection."""
         await self._reader.read()

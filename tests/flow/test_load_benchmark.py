@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
+from select import select
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from benchmarks.load import Difference, main, quantile_difference
+from benchmarks.differences import Difference, quantile_difference, quantile_of_differences
+from benchmarks.load import main
+from benchmarks.upstream_latency import WARM_UP, report_upstream, seconds_of_answer, times_in_turns
 from tests.models import save_tiny
+from tests.upstreams import Body, Reply, running_upstream, says
 
 
 def test_a_short_load_is_measured_from_end_to_end(
@@ -19,6 +26,7 @@ def test_a_short_load_is_measured_from_end_to_end(
         [
             *("--model", folder, "--dtype", "fp32", "--clients", "4", "--seconds", "2"),
             *("--rows", "4", "--max-tokens", "8", "--prompts", "6", "--latency-pairs", "5"),
+            *("--upstream-pairs", "6", "--upstream-tokens", "3"),
             *("--json", str(out), "--threads", "1"),
         ]
     )
@@ -34,9 +42,41 @@ def test_a_short_load_is_measured_from_end_to_end(
     assert added["pairs"] == 5
     for name in ("p50", "p99", "engine_p99"):
         assert added[name]["low"] <= added[name]["high"]
+    upstream = figures["added_to_upstream_milliseconds"]
+    assert (upstream["pairs"], upstream["max_tokens"], upstream["server_threads"]) == (6, 3, 1)
+    assert upstream["direct_p50"] > 0
+    for name in ("p50", "p99", "paired_p50", "paired_p99", "server_p99", "server_paired_p99"):
+        assert upstream[name]["low"] <= upstream[name]["high"]
     printed = capsys.readouterr().out
     assert "goodput" in printed and "100.0% with 200" in printed
     assert "the engine asked twice differs from itself by" in printed
+    assert report_upstream(upstream) in printed
+
+
+def test_each_turn_asks_every_server_for_the_same_and_knows_its_seconds():
+    asked = {"model": "m", "prompt": "1 + 1 =", "max_tokens": 2}
+    with running_upstream(says("2")) as quick, running_upstream(says("2", seconds=0.2)) as slow:
+        times = times_in_turns([quick.url, slow.url, quick.url], asked, 3)
+        assert quick.bodies == 2 * slow.bodies == 2 * (3 + WARM_UP) * [asked]
+    assert times.shape == (3, 3)
+    assert times[:, 1].min() >= 0.2
+    assert np.median(times[:, [0, 2]]) < 0.2
+
+
+def test_a_connection_that_a_server_ended_meanwhile_is_opened_again():
+    answers = says("2")
+
+    async def answers_once(reply: Reply, body: Body) -> None:
+        await answers(reply, body)
+        reply.close()
+
+    with running_upstream(answers_once) as server:
+        address = urlsplit(server.url)
+        with closing(HTTPConnection(address.hostname or "", address.port)) as connection:
+            for asked in ({"prompt": "1"}, {"prompt": "2"}):
+                assert seconds_of_answer(connection, "/v1/completions", asked) > 0
+                assert select([connection.sock], [], [], 10)[0]  # the server's end has come
+        assert [body["prompt"] for body in server.bodies] == ["1", "2"]
 
 
 def test_a_difference_of_quantiles_by_hand():
@@ -48,6 +88,16 @@ def test_a_difference_of_quantiles_by_hand():
     found = quantile_difference(np.full(100, 1.0), more, 0.99)
     # Rank 0.99 x 99 = 98.01 of 0..99: 0.01 of the way from 1 to 101 is 2, less 1.
     assert found.value == pytest.approx(1) and found.low == 0 and found.high == pytest.approx(100)
+
+
+def test_a_quantile_of_differences_is_that_of_pairs_and_not_a_difference_of_quantiles():
+    less = np.array([1.0, 2.0, 9.0])
+    more = np.array([10.0, 3.0, 10.0])
+    # Longer by 9, 1 and 1; the medians are 2 and 10.
+    assert quantile_of_differences(less, more, 0.5).value == 1
+    assert quantile_difference(less, more, 0.5).value == 8
+    found = quantile_of_differences(less, less + 3, 0.99)
+    assert found == Difference(value=3, low=3, high=3)
 
 
 def test_counts_below_one_are_refused(capsys: pytest.CaptureFixture[str]):
