@@ -12,6 +12,7 @@ from tests.commands import gmpo, refusal, serving_as
 from tests.models import save_tiny
 from tests.upstreams import refuses, running_upstream, says
 
+from gmpo.serving.verifying import graded_task
 from gmpo.store import Event, open_store
 
 serving = partial(serving_as, "bot")
@@ -61,6 +62,33 @@ def test_a_configuration_is_served_with_fallback_and_recorded(tmp_path: Path):
         (event,) = kept.events(kinds=["answer"])
         assert event.payload["served_variant"] == "old" and event.model_version == "bot-3"
         assert [one.payload["score"] for one in kept.events(kinds=["feedback"])] == [1.0]
+
+
+def test_a_tasks_own_scorer_grades_what_is_served(tmp_path: Path):
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('[task]\nkind = "countdown"\ntrain_items = 5\nheld_out_items = 2\n')
+    item = next(iter(graded_task(str(recipe)).items))
+    folder = save_tiny(tmp_path / "bot")
+
+    def verdicts(*arguments: str, store: str) -> list[float | None]:
+        found = []
+        with serving(*arguments, "--task", str(recipe), "--store", store) as (process, client, _):
+            for metadata in ({"numbers": "3, 5, 7", "target": "26"}, {"item": item}, {"a": "b"}):
+                answer = client.post("/completions", json={**ASKED, "metadata": metadata}).json()
+                found.append(answer["gmpo"]["quality_components"].get("verified"))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        return found
+
+    store = str(tmp_path / "engine.db")
+    assert verdicts(folder, "--dtype", "fp32", store=store) == [0.0, 0.0, None]
+    with running_upstream(says("7*", "3+5")) as server:
+        store = str(tmp_path / "upstream.db")
+        assert verdicts("bot", "--upstream", server.url, store=store) == [1.0, 0.0, None]
+        assert not any("metadata" in body for body in server.bodies)
+    with open_store(store, read_only=True) as kept:
+        told = [one.payload["quality_components"] for one in kept.events(kinds=["answer"])]
+    assert [one.get("verified") for one in told] == [1.0, 0.0, None]
 
 
 def test_an_experiment_between_two_models_of_one_server(
@@ -114,6 +142,8 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path):
     assert "name a MODEL, or give --config" in refusal("serve", "--port", "0")
     assert "leave MODEL out" in refusal("serve", "m", "--config", config, "--port", "0")
     assert "leave --dtype out" in refusal("serve", "--config", config, "--dtype", "fp32")
+    assert "leave --task out" in refusal("serve", "--config", config, "--task", "quickstart")
+    assert "there is no recipe 'none'" in refusal("serve", "m", "--task", "none", "--port", "0")
     server = ("--upstream", "http://127.0.0.1:1/v1", "--port", "0")
     for limit in ("--max-tokens", "--max-prompt-tokens", "--max-rows"):
         assert f"{limit} is a limit of models in this process" in refusal(

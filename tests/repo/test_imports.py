@@ -260,6 +260,7 @@ TORCH_FREE = (
     "gmpo.serving.text",
     "gmpo.serving.upstream",
     "gmpo.serving.upstream_events",
+    "gmpo.serving.verifying",
 )
 
 

@@ -67,6 +67,10 @@ _Config = Annotated[
 _Experiment = Annotated[
     str | None, typer.Option(help="Experiment of --store that splits the traffic.")
 ]
+_Task = Annotated[
+    str | None,
+    typer.Option(help="Recipe or run folder whose task's scorer grades answers; docs/routing.md."),
+]
 _Name = Annotated[
     str | None, typer.Option(help="What clients call it; default: the last part of MODEL.")
 ]
@@ -107,6 +111,7 @@ def serve(
     store: _StoreUrl = None,
     follow: _Follow = None,
     experiment: _Experiment = None,
+    task: _Task = None,
     dtype: _Dtype = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Completions decoded together.")] = 32,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
@@ -137,6 +142,7 @@ def serve(
         dtype=dtype,
         follow=follow,
         experiment=experiment,
+        task=task,
         config=config,
     )
     recording = _recording(store, learn_anew=learn_anew, record_texts=record_texts)

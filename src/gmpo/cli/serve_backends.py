@@ -42,6 +42,7 @@ class Asked:
     dtype: str | None
     follow: str | None
     experiment: str | None
+    task: str | None
     config: Path | None
 
 
@@ -91,6 +92,7 @@ def _configured(asked: Asked) -> Wanted:
         "--dtype": asked.dtype,
         "--follow": asked.follow,
         "--experiment": asked.experiment,
+        "--task": asked.task,
     }
     given = [option for option, value in beside.items() if value is not None]
     if given:
@@ -101,6 +103,7 @@ def _configured(asked: Asked) -> Wanted:
 
 
 def _named(asked: Asked, recorder: Recorder | None) -> Wanted:
+    from gmpo.serving.judging import QualitySettings
     from gmpo.serving.routing_config import EngineSettings, RoutingConfig
     from gmpo.serving.upstream import UpstreamSettings
 
@@ -131,7 +134,13 @@ def _named(asked: Asked, recorder: Recorder | None) -> Wanted:
         if arm in backends:
             raise ConfigError(f"{arm!r} is the name of another model too; choose another --name")
         backends[arm], backend_of[arm] = backend(arm), arm
-    config = RoutingConfig(name=main, main=main, experiment=asked.experiment, backends=backends)
+    config = RoutingConfig(
+        name=main,
+        main=main,
+        experiment=asked.experiment,
+        backends=backends,
+        quality=QualitySettings(task=asked.task),
+    )
     return Wanted(config=config, backend_of=backend_of)
 
 

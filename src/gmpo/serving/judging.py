@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from gmpo.errors import ConfigError, GmpoError
-from gmpo.grading import Grader
+from gmpo.errors import ConfigError
 from gmpo.serving.backend import AnswerReport, Chunk, GenerationRequest
 from gmpo.serving.calibration import load_calibration
 from gmpo.serving.quality import (
@@ -25,6 +22,7 @@ from gmpo.serving.quality import (
     quality_score,
     stability,
 )
+from gmpo.serving.verifying import AnswerVerifier, GradedTask, graded_task
 from gmpo.task_config import Table
 
 __all__ = ["AnswerJudge", "QualityRules", "QualitySettings", "Tally"]
@@ -52,6 +50,9 @@ class QualitySettings(Table):
     calibration's, or else 0.05."""
     verify: bool = False
     """Whether an answer to a request with `metadata.reference` is graded against it."""
+    task: str | None = None
+    """Recipe, or run folder, whose task's own scorer grades answers instead, to requests whose
+    `metadata` names an `item` of it or has what the scorer needs."""
 
     @model_validator(mode="after")
     def _one_threshold(self) -> QualitySettings:
@@ -79,14 +80,15 @@ class QualitySettings(Table):
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRules:
-    """`QualitySettings` with the calibration read.
+    """`QualitySettings` with the calibration and the task read.
 
     Attributes:
         is_buffered: whether answers are held back until they are scored.
         threshold: scores below it are low; None where none is.
         weights: of each component.
         floor: of the geometric mean.
-        verifies: whether answers are graded where the request brings a reference.
+        verifies: whether answers are graded where the request brings what that needs.
+        task: whose scorer grades them; None compares with the request's reference.
     """
 
     is_buffered: bool = False
@@ -94,13 +96,16 @@ class QualityRules:
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     floor: float = DEFAULT_FLOOR
     verifies: bool = False
+    task: GradedTask | None = None
 
     @classmethod
     def of(cls, settings: QualitySettings) -> QualityRules:
         """What the settings say.
 
         Raises:
-            ConfigError: the calibration cannot be read.
+            ConfigError: the calibration or the task's recipe cannot be read, or no single answer to
+                the task can be graded.
+            DataError: the task's items cannot be made or read.
         """
         threshold, weights, floor = settings.threshold, settings.weights, settings.floor
         if settings.calibration is not None:
@@ -118,7 +123,8 @@ class QualityRules:
             threshold=threshold,
             weights=weights or dict(DEFAULT_WEIGHTS),
             floor=DEFAULT_FLOOR if floor is None else floor,
-            verifies=settings.verify,
+            verifies=settings.verify or settings.task is not None,
+            task=None if settings.task is None else graded_task(settings.task),
         )
 
 
@@ -189,20 +195,17 @@ class AnswerJudge:
     def __init__(self, rules: QualityRules) -> None:
         self.rules = rules
         self._latest: OrderedDict[str, deque[float]] = OrderedDict()
-        self._grader = Grader() if rules.verifies else None
-        # One comparison at a time; a long one must not hold up the event loop.
-        self._grading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmpo-grading")
         self.counts: Counter[str] = Counter()
-        """`verified` answers, and those that were `not_verified` because grading failed."""
+        """`verified` answers, and those `not_verified`; see `AnswerVerifier`."""
+        self._verifier = AnswerVerifier(rules.task, self.counts) if rules.verifies else None
 
     async def judge(self, request: GenerationRequest, tally: Tally) -> QualityScore | None:
         """Score a whole answer; None where nothing was to be said."""
         if request.max_tokens == 0:
             return None
         choices = tally.choices()
-        reference = _reference(request) if self._grader is not None else None
-        if reference is not None:
-            choices = [await self._verified(choice, reference) for choice in choices]
+        if self._verifier is not None:
+            choices = await self._verifier.verified(request, choices)
         return quality_score(choices, weights=self.rules.weights, floor=self.rules.floor)
 
     def is_low(self, score: QualityScore | None) -> bool:
@@ -232,9 +235,8 @@ class AnswerJudge:
 
     def close(self) -> None:
         """End what grades."""
-        self._grading.shutdown()
-        if self._grader is not None:
-            self._grader.close()
+        if self._verifier is not None:
+            self._verifier.close()
 
     def _of_version(self, version: str) -> deque[float]:
         latest = self._latest.setdefault(version, deque(maxlen=_LATEST))
@@ -242,30 +244,3 @@ class AnswerJudge:
         if len(self._latest) > _MOST_VERSIONS:
             self._latest.popitem(last=False)
         return latest
-
-    async def _verified(self, choice: FinishedChoice, reference: str) -> FinishedChoice:
-        assert self._grader is not None
-        loop = asyncio.get_running_loop()
-        try:
-            verdict = await loop.run_in_executor(
-                self._grading, self._grader.grade, choice.text, reference
-            )
-        except GmpoError:
-            self.counts["not_verified"] += 1
-            return choice
-        if verdict.status == "timeout":
-            self.counts["not_verified"] += 1
-            return choice
-        self.counts["verified"] += 1
-        return FinishedChoice(
-            text=choice.text,
-            tokens=choice.tokens,
-            logprobs=choice.logprobs,
-            finish_reason=choice.finish_reason,
-            verified=verdict.is_correct,
-        )
-
-
-def _reference(request: GenerationRequest) -> str | None:
-    metadata: Mapping[str, str | None] = request.body.get("metadata") or {}
-    return metadata.get("reference")
