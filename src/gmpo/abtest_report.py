@@ -74,6 +74,7 @@ def render_experiment(report: ExperimentReport) -> RenderableType:
             f"(p = {ratio.p_value:.2g})"
         ),
         *[Text(f"success of {line}") for line in judgement_lines(report)],
+        *_covariate_lines(report),
         Text(),
         _metrics(report),
     ]
@@ -82,6 +83,19 @@ def render_experiment(report: ExperimentReport) -> RenderableType:
         counted = ", ".join(f"{name} {count}" for name, count in sorted(report.counts.items()))
         parts.append(Text(f"counted: {counted}"))
     return Group(*parts)
+
+
+def _covariate_lines(report: ExperimentReport) -> list[Text]:
+    """How much noise covariates took out of the primary metric; nothing where none came."""
+    primary = report.primary
+    if primary.variance_kept == 1.0:
+        return []
+    return [
+        Text(
+            f"covariates left {100 * primary.variance_kept:.0f} % of the variance of "
+            f"{NAMES[primary.metric]}"
+        )
+    ]
 
 
 def plot_experiment(report: ExperimentReport, path: Path) -> Path:

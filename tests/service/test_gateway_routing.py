@@ -8,16 +8,21 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.gateways import running_gateway
 from tests.routed_gateways import ASKED, STREAMED, begin, served
-from tests.upstreams import Body, Reply, in_turn, refuses, says, text_event
+from tests.upstreams import Behaviour, Body, Reply, in_turn, refuses, says, text_event
 
 from gmpo.abtest.analysis import analyse_records
 from gmpo.abtest.records import EVENT_KINDS, read_records
+from gmpo.abtest_report import render_experiment
 from gmpo.serving.judging import QualityRules
 from gmpo.serving.shadowing import ShadowSettings
 
@@ -158,6 +163,69 @@ def test_an_experiment_splits_by_unit_and_its_report_can_be_read(path: Path):
         records = read_records(made.store.events(kinds=EVENT_KINDS, experiment="e"))
         report = analyse_records(found, records)
         assert report.num_units == 20 and not records.counts["malformed_events"]
+
+
+def test_covariates_of_requests_take_noise_out_of_an_experiment(path: Path):
+    # How sure an answer is depends on the unit far more than on the arm.
+    def sure(arm: float) -> Behaviour:
+        async def behave(reply: Reply, body: Body) -> None:
+            ease = float(body["prompt"].partition(" ")[2])
+            await says("4", logprob=-0.2 - arm - 2 * (1 - ease))(reply, body)
+
+        return behave
+
+    plan = {"primary": "quality", "burn_in": 10, "tuned_for": 60}
+    arms = {"a": sure(0.0), "b": sure(0.1)}
+    with served(path, arms, experiment="e", before=partial(begin, **plan)) as made:
+        for turn in range(60):
+            ease = turn * 37 % 60 / 60
+            metadata = {"covariate": ease if turn % 2 else f"{ease}"}
+            asked = {**ASKED, "prompt": f"ease {ease}", "metadata": metadata}
+            made.ask(asked, **{"x-gmpo-unit": f"u{turn}"})
+        # A later request's figure may have been changed by the experiment, and is left alone.
+        made.ask(
+            {**ASKED, "prompt": "ease 1", "metadata": {"covariate": 9}}, **{"x-gmpo-unit": "u0"}
+        )
+        events = made.events("exposure", count=60)
+        assert {event.payload["covariate"] for event in events} == {n / 60 for n in range(60)}
+        made.events("outcome", count=61)
+        found = made.store.experiment("e")
+        assert found is not None
+        records = read_records(made.store.events(kinds=EVENT_KINDS, experiment="e"))
+    report = analyse_records(found, records)
+    with_them = report.primary
+    config = {**found.config, "use_covariates": False}
+    without = analyse_records(replace(found, config=config), records).primary
+    assert without.variance_kept == 1 and with_them.variance_kept < 0.3
+    assert with_them.interval is not None and without.interval is not None
+    width = with_them.interval.high - with_them.interval.low
+    assert width < 0.55 * (without.interval.high - without.interval.low)
+    assert with_them.interval.low < with_them.estimate < with_them.interval.high
+    shown = StringIO()
+    Console(file=shown, width=200).print(render_experiment(report))
+    left = f"covariates left {100 * with_them.variance_kept:.0f} % of the variance of mean quality"
+    assert left in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "param", "said"),
+    [
+        ({"covariate": "much"}, "metadata.covariate", "a number from -1000000000 to 1000000000"),
+        ({"covariate": True}, "metadata.covariate", "or a text of one, not True"),
+        ({"covariate": 10**400}, "metadata.covariate", "it must be a number"),
+        ({"covariate": [1]}, "metadata.covariate", "not [1]"),
+        ("0.5", "metadata", "it must be a JSON object, not '0.5'"),
+    ],
+)
+def test_a_covariate_that_is_no_number_is_refused(
+    path: Path, metadata: object, param: str, said: str
+):
+    with served(path, {"a": says("a"), "b": says("b")}, experiment="e", before=begin) as made:
+        response = made.post("completions", {**ASKED, "metadata": metadata})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == param and said in error["message"]
+        assert not made.store.events(kinds=["exposure"])
 
 
 def test_an_arm_that_is_down_is_served_by_the_other_and_judged_as_assigned(path: Path):

@@ -62,7 +62,7 @@ class Exposure:
         unit: who was assigned.
         variant: that it was assigned.
         weight: share of that variant when it was.
-        covariate: a figure about the unit from before; None if unknown.
+        covariate: a figure about the unit from before it was assigned; None if unknown.
     """
 
     time: float

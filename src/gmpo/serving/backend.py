@@ -89,6 +89,8 @@ class GenerationRequest:
         echo: whether each choice begins with the prompt (with its log-probabilities, if wanted).
         stream: whether the client reads the answer as it is made.
         unit: whom an experiment assigns: the caller's user, or this request.
+        covariate: a figure about the unit that the caller knew before; an experiment takes noise
+            out of its result by it.
         num_prompts: that share the response which this is a part of.
         session: the caller's name for the conversation, where it has one.
         body: the JSON body as it came; of a body with several prompts, with this one alone.
@@ -111,6 +113,7 @@ class GenerationRequest:
     stream: bool = False
     unit: str = ""
     session: str | None = None
+    covariate: float | None = None
     response_id: str = ""
     num_prompts: int = 1
     body: Mapping[str, Any] = field(default_factory=dict)

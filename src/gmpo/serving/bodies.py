@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ __all__ = ["Asker", "ChatBody", "CompletionBody", "chat_requests", "completion_r
 
 _MAX_LOGPROBS = 20
 _LARGEST_SEED = 2**63 - 1
+_LARGEST_COVARIATE = 1e9
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,2})?")
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default of the plain endpoint."""
 
@@ -33,6 +36,17 @@ def _not_blank(value: object) -> object:
     if not isinstance(value, str) or not value.strip():
         raise ValueError('it must be the right answer as a text that is not blank, such as "42"')
     return value
+
+
+def _covariate(told: Any) -> float:
+    """A figure of a unit: a number, or a text of one, because OpenAI's metadata holds texts."""
+    figure = float(told) if isinstance(told, str) and _DECIMAL.fullmatch(told) else told
+    is_number = isinstance(figure, int | float) and not isinstance(figure, bool)
+    # Beyond the limit squares may overflow, and one unit would be all that others are held to.
+    if not is_number or not abs(figure) <= _LARGEST_COVARIATE:
+        limit = f"{_LARGEST_COVARIATE:.0f}"
+        raise ValueError(f"it must be a number from -{limit} to {limit}, or a text of one")
+    return float(figure)
 
 
 _Text = Annotated[str, AfterValidator(_whole)]
@@ -74,9 +88,17 @@ class _StreamOptions(BaseModel):
 
 
 class _Metadata(_Body):
-    """What a client notes about its request; the right answer alone is read."""
+    """What a client notes about its request; of the rest, what a task's scorer needs is read."""
 
     reference: _Reference | None = None
+    covariate: (
+        Annotated[
+            float,
+            Field(ge=-_LARGEST_COVARIATE, le=_LARGEST_COVARIATE),
+            BeforeValidator(_covariate),
+        ]
+        | None
+    ) = None
 
 
 class _Common(_Body):
@@ -248,6 +270,7 @@ def _common(body: _Common, asker: Asker) -> dict[str, Any]:
         "stream": bool(body.stream),
         "unit": asker.unit or body.user or asker.id,
         "session": asker.session,
+        "covariate": None if body.metadata is None else body.metadata.covariate,
     }
 
 

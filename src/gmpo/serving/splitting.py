@@ -194,11 +194,14 @@ class TrafficSplit:
         self._exposed[key] = None
         if len(self._exposed) > self.max_units:
             self._exposed.popitem(last=False)
+        payload: dict[str, Any] = {"variant": variant, "weight": weight}
+        if request.covariate is not None:
+            payload["covariate"] = request.covariate
         self._put(
             Event(
                 kind="exposure",
                 time=time.time(),
-                payload={"variant": variant, "weight": weight},
+                payload=payload,
                 experiment=self._name,
                 unit=request.unit,
                 request_id=request.id,
