@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from tests.commands import gmpo, process, refusal
 
 from gmpo.abtest.assignment import assign
 from gmpo.abtest_report import metric_rows, report_of
+from gmpo.serving.backend import GenerationRequest
+from gmpo.serving.splitting import TrafficSplit
 from gmpo.store import Event, open_store
 
 
@@ -73,6 +77,67 @@ def test_an_experiment_is_looked_at_and_ended(store: str, tmp_path: Path):
     assert "was stopped already" in refusal("ab", "stop", "greeting", "--store", store)
     again = json.loads(gmpo("ab", "status", "--store", store, "--json").stdout)
     assert again[0]["status"] == "stopped"
+
+
+def test_changed_shares_move_the_border_and_begin_the_evidence_anew(tmp_path: Path):
+    store = str(tmp_path / "store.db")
+    begin = ("ab", "start", "e", "--store", store, "--control", "a", "--candidate", "b")
+    assert gmpo(*begin, "--share", "0.1", "--set", "burn_in=10").exit_code == 0
+    with open_store(store) as opened, ThreadPoolExecutor(1) as beside:
+        put: list[Event] = []
+        split = TrafficSplit(
+            opened, "e", backend_of={"a": "a", "b": "b"}, put=put.append, tell=lambda _: None
+        )
+
+        def ask(units: range) -> dict[int, str]:
+            asked = {
+                unit: GenerationRequest(
+                    id=f"r{unit}", route="chat", model="m", prompt="p", unit=f"u{unit}"
+                )
+                for unit in units
+            }
+            routes = {unit: split.assign(request) for unit, request in asked.items()}
+            opened.add_events([put.pop(0) for _ in range(len(put))])
+            return {unit: route.variant or "" for unit, route in routes.items() if route}
+
+        first = ask(range(2000))
+        # In a thread without a loop of its own, as in a process of its own.
+        changed = beside.submit(gmpo, "ab", "weights", "e", "--store", store, "--share", "0.5")
+        assert changed.result().exit_code == 0, changed.result().stderr
+        said = " ".join(changed.result().stdout.split())
+        assert "e: 50 % of the units get b, 10 % did" in said and "begins anew" in said
+        asyncio.run(split.look())
+        second = ask(range(4000))
+        (event,) = opened.events(kinds=["weights"], experiment="e")
+        kept = opened.experiment("e")
+        assert kept is not None
+        report = report_of(opened, kept)
+    assert event.payload == {
+        "before": {"control": 0.9, "candidate": 0.1},
+        "after": {"control": 0.5, "candidate": 0.5},
+    }
+    moved = {unit for unit in first if first[unit] != second[unit]}
+    assert moved and all(second[unit] == "candidate" for unit in moved)
+    # The first 2,000 had 10 % by right: held to 50 % they would alarm, and so would all together.
+    assert not report.ratio.alarm and report.num_units == 2000
+    assert report.counts["units_under_other_weights"] == 2000
+    assert report.counts["moved_units"] == len(moved)
+    assert any("2000 units were first exposed under other shares" in w for w in report.warnings)
+
+
+def test_shares_that_change_nothing_are_refused(store: str, tmp_path: Path):
+    change = ("ab", "weights", "greeting", "--store", store, "--share")
+    assert "has a share of 0.5 already" in refusal(*change, "0.5")
+    assert "an arm without units" in refusal(*change, "1")
+    assert "at least 0" in refusal(*change, "1.5")
+    assert gmpo("ab", "stop", "greeting", "--store", store).exit_code == 0
+    assert "splits no traffic any more" in refusal(*change, "0.2")
+    over = str(tmp_path / "over.db")
+    begin = ("ab", "start", "e", "--store", over, "--control", "a", "--candidate", "b")
+    assert gmpo(*begin, "--set", "end_after_hours=0.00001").exit_code == 0
+    time.sleep(0.1)
+    ended = refusal("ab", "weights", "e", "--store", over, "--share", "0.2")
+    assert "splits no traffic any more" in ended
 
 
 def test_the_status_tells_when_hours_end_and_that_they_are_over(tmp_path: Path):

@@ -204,6 +204,30 @@ def test_units_under_other_weights_are_left_out():
     assert found.counts["requests_of_left_out_units"] == 100
 
 
+def test_a_trend_over_time_and_changed_shares_make_no_difference_of_the_arms():
+    # Both arms alike; all become better when the candidate's share goes from 10 to 50 %.
+    rng = np.random.default_rng(0)
+    exposures, outcomes = [], []
+    for number in range(4000):
+        late = number >= 2000
+        weight = 0.5 if late else 0.1
+        arm = "candidate" if rng.random() < weight else "control"
+        share = weight if arm == "candidate" else 1 - weight
+        unit = f"u{number}"
+        exposures.append(Exposure(time=float(number), unit=unit, variant=arm, weight=share))
+        success = int(rng.random() < (0.9 if late else 0.3))
+        outcomes.append(
+            Outcome(time=number + 0.5, unit=unit, success=success, quality=None, latency_seconds=1)
+        )
+    found = analyse(experiment(), exposures, outcomes, now=4000.0)
+    assert found.num_units == 2000 and not found.ratio.alarm
+    assert found.primary.state == "unclear" and found.decision.action == "keep_running"
+    # 2,000 s are counted, and the warning about a whole week is about those.
+    assert any(one.startswith("0.6 hours of traffic") for one in found.warnings)
+    pooled = [replace(one, weight=0.5) for one in exposures]
+    assert analyse(experiment(), pooled, outcomes, now=4000.0).primary.state == "better"
+
+
 @pytest.mark.parametrize(
     ("evidence", "action"),
     [

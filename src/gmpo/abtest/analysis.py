@@ -120,7 +120,7 @@ def analyse(
         judgements=judged,
         counts={name: count for name, count in found.items() if count},
         warnings=(
-            *warnings_about([*results.values()], found, hours),
+            *warnings_about([*results.values()], found, _hours_counted(traffic, hours, now=now)),
             *warnings_of_presumed(results, judged),
         ),
         decision=decision,
@@ -128,6 +128,14 @@ def analyse(
             decision, results, ratio, plan, is_stopped=experiment.status == "stopped"
         ),
     )
+
+
+def _hours_counted(traffic: Traffic, hours: float, *, now: float) -> float:
+    """Hours of the traffic that counts: less than the experiment's once its shares were changed."""
+    if not traffic.counts.get("units_under_other_weights"):
+        return hours
+    first = float(traffic.exposed[0]) if len(traffic.exposed) else now
+    return min(hours, max(0.0, now - first) / 3600)
 
 
 def _path(traffic: Traffic, plan: ExperimentPlan, *, now: float) -> tuple[PathPoint, ...]:

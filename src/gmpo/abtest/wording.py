@@ -130,6 +130,12 @@ def warnings_about(
             f"{counts['moved_units']} units were assigned another variant later; they count by "
             "their first"
         )
+    if counts.get("units_under_other_weights"):
+        found.append(
+            f"{counts['units_under_other_weights']} units were first exposed under other shares "
+            "and are left out: pooled, a trend over time would pass for a difference of the arms; "
+            "the evidence, with its probability of error, began anew with the present shares"
+        )
     if counts.get("sessions_in_both_arms"):
         found.append(
             f"{counts['sessions_in_both_arms']} sessions saw both models, which may affect each "

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from gmpo.abtest.report import ExperimentReport
     from gmpo.store import Experiment, Store
 
-__all__ = ["ab", "report", "size", "start", "status", "stop"]
+__all__ = ["ab", "report", "size", "start", "status", "stop", "weights"]
 
-ab = typer.Typer(help="Experiments on split traffic: start, status, report, stop, size.")
+ab = typer.Typer(help="Experiments on split traffic: start, status, report, weights, stop, size.")
 
 _Name = Annotated[str, typer.Argument(help="Name of the experiment.")]
 _StoreUrl = Annotated[
@@ -64,7 +64,7 @@ def start(
     config = {
         "salt": secrets.token_hex(8),
         "models": {"control": control, "candidate": candidate},
-        "weights": {"control": round(1 - share, 12), "candidate": share},
+        "weights": _weights(share),
         "primary": primary,
         "guardrails": [_guardrail(word) for word in guardrails or []],
         **dict(_setting(word) for word in settings or []),
@@ -164,6 +164,53 @@ def stop(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
 
 @ab.command()
 @refuses_clearly
+def weights(
+    name: _Name,
+    store: _StoreUrl,
+    share: Annotated[
+        float, typer.Option(help="Share of the units that get the candidate from now on.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Change the arms' shares while it runs; its evidence begins anew."""
+    from gmpo.abtest.plan import plan_of
+    from gmpo.store import Event
+
+    with existing_store(store) as opened:
+        experiment = _experiment(opened, name)
+        before = plan_of(experiment.config)
+        plan = plan_of({**experiment.config, "weights": _weights(share)})
+        now = time.time()
+        ends = plan.ends(experiment.created)
+        if experiment.status != "running" or (ends is not None and now >= ends):
+            raise ConfigError(
+                f"experiment {name!r} splits no traffic any more, so its shares change nothing; "
+                "begin another one with gmpo ab start"
+            )
+        if plan.weights == before.weights:
+            raise ConfigError(
+                f"the candidate of experiment {name!r} has a share of {share:g} already; changing "
+                "nothing keeps its evidence"
+            )
+        changed = {"before": before.weights, "after": plan.weights}
+        opened.put_experiment(replace(experiment, config=plan.model_dump(mode="json")))
+        opened.add_events([Event(kind="weights", time=now, payload=changed, experiment=name)])
+    if as_json:
+        print(json.dumps({"name": name, **changed}))
+        return
+    candidate = plan.models["candidate"]
+    Console().print(
+        Text(
+            f"{name}: {100 * share:g} % of the units get {candidate}, "
+            f"{100 * before.weights['candidate']:g} % did; gateways follow within seconds. Units "
+            "first seen before count no more: the evidence begins anew"
+        ),
+        soft_wrap=True,
+    )
+
+
+@ab.command()
+@refuses_clearly
 def size(
     base: Annotated[float, typer.Option(help="Success rate of control, between 0 and 1.")],
     effect: Annotated[float, typer.Option(help="Smallest difference that is to be found.")],
@@ -205,6 +252,10 @@ def size(
         ),
         soft_wrap=True,
     )
+
+
+def _weights(share: float) -> dict[str, float]:
+    return {"control": round(1 - share, 12), "candidate": share}
 
 
 @contextmanager
