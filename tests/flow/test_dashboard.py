@@ -86,7 +86,9 @@ def test_a_gateway_that_cannot_start_ends_the_page(tmp_path: Path):
 
 def test_what_is_not_there_is_refused(tmp_path: Path):
     assert "nothing to show" in refusal("dashboard")
-    assert "say where with --store" in refusal("dashboard", tmp_path, "--serve", "smollm2-135m")
+    for runs in ((), (tmp_path,)):
+        said = refusal("dashboard", *runs, "--serve", "smollm2-135m")
+        assert said == "--serve records its answers; say where with --store"
     assert "there is no store" in refusal("dashboard", "--store", tmp_path / "gone.db")
     assert "gone is no folder" in refusal("dashboard", tmp_path / "gone")
     with socket.socket() as taken:

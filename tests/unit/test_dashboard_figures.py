@@ -41,6 +41,21 @@ def test_accuracy_lies_over_bars_of_answers_a_second():
     assert line.name == "accuracy"
 
 
+def test_no_point_of_a_line_stands_before_the_first_value_or_after_the_last():
+    # Ten-second parts for two judgements, and one-second parts for the rest.
+    first, last = np.array([8.0, 9.0, 9.5]), np.array([51.0, 51.5])
+    for times in (first, last, np.concatenate([first, last])):
+        shares = trend(times, np.ones(len(times)), SPAN, is_share=True)
+        for figure in (
+            accuracy_figure(shares, trend(times, np.ones(len(times)), SPAN), span_seconds=60),
+            geometric_mean_figure(trend(times, np.ones(len(times)), SPAN)),
+        ):
+            for line in (one for one in figure.data if one.type == "scatter"):
+                at = line.x.astype("datetime64[ms]").astype(int) / 1000
+                assert min(times) <= min(at) and max(at) <= max(times)
+    assert shares.time[0] == 5.0 and shares.mean_time[0] == pytest.approx((8 + 9 + 9.5) / 3)
+
+
 def test_the_bars_of_ratios_are_shares_and_one_is_centred_at_1():
     figure = ratio_figure(np.array([1.0, 1.0, 1.0, 1.5]), np.array([0.5, 1.0]))
     before, newest = figure.data

@@ -46,10 +46,10 @@ def dashboard(
     from gmpo.dashboard.serving_page import dashboard_process, free_port
     from gmpo.dashboard.settings import DashboardSettings
 
-    folders = tuple(map(str, runs or []))
-    settings = DashboardSettings(store=store, runs=folders, every_seconds=every)
     if serve is not None and store is None:
         raise ConfigError("--serve records its answers; say where with --store")
+    folders = tuple(map(str, runs or []))
+    settings = DashboardSettings(store=store, runs=folders, every_seconds=every)
     _refuse_what_is_not_there(store, runs or [], is_made=serve is not None)
     if not is_loopback(host):
         warn(f"whoever reaches {host} may look: the page asks for no password")

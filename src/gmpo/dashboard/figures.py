@@ -300,10 +300,11 @@ def severity_figure(
 
 def _band(trend: Trend, name: str, colour: str) -> list[go.Scatter]:
     """A line with its band."""
+    at = moments(trend.mean_time)
     return [
-        *_filled(moments(trend.time), trend.low, trend.high, colour),
+        *_filled(at, trend.low, trend.high, colour),
         go.Scatter(
-            x=moments(trend.time),
+            x=at,
             y=trend.value,
             name=name,
             mode="lines+markers",

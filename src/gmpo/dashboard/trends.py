@@ -70,7 +70,8 @@ class Trend:
     """A figure over time, one point for each part of a span that holds a value.
 
     Attributes:
-        time: middle of the part, unix seconds, rising; `[K]`.
+        time: middle of the part, unix seconds, rising; `[K]`. It may lie before the first value.
+        mean_time: mean of the values' own times, for a point that stands for them.
         value: mean of its values.
         low: of a band about it.
         high: of that band.
@@ -78,6 +79,7 @@ class Trend:
     """
 
     time: Float[np.ndarray, " K"]
+    mean_time: Float[np.ndarray, " K"]
     value: Float[np.ndarray, " K"]
     low: Float[np.ndarray, " K"]
     high: Float[np.ndarray, " K"]
@@ -186,9 +188,11 @@ def trend(
     order = np.argsort(part, kind="stable")
     filled, starts = np.unique(part[order], return_index=True)
     groups = np.split(taken[order], starts[1:]) if len(filled) else []
+    moments = np.split(at[order], starts[1:]) if len(filled) else []
     bands = [_wilson(group) if is_share else _middle(group) for group in groups]
     return Trend(
         time=span.start + (filled + 0.5) * width,
+        mean_time=np.array([group.mean() for group in moments], dtype=float),
         value=np.array([group.mean() for group in groups], dtype=float),
         low=np.array([low for low, _ in bands], dtype=float),
         high=np.array([high for _, high in bands], dtype=float),
