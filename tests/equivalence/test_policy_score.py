@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,28 @@ def test_running_the_common_beginning_once_changes_neither_scores_nor_gradients(
         for name, gradient in weighted_gradients(policy, micro_batch([each])).items():
             apart[name] = apart.get(name, torch.zeros_like(gradient)) + gradient
     assert_gradients_close(together, apart, tolerance=WITHIN_PATH)
+
+
+@llama_families
+def test_no_gradient_depends_on_which_thread_comes_first(family: str):
+    # What brackets took is given back by atomic additions: right, and each time otherwise rounded.
+    logprobs = (
+        shared_policy(family, "fast").score(batch_of(PROMPTS["many tokens in common"])).logprobs
+    )
+    passes = {node.name() for node in nodes_before(logprobs.grad_fn)}
+    assert "IndexSelectBackward0" in passes
+    assert not {name for name in passes if name.startswith(("IndexBackward", "IndexPutBackward"))}
+
+
+def nodes_before(last: Any) -> Iterator[Any]:
+    """Every node of the graph that ends in one."""
+    seen, waiting = set(), [last]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [before for before, _ in node.next_functions]
 
 
 @pytest.mark.parametrize("engine", ["fast", "plain"])

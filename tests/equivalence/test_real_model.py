@@ -95,6 +95,22 @@ def test_fast_and_plain_scores_and_gradients_of_the_real_model_agree(
     assert (fast - plain).norm() / plain.norm() < 1e-4
 
 
+def test_a_gradient_in_bf16_is_the_same_every_time_on_several_threads(groups: list[Group]):
+    batch = one_batch(groups)
+    policy = Policy(load_model(MODEL, device="cpu", dtype="bf16"), engine="fast")
+    assert torch.get_num_threads() > 1, "one thread has one order"
+    found = []
+    for _ in range(12):
+        policy.forget_gradients()
+        policy.score(batch).logprobs.sum().backward()
+        policy.widen_gradients()
+        found.append({n: w.grad.clone() for n, w in policy.masters.items() if w.grad is not None})
+    assert len(found[0]) == len(policy.masters)
+    for each in found[1:]:
+        for name, gradient in each.items():
+            assert torch.equal(gradient, found[0][name]), name
+
+
 def test_sampler_log_probabilities_stay_within_the_bounds_for_old_ones(
     policies: tuple[Policy, Policy], groups: list[Group]
 ):

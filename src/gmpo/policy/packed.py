@@ -131,7 +131,9 @@ def scored_hidden_states(body: LlamaBody, batch: MicroBatch) -> Float[Tensor, "N
         run = functools.partial(recomputed, _run_layer)
     for layer in body.layers:
         hidden = run(body, layer, hidden, layout)
-    return body.final_norm(hidden[_predictors(generations, batch)])
+    # Not `hidden[...]`: threads would add the gradients of a prompt's last token, which all of its
+    # rows follow, in whichever order they come, and no two runs would be alike.
+    return body.final_norm(hidden.index_select(0, _predictors(generations, batch)))
 
 
 def _generations(body: LlamaBody, batch: MicroBatch) -> list[_Generation]:
