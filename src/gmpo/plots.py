@@ -20,7 +20,7 @@ from gmpo.recipe import load_recipe
 from gmpo.statistics import wilson_interval
 from gmpo.tracking import read_lines
 
-__all__ = ["plot_run"]
+__all__ = ["label_log_axis", "plot_run"]
 
 # Okabe and Ito's palette: told apart with any common colour blindness, and by lightness in print.
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
@@ -257,7 +257,7 @@ def _ratio_panel(ax: Axes, data: _RunData) -> None:
     q01, q99 = np.exp(log_q01), np.exp(log_q99)
     ax.vlines(steps, q01, q99, color=_BLUE, linewidth=width, label="1 % to 99 % quantile")
     _draw_clip_bounds(ax, data)
-    _label_log_axis(ax)
+    label_log_axis(ax)
     _legend(ax)
 
 
@@ -277,7 +277,7 @@ def _draw_clip_bounds(ax: Axes, data: _RunData) -> None:
         ax.axhline(bound, color="black", linestyle="--", linewidth=1, label=text)
 
 
-def _label_log_axis(ax: Axes) -> None:
+def label_log_axis(ax: Axes) -> None:
     """Plain numbers at round places; a narrow range has too few powers of ten to show."""
     bottom, top = ax.get_ylim()
     locator = MaxNLocator(6) if top / bottom < 5 else LogLocator(subs=(1.0, 2.0, 5.0), numticks=12)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from gmpo.errors import RunFolderError
+from gmpo.plots import label_log_axis
 from gmpo.study.report import RunReport, StudyReport
 
 __all__ = ["plot_study"]
@@ -91,9 +92,7 @@ def _draw_arms(ax: Axes, report: StudyReport, name: str, *, is_log: bool) -> Non
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#777777")
     elif is_log:
         ax.set_yscale("log")
-        # Plain numbers also between powers of ten, of which a narrow range has none.
-        for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis_format(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        label_log_axis(ax)
 
 
 def _series(run: RunReport, name: str) -> list[float]:
