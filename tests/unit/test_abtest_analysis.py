@@ -219,13 +219,47 @@ def test_a_trend_over_time_and_changed_shares_make_no_difference_of_the_arms():
         outcomes.append(
             Outcome(time=number + 0.5, unit=unit, success=success, quality=None, latency_seconds=1)
         )
-    found = analyse(experiment(), exposures, outcomes, now=4000.0)
+    changed = experiment(weights_since=2000.0)
+    found = analyse(changed, exposures, outcomes, now=4000.0)
     assert found.num_units == 2000 and not found.ratio.alarm
     assert found.primary.state == "unclear" and found.decision.action == "keep_running"
     # 2,000 s are counted, and the warning about a whole week is about those.
     assert any(one.startswith("0.6 hours of traffic") for one in found.warnings)
     pooled = [replace(one, weight=0.5) for one in exposures]
     assert analyse(experiment(), pooled, outcomes, now=4000.0).primary.state == "better"
+
+
+def test_back_at_an_earlier_share_its_units_count_no_more_and_are_not_said_to():
+    # Under 30 % in between, the candidate's first units had the control, which answers nothing.
+    exposures, outcomes = traffic((0.0, 1.0), units=200)
+    between = [
+        replace(one, time=1000.0 + one.time, variant="control", weight=0.7)
+        for one in exposures
+        if one.variant == "candidate"
+    ]
+    failed = [
+        replace(one, time=1000.5 + one.time, success=0) for one in outcomes if int(one.unit[1:]) % 2
+    ]
+    late, answered = traffic((0.0, 1.0), units=200)
+    late = [replace(one, time=3000.0 + one.time, unit=f"late {one.unit}") for one in late]
+    answered = [replace(one, time=3000.0 + one.time, unit=f"late {one.unit}") for one in answered]
+    found = analyse(
+        experiment(weights_since=2000.0),
+        [*exposures, *between, *late],
+        [*outcomes, *failed, *answered],
+        now=4000.0,
+    )
+    assert found.num_units == found.counts["units_under_other_weights"] == 200
+    assert found.primary.candidate.value == 1
+    assert "moved_units" not in found.counts
+
+
+def test_the_hours_counted_begin_with_the_present_shares_and_end_with_the_experiment():
+    exposures, outcomes = traffic((0.5, 0.5))
+    week = experiment(end_after_hours=200.0, weights_since=196 * 3600.0)
+    for now in (200 * 3600.0, 400 * 3600.0):
+        found = analyse(week, exposures, outcomes, now=now)
+        assert any(one.startswith("4.0 hours of traffic") for one in found.warnings)
 
 
 @pytest.mark.parametrize(

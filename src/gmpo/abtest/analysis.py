@@ -120,7 +120,7 @@ def analyse(
         judgements=judged,
         counts={name: count for name, count in found.items() if count},
         warnings=(
-            *warnings_about([*results.values()], found, _hours_counted(traffic, hours, now=now)),
+            *warnings_about([*results.values()], found, _hours_counted(experiment, plan, hours)),
             *warnings_of_presumed(results, judged),
         ),
         decision=decision,
@@ -130,12 +130,11 @@ def analyse(
     )
 
 
-def _hours_counted(traffic: Traffic, hours: float, *, now: float) -> float:
+def _hours_counted(experiment: Experiment, plan: ExperimentPlan, hours: float) -> float:
     """Hours of the traffic that counts: less than the experiment's once its shares were changed."""
-    if not traffic.counts.get("units_under_other_weights"):
+    if plan.weights_since is None:
         return hours
-    first = float(traffic.exposed[0]) if len(traffic.exposed) else now
-    return min(hours, max(0.0, now - first) / 3600)
+    return max(0.0, hours - (plan.weights_since - experiment.created) / 3600)
 
 
 def _path(traffic: Traffic, plan: ExperimentPlan, *, now: float) -> tuple[PathPoint, ...]:

@@ -40,6 +40,9 @@ class ExperimentPlan(Table):
     """What serves each arm, `control` and `candidate`."""
     weights: dict[str, float]
     """Share of the units of each arm, above 0, together 1."""
+    weights_since: float | None = None
+    """When the weights were last changed, unix seconds; None if never. Units that were exposed
+    before count no more, also where they had the same weights."""
     primary: MeanMetric = "success"
     """The one metric that decides about promotion."""
     guardrails: tuple[Guardrail, ...] = ()

@@ -72,9 +72,10 @@ def collect(
 ) -> Traffic:
     """Exposures and outcomes joined by unit.
 
-    A unit counts from its first exposure. Units first exposed under other weights than the plan's
-    are left out with their requests: shares changed with time would turn a trend over time into a
-    difference of arms. A failed request without a quality has quality 0.
+    A unit counts from its first exposure. Units first exposed under other weights than the plan's,
+    or before these were set, are left out with their requests: shares changed with time would turn
+    a trend over time into a difference of arms, and what was seen of a unit under one share may
+    since have come from the other arm. A failed request without a quality has quality 0.
     """
     counts: Counter[str] = Counter()
     kept, left_out = _first_exposures(plan, exposures, counts)
@@ -161,17 +162,20 @@ def _first_exposures(
         counts["repeated_exposures"] += 1
         if before.variant != exposure.variant:
             moved.add(exposure.unit)
-    counts["moved_units"] = len(moved)
     kept, left_out = [], set()
+    since = plan.weights_since or -math.inf
     for exposure in first.values():
         if exposure.variant not in plan.weights:
             counts["units_of_unknown_variants"] += 1
             left_out.add(exposure.unit)
-        elif not math.isclose(exposure.weight, plan.weights[exposure.variant], abs_tol=1e-9):
+        elif exposure.time < since or not math.isclose(
+            exposure.weight, plan.weights[exposure.variant], abs_tol=1e-9
+        ):
             counts["units_under_other_weights"] += 1
             left_out.add(exposure.unit)
         else:
             kept.append(exposure)
+    counts["moved_units"] = len(moved - left_out)
     return kept, left_out
 
 

@@ -179,8 +179,9 @@ def weights(
     with existing_store(store) as opened:
         experiment = _experiment(opened, name)
         before = plan_of(experiment.config)
-        plan = plan_of({**experiment.config, "weights": _weights(share)})
         now = time.time()
+        changed_to = {"weights": _weights(share), "weights_since": now}
+        plan = plan_of({**experiment.config, **changed_to})
         ends = plan.ends(experiment.created)
         if experiment.status != "running" or (ends is not None and now >= ends):
             raise ConfigError(
