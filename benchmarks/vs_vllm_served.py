@@ -30,7 +30,13 @@ import numpy as np
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
 from benchmarks.load_clients import answers_of
-from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.options import (
+    BenchmarkError,
+    add_threads,
+    ends_clearly,
+    require_at_least_one,
+    require_threads,
+)
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import python_of
 from benchmarks.vs_vllm import LEAST_PAIRS, add_venv, require_vllm, vllm_environment
@@ -121,12 +127,15 @@ def vllm_server(model: str, options: argparse.Namespace) -> Iterator[str]:
     """vLLM's own server on a free port, and its base URL."""
     with bound_socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    command = [str(python_of(options.venv)), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--served-model-name", NAME, "--host", "127.0.0.1"]
+    # It starts in another folder, where a module of this repository cannot be taken for its own.
+    python = python_of(options.venv).absolute()
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", os.path.abspath(model), "--served-model-name", NAME]
+    command += ["--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", str(_CACHE_POSITIONS)]
     command += ["--dtype", {"fp32": "float32", "bf16": "bfloat16"}[options.dtype]]
     environment = {**os.environ, **vllm_environment(options)}
-    environment["PATH"] = f"{python_of(options.venv).parent}:{os.environ['PATH']}"
+    environment["PATH"] = f"{python.parent}:{os.environ['PATH']}"
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         print("starting vLLM", flush=True)
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
@@ -135,7 +144,11 @@ def vllm_server(model: str, options: argparse.Namespace) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -151,7 +164,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     end = "\n".join(log.read_text().splitlines()[-15:])
     code = process.poll()
     how = "did not serve in time" if code is None else f"ended with code {code}"
-    raise SystemExit(f"vLLM's server {how}; its log ends:\n{end}")
+    raise BenchmarkError(f"vLLM's server {how}; its log ends:\n{end}")
 
 
 def measure(urls: Mapping[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -180,7 +193,7 @@ def asked(url: str, prompts: Sequence[str], options: argparse.Namespace) -> dict
     """What the clients got of one server: tokens/s and latency; all must be answered by 200.
 
     Raises:
-        SystemExit: one was not.
+        BenchmarkError: one was not.
     """
     answers = answers_of(
         {
@@ -194,7 +207,7 @@ def asked(url: str, prompts: Sequence[str], options: argparse.Namespace) -> dict
         folder=REPOSITORY,
     )
     if failed := [answer["status"] for answer in answers if answer["status"] != httpx2.codes.OK]:
-        raise SystemExit(
+        raise BenchmarkError(
             f"{len(failed)} of {len(answers)} requests to {url} failed (status {failed[0]}), so "
             "its times cannot be compared"
         )

@@ -164,9 +164,10 @@ def drop_weights(run: Path, *, why: str) -> None:
     Raises:
         RunFolderError: the sentence cannot be written.
     """
+    had_weights = (run / "checkpoints").is_dir()
     for name in ("checkpoints", "rounds"):
         shutil.rmtree(run / name, ignore_errors=True)
-    if run.is_dir():
+    if had_weights:
         RunFolder(run).write_text(WEIGHTS_REMOVED, why + "\n")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks import vs_vllm_served
+from benchmarks.options import BenchmarkError
 from benchmarks.vs_vllm_served import NAME, SERVERS, measure, parsed, prompts_of, summary, table
 from tests.models import save_tiny
 
@@ -61,7 +62,9 @@ def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path):
             [sys.executable, "-c", "print('no such device'); raise SystemExit(3)"], stdout=output
         )
         process.wait()
-        with pytest.raises(SystemExit, match=r"ended with code 3; its log ends:\nno such device"):
+        with pytest.raises(
+            BenchmarkError, match=r"ended with code 3; its log ends:\nno such device"
+        ):
             vs_vllm_served.wait_for("http://127.0.0.1:1/health", process, log)
 
 
@@ -72,7 +75,7 @@ def test_refused_requests_end_the_benchmark(tmp_path: Path):
         served_process(
             folder, arguments=("--name", "other", "--dtype", "fp32"), threads=1, seconds=120
         ) as url,
-        pytest.raises(SystemExit, match=r"failed \(status 404\), so its times"),
+        pytest.raises(BenchmarkError, match=r"failed \(status 404\), so its times"),
     ):
         vs_vllm_served.asked(url, ["1"], options)
 

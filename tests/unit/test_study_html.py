@@ -92,7 +92,8 @@ def test_it_says_that_pairs_were_not_checked_where_no_rollouts_were_kept(tmp_pat
         report_of(plan_of(recipe, quick=True), tmp_path, found), same_prompts=None, same_start=None
     )
     html = study_html(report, [])
-    assert "alike was not checked: not all of them kept rollouts" in html
+    assert "alike was not checked: some have no other run" in html
+    assert "or kept no rollouts (tracking.groups_per_round" in html
     assert "first round, in the runs of each seed: not checked, see above" in html
 
 

@@ -130,7 +130,7 @@ def analyse(
     )
 
 
-def _hours_counted(experiment: Experiment, plan: ExperimentPlan, hours: float) -> float:
+def _hours_counted(experiment: Registered, plan: ExperimentPlan, hours: float) -> float:
     """Hours of the traffic that counts: less than the experiment's once its shares were changed."""
     if plan.weights_since is None:
         return hours

@@ -99,9 +99,9 @@ def _faults(report: StudyReport) -> str:
         )
     if None in (report.same_prompts, report.same_start):
         found.append(
-            "Whether runs of one seed asked the same prompts and began alike was not checked: not "
-            "all of them kept rollouts to compare (tracking.groups_per_round is "
-            f"{report.plan.recipe.tracking.groups_per_round}; 1 is enough)."
+            "Whether runs of one seed asked the same prompts and began alike was not checked: "
+            "some have no other run of their seed that has ended, or kept no rollouts (tracking."
+            f"groups_per_round is {report.plan.recipe.tracking.groups_per_round}; 1 is enough)."
         )
     if len(report.made_with) > 1:
         found.append(
