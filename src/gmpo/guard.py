@@ -4,7 +4,8 @@
 out. An alarm needs two things, so that healthy learning raises none: a drift test over the frozen
 baseline of the run's first rounds (`gmpo.detectors`), and a recent level that is off by an amount
 that matters. Ratios and the sampler's mismatch have bounds of their own besides, which hold from
-the first round on. What is never without a value in a healthy round has to be finite.
+the first round on, and a round's gradient has one by its baseline, since gradients have no unit.
+What is never without a value in a healthy round has to be finite.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import numpy as np
 
 from gmpo.detectors import (
     Baseline,
-    Direction,
     cumulative_sum,
     drift_onset,
     drifts,
@@ -27,6 +27,7 @@ from gmpo.detectors import (
     scaled,
 )
 from gmpo.guard_events import RESPONSES, GuardEvent
+from gmpo.guard_signals import SIGNALS, TINY, TRIAL_SIGNALS, Signal
 from gmpo.spikes import StepVerdict
 
 __all__ = [
@@ -43,11 +44,12 @@ _HELD_OUT_ERRORS = 4.5
 _WARM_UP_ROUNDS = 20
 """Rounds of the baseline; 80 optimizer steps with 4 a round."""
 _RECENT_ROUNDS = 5
+_FEWEST_ROUNDS = 5
+"""With fewer rounds before it a round is not compared to them during warm-up."""
 _DEAD_ROUNDS = 10
 _MOST_VALUES = 200
 _DEAD_SHARE = 0.9
 _LOST_SHARE = 0.5
-_TINY = 1e-12
 _ALWAYS_FINITE = (
     "update/loss",
     "update/gradient_norm",
@@ -56,11 +58,6 @@ _ALWAYS_FINITE = (
 )
 """Left out of a round where they say nothing. Other figures may be NaN: the mean reward of a round
 in which no rollout has one, entropy without a token that the policy drew, a cosine of no gradient.
-"""
-_TRIAL_SUM = 10.0
-"""Threshold of Page's cumulative sum, which a stream that lies as before is above at any one time
-with probability exp(-10) at most. The other drift tests follow the mean, and a shift of two
-deviations after 20 rounds is lost on them.
 """
 _OF_A_STEP = ("update/loss", "update/gradient_norm")
 
@@ -128,99 +125,6 @@ class GuardState:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Signal:
-    """How one alarm reads its metric.
-
-    `effect` is the smallest recent deviation that matters, in the transform's unit, and
-    `effect_scales` the same in baseline scales; `beyond` and `at_once` are bounds on the metric
-    itself, of a drift and of a single round. `summed` is a threshold of Page's cumulative sum, a
-    third drift test.
-    """
-
-    metric: str
-    direction: Direction
-    smallest_scale: float
-    effect: float = 0.0
-    effect_scales: float = 0.0
-    is_log: bool = True
-    beyond: float | None = None
-    at_once: float | None = None
-    summed: float | None = None
-    follows_improvement: bool = False
-    unless_improved: bool = False
-
-    def read(self, metrics: Mapping[str, float | None]) -> float | None:
-        value = metrics.get(self.metric)
-        if value is None or not math.isfinite(value):
-            return None
-        return math.log(max(value, _TINY)) if self.is_log else value
-
-    def shown(self, value: float) -> float:
-        return math.exp(value) if self.is_log else value
-
-
-_SIGNALS: Mapping[str, _Signal] = {
-    # Rewards of 0 and 1 are meant; the baseline moves up with the reward, never down.
-    "reward_drop": _Signal(
-        metric="rollout/reward",
-        direction="down",
-        smallest_scale=0.02,
-        effect_scales=3.0,
-        is_log=False,
-        follows_improvement=True,
-    ),
-    "entropy_surge": _Signal(
-        metric="rollout/entropy", direction="up", smallest_scale=0.15, effect=math.log(2)
-    ),
-    "entropy_collapse": _Signal(
-        metric="rollout/entropy",
-        direction="down",
-        smallest_scale=0.15,
-        effect=math.log(10),
-        unless_improved=True,
-    ),
-    "gradient_growth": _Signal(
-        metric="update/gradient_norm", direction="up", smallest_scale=0.3, effect=math.log(10)
-    ),
-    "ratio_explosion": _Signal(
-        metric="ratio/am_gm_gap",
-        direction="up",
-        smallest_scale=0.7,
-        effect=math.log(10),
-        beyond=0.1,
-        at_once=1.0,
-    ),
-    "length_runaway": _Signal(
-        metric="rollout/completion_tokens",
-        direction="up",
-        smallest_scale=0.05,
-        effect=math.log(1.5),
-        unless_improved=True,
-    ),
-    # 0.005 nats is the largest mismatch at which the sampler's own log-probabilities are used.
-    "sampler_mismatch": _Signal(
-        metric="rollout/mismatch_mean",
-        direction="up",
-        smallest_scale=1.0,
-        effect=math.log(5),
-        beyond=0.005,
-        at_once=0.25,
-    ),
-}
-
-
-_TRIAL_SIGNALS: Mapping[str, _Signal] = {
-    **_SIGNALS,
-    "reward_drop": replace(_SIGNALS["reward_drop"], effect_scales=1.5, summed=_TRIAL_SUM),
-    # It grows with the square of the step size, which has been lowered.
-    "ratio_explosion": replace(
-        _SIGNALS["ratio_explosion"], effect=math.log(3), beyond=None, summed=_TRIAL_SUM
-    ),
-}
-"""After a roll-back: the trouble may go on in less, and a smaller step size moves ratios less."""
-
-
 def decide(
     metrics: Mapping[str, float | None],
     state: GuardState,
@@ -238,7 +142,7 @@ def decide(
         is_on_trial: the run has been rolled back and may be again: smaller drifts of ratios and
             reward count.
     """
-    signals = _TRIAL_SIGNALS if is_on_trial else _SIGNALS
+    signals = TRIAL_SIGNALS if is_on_trial else SIGNALS
     tracks = {
         name: _followed(signal, state.tracks.get(name, Track()), metrics, round_number)
         for name, signal in signals.items()
@@ -299,16 +203,16 @@ def skipped_step_event(verdict: StepVerdict, *, round_number: int, step: int) ->
         baseline=verdict.baseline,
         threshold=verdict.threshold,
     )
-    return replace(event, step=step)
+    return replace(event, step=step, action="skip_step")
 
 
 def _followed(
-    signal: _Signal, track: Track, metrics: Mapping[str, float | None], round_number: int
+    signal: Signal, track: Track, metrics: Mapping[str, float | None], round_number: int
 ) -> Track:
     """The track with the round's value, its baseline fixed or moved up if it is time."""
     value = signal.read(metrics)
     # A step without live rows has gradient 0, which says nothing about gradients.
-    if value is None or (signal.is_log and value <= math.log(_TINY)):
+    if value is None or (signal.is_log and value <= math.log(TINY)):
         return track
     track = replace(
         track,
@@ -323,7 +227,7 @@ def _followed(
     return _moved_up(signal, track, track.baseline) if signal.follows_improvement else track
 
 
-def _moved_up(signal: _Signal, track: Track, baseline: Baseline) -> Track:
+def _moved_up(signal: Signal, track: Track, baseline: Baseline) -> Track:
     """Anchored at the last rounds if these are better: a baseline that never absorbs a fall."""
     latest = track.values[-_WARM_UP_ROUNDS:]
     better = robust_baseline(latest, smallest_scale=signal.smallest_scale)
@@ -342,7 +246,7 @@ def _events(
     metrics: Mapping[str, float | None],
     state: GuardState,
     round_number: int,
-    signals: Mapping[str, _Signal],
+    signals: Mapping[str, Signal],
 ) -> Iterator[GuardEvent]:
     broken = next(_not_finite(metrics), None)
     if broken is not None:
@@ -369,12 +273,15 @@ def _events(
     for name, signal in signals.items():
         if signal.unless_improved and improved:
             continue
+        # A step that was left out has an event of its own, and is in the round's mean.
+        if signal.in_one_round and _has_left_out(metrics):
+            continue
         yield from _of_signal(name, signal, state.tracks[name], metrics, round_number)
 
 
 def _of_signal(
     name: str,
-    signal: _Signal,
+    signal: Signal,
     track: Track,
     metrics: Mapping[str, float | None],
     round_number: int,
@@ -383,20 +290,22 @@ def _of_signal(
     if signal.at_once is not None and now is not None and now > signal.at_once:
         yield _event(name, round_number, metric=signal.metric, value=now, threshold=signal.at_once)
         return
-    baseline = track.baseline
-    if baseline is None or not track.rounds or track.rounds[-1] != round_number:
+    if not track.rounds or track.rounds[-1] != round_number:
+        return
+    baseline = _baseline_of(signal, track)
+    if baseline is None:
         return
     sign = 1 if signal.direction == "up" else -1
     least = max(signal.effect, signal.effect_scales * baseline.scale)
-    recent = median(track.values[-_RECENT_ROUNDS:])
+    recent = track.values[-1] if signal.in_one_round else median(track.values[-_RECENT_ROUNDS:])
     if sign * (recent - baseline.center) <= least:
         return
     if signal.beyond is not None and signal.shown(recent) <= signal.beyond:
         return
-    z = scaled(track.values, baseline)
-    test = drifts(z, direction=signal.direction) or _summed(z, signal)
-    if test is None:
+    found = ("bound", round_number) if signal.in_one_round else _drift(signal, track, baseline)
+    if found is None:
         return
+    test, onset = found
     yield _event(
         name,
         round_number,
@@ -405,11 +314,28 @@ def _of_signal(
         baseline=signal.shown(baseline.center),
         threshold=signal.shown(baseline.center + sign * least),
         test=test,
-        onset=track.rounds[drift_onset(z, direction=signal.direction)],
+        onset=onset,
     )
 
 
-def _summed(z: np.ndarray, signal: _Signal) -> str | None:
+def _baseline_of(signal: Signal, track: Track) -> Baseline | None:
+    """What the last value is held against; None while it cannot be."""
+    before = track.values[:-1]
+    if track.baseline is not None or not signal.in_one_round or len(before) < _FEWEST_ROUNDS:
+        return track.baseline
+    return robust_baseline(before, smallest_scale=signal.smallest_scale)
+
+
+def _drift(signal: Signal, track: Track, baseline: Baseline) -> tuple[str, int] | None:
+    """The test that finds one, and the round with which it most likely began."""
+    z = scaled(track.values, baseline)
+    test = drifts(z, direction=signal.direction) or _summed(z, signal)
+    if test is None:
+        return None
+    return test, track.rounds[drift_onset(z, direction=signal.direction)]
+
+
+def _summed(z: np.ndarray, signal: Signal) -> str | None:
     """The third test's name, if the signal has it and it finds a drift."""
     total = 0.0
     for value in z:
@@ -453,14 +379,17 @@ def _has_improved(track: Track) -> bool:
 
 def _not_finite(metrics: Mapping[str, float | None]) -> Iterator[str]:
     """Figures that cannot be without a value, and are."""
-    # A step that was left out has an event of its own, and moved nothing.
-    has_left_out = bool(metrics.get("update/skipped_steps_total"))
     for name in _ALWAYS_FINITE:
-        if name not in metrics or (has_left_out and name in _OF_A_STEP):
+        # A step that was left out has an event of its own, and moved nothing.
+        if name not in metrics or (name in _OF_A_STEP and _has_left_out(metrics)):
             continue
         value = metrics[name]
         if value is None or not math.isfinite(value):
             yield name
+
+
+def _has_left_out(metrics: Mapping[str, float | None]) -> bool:
+    return bool(metrics.get("update/skipped_steps_total"))
 
 
 def _is_dead(metrics: Mapping[str, float | None]) -> bool:

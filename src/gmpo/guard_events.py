@@ -70,12 +70,13 @@ RESPONSES: Mapping[str, Response] = {
         recommended_action="lower training.learning_rate; go on from a checkpoint before it",
     ),
     "gradient_spike": Response(
-        action="skip_step",
+        action="warn",
         recommended_action="a single one needs nothing; if they come again, look at the texts of "
-        "these rounds, or lower training.learning_rate",
+        "these rounds, leave such steps out (guard.skip_steps = true), or lower "
+        "training.learning_rate",
     ),
 }
-"""Every alarm there is."""
+"""Every alarm there is; an optimizer step that was left out has the action `skip_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,12 @@ from gmpo.guard_events import RESPONSES
 from gmpo.monitoring.actions import ACTIONS
 from gmpo.monitoring.alerts import Condition
 from gmpo.monitoring.severity import AnomalyReport, level_of
-from gmpo.monitoring.training_anomalies import RATIO_BOUNDS, TRAINING_DETECTORS, training_report
+from gmpo.monitoring.training_anomalies import (
+    RATIO_BOUNDS,
+    TRAINING_DETECTORS,
+    is_left_out,
+    training_report,
+)
 from gmpo.schedules import judged_metrics
 from gmpo.tracking import read_lines
 
@@ -36,7 +41,7 @@ class RunHealth:
 def run_health(folder: Path) -> RunHealth:
     """What is wrong with a run after its last round.
 
-    The guard writes an alarm once, so the rounds are judged anew to see which causes go on. Two
+    The guard writes an alarm once, so the rounds are judged anew to see which causes go on. Three
     alarms do not come from rounds: a value that was not finite lasts until that round is there, a
     drop of held-out accuracy until the next evaluation. What a roll-back has answered is over, and
     a step left out needs nothing: it is in the report of its round alone.
@@ -68,7 +73,8 @@ def run_health(folder: Path) -> RunHealth:
         goes_on = {
             "non_finite": last_round < event["round"],
             "held_out_drop": last_evaluation <= event["round"],
-            "gradient_spike": last_round <= event["round"],
+            # The spike of a round, whose steps were taken, is judged anew like a drift.
+            "gradient_spike": last_round <= event["round"] and is_left_out(event),
         }
         alarm = event.get("alarm", "")  # events of other kinds are none
         if goes_on.get(alarm, False) and event["taken"] != "roll_back":
@@ -95,7 +101,7 @@ def _conditions(
     """Of each alarm and bound, and of all together where they are worse than each alone."""
     is_critical = False
     for name, event in alarms.items():
-        if RESPONSES[name].action != "skip_step":
+        if not is_left_out(event):
             is_critical |= RESPONSES[name].action == "roll_back"
             yield _condition(folder, name, _summary(event))
     for name, bound in RATIO_BOUNDS.items():

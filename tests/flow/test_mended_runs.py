@@ -260,7 +260,8 @@ def test_a_policy_that_unlearns_what_was_meant_is_taken_back(model: str, tmp_pat
         reward={"weights": {"format": 1.0}, "format_pattern": r"0.*"},
         # With 1e-3 the ratios come near their own limit: on one kind of processor they passed it.
         training={"rounds": 12, "steps_per_round": 4, "learning_rate": 6e-4, "seed": 0},
-        checkpoint={"every_rounds": 2, "keep": 3},
+        # A checkpoint of every evaluation: which of them tells the drop depends on the processor.
+        checkpoint={"every_rounds": 2, "keep": 6},
         evaluation={"every_rounds": 4, "items_during": 60, "few_shot": 0, "sampled": False},
         guard={"mode": "mend", "learning_rate_factor": 0.001, "most_rollbacks": 2},
     )

@@ -39,6 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "statistics",
         "detectors",
         "spikes",
+        "guard_signals",
         "objective",
         "advantages",
         "kernels",

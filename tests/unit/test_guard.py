@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.guard_traces import Metrics, healthy, steady
 
 from gmpo.guard import GuardState, Measured, decide, judge_evaluation
 from gmpo.guard_events import RESPONSES, GuardEvent
-
-Metrics = dict[str, float | None]
-
-
-def healthy(seed: int = 0, *, rounds: int = 60) -> list[Metrics]:
-    """A run that learns: reward rises, entropy falls, and all scatters as in small runs."""
-    chance = np.random.default_rng(seed)
-    trace: list[Metrics] = []
-    for number in range(rounds):
-        done = number / rounds
-        trace.append(
-            {
-                "rollout/reward": float(np.clip(0.2 + 0.7 * done + chance.normal(0, 0.08), 0, 1)),
-                "rollout/entropy": float(np.exp(-1.5 * done + chance.normal(0, 0.15))),
-                "rollout/completion_tokens": float(5 + chance.normal(0, 0.2)),
-                "rollout/tokens": 320.0,
-                "rollout/groups": 8.0,
-                "rollout/dead_groups": float(chance.integers(0, 5)),
-                "rollout/errors_total": 0.0,
-                "rollout/mismatch_mean": float(np.exp(chance.normal(-15, 0.6))),
-                "update/gradient_norm": float(np.exp(chance.normal(0, 0.4))),
-                "ratio/am_gm_gap": float(np.exp(chance.normal(-6, 1.2))),
-            }
-        )
-    return trace
 
 
 def broken(change: Mapping[str, float | None], *, first: int = 31, seed: int = 0) -> list[Metrics]:
@@ -105,6 +81,77 @@ def test_a_bound_is_found_in_its_round_also_in_the_first(
     assert (event.alarm, event.round, event.onset, event.test) == (alarm, 1, 1, "bound")
 
 
+def spiked(rounds: Collection[int], norm: float, *, seed: int = 0) -> list[Metrics]:
+    """A healthy run whose gradient norm is this in these rounds."""
+    return [
+        {**line, "update/gradient_norm": norm} if number in rounds else line
+        for number, line in enumerate(healthy(seed), start=1)
+    ]
+
+
+@pytest.mark.parametrize("lasts", [1, 2, 5])
+@pytest.mark.parametrize("first", [6, 19, 20, 21, 31, 55])
+def test_a_spike_of_the_gradient_is_found_in_its_round_and_told_once(first: int, lasts: int):
+    (event,) = events_of(spiked(range(first, first + lasts), 1e6))
+    assert (event.alarm, event.round, event.onset) == ("gradient_spike", first, first)
+    assert (event.metric, event.test) == ("update/gradient_norm", "bound")
+    assert (event.action, event.severity) == ("warn", "warning")
+    assert event.value == pytest.approx(1e6)
+    assert event.baseline is not None and 0.5 < event.baseline < 2
+    assert event.threshold is not None and 10 * event.baseline <= event.threshold < 40
+    assert event.recommended_action == RESPONSES["gradient_spike"].recommended_action
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_thirty_times_the_largest_healthy_gradient_is_a_spike(seed: int):
+    largest = max(line["update/gradient_norm"] or 0 for line in healthy(seed))
+    (event,) = events_of(spiked([31], 30 * largest, seed=seed))
+    assert (event.alarm, event.round) == ("gradient_spike", 31)
+
+
+def test_each_spike_of_the_gradient_is_told():
+    assert [event.round for event in events_of(spiked([31, 33], 1e6))] == [31, 33]
+
+
+@pytest.mark.parametrize(
+    ("norms", "threshold"),
+    [
+        # No scatter: ten times, more than exp(6 0.3) = 6.05.
+        ([1.0, 1.0], 10.0),
+        # Logarithms 1 apart: center 0, deviation 1.4826 0.5; exp(6 1.4826 0.5) = 85.4.
+        ([math.exp(0.5), math.exp(-0.5)], 85.4),
+    ],
+)
+@pytest.mark.parametrize("before", [6, 20])
+def test_a_spike_of_the_gradient_has_a_hand_computed_threshold(
+    norms: list[float], threshold: float, before: int
+):
+    usual: list[Metrics] = [{"update/gradient_norm": norms[place % 2]} for place in range(before)]
+    (event,) = events_of([*usual, {"update/gradient_norm": 1.01 * threshold}])
+    assert event.threshold == pytest.approx(threshold, rel=1e-3)
+    assert event.baseline == pytest.approx(1)
+    assert events_of([*usual, {"update/gradient_norm": 0.99 * threshold}]) == []
+
+
+def test_a_gradient_is_compared_once_five_rounds_had_one():
+    dead: Metrics = {"update/gradient_norm": 0.0}
+    usual: Metrics = {"update/gradient_norm": 1.0}
+    assert events_of([*[dead] * 9, *[usual] * 4, {"update/gradient_norm": 1e6}]) == []
+    (event,) = events_of([*[dead] * 9, *[usual] * 5, {"update/gradient_norm": 1e6}])
+    assert (event.alarm, event.round) == ("gradient_spike", 15)
+
+
+def test_steps_left_out_are_no_spike_of_their_round():
+    trace = spiked([31], 1e6)
+    trace[30] = {**trace[30], "update/skipped_steps_total": 1.0}
+    assert events_of(trace) == []
+
+
+def test_a_gradient_that_stays_high_is_a_spike_first_and_then_a_drift():
+    found = [(e.alarm, e.severity) for e in events_of(spiked(range(31, 61), 30.0))]
+    assert found == [("gradient_spike", "warning"), ("gradient_growth", "critical")]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize(
     "metric",
@@ -136,20 +183,6 @@ def test_figures_that_may_be_without_a_value_raise_nothing(change: dict[str, flo
 def test_a_step_left_out_does_not_hide_what_the_others_broke():
     change = {"update/skipped_steps_total": 1.0, "ratio/am_gm_gap": math.nan}
     assert {event.alarm for event in events_of(broken(change, first=5))} == {"non_finite"}
-
-
-def steady(seed: int, *, rounds: int = 60) -> list[Metrics]:
-    """A run that has learned what it can."""
-    chance = np.random.default_rng(seed)
-    flat = {"rollout/entropy": 0.4, "rollout/groups": 8.0, "rollout/dead_groups": 1.0}
-    return [
-        flat
-        | {
-            "rollout/reward": float(chance.normal(0.6, 0.08)),
-            "ratio/am_gm_gap": float(np.exp(chance.normal(-6.5, 1.0))),
-        }
-        for _ in range(rounds)
-    ]
 
 
 def trial_of(trace: Sequence[Metrics], *, first: int = 21) -> list[GuardEvent]:

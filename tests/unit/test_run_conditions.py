@@ -110,6 +110,21 @@ def test_a_step_left_out_is_in_the_report_of_its_round_alone(tmp_path: Path):
     assert run_health(later).report.severity == 0
 
 
+def test_a_spike_whose_steps_were_taken_is_a_warning_of_its_round_alone(tmp_path: Path):
+    usual = [round_line(n, **{"update/gradient_norm": 1.0}) for n in range(1, 7)]
+    spike = round_line(7, **{"update/gradient_norm": 99.0})
+    # Told in an attempt that was given up: no round of this one shows it.
+    told = [event("gradient_spike", 9)]
+    assert names(run_folder(tmp_path / "run", usual, told)) == []
+    health = run_health(run_folder(tmp_path / "run", [*usual, spike], told))
+    (found,) = health.conditions
+    assert (found.labels["alertname"], found.severity) == ("GmpoGradientSpike", "warning")
+    assert found.annotations["summary"].startswith("update/gradient_norm is 99, beyond 10, since")
+    assert (health.report.severity, health.report.level) == (0.5, "warning")
+    after = round_line(8, **{"update/gradient_norm": 1.0})
+    assert names(run_folder(tmp_path / "run", [*usual, spike, after], told)) == []
+
+
 def test_ratios_that_spread_are_a_warning(tmp_path: Path):
     # (0.8 - 0.56) / 0.3 = 0.8, times 0.6 is 0.48; at 0.65 it is 0.3 and not told.
     wide = [round_line(n, **{"ratio/effective_sample_fraction": 0.56}) for n in range(1, 6)]

@@ -8,7 +8,7 @@ baseline, since both figures are 1 and 0 where nothing has moved.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -22,14 +22,20 @@ from gmpo.monitoring.severity import (
     report_of,
 )
 
-__all__ = ["RATIO_BOUNDS", "TRAINING_DETECTORS", "RatioBound", "training_report"]
+__all__ = [
+    "RATIO_BOUNDS",
+    "TRAINING_DETECTORS",
+    "RatioBound",
+    "is_left_out",
+    "training_report",
+]
 
 _RECENT_ROUNDS = 5
 _CRITICAL, _WARNING, _NOTE = 0.8, 0.5, 0.3
 
 TRAINING_DETECTORS: Mapping[str, tuple[Family, float]] = {
     "gradient_growth": ("statistical", _CRITICAL),
-    "gradient_spike": ("statistical", _NOTE),
+    "gradient_spike": ("statistical", _WARNING),
     "non_finite": ("statistical", _CRITICAL),
     "entropy_surge": ("statistical", _CRITICAL),
     "entropy_collapse": ("statistical", _WARNING),
@@ -70,19 +76,29 @@ RATIO_BOUNDS: Mapping[str, RatioBound] = {
 """By detector."""
 
 
+def is_left_out(alarm: Mapping[str, Any]) -> bool:
+    """Whether the alarm is about an optimizer step that was left out, which needs nothing.
+
+    Args:
+        alarm: an event of the guard; one that is not from a run's file has no `taken`, and is none.
+    """
+    return alarm.get("taken") == "skip_step"
+
+
 def training_report(
     alarms: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, float | None]]
 ) -> AnomalyReport:
     """What is out of the ordinary in a run now.
 
     Args:
-        alarms: of the guard whose cause goes on: `value` and `baseline` by alarm.
+        alarms: of the guard whose cause goes on: `value` and `baseline` by alarm, and `taken` of
+            a step left out, which weighs less than a spike whose steps were taken.
         rounds: metrics of the last rounds; of the bounds, the last five that have the metric count.
     """
-    findings = {
-        name: _finding(name, score=1.0, value=alarm["value"], baseline=alarm["baseline"])
-        for name, alarm in alarms.items()
-    }
+    findings = {}
+    for name, alarm in alarms.items():
+        found = _finding(name, score=1.0, value=alarm["value"], baseline=alarm["baseline"])
+        findings[name] = replace(found, weight=_NOTE) if is_left_out(alarm) else found
     for name, bound in RATIO_BOUNDS.items():
         seen = _recent(rounds, bound.metric)
         if seen:
