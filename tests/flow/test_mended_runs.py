@@ -206,6 +206,15 @@ def test_steps_with_a_spike_are_left_out_and_counted(model: str, tmp_path: Path)
     assert summarize_run(tmp_path).skipped_steps_total == len(skipped)
 
 
+def test_a_spike_whose_steps_are_taken_is_a_warning(model: str, tmp_path: Path):
+    guard_rewards.forget_calls()
+    train(spiking(model), folder=tmp_path, warn=lambda _: None)
+    (spike,) = [event for event in events(tmp_path) if event["alarm"] == "gradient_spike"]
+    assert (spike["round"], spike["step"], spike["severity"]) == (7, None, "warning")
+    assert spike["taken"] == spike["action"] == "warn"
+    assert spike["value"] > spike["threshold"] > spike["baseline"]
+
+
 def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(model: str, tmp_path: Path):
     guard_rewards.forget_calls()
     config = spiking(model, "endless_once", skip_steps=True)
