@@ -38,6 +38,12 @@ def quantile_of_differences(less: Times, more: Times, quantile: float) -> Differ
     return _with_interval(lambda drawn: float(np.quantile(longer[drawn], quantile)), len(longer))
 
 
+def shown(difference: dict[str, float]) -> str:
+    """A `Difference`, as a dictionary, in words."""
+    low, high = difference["low"], difference["high"]
+    return f"{difference['value']:.2f} ms ({low:.2f} to {high:.2f})"
+
+
 def _with_interval(of_pairs: Callable[[NDArray[np.intp]], float], num_pairs: int) -> Difference:
     """The figure of all pairs; the interval is from pairs drawn with replacement.
 

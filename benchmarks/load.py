@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
-from benchmarks.differences import Difference, quantile_difference
+from benchmarks.differences import Difference, quantile_difference, shown
 from benchmarks.load_clients import answers_of
 from benchmarks.options import add_threads, require_at_least_one, require_threads
 from benchmarks.upstream_latency import (
@@ -46,7 +46,6 @@ from benchmarks.upstream_latency import (
     added_to_upstream,
     report_upstream,
     seconds_of_answer,
-    shown,
 )
 from gmpo.config import ModelConfig
 from gmpo.records import Message, Prompt

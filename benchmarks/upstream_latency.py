@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.differences import Difference, quantile_difference, quantile_of_differences
+from benchmarks.differences import Difference, quantile_difference, quantile_of_differences, shown
 from gmpo.continual.serving import served_process
 
 NAME = "model"
@@ -144,9 +144,3 @@ def report_upstream(added: dict[str, Any]) -> str:
             f"pair by pair by {shown(added['server_paired_p99'])}",
         )
     )
-
-
-def shown(difference: dict[str, float]) -> str:
-    """A `Difference`, as a dictionary, in words."""
-    low, high = difference["low"], difference["high"]
-    return f"{difference['value']:.2f} ms ({low:.2f} to {high:.2f})"

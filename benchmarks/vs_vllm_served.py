@@ -41,6 +41,7 @@ from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import python_of
 from benchmarks.vs_vllm import LEAST_PAIRS, add_venv, require_vllm, vllm_environment
 from gmpo.continual.serving import served_process
+from gmpo.leash import end_process
 from gmpo.policy.load import model_folder
 from gmpo.serving.server import bound_socket
 
@@ -143,12 +144,7 @@ def vllm_server(model: str, options: argparse.Namespace) -> Iterator[str]:
             wait_for(f"http://127.0.0.1:{port}/health", process, Path(log.name))
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_process(process)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

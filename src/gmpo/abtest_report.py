@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from rich.text import Text
 from gmpo.abtest.analysis import analyse_records
 from gmpo.abtest.records import EVENT_KINDS, read_records
 from gmpo.abtest.report import ArmSummary, ExperimentReport, MetricResult
-from gmpo.abtest.wording import NAMES, value_words
+from gmpo.abtest.wording import NAMES, moment, value_words
 from gmpo.errors import RunFolderError
 from gmpo.store import Experiment, Store
 from gmpo.text_tables import open_table
@@ -142,7 +141,7 @@ def plot_experiment(report: ExperimentReport, path: Path) -> Path:
 
 def _metrics(report: ExperimentReport) -> Table:
     """`metric_rows` with several lines in a cell, so that 80 columns are enough."""
-    at = datetime.fromtimestamp(report.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    at = moment(report.time)
     heads = ("metric", "control", "candidate", "difference", "says")
     table = open_table(heads, title=f"at {at}, valid at every look")
     table.leading = 1

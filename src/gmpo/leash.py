@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["leashed", "main"]
+__all__ = ["end_process", "leashed", "main"]
 
 _SET_DEATH_SIGNAL = 1
 _CANNOT = 2
@@ -31,6 +33,16 @@ def leashed(arguments: Sequence[str | Path], *, ended_by: signal.Signals) -> lis
     """
     leash = [sys.executable, "-m", "gmpo.leash", str(os.getpid()), str(ended_by.value)]
     return [*leash, *map(str, arguments)]
+
+
+def end_process(process: subprocess.Popen[Any], *, seconds: float = 60.0) -> None:
+    """Ask a process to end, kill it if it does not within so many seconds, and wait for it."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ COUNTDOWN = GradedTask(
     items={
         "c-1": {"grading": "countdown", "numbers": (3, 5, 7), "target": 26, "answer": "3 * 7 + 5"}
     },
+    time_limit_seconds=2.0,
 )
 
 
@@ -133,7 +134,7 @@ def test_an_item_of_reasoning_gym_is_judged_by_its_own_scorer(tmp_path: Path):
 
 
 def test_a_grader_that_fails_is_counted_and_the_answer_is_served(tmp_path: Path):
-    broken = GradedTask(kind="jsonl", items={"a": {"question": "?"}})
+    broken = GradedTask(kind="jsonl", items={"a": {"question": "?"}}, time_limit_seconds=2.0)
     with verifying(broken) as verdict:
         assert verdict("7", {"item": "a"}) is None
         assert verdict.counts == Counter(not_verified=1)

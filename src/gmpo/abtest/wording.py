@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 
 from gmpo.abtest.decision import Decision
 from gmpo.abtest.plan import ExperimentPlan
@@ -14,6 +15,7 @@ from gmpo.abtest.report import MetricResult
 __all__ = [
     "NAMES",
     "effect_words",
+    "moment",
     "recommendation",
     "value_words",
     "warnings_about",
@@ -31,6 +33,11 @@ NAMES = {
 _WEEK_HOURS = 168.0
 _UNEQUAL_MISSING = 0.02
 _MANY_PRESUMED = 0.1
+
+
+def moment(at: float) -> str:
+    """A time, given in unix seconds, to the minute."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def recommendation(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -282,15 +281,17 @@ def _is_over(experiment: Experiment, report: ExperimentReport) -> bool:
 
 
 def _state_words(experiment: Experiment, report: ExperimentReport) -> str:
+    from gmpo.abtest.wording import moment
+
     ends = report.plan.ends(experiment.created)
     stopped = _stopped_at(experiment)
     if stopped is not None:
-        return f"stopped at {_moment(stopped)}"
+        return f"stopped at {moment(stopped)}"
     if experiment.status != "running" or ends is None:
         return experiment.status
     if _is_over(experiment, report):
-        return f"over since {_moment(ends)}, everybody gets {report.plan.models['control']}"
-    return f"running until {_moment(ends)}"
+        return f"over since {moment(ends)}, everybody gets {report.plan.models['control']}"
+    return f"running until {moment(ends)}"
 
 
 def _stopped_at(experiment: Experiment) -> float | None:
@@ -299,10 +300,6 @@ def _stopped_at(experiment: Experiment) -> float | None:
         return None
     at: float | None = experiment.decision.get("time")
     return at
-
-
-def _moment(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _summary(experiment: Experiment, report: ExperimentReport) -> dict[str, object]:

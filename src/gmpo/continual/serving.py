@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from gmpo.errors import ServerUnreachable
-from gmpo.leash import leashed
+from gmpo.leash import end_process, leashed
 from gmpo.shared_cores import sharing_cores
 
 __all__ = ["served_process"]
@@ -51,12 +51,7 @@ def served_process(
     try:
         yield said.address(seconds)
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
         said.close()
 
 

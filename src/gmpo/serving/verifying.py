@@ -30,7 +30,6 @@ __all__ = ["AnswerVerifier", "GradedTask", "graded_task"]
 _FIELDS = ("reference", "item", "numbers", "target")
 """Of a request's metadata; without a task the first one alone."""
 _LONGEST_NUMBER = 18
-_DEFAULT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class GradedTask:
 
     kind: str
     items: Mapping[str, Mapping[str, Any]]
-    time_limit_seconds: float = _DEFAULT_SECONDS
+    time_limit_seconds: float
 
 
 def graded_task(source: str) -> GradedTask:
@@ -91,8 +90,9 @@ class AnswerVerifier:
     def __init__(self, task: GradedTask | None, counts: Counter[str]) -> None:
         self._task = task
         self._counts = counts
-        seconds = _DEFAULT_SECONDS if task is None else task.time_limit_seconds
-        self._grader = Grader(time_limit_seconds=seconds)
+        self._grader = (
+            Grader() if task is None else Grader(time_limit_seconds=task.time_limit_seconds)
+        )
         # One comparison at a time; a long one must not hold up the event loop.
         self._grading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmpo-grading")
 
