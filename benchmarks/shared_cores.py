@@ -1,8 +1,8 @@
 """What servers on the same cores cost each other, by how their idle threads wait.
 
-Two processes of `gmpo serve` for either way of waiting: threads that spin, as libgomp has it by
-default, and threads that sleep (`OMP_WAIT_POLICY=PASSIVE`, see `gmpo.shared_cores`). The ways are
-measured in turns: 16 short requests at one server alone, and at both servers at once.
+Two processes of `gmpo serve` for each way of waiting: threads that spin, as libgomp has it by
+default, that spin briefly (`gmpo.shared_cores`), and that sleep at once. The ways are measured in
+turns: 16 short requests at one server alone, and at both servers at once.
 
     python -m benchmarks.shared_cores --json docs/results/shared_cores.json
 """
@@ -29,9 +29,14 @@ from gmpo.continual.serving import served_process
 from gmpo.continual.traffic import ServerClient, open_client
 from gmpo.policy.load import model_folder
 from gmpo.records import Prompt
+from gmpo.shared_cores import sharing_cores
 
-WAYS = {"spin": ("GOMP_SPINCOUNT", "300000"), "sleep": ("OMP_WAIT_POLICY", "PASSIVE")}
-"""The environment of either; 300,000 turns is what libgomp takes where nothing is said."""
+WAYS = {
+    "spin": {"GOMP_SPINCOUNT": "300000"},
+    "spin briefly": sharing_cores({}),
+    "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
+"""The environment of each; 300,000 turns is what libgomp takes where nothing is said."""
 AT_ONCE = 16
 MAX_TOKENS = 8
 
@@ -89,10 +94,9 @@ def servers(
     """Two servers whose threads wait in that way."""
     options = ("--name", "bench", "--dtype", arguments.dtype)
     before = dict(os.environ)
-    for name, _ in WAYS.values():
+    for name in {name for environment in WAYS.values() for name in environment}:
         os.environ.pop(name, None)
-    name, value = WAYS[way]
-    os.environ[name] = value
+    os.environ.update(WAYS[way])
     try:
         urls = [
             stack.enter_context(

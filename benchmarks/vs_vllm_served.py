@@ -112,7 +112,14 @@ def started(stack: ExitStack, model: str, options: argparse.Namespace) -> dict[s
 
     def gmpo(what: str, *more: str, threads: int) -> str:
         return stack.enter_context(
-            served_process(what, arguments=(*named, *more), threads=threads, seconds=_START_SECONDS)
+            served_process(
+                what,
+                arguments=(*named, *more),
+                threads=threads,
+                seconds=_START_SECONDS,
+                # One server is asked at a time, and each waits as it does by default.
+                shares_cores=False,
+            )
         )
 
     vllm = stack.enter_context(vllm_server(model, options))

@@ -1,10 +1,11 @@
-"""Processes beside others sleep while they wait, unless the user chose otherwise."""
+"""Processes beside others soon sleep while they wait, unless the user chose otherwise."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,29 @@ from gmpo.continual.serving import served_process
 from gmpo.errors import ServerUnreachable
 from gmpo.shared_cores import share_cores, sharing_cores
 
+SHARING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
-def test_threads_sleep_while_they_wait():
-    assert sharing_cores({"HOME": "/root"}) == {"HOME": "/root", "OMP_WAIT_POLICY": "PASSIVE"}
+
+def chosen(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: environment[name] for name in SHARING if name in environment}
+
+
+def test_threads_soon_sleep_while_they_wait():
+    assert sharing_cores({"HOME": "/root"}) == {"HOME": "/root", **SHARING}
+
+
+def test_libgomp_spins_as_often_as_it_is_told():
+    # It prints what it has read of its environment, once torch brings it.
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        env={**sharing_cores(os.environ), "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = {line.strip().removeprefix("[host] ") for line in done.stderr.splitlines()}
+    assert "GOMP_SPINCOUNT = '1000'" in told, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told, done.stderr
 
 
 @pytest.mark.parametrize("choice", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "100"}])
@@ -34,11 +55,11 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("undecided")
-def test_what_a_process_begins_sleeps_too():
+def test_what_a_process_begins_shares_them_too():
     share_cores()
-    code = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    code = "import os; print(os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT'])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "PASSIVE\n"
+    assert told.stdout == "PASSIVE 1000\n"
 
 
 @pytest.mark.usefixtures("undecided")
@@ -49,17 +70,18 @@ def test_commands_that_run_beside_others_share_the_cores(tmp_path: Path):
     alone.write_text(text)
     beside.write_text(text + 'follow = "bot"\n')
     store = ("--store", str(tmp_path / "store.db"))
-    for command, policy in (
-        (("serve", "--config", str(alone), *store), None),
-        (("serve", none, *store), None),
-        (("serve", "--config", str(beside), *store), "PASSIVE"),
-        (("serve", none, "--follow", "bot", *store), "PASSIVE"),
-        (("learn", "--demo", "--name", "bot"), "PASSIVE"),
+    for command, expected in (
+        (("serve", "--config", str(alone), *store), {}),
+        (("serve", none, *store), {}),
+        (("serve", "--config", str(beside), *store), SHARING),
+        (("serve", none, "--follow", "bot", *store), SHARING),
+        (("learn", "--demo", "--name", "bot"), SHARING),
     ):
-        os.environ.pop("OMP_WAIT_POLICY", None)
+        for name in SHARING:
+            os.environ.pop(name, None)
         refused = gmpo(*command)  # the model is not there
         assert refused.exit_code == 2, refused.stderr
-        assert os.environ.get("OMP_WAIT_POLICY") == policy, (command, refused.stderr)
+        assert chosen(os.environ) == expected, (command, refused.stderr)
 
 
 @pytest.mark.usefixtures("undecided")
@@ -77,7 +99,7 @@ def test_a_server_beside_a_controller_shares_the_cores(monkeypatch: pytest.Monke
         served_process("no-such-folder/at-all", threads=1, seconds=60),
     ):
         pass
-    assert [environment["OMP_WAIT_POLICY"] for environment in begun] == ["PASSIVE"]
+    assert [chosen(environment) for environment in begun] == [SHARING]
 
 
 def test_openmp_is_told_before_torch_brings_it():

@@ -21,7 +21,12 @@ _KEPT_LINES = 20
 
 @contextmanager
 def served_process(
-    model: str, *, arguments: Sequence[str] = (), threads: int, seconds: float
+    model: str,
+    *,
+    arguments: Sequence[str] = (),
+    threads: int,
+    seconds: float,
+    shares_cores: bool = True,
 ) -> Iterator[str]:
     """`gmpo serve` on a free port of this machine, and its base URL.
 
@@ -32,10 +37,12 @@ def served_process(
         arguments: more of the command's options.
         threads: CPU threads.
         seconds: longest wait until it serves.
+        shares_cores: whether its threads leave the cores to other processes while they wait.
 
     Raises:
         ServerUnreachable: it does not serve within that time, or ends; its last line is told.
     """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"}
     process = subprocess.Popen(
         # Nobody waits for the answers in flight any more, but the store is closed properly.
         leashed(["serve", model, "--port", "0", *arguments], ended_by=signal.SIGTERM),
@@ -43,7 +50,7 @@ def served_process(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=sharing_cores({**os.environ, "OMP_NUM_THREADS": str(threads), "NO_COLOR": "1"}),
+        env=sharing_cores(environment) if shares_cores else environment,
         # Ctrl-C in the terminal is for this process, which ends the server itself.
         start_new_session=True,
     )
