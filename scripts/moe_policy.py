@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from scripts.arithmetic import of_this_process
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -73,9 +74,15 @@ def warmed_up_policy(task: CountdownTask, warm_up: WarmUp, *, cache: Path) -> Pa
     Args:
         task: that will be trained on; none of its items is an example.
         warm_up: size and supervised steps.
-        cache: folder whose subfolders are named by a digest of both and of torch's version.
+        cache: folder whose subfolders are named by a digest of both, of torch's version and of the
+            arithmetic.
     """
-    made_of = {"task": task.model_dump(), "warm_up": asdict(warm_up), "torch": torch.__version__}
+    made_of = {
+        "task": task.model_dump(),
+        "warm_up": asdict(warm_up),
+        "torch": torch.__version__,
+        "arithmetic": of_this_process(),
+    }
     text = json.dumps(made_of, sort_keys=True, indent=1)
     folder = cache / f"policy-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
     if folder.is_dir():

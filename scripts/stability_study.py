@@ -7,9 +7,12 @@ that is finished:
 
     python -m scripts.stability_study --jobs 2 --json docs/results/moe_stability.json
 
-One stored cell run again, every number compared:
+One stored cell run again, every number compared, in the arithmetic that it was computed in:
 
     python -m scripts.stability_study --check gmpo-seed0 --json docs/results/moe_stability.json
+
+A results file that is there already keeps its arithmetic; a new one is computed in portable
+arithmetic unless --arithmetic says otherwise (scripts/arithmetic.py tells them apart).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scripts.arithmetic import KINDS, Kind, circumstances, enter, of_this_process
 from scripts.moe_policy import WarmUp, warmed_up_policy
 from scripts.stability_figures import collapse_round, log_digest, run_figures
 from scripts.stability_report import markdown, plot, results
@@ -38,7 +42,7 @@ from gmpo.errors import NonFiniteError, RunStopped
 from gmpo.policy.load import load_model, model_version
 from gmpo.recipe import put_key, recipe_of_table
 from gmpo.task_config import CountdownTask
-from gmpo.tracking import read_lines
+from gmpo.tracking import provenance, read_lines
 from gmpo.training import Report, train
 
 LEARNING_RATE = 3e-4
@@ -60,6 +64,10 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {
 """What the definition of a collapse is held against: it must find one always, and never."""
 CONTROL_SEEDS = (0, 1, 2)
 SEEDS = tuple(range(10))
+RUNS: Mapping[Kind, str] = {
+    "native": "runs/moe_stability",
+    "portable": "runs/moe_stability_portable",
+}
 CURVES = {
     "reward": "rollout/reward",
     "entropy": "rollout/entropy",
@@ -142,7 +150,7 @@ def run_cell(study: Study, cell: str, *, runs: Path) -> dict[str, Any]:
     except NonFiniteError as error:
         ended = f"not finite: {error}"
     record = _record(study, cell, folder, ended=ended)
-    record["policy"] = model_version(load_model(str(policy), device="cpu", dtype="fp32"))
+    record["policy"] = version_of(policy)
     record_file.write_text(json.dumps(record))
     for name in ("checkpoints", "rounds"):
         shutil.rmtree(folder / name, ignore_errors=True)  # 30 MB a cell that nothing reads again
@@ -208,7 +216,7 @@ def _record(study: Study, cell: str, folder: Path, *, ended: str) -> dict[str, A
         },
         "log_digest": log_digest(lines),
         "seconds_a_round": seconds / max(1, len(of_rounds)),
-        "made_with": json.loads((folder / "run.json").read_text()),
+        "made_with": {**json.loads((folder / "run.json").read_text()), **circumstances()},
     }
 
 
@@ -219,13 +227,15 @@ def _short(value: float | None) -> float | None:
 
 def main() -> int:
     arguments = parsed(sys.argv[1:])
+    enter(arguments.arithmetic, module=__spec__.name)
     torch.set_num_threads(1)  # the warm-up's sums too
     study = Study()
+    if arguments.check:
+        return check(study, arguments.check, stored=arguments.json, runs=arguments.runs)
+    claim(arguments.runs)
     if arguments.cell:
         run_cell(study, arguments.cell, runs=arguments.runs)
         return 0
-    if arguments.check:
-        return check(study, arguments.check, stored=arguments.json, runs=arguments.runs)
     warmed_up_policy(study.task, study.warm_up, cache=arguments.runs)
     failed = run_missing(arguments)
     report = results(finished(arguments.runs), settings=settings_of(study), seeds=SEEDS)
@@ -241,7 +251,10 @@ def main() -> int:
 def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="results file; a plot beside it")
-    parser.add_argument("--runs", type=Path, default=Path("runs/moe_stability"))
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of runs in one arithmetic")
+    parser.add_argument(
+        "--arithmetic", choices=KINDS, help="that of the results file if there is one, or portable"
+    )
     parser.add_argument(
         "--seeds",
         type=int,
@@ -263,7 +276,41 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     for name in filter(None, (arguments.cell, arguments.check)):
         if name not in cells(SEEDS):
             parser.error(f"there is no cell {name!r}; there are {', '.join(cells(SEEDS))}")
+    stored = arithmetic_of(arguments.json)
+    if arguments.arithmetic and stored not in (None, arguments.arithmetic):
+        parser.error(f"{arguments.json} was computed in {stored} arithmetic; choose another file")
+    arguments.arithmetic = arguments.arithmetic or stored or "portable"
+    arguments.runs = arguments.runs or Path(RUNS[arguments.arithmetic])
     return arguments
+
+
+def arithmetic_of(file: Path) -> Kind | None:
+    """What the cells of a results file were computed in; None without such a file."""
+    if not file.is_file():
+        return None
+    kinds = {kind_of(record) for record in json.loads(file.read_text())["cells"]}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def kind_of(record: Mapping[str, Any]) -> Kind:
+    """A cell's arithmetic; there was one kind before it was written down."""
+    kind: Kind = record["made_with"].get("arithmetic", "native")
+    return kind
+
+
+def claim(runs: Path) -> None:
+    """Note the arithmetic of a folder's runs; a folder that was begun in another is refused."""
+    note = runs / "arithmetic.txt"
+    here = of_this_process()
+    if not note.is_file():
+        begun = "native" if any(runs.glob("*-seed*")) else here
+        runs.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{begun}\n")
+    begun = note.read_text().strip()
+    if begun != here:
+        raise SystemExit(
+            f"{runs} holds runs in {begun} arithmetic; use --arithmetic {begun}, or other --runs"
+        )
 
 
 def cells(seeds: Sequence[int]) -> list[str]:
@@ -286,6 +333,7 @@ def run_missing(arguments: argparse.Namespace) -> list[str]:
     def run(cell: str) -> bool:
         command = [*shlex.split(arguments.launcher), sys.executable, "-m", __spec__.name]
         command += ["--cell", cell, "--runs", str(arguments.runs), "--json", str(arguments.json)]
+        command += ["--arithmetic", arguments.arithmetic]
         with (arguments.runs / f"{cell}.log").open("a") as log:
             done = subprocess.run(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -317,29 +365,67 @@ def settings_of(study: Study) -> dict[str, Any]:
 
 
 def check(study: Study, cell: str, *, stored: Path, runs: Path) -> int:
-    """Run a stored cell again in a folder of its own; 0 if every number is the same."""
+    """Run a stored cell again in a folder of its own, in this process's arithmetic.
+
+    Returns:
+        0 if every number is the same; 1 if one differs; 2 if the run was not made, because the
+        weights that it would begin with are others already.
+    """
     records = {record["cell"]: record for record in json.loads(stored.read_text())["cells"]}
     if cell not in records:
         raise SystemExit(f"{stored} has no cell {cell!r}; it has {', '.join(records)}")
+    record = records[cell]
+    policy = warmed_up_policy(study.task, study.warm_up, cache=runs)
+    if version_of(policy) != record["policy"]:
+        print(other_weights(cell, record))
+        return 2
     with tempfile.TemporaryDirectory() as folder:
-        policy = warmed_up_policy(study.task, study.warm_up, cache=runs)
         shutil.copytree(policy, Path(folder) / policy.name)
         again = run_cell(study, cell, runs=Path(folder))
     different = [
         key
-        for key in ("policy", "ended", "figures", "curves", "log_digest")
+        for key in ("ended", "figures", "curves", "log_digest")
         if again[key] != records[cell][key]
     ]
     if different:
-        print(f"{cell}: {', '.join(different)} differ; made with {records[cell]['made_with']}")
-        if "policy" in different:
-            print(
-                "the policy that all runs begin with differs already: another kind of processor or "
-                "version of torch rounds differently, so no number can be the same here"
-            )
+        print(f"{cell}: {', '.join(different)} differ; {since_then(record, again['made_with'])}")
         return 1
-    print(f"{cell}: every number of {len(again['curves']['reward'])} rounds is the same")
+    print(
+        f"{cell}: every number of {len(again['curves']['reward'])} rounds is the same, "
+        f"in {kind_of(record)} arithmetic"
+    )
     return 0
+
+
+def other_weights(cell: str, record: Mapping[str, Any]) -> str:
+    """Why a cell cannot be repeated here, where warming up gives other weights."""
+    changed = since_then(record, {**provenance(), **circumstances()})
+    if kind_of(record) == "native":
+        return (
+            f"{cell} cannot be repeated here: the weights that all runs begin with differ already. "
+            "It was computed in native arithmetic, which another kind of processor or version of "
+            f"torch rounds differently ({changed}). Only what made it repeats it; results in "
+            "portable arithmetic repeat on other processors too"
+        )
+    return (
+        f"{cell} cannot be repeated here: the weights that all runs begin with differ already, in "
+        f"portable arithmetic too, which other versions of torch or the C library change: {changed}"
+    )
+
+
+def since_then(record: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What made a cell and is not the same any more."""
+    then = record["made_with"]
+    changed = [
+        f"{name} was {then.get(name, 'not written down')}, is {value}"
+        for name, value in here.items()
+        if then.get(name) != value
+    ]
+    return "; ".join(changed) or "made with the same versions on the same kind of processor"
+
+
+def version_of(policy: Path) -> str:
+    return model_version(load_model(str(policy), device="cpu", dtype="fp32"))
 
 
 def dump(report: Mapping[str, Any]) -> str:

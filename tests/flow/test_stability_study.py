@@ -9,34 +9,12 @@ from typing import Any
 import pytest
 import torch
 from scripts import stability_study
-from scripts.moe_policy import WarmUp, countdown_tokenizer, warmed_up_policy
+from scripts.moe_policy import countdown_tokenizer, warmed_up_policy
 from scripts.stability_report import markdown, plot, results
-from scripts.stability_study import Study, check, dump, finished, run_cell, settings_of
+from scripts.stability_study import check, claim, dump, finished, run_cell, settings_of
+from tests.small_study import CUT, numbers
 
 from gmpo.policy.load import load_model, model_version
-from gmpo.task_config import CountdownTask
-
-CUT = Study(
-    warm_up=WarmUp(
-        hidden_size=32, layers=1, expert_size=32, steps=300, batch_size=64, examples=100
-    ),
-    task=CountdownTask(
-        kind="countdown",
-        num_numbers=2,
-        max_number=12,
-        train_items=60,
-        held_out_items=10,
-        instruction="",
-    ),
-    rounds=3,
-    prompts_per_round=8,
-    group_size=4,
-)
-"""Two numbers, so that a model of one layer earns a reward after 300 supervised steps."""
-
-
-def numbers(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("policy", "ended", "figures", "curves", "log_digest")}
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +69,89 @@ def test_a_run_whose_reward_is_gone_stops_where_the_definition_says(
     assert record["figures"]["held_out_greedy_after"] is None
 
 
+def stored_in(folder: Path, cell: dict[str, Any]) -> Path:
+    """A results file of this one cell."""
+    file = folder / "stored.json"
+    file.write_text(dump(results([cell], settings=settings_of(CUT), seeds=[0])))
+    return file
+
+
 def test_a_stored_cell_is_checked_by_running_it_again(
     cell: dict[str, Any], runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    report = results([cell], settings=settings_of(CUT), seeds=[0])
-    stored = tmp_path / "stored.json"
-    stored.write_text(dump(report))
+    stored = stored_in(tmp_path, cell)
     assert json.loads(stored.read_text())["cells"] == [cell]
     assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 0
-    changed = cell | {"log_digest": "0" * 16}
-    stored.write_text(dump(results([changed], settings=settings_of(CUT), seeds=[0])))
+    assert "is the same, in native arithmetic" in capsys.readouterr().out
+    stored = stored_in(tmp_path, cell | {"log_digest": "0" * 16})
     assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 1
-    said = capsys.readouterr().out
-    assert "log_digest differ" in said and "another kind of processor" not in said
-    changed |= {"policy": "of elsewhere"}
-    stored.write_text(dump(results([changed], settings=settings_of(CUT), seeds=[0])))
-    assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 1
-    assert "another kind of processor" in capsys.readouterr().out
+    assert "log_digest differ; made with the same versions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "said"),
+    [
+        ({}, "another kind of processor or version of torch"),
+        ({"arithmetic": "portable"}, "other versions of torch or the C library"),
+    ],
+)
+def test_a_cell_that_begins_with_other_weights_is_not_run_and_the_reason_is_told(
+    arithmetic: dict[str, str],
+    said: str,
+    cell: dict[str, Any],
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(stability_study, "train", None)  # calling it would fail
+    then = {k: v for k, v in cell["made_with"].items() if k not in ("arithmetic", "processor")}
+    made_with = then | {"torch": "1.0"} | arithmetic
+    stored = stored_in(tmp_path, cell | {"policy": "of elsewhere", "made_with": made_with})
+    assert check(CUT, "gmpo-seed0", stored=stored, runs=runs) == 2
+    told = capsys.readouterr().out
+    assert said in told
+    assert "torch was 1.0, is " in told
+    assert "processor was not written down, is " in told
+
+
+@pytest.mark.parametrize(
+    ("stored", "words", "arithmetic"),
+    [
+        (None, [], "portable"),
+        (None, ["--arithmetic", "native"], "native"),
+        ({}, [], "native"),  # from before it was written down
+        ({}, ["--check", "gmpo-seed0"], "native"),
+        ({"arithmetic": "portable"}, ["--check", "gmpo-seed0"], "portable"),
+    ],
+)
+def test_a_results_file_keeps_its_arithmetic_and_a_new_one_is_portable(
+    stored: dict[str, str] | None, words: list[str], arithmetic: str, tmp_path: Path
+):
+    file = tmp_path / "results.json"
+    if stored is not None:
+        file.write_text(json.dumps({"cells": [{"cell": "gmpo-seed0", "made_with": stored}]}))
+    arguments = stability_study.parsed(["--json", str(file), *words])
+    assert arguments.arithmetic == arithmetic
+    assert arguments.runs.name.endswith("_portable") == (arithmetic == "portable")
+
+
+def test_results_and_runs_of_two_kinds_of_arithmetic_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"cells": [{"made_with": {"arithmetic": "portable"}}]}))
+    with pytest.raises(SystemExit):
+        stability_study.parsed(["--json", str(file), "--arithmetic", "native"])
+    assert "was computed in portable arithmetic" in capsys.readouterr().err
+    claim(tmp_path / "runs")
+    claim(tmp_path / "runs")
+    (tmp_path / "runs" / "arithmetic.txt").write_text("portable\n")
+    with pytest.raises(SystemExit, match="holds runs in portable arithmetic"):
+        claim(tmp_path / "runs")
+    (tmp_path / "old" / "gmpo-seed0").mkdir(parents=True)
+    claim(tmp_path / "old")
+    assert (tmp_path / "old" / "arithmetic.txt").read_text() == "native\n"
 
 
 def test_what_is_finished_becomes_a_table_and_a_plot(
