@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from gmpo.errors import ChampionMoved, ConfigError, DataError, StoreError
+from gmpo.store.champions import champion_of, champions_of, refuse_other_models
 from gmpo.store.cycles import (
     begin_cycle,
     cycles_of,
@@ -23,6 +24,7 @@ from gmpo.store.cycles import (
     move_cycle,
     take_lease,
 )
+from gmpo.store.experiments import all_experiments, experiment_by_name
 from gmpo.store.faults import faults_named
 from gmpo.store.filters import event_conditions
 from gmpo.store.records import (
@@ -42,9 +44,7 @@ from gmpo.store.tables import (
     MODEL_VERSIONS,
     row_of,
     to_alert,
-    to_champion,
     to_event,
-    to_experiment,
     to_model_version,
 )
 
@@ -250,16 +250,12 @@ class Store:
     def champion(self, name: str) -> Champion | None:
         """The version of that model that serves now, or None."""
         with self._reading() as connection:
-            return _champion(connection, name)
+            return champion_of(connection, name)
 
     def champion_history(self, name: str, *, since_revision: int = 1) -> list[Champion]:
         """The model's champions from a revision on, oldest first; the last one serves now."""
-        query = select(CHAMPIONS).where(
-            CHAMPIONS.c.name == name, CHAMPIONS.c.revision >= since_revision
-        )
-        query = query.order_by(CHAMPIONS.c.revision)
         with self._reading() as connection:
-            return [to_champion(row) for row in connection.execute(query)]
+            return champions_of(connection, name, since_revision=since_revision)
 
     def set_champion(
         self,
@@ -297,12 +293,12 @@ class Store:
         row_of(wanted)  # refuse what cannot be stored before anything is read
         try:
             with self._writing() as connection:
-                now = _champion(connection, name)
+                now = champion_of(connection, name)
                 found = now.version if now else None
                 revision = now.revision if now else None
                 if found != expected or expected_revision not in (None, revision):
                     raise ChampionMoved(name, expected=expected, found=found)
-                _refuse_other_models(connection, name, version)
+                refuse_other_models(connection, name, version)
                 made = replace(wanted, revision=now.revision + 1 if now else 1)
                 connection.execute(insert(CHAMPIONS), row_of(made))
                 return made
@@ -319,16 +315,12 @@ class Store:
     def experiment(self, name: str) -> Experiment | None:
         """The experiment of that name, or None."""
         with self._reading() as connection:
-            row = connection.execute(
-                select(EXPERIMENTS).where(EXPERIMENTS.c.name == name)
-            ).one_or_none()
-        return None if row is None else to_experiment(row)
+            return experiment_by_name(connection, name)
 
     def experiments(self) -> list[Experiment]:
         """All experiments, oldest first."""
-        query = select(EXPERIMENTS).order_by(EXPERIMENTS.c.created, EXPERIMENTS.c.name)
         with self._reading() as connection:
-            return [to_experiment(row) for row in connection.execute(query)]
+            return all_experiments(connection)
 
     def put_alert(self, alert: AlertRow) -> None:
         """Add an alert, or replace the one of that fingerprint."""
@@ -462,29 +454,6 @@ class Store:
                 f"store {self.where} was opened by process {self._process}, not by this one, "
                 f"{os.getpid()}; open it again after the fork"
             )
-
-
-def _champion(connection: Connection, name: str) -> Champion | None:
-    newest = (
-        select(CHAMPIONS)
-        .where(CHAMPIONS.c.name == name)
-        .order_by(CHAMPIONS.c.revision.desc())
-        .limit(1)
-    )
-    row = connection.execute(newest).one_or_none()
-    return None if row is None else to_champion(row)
-
-
-def _refuse_other_models(connection: Connection, name: str, version: str) -> None:
-    query = select(MODEL_VERSIONS.c.name).where(MODEL_VERSIONS.c.version == version)
-    registered = connection.execute(query).scalar_one_or_none()
-    if registered is None:
-        raise DataError(f"model version {version} is not registered; put it into the store first")
-    if registered != name:
-        raise DataError(
-            f"model version {version} is one of {registered!r}, so it cannot be the champion "
-            f"of {name!r}"
-        )
 
 
 def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
