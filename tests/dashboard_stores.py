@@ -146,7 +146,8 @@ def add_experiment(url: str, name: str, *, units: int, start: float, end: float)
         }
         events.append(Event(kind="outcome", time=time, payload=payload, **about))
     with open_store(url) as store:
-        store.put_experiment(Experiment(name=name, created=start, status="running", config=PLAN))
+        begun = Experiment(name=name, created=start, status="running", config=PLAN)
+        store.put_experiment(begun, expected=None)
         store.add_events(events)
 
 

@@ -173,4 +173,5 @@ def served(
 def begin(store: Store, **changes: Any) -> None:
     """Put the experiment `e` of `CONFIG` into a store."""
     config = {**CONFIG, **changes}
-    store.put_experiment(Experiment(name="e", created=1.0, status="running", config=config))
+    begun = Experiment(name="e", created=1.0, status="running", config=config)
+    store.put_experiment(begun, expected=store.experiment("e"))

@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "DeliveryError",
     "DependencyError",
+    "ExperimentMoved",
     "ExportError",
     "GmpoError",
     "GuardStopped",
@@ -161,6 +162,10 @@ class PromotionRefused(GmpoError):
 
 class CycleMoved(StoreError):
     """A cycle was to be moved on that another process has moved meanwhile; nothing was changed."""
+
+
+class ExperimentMoved(StoreError):
+    """An experiment was to be written that another process has written meanwhile."""
 
 
 class LeaseHeld(StoreError):

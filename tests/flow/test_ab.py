@@ -17,7 +17,7 @@ from gmpo.abtest.assignment import assign
 from gmpo.abtest_report import metric_rows, report_of
 from gmpo.serving.backend import GenerationRequest
 from gmpo.serving.splitting import TrafficSplit
-from gmpo.store import Event, open_store
+from gmpo.store import Event, Experiment, Store, open_store
 
 
 @pytest.fixture
@@ -138,6 +138,37 @@ def test_shares_that_change_nothing_are_refused(store: str, tmp_path: Path):
     time.sleep(0.1)
     ended = refusal("ab", "weights", "e", "--store", over, "--share", "0.2")
     assert "splits no traffic any more" in ended
+
+
+def test_what_happens_to_an_experiment_while_it_is_read_is_not_overwritten(
+    store: str, monkeypatch: pytest.MonkeyPatch
+):
+    weights = ("ab", "weights", "greeting", "--store", store, "--share", "0.2")
+    stop = ("ab", "stop", "greeting", "--store", store)
+    read = Store.experiment
+
+    def meanwhile(*command: str) -> None:
+        """Have another process's command come between the next one's reading and writing."""
+
+        def reads(opened: Store, name: str) -> Experiment | None:
+            found = read(opened, name)
+            monkeypatch.setattr(Store, "experiment", read)
+            done = gmpo(*command)
+            assert done.exit_code == 0, done.stderr
+            return found
+
+        monkeypatch.setattr(Store, "experiment", reads)
+
+    meanwhile(*weights)
+    assert "'greeting' was changed meanwhile by another process" in refusal(*stop)
+    meanwhile(*stop)
+    assert "'greeting' was stopped meanwhile" in refusal(*weights[:-1], "0.3")
+    with open_store(store) as opened:
+        kept = opened.experiment("greeting")
+        assert kept is not None and kept.status == "stopped" and kept.decision is not None
+        assert kept.config["weights"] == {"control": 0.8, "candidate": 0.2}
+        told = opened.events(kinds=["weights", "decision"])
+    assert [event.kind for event in told] == ["weights", "decision"]
 
 
 def test_the_status_tells_when_hours_end_and_that_they_are_over(tmp_path: Path):

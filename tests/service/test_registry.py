@@ -352,7 +352,7 @@ def test_garbage_spares_what_serves_could_serve_or_is_tried(
         status="running",
         config={"models": {"control": third, "candidate": store.model_version(tried).path}},
     )
-    store.put_experiment(experiment)
+    store.put_experiment(experiment, expected=None)
     store.begin_cycle(NAME, state="gate", payload={"reports": {"update": {"new": learned}}})
     registry.submit(NAME, decision(third, waiting, revision=3))
     foreign = registry.add(model_folder(tmp_path / "other", 9.0), name="other").version

@@ -183,9 +183,9 @@ def test_experiments_and_alerts_are_replaced_by_name(store_url: str):
     resolved = replace(firing, status="resolved", ends_at=5.0)
     other = replace(firing, fingerprint="g", starts_at=0.5)
     with open_store(store_url) as store:
-        store.put_experiment(running)
+        store.put_experiment(running, expected=None)
         assert store.experiments() == [running]
-        store.put_experiment(stopped)
+        store.put_experiment(stopped, expected=running)
         assert store.experiment("e") == stopped
         assert store.experiment("unknown") is None
         for alert in (firing, other, resolved):

@@ -196,7 +196,8 @@ def test_the_last_word_of_a_user_counts(store: Store):
 def test_what_a_running_experiment_asks_is_kept_out_of_its_training(store: Store):
     def put(status: Any) -> None:
         store.put_experiment(
-            Experiment(name="e", created=1.0, status=status, config={}, decision=None)
+            Experiment(name="e", created=1.0, status=status, config={}, decision=None),
+            expected=store.experiment("e"),
         )
 
     put("running")

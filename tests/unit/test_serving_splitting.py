@@ -29,7 +29,8 @@ CONFIG = {
 def store(tmp_path: Path):
     with open_store(str(tmp_path / "store.db")) as opened:
         opened.put_experiment(
-            Experiment(name="e", created=1.0, status="running", config=dict(CONFIG))
+            Experiment(name="e", created=1.0, status="running", config=dict(CONFIG)),
+            expected=None,
         )
         yield opened
 
@@ -77,17 +78,15 @@ def test_new_weights_move_only_units_at_the_border_and_a_stop_ends_the_split(sto
     made = Split(store)
     units = [str(number) for number in range(100)]
     before = {unit: made.assign(unit) for unit in units}
-    more = {**CONFIG, "weights": {"control": 0.5, "candidate": 0.5}}
-    running = store.experiment("e")
-    assert running is not None
-    store.put_experiment(replace(running, config=more))
+    more = {"weights": {"control": 0.5, "candidate": 0.5}}
+    change(store, **more)
     asyncio.run(made.split.look())
     after = {unit: made.assign(unit) for unit in units}
     moved = [unit for unit in units if before[unit].variant != after[unit].variant]
     assert 10 < len(moved) < 45  # 25 expected, spread 4.3
     assert all(after[unit].variant == "candidate" for unit in moved)
     assert len(made.events) == 100 + len(moved)
-    store.put_experiment(replace(running, status="stopped"))
+    stop(store)
     asyncio.run(made.split.look())
     assert made.assign("0") is None
     assert "does not run" in made.told[-1]
@@ -96,7 +95,13 @@ def test_new_weights_move_only_units_at_the_border_and_a_stop_ends_the_split(sto
 def change(store: Store, **changes: Any) -> None:
     running = store.experiment("e")
     assert running is not None
-    store.put_experiment(replace(running, config={**CONFIG, **changes}))
+    store.put_experiment(replace(running, config={**CONFIG, **changes}), expected=running)
+
+
+def stop(store: Store) -> None:
+    running = store.experiment("e")
+    assert running is not None
+    store.put_experiment(replace(running, status="stopped"), expected=running)
 
 
 def test_once_its_hours_are_over_everybody_gets_control_and_it_is_told_once(store: Store):
@@ -148,9 +153,7 @@ def test_more_hours_go_on_with_the_split_and_a_stop_ends_it(store: Store):
     made.now = 3601.0
     assert made.assign("0").variant is None
     assert "the 1 hours" in made.told[-1], "a second end is told again"
-    running = store.experiment("e")
-    assert running is not None
-    store.put_experiment(replace(running, status="stopped"))
+    stop(store)
     asyncio.run(made.split.look())
     assert made.assign("0") is None
     assert made.split.state()["status"] == "stopped"
@@ -167,10 +170,7 @@ def test_an_experiment_that_cannot_be_followed_is_refused_at_the_start(store: St
 
 def test_an_experiment_that_becomes_wrong_ends_the_split(store: Store):
     made = Split(store)
-    running = store.experiment("e")
-    assert running is not None
-    models = {"control": "old", "candidate": "other"}
-    store.put_experiment(replace(running, config={**CONFIG, "models": models}))
+    change(store, models={"control": "old", "candidate": "other"})
     asyncio.run(made.split.look())
     assert made.assign("0") is None
     assert "split no longer" in made.told[-1] and "'other'" in made.told[-1]

@@ -72,15 +72,14 @@ def start(
     if not name.strip():
         raise ConfigError("the experiment's name is empty; give it one")
     with _opened(store) as opened:
-        if opened.experiment(name) is not None:
-            raise ConfigError(f"there is an experiment {name!r} already; choose another name")
         opened.put_experiment(
             Experiment(
                 name=name,
                 created=time.time(),
                 status="running",
                 config=plan.model_dump(mode="json"),
-            )
+            ),
+            expected=None,
         )
     if as_json:
         print(json.dumps({"name": name, "status": "running", "plan": plan.model_dump(mode="json")}))
@@ -151,9 +150,10 @@ def stop(name: _Name, store: _StoreUrl, as_json: JsonOption = False) -> None:
         stopped = replace(experiment, status="stopped")
         found = report_of(opened, stopped, now=time.time())
         decision = found.as_dict()
-        opened.put_experiment(replace(stopped, decision=decision))
-        opened.add_events(
-            [Event(kind="decision", time=time.time(), payload=decision, experiment=name)]
+        opened.put_experiment(
+            replace(stopped, decision=decision),
+            expected=experiment,
+            event=Event(kind="decision", time=time.time(), payload=decision, experiment=name),
         )
     if as_json:
         print(json.dumps(decision))
@@ -193,8 +193,11 @@ def weights(
                 "nothing keeps its evidence"
             )
         changed = {"before": before.weights, "after": plan.weights}
-        opened.put_experiment(replace(experiment, config=plan.model_dump(mode="json")))
-        opened.add_events([Event(kind="weights", time=now, payload=changed, experiment=name)])
+        opened.put_experiment(
+            replace(experiment, config=plan.model_dump(mode="json")),
+            expected=experiment,
+            event=Event(kind="weights", time=now, payload=changed, experiment=name),
+        )
     if as_json:
         print(json.dumps({"name": name, **changed}))
         return

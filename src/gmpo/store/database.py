@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from gmpo.errors import ChampionMoved, ConfigError, DataError, StoreError
@@ -24,7 +23,7 @@ from gmpo.store.cycles import (
     move_cycle,
     take_lease,
 )
-from gmpo.store.experiments import all_experiments, experiment_by_name
+from gmpo.store.experiments import all_experiments, experiment_by_name, write_experiment
 from gmpo.store.faults import faults_named
 from gmpo.store.filters import event_conditions
 from gmpo.store.records import (
@@ -40,8 +39,8 @@ from gmpo.store.tables import (
     ALERTS,
     CHAMPIONS,
     EVENTS,
-    EXPERIMENTS,
     MODEL_VERSIONS,
+    insert_into,
     row_of,
     to_alert,
     to_event,
@@ -92,11 +91,7 @@ class Store:
         if not rows:
             return
         with self._writing() as connection:
-            if connection.dialect.name == "postgresql":
-                # It numbers rows when they are inserted and shows them when they are committed;
-                # without the lock a reader could pass a smaller id that is not yet there.
-                connection.execute(select(func.pg_advisory_xact_lock(EVENT_LOCK)))
-            connection.execute(insert(EVENTS), rows)
+            _append(connection, rows)
 
     def events(
         self,
@@ -220,7 +215,9 @@ class Store:
         """
         row = row_of(version)
         with self._writing() as connection:
-            connection.execute(_insert(connection, MODEL_VERSIONS).on_conflict_do_nothing(), row)
+            connection.execute(
+                insert_into(connection, MODEL_VERSIONS).on_conflict_do_nothing(), row
+            )
             query = select(MODEL_VERSIONS).where(MODEL_VERSIONS.c.version == row["version"])
             there = row_of(to_model_version(connection.execute(query).one()))
         # Two gateways that load one model both register it, a moment apart.
@@ -308,9 +305,24 @@ class Store:
             found = now.version if now else None
             raise ChampionMoved(name, expected=expected, found=found) from None
 
-    def put_experiment(self, experiment: Experiment) -> None:
-        """Add an experiment, or replace the one of that name."""
-        self._put(EXPERIMENTS, row_of(experiment), key="name")
+    def put_experiment(
+        self, experiment: Experiment, *, expected: Experiment | None, event: Event | None = None
+    ) -> None:
+        """Add an experiment, or replace the one of that name if it is still as it was read.
+
+        Args:
+            experiment: as it is to be.
+            expected: as it was read; None for a new one.
+            event: that tells of it, appended in the same transaction.
+
+        Raises:
+            ExperimentMoved: another process began, stopped or changed it meanwhile.
+        """
+        rows = [] if event is None else [row_of(event)]
+        with self._writing() as connection:
+            write_experiment(connection, experiment, expected=expected)
+            if rows:
+                _append(connection, rows)
 
     def experiment(self, name: str) -> Experiment | None:
         """The experiment of that name, or None."""
@@ -425,7 +437,7 @@ class Store:
 
     def _put(self, table: Table, row: Mapping[str, Any], *, key: str) -> None:
         with self._writing() as connection:
-            statement = _insert(connection, table)
+            statement = insert_into(connection, table)
             changed = {name: statement.excluded[name] for name in row if name != key}
             connection.execute(
                 statement.on_conflict_do_update(index_elements=[key], set_=changed), row
@@ -456,8 +468,9 @@ class Store:
             )
 
 
-def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT that knows ON CONFLICT, which each dialect has for itself."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table)
-    return postgresql.insert(table)
+def _append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    if connection.dialect.name == "postgresql":
+        # It numbers rows when they are inserted and shows them when they are committed;
+        # without the lock a reader could pass a smaller id that is not yet there.
+        connection.execute(select(func.pg_advisory_xact_lock(EVENT_LOCK)))
+    connection.execute(insert(EVENTS), rows)
