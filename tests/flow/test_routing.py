@@ -173,6 +173,21 @@ def test_answers_that_all_fell_back_set_no_threshold(tmp_path: Path):
     assert 'quality.mode = "observe"' in said
 
 
+def test_a_threshold_without_truth_says_how_answers_get_graded(tmp_path: Path):
+    path = str(tmp_path / "store.db")
+    components = {"probability": 0.5, "distinct": 1.0, "terminated": 1.0}
+    payload = {"status": 200, "fell_back": False, "quality_components": components}
+    answered = [
+        Event(kind="answer", time=1.0, payload=payload, request_id=str(number))
+        for number in range(40)
+    ]
+    with open_store(path) as store:
+        store.add_events(answered)
+    said = gmpo("quality", tmp_path / "quality.json", "--store", path).stdout
+    assert "nothing is known to be right and wrong" in said
+    assert all(way in said for way in ("quality.verify", "serve --task", "quality.task"))
+
+
 def test_a_threshold_is_set_from_recorded_answers_and_serves(tmp_path: Path):
     path = str(tmp_path / "store.db")
     out = str(tmp_path / "quality.json")

@@ -399,6 +399,7 @@ def test_what_successes_come_from_is_counted_by_arm_and_presumed_ones_are_told()
     ]
     (told,) = [one for one in found.warnings if "nobody judged" in one]
     assert told.startswith("0 % of control's and 20 % of candidate's judged requests")
+    assert all(way in told for way in ("quality.verify", "serve --task", "quality.task"))
     # An experiment on latency does not ask what is right.
     latency = analyse(experiment(primary="latency"), exposures, named)
     assert not any("nobody judged" in one for one in latency.warnings)

@@ -166,7 +166,8 @@ def warnings_of_presumed(
     return [
         f"{told} judged requests count as a success because nobody judged them: they were served "
         "whole. The success rate then says how few failed or were disliked, not how many are "
-        "right; give references (quality.verify) or feedback"
+        "right; have answers graded (quality.verify by references, gmpo serve --task or "
+        "quality.task by a task's own scorer), or ask for feedback"
     ]
 
 

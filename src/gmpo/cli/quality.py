@@ -69,7 +69,8 @@ def _told(found: Calibration, left_out: dict[str, int]) -> list[str]:
     if found.caught_share is None or found.ranking is None:
         lines.append(
             "nothing is known to be right and wrong, so what the score is worth is not known; have "
-            "answers verified (quality.verify) or ask for feedback"
+            "answers graded (quality.verify by references, gmpo serve --task or quality.task "
+            "by a task's own scorer), or ask for feedback"
         )
         return lines
     correlation = "not defined" if found.correlation is None else f"{found.correlation:.2f}"
