@@ -85,6 +85,15 @@ def test_any_right_expression_of_a_countdown_counts(metadata: dict[str, Any]):
         {"numbers": [3, True], "target": 26},
         {"numbers": {"a": 3}, "target": 26},
         {"numbers": "3 5 7", "target": "2" * 5000},
+        {"numbers": "3 5 7", "target": int("2" * 4000)},
+        {"numbers": "3 5 7", "target": "-5"},
+        {"numbers": "3 5 7", "target": -5},
+        {"numbers": "3 5 7", "target": "26.0"},
+        {"numbers": "3 5 7", "target": 26.0},
+        {"numbers": "1" + 18 * "0", "target": 26},
+        {"numbers": [10**18], "target": 26},
+        {"numbers": "-3 5 7", "target": 26},
+        {"numbers": [-3, 5, 7], "target": 26},
         {"numbers": "3 5 7", "target": "\u00b2\u2076"},
         {"reference": "3 * 7 + 5"},  # one solution of many: comparing with it would be unjust
     ],
@@ -93,6 +102,17 @@ def test_what_a_countdown_cannot_be_graded_by_is_counted(metadata: dict[str, Any
     with verifying(COUNTDOWN) as verdict:
         assert verdict("3 * 7 + 5", metadata) is None
         assert verdict.counts == Counter(not_verified=1)
+
+
+@pytest.mark.parametrize("write", [int, str])
+def test_a_number_and_its_text_have_one_limit(write: Any):
+    longest = 10**18 - 1
+    with verifying(COUNTDOWN) as verdict:
+        assert (
+            verdict(f"{longest} + 0", {"numbers": [write(longest), 0], "target": longest}) is True
+        )
+        assert verdict("3 - 3", {"numbers": [write(3), write(3)], "target": write(0)}) is True
+        assert verdict(f"{longest} + 1", {"numbers": [longest, 1], "target": write(10**18)}) is None
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"team": "blue"}, {"item": None}])

@@ -29,7 +29,7 @@ __all__ = ["AnswerVerifier", "GradedTask", "graded_task"]
 
 _FIELDS = ("reference", "item", "numbers", "target")
 """Of a request's metadata; without a task the first one alone."""
-_LONGEST_NUMBER = 18
+_MOST_DIGITS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,11 @@ def _whole_numbers(told: object) -> list[int] | None:
 
 
 def _whole(told: object) -> int | None:
-    if isinstance(told, str):
-        is_whole = told.isascii() and told.isdigit() and len(told) <= _LONGEST_NUMBER
-        return int(told) if is_whole else None
-    return told if isinstance(told, int) and not isinstance(told, bool) else None
+    """A whole number from 0 on, of few digits, whether it is told as a number or as a text."""
+    if isinstance(told, bool) or not isinstance(told, int | str):
+        return None
+    # A number that is too long even to be printed is not made a text to count its digits.
+    if isinstance(told, int):
+        return told if 0 <= told < 10**_MOST_DIGITS else None
+    is_whole = told.isascii() and told.isdigit() and len(told) <= _MOST_DIGITS
+    return int(told) if is_whole else None
