@@ -38,7 +38,7 @@ import torch
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
 from benchmarks.differences import Difference, quantile_difference, shown
-from benchmarks.load_clients import answers_of
+from benchmarks.load_clients import answers_of, tokens_per_second
 from benchmarks.options import add_threads, require_at_least_one, require_threads
 from benchmarks.upstream_latency import (
     NAME,
@@ -195,15 +195,13 @@ def run_clients(url: str, load: Load, offline: Offline) -> Served:
     }
     answers = answers_of(job, folder=REPOSITORY)
     good = [answer for answer in answers if answer["status"] == 200]
-    in_time = [answer for answer in good if answer["ended"] <= load.seconds] or good
     compared = [answer for answer in good if answer["place"] in offline.texts]
     other = [one for one in compared if one["text"] != offline.texts[one["place"]]]
     mixed_up = [one for one in other if one["text"] in offline.texts.values()]
     seconds = np.array([answer["seconds"] for answer in good] or [np.nan])
     return Served(
         statuses=dict(Counter(answer["status"] for answer in answers)),
-        tokens_per_second=sum(answer["tokens"] for answer in in_time)
-        / max((answer["ended"] for answer in in_time), default=load.seconds),
+        tokens_per_second=tokens_per_second(answers, load.seconds),
         median_seconds=float(np.median(seconds)),
         p99_seconds=float(np.quantile(seconds, 0.99)),
         num_compared=len(compared),

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,28 @@ def answers_of(job: dict[str, Any], *, folder: Path) -> list[dict[str, Any]]:
     )
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers
+
+
+def tokens_per_second(answers: Sequence[Mapping[str, Any]], seconds: float) -> float:
+    """Tokens of the answers that were whole within the timed seconds, over the time of the last.
+
+    What was still on its way when the seconds were over counts neither tokens nor time: clients
+    ask no more then, so fewer and fewer are answered together, and that would be measured with it.
+    A span that ends with an answer does not depend on how many answers fit into the seconds. The
+    offline sampler is measured likewise (`benchmarks.load.run_offline`).
+
+    Args:
+        answers: as `answers_of` gives them; those without status 200 have no tokens.
+        seconds: how long clients asked. If no answer was whole by then, all of them count, over
+            the time of the last; 0 where there is none.
+    """
+    whole = [answer for answer in answers if answer["status"] == 200]
+    in_time = [answer for answer in whole if answer["ended"] <= seconds] or whole
+    if not in_time:
+        return 0.0
+    tokens: int = sum(answer["tokens"] for answer in in_time)
+    last: float = max(answer["ended"] for answer in in_time)
+    return tokens / last
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import httpx2
 import numpy as np
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
-from benchmarks.load_clients import answers_of
+from benchmarks.load_clients import answers_of, tokens_per_second
 from benchmarks.options import (
     BenchmarkError,
     add_threads,
@@ -214,11 +214,10 @@ def asked(url: str, prompts: Sequence[str], options: argparse.Namespace) -> dict
             f"{len(failed)} of {len(answers)} requests to {url} failed (status {failed[0]}), so "
             "its times cannot be compared"
         )
-    tokens, ended = sum(a["tokens"] for a in answers), max(a["ended"] for a in answers)
     return {
         "answers": len(answers),
-        "tokens": tokens,
-        "tokens_per_second": tokens / ended,
+        "tokens": sum(answer["tokens"] for answer in answers),
+        "tokens_per_second": tokens_per_second(answers, options.seconds),
         "median_seconds": float(np.median([answer["seconds"] for answer in answers])),
     }
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from benchmarks.differences import Difference, quantile_difference, quantile_of_differences
 from benchmarks.load import main
+from benchmarks.load_clients import tokens_per_second
 from benchmarks.upstream_latency import WARM_UP, report_upstream, seconds_of_answer, times_in_turns
 from tests.models import save_tiny
 from tests.upstreams import Body, Reply, running_upstream, says
@@ -51,6 +52,18 @@ def test_a_short_load_is_measured_from_end_to_end(
     assert "goodput" in printed and "100.0% with 200" in printed
     assert "the engine asked twice differs from itself by" in printed
     assert report_upstream(upstream) in printed
+
+
+def test_tokens_a_second_are_of_what_was_whole_in_time_over_the_time_of_the_last():
+    def answer(ended: float, *, tokens: int = 0, status: int = 200) -> dict[str, float]:
+        return {"status": status, "ended": ended, **({"tokens": tokens} if status == 200 else {})}
+
+    answers = [answer(1.0, tokens=10), answer(2.5, tokens=20), answer(2.8, status=429)]
+    # (10 + 20) / 2.5: what was not whole after 3 s brings neither tokens nor time.
+    assert tokens_per_second([*answers, answer(4.0, tokens=30)], 3.0) == 12
+    # All that there is came late: 30 / 4.
+    assert tokens_per_second([answer(4.0, tokens=30), answer(0.1, status=429)], 3.0) == 7.5
+    assert tokens_per_second([answer(0.1, status=429)], 3.0) == 0
 
 
 def test_each_turn_asks_every_server_for_the_same_and_knows_its_seconds():
