@@ -92,7 +92,11 @@ def added_to_upstream(
             seconds=_START_SECONDS,
         ) as server,
         served_process(
-            NAME, arguments=(*named, "--upstream", server), threads=1, seconds=_START_SECONDS
+            NAME,
+            arguments=(*named, "--upstream", server),
+            threads=1,
+            seconds=_START_SECONDS,
+            what="the gateway before the server",
         ) as gateway,
     ):
         times = times_in_turns([server, gateway, server], asked, pairs)

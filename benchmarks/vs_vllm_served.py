@@ -110,15 +110,16 @@ def started(stack: ExitStack, model: str, options: argparse.Namespace) -> dict[s
     """The servers' base URLs; they end with the stack."""
     named = ("--name", NAME)
 
-    def gmpo(what: str, *more: str, threads: int) -> str:
+    def gmpo(model: str, *more: str, threads: int, what: str | None = None) -> str:
         return stack.enter_context(
             served_process(
-                what,
+                model,
                 arguments=(*named, *more),
                 threads=threads,
                 seconds=_START_SECONDS,
                 # One server is asked at a time, and each waits as it does by default.
                 shares_cores=False,
+                what=what,
             )
         )
 
@@ -126,7 +127,7 @@ def started(stack: ExitStack, model: str, options: argparse.Namespace) -> dict[s
     return {
         GMPO: gmpo(model, "--dtype", options.dtype, threads=options.threads),
         VLLM_ALONE: vllm,
-        BEFORE_VLLM: gmpo(NAME, "--upstream", vllm, threads=1),
+        BEFORE_VLLM: gmpo(NAME, "--upstream", vllm, threads=1, what=f"the server of {BEFORE_VLLM}"),
     }
 
 

@@ -184,8 +184,11 @@ def test_a_server_does_not_outlive_a_controller_that_is_killed(model: str):
 
 
 def test_a_version_that_cannot_be_served_says_why(tmp_path: Path):
+    said = r"^the server of the candidate ended; it said last: error: .*cannot load model"
     with (
-        pytest.raises(ServerUnreachable, match=r"ended; it said last: error: .*cannot load model"),
-        served_process(str(tmp_path / "nothing"), threads=1, seconds=60),
+        pytest.raises(ServerUnreachable, match=said),
+        served_process(
+            str(tmp_path / "nothing"), threads=1, seconds=60, what="the server of the candidate"
+        ),
     ):
         pass

@@ -95,7 +95,7 @@ def test_a_server_beside_a_controller_shares_the_cores(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(subprocess, "Popen", noted)
     with (
-        pytest.raises(ServerUnreachable),
+        pytest.raises(ServerUnreachable, match="the server of no-such-folder/at-all ended"),
         served_process("no-such-folder/at-all", threads=1, seconds=60),
     ):
         pass

@@ -63,7 +63,11 @@ def live_step(
         try:
             with (
                 served_process(
-                    model.path, arguments=arguments, threads=threads, seconds=plan.serve_seconds
+                    model.path,
+                    arguments=arguments,
+                    threads=threads,
+                    seconds=plan.serve_seconds,
+                    what="the server of the candidate",
                 ) as url,
                 open_client(url) as shadow,
             ):

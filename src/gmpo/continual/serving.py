@@ -27,6 +27,7 @@ def served_process(
     threads: int,
     seconds: float,
     shares_cores: bool = True,
+    what: str | None = None,
 ) -> Iterator[str]:
     """`gmpo serve` on a free port of this machine, and its base URL.
 
@@ -38,6 +39,7 @@ def served_process(
         threads: CPU threads.
         seconds: longest wait until it serves.
         shares_cores: whether its threads leave the cores to other processes while they wait.
+        what: how an error names it; by default the server of the model.
 
     Raises:
         ServerUnreachable: it does not serve within that time, or ends; its last line is told.
@@ -54,7 +56,7 @@ def served_process(
         # Ctrl-C in the terminal is for this process, which ends the server itself.
         start_new_session=True,
     )
-    said = _Output(process)
+    said = _Output(process, what or f"the server of {model}")
     try:
         yield said.address(seconds)
     finally:
@@ -65,8 +67,9 @@ def served_process(
 class _Output:
     """Reads what the server says, so that its pipe never fills up."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], what: str) -> None:
         self._process = process
+        self._what = what
         self._last: deque[str] = deque(maxlen=_KEPT_LINES)
         self._address: str | None = None
         self._known = threading.Event()
@@ -79,8 +82,8 @@ class _Output:
         if self._address is not None:
             return self._address
         last = next((line for line in reversed(self._last) if line.strip()), "nothing").strip()
-        what = "ended" if in_time else f"was not ready within {seconds:g} seconds"
-        raise ServerUnreachable(f"the server of the candidate {what}; it said last: {last}")
+        how = "ended" if in_time else f"was not ready within {seconds:g} seconds"
+        raise ServerUnreachable(f"{self._what} {how}; it said last: {last}")
 
     def close(self) -> None:
         """Wait for the last line."""
