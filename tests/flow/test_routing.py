@@ -6,12 +6,14 @@ import json
 import signal
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from tests.commands import gmpo, refusal, serving_as
 from tests.models import save_tiny
 from tests.upstreams import refuses, running_upstream, says
 
+from gmpo.recipe import dump_recipe, load_recipe
 from gmpo.serving.verifying import graded_task
 from gmpo.store import Event, open_store
 
@@ -161,6 +163,28 @@ def test_what_contradicts_itself_is_refused_in_one_line(tmp_path: Path):
     assert "NO_SUCH_KEY, which is not set" in refusal("serve", "--config", key, "--port", "0")
     shadow = configured(tmp_path, text + '[shadow]\nbackend = "x"\n')
     assert "shadow names something in the store" in refusal("serve", "--config", shadow)
+
+
+def test_what_is_quickly_refused_does_not_wait_for_the_tasks_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(task: object) -> NoReturn:
+        pytest.fail("the task was made before the refusal")
+
+    monkeypatch.setattr("gmpo.serving.verifying.build_task", slow)
+    task = ("--task", "quickstart", "--port", "0")
+    experiment = ("--experiment", "e", "--store", str(tmp_path / "store.db"))
+    assert "no experiment 'e'" in refusal("serve", "m", *experiment, *task)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(dump_recipe(load_recipe("quickstart")))
+    assert "has no checkpoint yet" in refusal("serve", str(run), *task)
+    config = configured(
+        tmp_path,
+        'name = "b"\nmain = "x"\nquality.task = "quickstart"\n[backends.x]\n'
+        'url = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "NO_SUCH_KEY"\n',
+    )
+    assert "NO_SUCH_KEY, which is not set" in refusal("serve", "--config", config, "--port", "0")
 
 
 def test_answers_that_all_fell_back_set_no_threshold(tmp_path: Path):

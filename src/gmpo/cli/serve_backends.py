@@ -210,19 +210,20 @@ def build_behind(
     from gmpo.serving.upstream import UpstreamBackend
 
     config = found.config
-    # What is quickly refused comes before models are loaded.
-    rules = QualityRules.of(config.quality)
+    # What is quickly refused comes before a task is made, and both before models are loaded.
     upstreams = {
         name: UpstreamBackend(name, one)
         for name, one in config.backends.items()
         if not isinstance(one, EngineSettings)
     }
     split = _split(found, recorder)
-    engines = {
-        name: _engine(name, one, engine_limits())
+    models = {
+        name: _model_config(one.engine, one.dtype)
         for name, one in config.backends.items()
         if isinstance(one, EngineSettings)
     }
+    rules = QualityRules.of(config.quality)
+    engines = {name: _engine(name, model, engine_limits()) for name, model in models.items()}
     backends: dict[str, Backend] = {**upstreams, **engines}
     judge = AnswerJudge(rules)
     router = VariantRouter(
@@ -313,11 +314,10 @@ def _split(found: Wanted, recorder: Recorder | None) -> TrafficSplit | None:
     )
 
 
-def _engine(name: str, settings: EngineSettings, limits: EngineLimits) -> EmbeddedBackend:
+def _engine(name: str, model: ModelConfig, limits: EngineLimits) -> EmbeddedBackend:
     from gmpo.serving.engine import EmbeddedBackend, load_served_model
 
-    config = _model_config(settings.engine, settings.dtype)
-    loaded = load_served_model(config, max_rows=limits.max_rows, warn=warn)
+    loaded = load_served_model(model, max_rows=limits.max_rows, warn=warn)
     return EmbeddedBackend(loaded, name=name, limits=limits)
 
 
