@@ -90,19 +90,15 @@ def analyse(
     ratio = check_ratio(look.arms, {arm: plan.weights[arm] for arm in ("control", "candidate")})
     primary = primary_result(look, plan)
     guardrails = tuple(guardrail_result(look, plan, one) for one in plan.guardrails)
-    hours = max(0.0, now - experiment.created) / 3600
-    if plan.end_after_hours is not None:
-        hours = min(hours, plan.end_after_hours)  # after them no traffic is split
-    decision = decide(
-        Evidence(
-            ratio_alarm=ratio.alarm,
-            primary=_primary_state(primary),
-            guardrails={result.metric: _guardrail_state(result) for result in guardrails},
-            num_units=len(look.arms),
-            hours=hours,
-        ),
-        plan=plan,
+    hours = _hours_of_traffic(experiment, plan, now)
+    evidence = Evidence(
+        ratio_alarm=ratio.alarm,
+        primary=_primary_state(primary),
+        guardrails={result.metric: _guardrail_state(result) for result in guardrails},
+        num_units=len(look.arms),
+        hours=hours,
     )
+    decision = decide(evidence, plan=plan)
     found = {**(counts or {}), **traffic.counts, "unanswered_units": look.unanswered}
     results = {result.metric: result for result in (primary, *guardrails)}
     judged = judgements(traffic, time=now)
@@ -128,6 +124,12 @@ def analyse(
             decision, results, ratio, plan, is_stopped=experiment.status == "stopped"
         ),
     )
+
+
+def _hours_of_traffic(experiment: Registered, plan: ExperimentPlan, now: float) -> float:
+    """Hours since it began, at most those after which no traffic is split."""
+    hours = max(0.0, now - experiment.created) / 3600
+    return hours if plan.end_after_hours is None else min(hours, plan.end_after_hours)
 
 
 def _hours_counted(experiment: Registered, plan: ExperimentPlan, hours: float) -> float:

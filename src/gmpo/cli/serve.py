@@ -128,13 +128,10 @@ def serve(
 ) -> None:
     """Serve models to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads them anew."""
     _require_packages()
-    from gmpo.serving.access import read_api_keys
     from gmpo.serving.admission import AdmissionLimits
     from gmpo.serving.server import ServerSettings, bound_socket
 
-    keys = read_api_keys(api_keys)
-    if not keys and not is_loopback(host):
-        warn(f"no API keys are set: whoever reaches {host} may ask; set GMPO_API_KEYS")
+    keys = _keys(api_keys, host)
     asked = Asked(
         model=model,
         name=name,
@@ -160,6 +157,16 @@ def serve(
         limits = _limits(admission, max_body_bytes, request_seconds)
         settings = ServerSettings(max_connections=max_connections, drain_seconds=drain_seconds)
         _run(_gateway(behind, limits, keys, records), bound, behind, settings)
+
+
+def _keys(file: Path | None, host: str) -> ApiKeys:
+    """The keys that clients need; a warning where other machines may ask without any."""
+    from gmpo.serving.access import read_api_keys
+
+    keys = read_api_keys(file)
+    if not keys and not is_loopback(host):
+        warn(f"no API keys are set: whoever reaches {host} may ask; set GMPO_API_KEYS")
+    return keys
 
 
 def _engine_limits(max_rows: int, max_prompt_tokens: int, max_tokens: int) -> EngineLimits:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gmpo.cli.conventions import model_name, say, warn
 from gmpo.config import ModelConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gmpo.serving.routing_config import EngineSettings, RoutingConfig
     from gmpo.serving.shadowing import ShadowTraffic
     from gmpo.serving.splitting import TrafficSplit
+    from gmpo.serving.upstream import UpstreamBackend
     from gmpo.store import ModelVersion, Store
 
 __all__ = ["Asked", "Behind", "EngineChanges", "Recorder", "Wanted", "build_behind", "wanted"]
@@ -239,16 +240,7 @@ def build_behind(
     if candidates is not None:
         router.shadowing = candidates
 
-    def counts() -> Mapping[str, int]:
-        return {
-            **router.counts,
-            **judge.counts,
-            **({} if shadow is None else shadow.counts),
-            **({} if candidates is None else candidates.counts),
-            **({} if split is None else split.counts),
-            "retries": sum(one.num_retries for one in upstreams.values()),
-        }
-
+    counts = _joined_counts((router, judge, shadow, candidates, split), [*upstreams.values()])
     beside: list[Callable[[], Awaitable[None]]] = [] if split is None else [split.run]
     if candidates is not None:
         beside.append(candidates.run)
@@ -256,6 +248,25 @@ def build_behind(
     for engine in engines.values():
         _change(behind, config, engine, engine_limits(), recorder)
     return behind
+
+
+class _Counting(Protocol):
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+
+
+def _joined_counts(
+    counting: Sequence[_Counting | None], upstreams: Sequence[UpstreamBackend]
+) -> Callable[[], Mapping[str, int]]:
+    """What all that are there count by the time it is called, and the servers' retries."""
+
+    def counts() -> Mapping[str, int]:
+        found = {
+            name: count for one in counting if one is not None for name, count in one.counts.items()
+        }
+        return {**found, "retries": sum(one.num_retries for one in upstreams)}
+
+    return counts
 
 
 def _shadow(
