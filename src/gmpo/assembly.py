@@ -25,6 +25,7 @@ from gmpo.inputs import (
     resolve_model,
 )
 from gmpo.named_functions import load_function
+from gmpo.policy.integrity import WeightsWatch
 from gmpo.policy.load import (
     context_length,
     end_token_ids,
@@ -70,6 +71,7 @@ class TrainingParts:
     sampler: LocalSampler
     sample: GroupSampler
     optimizer: PolicyOptimizer
+    weights_watch: WeightsWatch
     prompts: PromptStream
     held_out: tuple[Prompt, ...]
     evaluator: Evaluator
@@ -171,6 +173,7 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
         sampler=sampler,
         sample=sample,
         optimizer=_optimizer(config, policy),
+        weights_watch=WeightsWatch(policy),
         prompts=inputs.prompts,
         held_out=inputs.held_out,
         evaluator=_with_limit_and_examples(

@@ -251,6 +251,15 @@ def _events(
     broken = next(_not_finite(metrics), None)
     if broken is not None:
         yield non_finite_event(round_number, metric=broken)
+    disturbed = metrics.get("update/disturbed_weights")
+    if disturbed:
+        yield _event(
+            "weights_disturbed",
+            round_number,
+            metric="update/disturbed_weights",
+            value=disturbed,
+            threshold=0.0,
+        )
     lost = _lost_share(metrics)
     if lost >= _LOST_SHARE:
         yield _event(

@@ -61,6 +61,11 @@ RESPONSES: Mapping[str, Response] = {
         action="roll_back",
         recommended_action="sampler and trainer do not run the same weights; report it",
     ),
+    "weights_disturbed": Response(
+        action="roll_back",
+        recommended_action="find what writes into the policy's weights between rounds (a callback, "
+        "a reward or rollout function); if nothing does, check the machine's memory",
+    ),
     "reward_missing": Response(
         action="warn",
         recommended_action="read `error` in rollouts.jsonl: a reward function fails or returns NaN",

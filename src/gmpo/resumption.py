@@ -73,6 +73,7 @@ def begin_or_resume(
     run.write_text("recipe.toml", dump_recipe(parts.config))
     if state is not None:
         return state
+    parts.weights_watch.note()
     _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
@@ -108,6 +109,7 @@ def restored(
         return None
     tidy_checkpoints(run, parts.config)
     parts.publish_weights(state.step)
+    parts.weights_watch.note()
     run.forget_after(state.round, attempt=state.attempt)
     return state
 

@@ -59,6 +59,7 @@ METRICS: Mapping[str, str] = {
     "update/loss": "mean loss of the step's rollouts",
     "update/gradient_norm": "gradient norm before clipping",
     "update/learning_rate": "step size",
+    "update/disturbed_weights": "trained tensors that something other than the steps has changed",
     "update/skipped_steps_total": "steps not taken because their gradient was out of the ordinary",
     "update/live_rollouts": "rollouts the step was computed on; fast leaves out advantage 0",
     "update/gradient_cosine_grpo": "cosine between this objective's gradient and GRPO's",

@@ -177,6 +177,7 @@ def _run_round(
     recipe, parts = parts.config, adapted_parts(parts, state)
     sampled = _rollouts(run, parts, state)
     started = time.perf_counter()
+    disturbed = _disturbed_weights(parts)
     training, done = parts.config.training, state.round + 1
     update = update_policy(
         parts,
@@ -187,13 +188,14 @@ def _run_round(
         measures_kl_ref=_is_due(done, training.kl_ref_every or 0),
         norms=NormHistory.from_record(state.norms),
     )
+    _note_weights(parts)
     adaptive = adaptive_metrics(recipe, state, sampled.scored.groups)
     state = _after(state, sampled, update)
     parts.publish_weights(state.step)
     metrics = round_metrics(parts, sampled, update) | {
         "time/update_seconds": time.perf_counter() - started
     }
-    metrics |= adaptive | trackers.new_counts()
+    metrics |= disturbed | adaptive | trackers.new_counts()
     for number, step in enumerate(update.steps, start=state.step - len(update.steps) + 1):
         run.log_metrics("step", step.metrics, round=state.round, step=number)
     run.log_metrics("round", metrics, round=state.round, step=state.step)
@@ -202,6 +204,18 @@ def _run_round(
     steps = tuple(step.metrics for step in update.steps)
     told = replace(_standing("round", parts, state), metrics=metrics, steps=steps)
     return state, told, tuple(step.verdict for step in update.steps)
+
+
+def _disturbed_weights(parts: TrainingParts) -> dict[str, float]:
+    """How many tensors something changed since the last step, for a guard that judges it."""
+    if parts.config.guard.mode == "off":
+        return {}
+    return {"update/disturbed_weights": float(len(parts.weights_watch.disturbed()))}
+
+
+def _note_weights(parts: TrainingParts) -> None:
+    if parts.config.guard.mode != "off":
+        parts.weights_watch.note()
 
 
 def _standing(stage: str, parts: TrainingParts, state: TrainingState) -> Report:

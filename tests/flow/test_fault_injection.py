@@ -81,6 +81,20 @@ def test_a_fault_that_passes_is_found_and_mended(policy: str, tmp_path: Path):
     assert all(line["rollout/mismatch_mean"] < 1e-4 for line in rounds)
 
 
+def test_corrupted_weights_are_found_in_their_round_and_mended(policy: str, tmp_path: Path):
+    # Noise too small to show in rewards or entropy of a round.
+    injection = Loud("weights", seed=0, first_round=3)
+    assert run(policy, tmp_path, injection, guard="mend", rounds=5) == "finished"
+    outcome = measured(tmp_path, "finished", first_round=3)
+    assert (outcome["first_alarm"], outcome["rounds_to_alarm"]) == ("weights_disturbed", 1)
+    assert outcome["events_before_fault"] == []
+    assert outcome["went_back_to"] == [0]
+    rounds = metric_lines(tmp_path, "round")
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4, 5]
+    # The roll-back's own change of weights is none that the guard tells.
+    assert [line["update/disturbed_weights"] for line in rounds] == [0.0] * 5
+
+
 @pytest.mark.usefixtures("loud")
 def test_a_fault_that_stays_ends_the_run(policy: str, tmp_path: Path):
     injection = Loud("mismatch_lasting", seed=0, first_round=2)

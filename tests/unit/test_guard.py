@@ -71,6 +71,7 @@ def test_a_drift_is_found_within_30_rounds_and_its_onset_named(alarm: str, seed:
     [
         ("ratio_explosion", {"ratio/am_gm_gap": 2.4}),
         ("sampler_mismatch", {"rollout/mismatch_mean": 0.5}),
+        ("weights_disturbed", {"update/disturbed_weights": 1.0}),
         ("reward_missing", {"rollout/reward": None, "rollout/errors_total": 64.0}),
     ],
 )

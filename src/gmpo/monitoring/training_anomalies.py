@@ -48,6 +48,7 @@ TRAINING_DETECTORS: Mapping[str, tuple[Family, float]] = {
     "reward_drop": ("performance", _CRITICAL),
     "held_out_drop": ("performance", _CRITICAL),
     "dead_groups": ("performance", _WARNING),
+    "weights_disturbed": ("statistical", _CRITICAL),
     "reward_missing": ("performance", _WARNING),
 }
 """Family and weight by detector: the guard's alarms, and the bounds on ratios."""
