@@ -224,20 +224,28 @@ class Answering:
         self, books: Sequence[AnswerBook], deadline: float
     ) -> list[AsyncGenerator[Chunk, None]]:
         """All prompts' answers, or none."""
-        tasks = [
-            asyncio.create_task(self._router.route(book.request, book.report)) for book in books
-        ]
-        is_begun = False
         try:
             async with asyncio.timeout_at(deadline):
-                routed = await asyncio.gather(*tasks)
-            is_begun = True
-            return routed
+                if len(books) > 1:
+                    return await self._all_routed(books)
+                (book,) = books
+                return [await self._router.route(book.request, book.report)]
         except TimeoutError:
             raise BackendError(
                 "no answer began within the time that this server allows; ask again later",
                 fault="timeout",
             ) from None
+
+    async def _all_routed(self, books: Sequence[AnswerBook]) -> list[AsyncGenerator[Chunk, None]]:
+        """Several prompts' answers, asked for at once."""
+        tasks = [
+            asyncio.create_task(self._router.route(book.request, book.report)) for book in books
+        ]
+        is_begun = False
+        try:
+            routed = await asyncio.gather(*tasks)
+            is_begun = True
+            return routed
         finally:
             if not is_begun:
                 for task in tasks:

@@ -302,34 +302,36 @@ async def _whole(
 
 async def _events(
     answer: RunningAnswer, envelope: Envelope, *, includes_usage: bool
-) -> AsyncGenerator[str, None]:
-    """A stream's events; an answer that breaks off ends with an error and without [DONE]."""
+) -> AsyncGenerator[tuple[str, bool], None]:
+    """A stream's events, and whether they are the last.
+
+    What follows the last token goes with it in one piece: each piece costs as much as a token does,
+    here and where it is read. An answer that breaks off ends with an error and without [DONE].
+    """
     gathered = [Gathered() for _ in range(answer.num_choices)]
     silent: dict[str, Any] = {"usage": None} if includes_usage else {}
     pieces = answer.pieces()
     held: dict[str, Any] | None = None
+
+    def event(choices: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] = silent) -> str:
+        return _event(stream_object(envelope, choices, reports=answer.reports, extra=extra))
+
     try:
         async for index, chunk in pieces:
             # The report is whole only after the last piece, and the last event carries it.
             if held is not None:
-                yield _event(stream_object(envelope, [held], reports=answer.reports, extra=silent))
+                yield event([held]), False
             choice = stream_choice(envelope, index, chunk, gathered[index])
             held = choice if chunk.usage is not None else None
             if held is None:
-                yield _event(
-                    stream_object(envelope, [choice], reports=answer.reports, extra=silent)
-                )
-        told = {"gmpo": gmpo_object(envelope.id, answer.reports)}
-        last = [] if held is None else [held]
-        yield _event(
-            stream_object(envelope, last, reports=answer.reports, extra={**silent, **told})
-        )
+                yield event([choice]), False
+        told = {**silent, "gmpo": gmpo_object(envelope.id, answer.reports)}
+        last = event([] if held is None else [held], told)
         if includes_usage:
-            usage = {"usage": usage_object(answer.usage)}
-            yield _event(stream_object(envelope, [], reports=answer.reports, extra=usage))
-        yield "data: [DONE]\n\n"
+            last += event([], {"usage": usage_object(answer.usage)})
+        yield f"{last}data: [DONE]\n\n", True
     except ApiError as error:
-        yield _event(error_body(error))
+        yield _event(error_body(error)), True
     finally:
         await pieces.aclose()
 

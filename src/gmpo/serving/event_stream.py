@@ -27,16 +27,17 @@ async def unless_client_leaves(
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
 
 class EventStream(Response):
     """Server-sent events; a client that leaves ends what they are made of.
 
     Args:
-        events: text of each.
+        events: text of one or more, and whether they are the last.
         answer: what they are made of.
         headers: sent besides.
         send_seconds: how long the client may leave a piece unread before it counts as gone.
@@ -44,7 +45,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[str, None],
+        events: AsyncGenerator[tuple[str, bool], None],
         answer: RunningAnswer,
         headers: Mapping[str, str],
         *,
@@ -83,10 +84,9 @@ class EventStream(Response):
             "headers": self.raw_headers,
         }
         await self._send_in_time(send, start)
-        async for event in self._events:
-            body = {"type": "http.response.body", "body": event.encode(), "more_body": True}
+        async for text, is_last in self._events:
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": not is_last}
             await self._send_in_time(send, body)
-        await self._send_in_time(send, {"type": "http.response.body", "body": b""})
 
     async def _send_in_time(self, send: Send, message: Message) -> None:
         # Without a limit a client that stops reading would keep its turn for ever.
