@@ -19,6 +19,7 @@ from gmpo.serving.backend import (
     Usage,
 )
 from gmpo.serving.faults import ApiError, from_backend
+from gmpo.serving.time_limit import TimeLimit
 
 __all__ = ["Answering", "Observer", "RunningAnswer"]
 
@@ -149,10 +150,10 @@ class RunningAnswer:
     async def _within_time(
         self, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncGenerator[Chunk, None]:
+        limit = TimeLimit()
         try:
             while True:
-                async with asyncio.timeout_at(self._deadline):
-                    chunk = await anext(chunks, None)
+                chunk = await limit.wait(anext(chunks, None), until=self._deadline)
                 if chunk is None:
                     return
                 yield chunk
@@ -162,6 +163,7 @@ class RunningAnswer:
                 fault="timeout",
             ) from None
         finally:
+            limit.end()
             await chunks.aclose()
 
 
