@@ -14,10 +14,13 @@ import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 __all__ = [
     "KINDS",
@@ -44,7 +47,10 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
 }
 """What is told to whom. The C library's exp, log and pow need nothing: it has one version of each
-for all processors with AVX2 and FMA. Of numpy a run takes integers and uniforms made of them."""
+for all processors with AVX2 and FMA. Of numpy a run takes integers, uniforms made of them, and
+roots."""
+_REPLACED: list[torch.library.Library] = []
+"""Operations of torch that this process does otherwise; they last as long as this does."""
 
 
 def of_this_process() -> Kind:
@@ -68,12 +74,9 @@ def enter(kind: Kind, *, module: str) -> None:
         told = {**others, **VARIABLES} if kind == "portable" else others
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], told)
-    capability = torch.backends.cpu.get_cpu_capability()
-    if kind == "portable" and capability != "AVX2":
-        raise SystemExit(
-            f"torch computes with {capability} here, and portable arithmetic is that of processors "
-            "with AVX2 and FMA; use one of those, or --arithmetic native"
-        )
+    if kind == "portable":
+        _require_avx2()
+        _replace_estimates()
 
 
 def circumstances() -> dict[str, str]:
@@ -86,6 +89,44 @@ def circumstances() -> dict[str, str]:
         "processor": _processor(),
         "libc": " ".join(platform.libc_ver()),
     }
+
+
+def _require_avx2() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX2":
+        raise SystemExit(
+            f"torch computes with {capability} here, and portable arithmetic is that of processors "
+            "with AVX2 and FMA; use one of those, or --arithmetic native"
+        )
+
+
+def _replace_estimates() -> None:
+    """Take roots and logarithms elsewhere than from MKL, whatever it was told.
+
+    Its functions for both begin with the processor's estimate of a reciprocal or of its root, which
+    makers are free to choose: about every sixth root in fp32 is not the nearest number to the true
+    one, and which ones depends on that estimate. Roots of numpy are the nearest numbers, as the
+    instruction for them gives, and logarithms are the C library's.
+    """
+    if not _REPLACED:
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*other operators may also be overridden")
+            library.impl("sqrt", _root, "CPU", allow_override=True)
+            library.impl("log", _logarithm, "CPU", allow_override=True)
+        _REPLACED.append(library)
+
+
+def _root(values: Tensor) -> Tensor:
+    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    roots = torch.empty_like(wide)
+    with np.errstate(invalid="ignore"):  # NaN of a negative number, as torch's
+        np.sqrt(wide.detach().numpy(), out=roots.numpy())
+    return roots.to(values.dtype) if values.is_floating_point() else roots
+
+
+def _logarithm(values: Tensor) -> Tensor:
+    return torch.special.xlogy(torch.ones_like(values), values)
 
 
 def _processor() -> str:
