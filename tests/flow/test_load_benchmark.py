@@ -14,9 +14,19 @@ import pytest
 from benchmarks.differences import Difference, quantile_difference, quantile_of_differences
 from benchmarks.load import main
 from benchmarks.load_clients import tokens_per_second
-from benchmarks.upstream_latency import WARM_UP, report_upstream, seconds_of_answer, times_in_turns
+from benchmarks.upstream_latency import (
+    WARM_UP,
+    as_the_gateway_asks,
+    report_upstream,
+    seconds_of_answer,
+    times_in_turns,
+)
+from benchmarks.upstream_latency import main as measure_upstream
+from tests.gateways import running_gateway
 from tests.models import save_tiny
 from tests.upstreams import Body, Reply, running_upstream, says
+
+from gmpo.serving.upstream import UpstreamBackend, UpstreamSettings
 
 
 def test_a_short_load_is_measured_from_end_to_end(
@@ -46,7 +56,9 @@ def test_a_short_load_is_measured_from_end_to_end(
     upstream = figures["added_to_upstream_milliseconds"]
     assert (upstream["pairs"], upstream["max_tokens"], upstream["server_threads"]) == (6, 3, 1)
     assert upstream["direct_p50"] > 0
-    for name in ("p50", "p99", "paired_p50", "paired_p99", "server_p99", "server_paired_p99"):
+    differences = [name for name, value in upstream.items() if isinstance(value, dict)]
+    assert len(differences) == 13
+    for name in differences:
         assert upstream[name]["low"] <= upstream[name]["high"]
     printed = capsys.readouterr().out
     assert "goodput" in printed and "100.0% with 200" in printed
@@ -68,12 +80,48 @@ def test_tokens_a_second_are_of_what_was_whole_in_time_over_the_time_of_the_last
 
 def test_each_turn_asks_every_server_for_the_same_and_knows_its_seconds():
     asked = {"model": "m", "prompt": "1 + 1 =", "max_tokens": 2}
+    other = {**asked, "stream": True}
     with running_upstream(says("2")) as quick, running_upstream(says("2", seconds=0.2)) as slow:
-        times = times_in_turns([quick.url, slow.url, quick.url], asked, 3)
-        assert quick.bodies == 2 * slow.bodies == 2 * (3 + WARM_UP) * [asked]
+        times = times_in_turns([(quick.url, asked), (slow.url, asked), (quick.url, other)], 3)
+        assert slow.bodies == (3 + WARM_UP) * [asked]
+        turns = [quick.bodies[place : place + 2] for place in range(0, len(quick.bodies), 2)]
+        assert len(turns) == 3 + WARM_UP
+        assert all(turn in ([asked, other], [other, asked]) for turn in turns)
+        assert turns.count([asked, other]) not in (0, len(turns)), "not in one order alone"
     assert times.shape == (3, 3)
     assert times[:, 1].min() >= 0.2
     assert np.median(times[:, [0, 2]]) < 0.2
+
+
+def test_the_server_is_asked_directly_as_the_gateway_asks_it():
+    plain = {"model": "bot", "prompt": "1 + 1 =", "max_tokens": 2, "temperature": 0.0}
+    with running_upstream(says("2")) as server:
+        settings = UpstreamSettings(url=server.url, model="bot")
+        with running_gateway(lambda: UpstreamBackend("bot", settings)) as gateway:
+            times_in_turns(
+                [(f"{gateway.url}/v1", plain), (server.url, as_the_gateway_asks(plain))], 1
+            )
+        assert len(server.bodies) == 2 * (1 + WARM_UP)
+        assert all(body == as_the_gateway_asks(plain) for body in server.bodies)
+
+
+def test_the_upstream_part_can_be_measured_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "upstream.json"
+    measure_upstream(
+        [
+            *("--model", save_tiny(tmp_path / "tiny"), "--dtype", "fp32", "--threads", "1"),
+            *("--pairs", "3", "--tokens", "2", "--json", str(out)),
+        ]
+    )
+    figures = json.loads(out.read_text())
+    assert (figures["pairs"], figures["max_tokens"]) == (3, 2)
+    assert figures["circumstances"]["commit"]
+    # Medians of the same turns: what the stream adds and what the gateway adds to it make the sum.
+    parts = figures["stream_p50"]["value"] + figures["beyond_stream_p50"]["value"]
+    assert parts == pytest.approx(figures["p50"]["value"])
+    assert report_upstream(figures) in capsys.readouterr().out
 
 
 def test_a_connection_that_a_server_ended_meanwhile_is_opened_again():
