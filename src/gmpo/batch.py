@@ -17,7 +17,14 @@ from torch import Tensor
 from gmpo.errors import DataError
 from gmpo.records import Group, Prompt, Rollout
 
-__all__ = ["MicroBatch", "StepBatch", "build_step", "reward_table", "split_steps"]
+__all__ = [
+    "MicroBatch",
+    "StepBatch",
+    "build_dead_batches",
+    "build_step",
+    "reward_table",
+    "split_steps",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +63,14 @@ class StepBatch:
     """One optimizer step's work.
 
     `num_rollouts` is the denominator of the step's mean: every usable rollout of its groups, also
-    those whose rows were left out because their gradient is exactly zero.
+    those whose rows were left out because their gradient is exactly zero. `dead_batches` holds
+    these rows where they are to be measured all the same (`build_dead_batches`).
     """
 
     micro_batches: tuple[MicroBatch, ...]
     num_rollouts: int
     num_skipped_rows: int
+    dead_batches: tuple[MicroBatch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +128,33 @@ def build_step(
     Raises:
         DataError: a completion has no token sampled by the policy; the row is named.
     """
+    rows = _usable_rows(groups, advantages)
+    live = [row for row in rows if not (skips_dead_rows and row.advantage == 0.0)]
+    packs = _pack(live, max_tokens=max_tokens, shares_prompts=shares_prompts)
+    return StepBatch(
+        micro_batches=tuple(_collate(pack, device=device) for pack in packs),
+        num_rollouts=len(rows),
+        num_skipped_rows=len(rows) - len(live),
+    )
+
+
+def build_dead_batches(
+    groups: Sequence[Group],
+    advantages: Float[Tensor, "P G"],
+    *,
+    max_tokens: int,
+    shares_prompts: bool,
+    device: torch.device,
+) -> tuple[MicroBatch, ...]:
+    """The rows that `build_step` leaves out with `skips_dead_rows`; its arguments and errors."""
+    rows = _usable_rows(groups, advantages)
+    dead = [row for row in rows if row.advantage == 0.0]
+    packs = _pack(dead, max_tokens=max_tokens, shares_prompts=shares_prompts)
+    return tuple(_collate(pack, device=device) for pack in packs)
+
+
+def _usable_rows(groups: Sequence[Group], advantages: Float[Tensor, "P G"]) -> list[_Row]:
     rows: list[_Row] = []
-    num_rollouts = 0
     for group, of_group in zip(groups, advantages, strict=True):
         for rollout, advantage in zip(group.rollouts, of_group.tolist(), strict=False):
             if rollout.error is not None or rollout.reward is None:
@@ -130,15 +164,8 @@ def build_step(
                     f"rollout {rollout.index} of prompt {rollout.prompt_id!r} has no token "
                     "sampled by the policy, so its mean is undefined; mark it with an error"
                 )
-            num_rollouts += 1
             rows.append(_Row(prompt=group.prompt, rollout=rollout, advantage=advantage))
-    live = [row for row in rows if not (skips_dead_rows and row.advantage == 0.0)]
-    packs = _pack(live, max_tokens=max_tokens, shares_prompts=shares_prompts)
-    return StepBatch(
-        micro_batches=tuple(_collate(pack, device=device) for pack in packs),
-        num_rollouts=num_rollouts,
-        num_skipped_rows=len(rows) - len(live),
-    )
+    return rows
 
 
 def _pack(rows: list[_Row], *, max_tokens: int, shares_prompts: bool) -> list[list[_Row]]:

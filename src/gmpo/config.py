@@ -324,9 +324,9 @@ class TrainingConfig(Table):
     a round's last step, which costs two more forward and backward passes; 0 never measures."""
     kl_ref_every: int | None = Field(default=None, ge=0)
     """Rounds between two measurements of `kl_ref/k3`, the KL to the starting model, on a round's
-    last step, which costs a copy of that model and a forward pass; 0 never measures. None leaves
-    it to the command: `gmpo compare` measures on the last round, all others never. With
-    `objective.kl_coefficient` above 0 it is measured on every step anyway."""
+    last step, over all of its rollouts, which costs a copy of that model and forward passes; 0
+    never measures. None leaves it to the command: `gmpo compare` measures on the last round, all
+    others never. With `objective.kl_coefficient` above 0 it is measured on every step anyway."""
     gradient_checkpointing: bool = False
     """Whether layers run again in the backward pass instead of keeping what they computed: the same
     gradients for less memory and more time, for long completions."""

@@ -132,7 +132,8 @@ FIGURES: Mapping[str, Figure] = {
         unit="nats",
         better="neither",
         compared="difference",
-        formula="the last kl_ref/k3 measured (training.kl_ref_every)",
+        formula="the last kl_ref/k3 measured (training.kl_ref_every), over all rollouts of the "
+        "last step of its round",
     ),
     "reward_end": Figure(
         title="reward at the end",

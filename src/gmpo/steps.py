@@ -10,7 +10,7 @@ import torch
 
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
-from gmpo.batch import StepBatch, build_step, reward_table, split_steps
+from gmpo.batch import StepBatch, build_dead_batches, build_step, reward_table, split_steps
 from gmpo.errors import NonFiniteError, NonFiniteLossError
 from gmpo.objective import step_diagnostics
 from gmpo.records import Group
@@ -90,11 +90,14 @@ def update_policy(  # noqa: PLR0913 - all by keyword, and each is its own concer
         first_step: optimizer steps done before, for the step-size schedule.
         may_trust_sampler: whether the last mismatch allows the sampler's log-probabilities.
         measures_cosine: whether to measure the gradient's cosine to GRPO's on the last step.
-        measures_kl_ref: whether to measure the KL to the starting model on the last step, if there
-            is no KL term, which measures it on all.
+        measures_kl_ref: whether to measure the KL to the starting model on all rollouts of the last
+            step, if there is no KL term, which measures it on all steps.
         norms: of the gradients before, for `guard.skip_steps`.
     """
-    steps = _with_reference(parts, build_steps(parts, groups), measures_kl_ref=measures_kl_ref)
+    steps = build_steps(parts, groups)
+    if measures_kl_ref:
+        steps = _with_dead_rows(parts, steps, groups)
+    steps = _with_reference(parts, steps, measures_kl_ref=measures_kl_ref)
     trusts_sampler = (
         may_trust_sampler
         and parts.config.training.engine == "fast"
@@ -111,6 +114,28 @@ def update_policy(  # noqa: PLR0913 - all by keyword, and each is its own concer
         trusts_sampler=trusts_sampler,
         norms=norms,
     )
+
+
+def _with_dead_rows(
+    parts: TrainingParts, steps: list[StepBatch], groups: Sequence[Group]
+) -> list[StepBatch]:
+    """Steps of which the last one has the rows that it leaves out beside it.
+
+    Of its live rows alone the KL would be that of prompts which the policy neither always nor
+    never gets right, and no figure at all where there are none.
+    """
+    if parts.reference is None or not steps[-1].num_skipped_rows:
+        return steps
+    training = parts.config.training
+    places = split_steps(len(groups), steps_per_round=training.steps_per_round)[-1]
+    dead = build_dead_batches(
+        [groups[place] for place in places],
+        advantages_of(parts, groups)[places.start : places.stop],
+        max_tokens=training.max_tokens_per_micro_batch,
+        shares_prompts=parts.policy.shares_prompts,
+        device=parts.policy.device,
+    )
+    return [*steps[:-1], replace(steps[-1], dead_batches=dead)]
 
 
 def _with_reference(

@@ -84,9 +84,9 @@ class Mismatch:
 class StepMeasures:
     """What one step's gradient was made of.
 
-    `loss` and `entropy` are means over the step's rollouts, `kl_ref_k3` over the rows that were
-    run, which with a KL term are the same; in nats where they have a unit. `mismatch` is None on a
-    step without live rows.
+    `loss` and `entropy` are means over the step's rollouts, `kl_ref_k3` over the rows that have a
+    reference, dead ones too; in nats where they have a unit. `mismatch` is None on a step without
+    live rows.
     """
 
     loss: float
@@ -121,7 +121,7 @@ def accumulate_gradients(
     """Add the gradient of the step's mean loss to the policy's weights.
 
     The mean is the sum of per-sequence losses over `step.num_rollouts`, so it does not depend on
-    how the step is cut into micro-batches or padded.
+    how the step is cut into micro-batches or padded. Dead rows, if the step has them, are measured.
 
     Args:
         policy: whose weights get the gradient.
@@ -139,6 +139,8 @@ def accumulate_gradients(
     """
     wants_entropy = settings.entropy_coefficient > 0
     tally = _Tally()
+    for batch in step.dead_batches:
+        _measure_dead_rows(policy, batch, settings, tally)
     policy.widen_gradients()  # an earlier call's, to which this one's are added
     is_one = len(step.micro_batches) == 1
     left = policy.gradients_left_narrow if may_stay_narrow and is_one else contextlib.nullcontext
@@ -300,13 +302,16 @@ def with_old_logprobs(
 def with_reference_logprobs(
     reference: Scorer, steps: Sequence[StepBatch], *, temperature: float
 ) -> list[StepBatch]:
-    """Steps with the reference policy's log-probabilities, for the KL term."""
+    """Steps with the reference policy's log-probabilities, for the KL term; dead rows have them."""
 
     def rescored(batch: MicroBatch) -> MicroBatch:
         scores = reference.score(batch, temperature=temperature)
         return replace(batch, reference_logprobs=scores.logprobs)
 
-    return _map_batches(rescored, steps)
+    return [
+        replace(step, dead_batches=tuple(rescored(batch) for batch in step.dead_batches))
+        for step in _map_batches(rescored, steps)
+    ]
 
 
 def gradient_cosine(
@@ -321,6 +326,7 @@ def gradient_cosine(
 
     Costs two backward passes and, for the moment, one more copy of the gradients.
     """
+    step = replace(step, dead_batches=())  # which have no gradient
     weights = [w for w in policy.masters.values() if w.requires_grad]
     assert all(w.grad is None or not w.grad.any() for w in weights), "gradients must be zero"
     accumulate_gradients(policy, step, settings, is_old_policy=is_old_policy)
@@ -340,11 +346,11 @@ class _Tally:
 
     loss: float = 0.0
     kl_ref_k3: float = 0.0
+    num_compared: int = 0
     entropy: float = 0.0
     terms: list[ObjectiveTerms] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     row_names: list[str] = field(default_factory=list)
-    has_reference: bool = False
     has_entropy: bool = False
     differences: list[Tensor] = field(default_factory=list)
 
@@ -364,6 +370,16 @@ class _Tally:
         self.row_names += batch.row_names
         self.add_mismatch(scores.logprobs.detach(), batch)
 
+    def add_divergence(self, logprobs: Tensor, batch: MicroBatch) -> Tensor:
+        """KL of each row to the reference, which is added to the sum."""
+        assert batch.reference_logprobs is not None
+        # The tokens came from the old policy; within a round its distance from pi_theta is small.
+        divergence = kl_k3(p_logprobs=logprobs, q_logprobs=batch.reference_logprobs)
+        kl_ref = token_mean(divergence, mask=batch.mask)
+        self.kl_ref_k3 += float(kl_ref.detach().sum())
+        self.num_compared += len(kl_ref)
+        return kl_ref
+
     def add_mismatch(self, logprobs: Tensor, batch: MicroBatch) -> None:
         self.differences.append((logprobs - batch.sampler_logprobs)[batch.mask].abs())
 
@@ -379,10 +395,20 @@ class _Tally:
             terms=tuple(self.terms),
             masks=tuple(self.masks),
             row_names=tuple(self.row_names),
-            kl_ref_k3=self.kl_ref_k3 / len(self.row_names) if self.has_reference else None,
+            kl_ref_k3=self.kl_ref_k3 / self.num_compared if self.num_compared else None,
             entropy=self.entropy / num_rollouts if self.has_entropy else None,
             mismatch=self.mismatch(),
         )
+
+
+@torch.no_grad()
+def _measure_dead_rows(
+    policy: Policy, batch: MicroBatch, settings: LossSettings, tally: _Tally
+) -> None:
+    scores = policy.score(batch, temperature=settings.temperature)
+    _require_finite_logprobs(scores.logprobs, batch)
+    if batch.reference_logprobs is not None:
+        tally.add_divergence(scores.logprobs, batch)
 
 
 def _with_regularisers(
@@ -390,11 +416,7 @@ def _with_regularisers(
 ) -> Tensor:
     """Add the KL and entropy terms, each a mean over a sequence's own tokens."""
     if batch.reference_logprobs is not None:
-        # The tokens came from the old policy; within a round its distance from pi_theta is small.
-        divergence = kl_k3(p_logprobs=scores.logprobs, q_logprobs=batch.reference_logprobs)
-        kl_ref = token_mean(divergence, mask=batch.mask)
-        tally.has_reference = True
-        tally.kl_ref_k3 += float(kl_ref.detach().sum())
+        kl_ref = tally.add_divergence(scores.logprobs, batch)
         if settings.kl_coefficient:  # without, it is only measured
             losses = losses + settings.kl_coefficient * kl_ref
     if scores.entropy is not None:

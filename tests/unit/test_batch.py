@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.rollout_groups import group, one_step, random_groups, rollout
 
-from gmpo.batch import MicroBatch, reward_table, split_steps
+from gmpo.batch import MicroBatch, build_dead_batches, reward_table, split_steps
 from gmpo.errors import DataError
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -93,6 +93,22 @@ def test_dead_rows_are_left_out_on_request_and_stay_in_the_denominator():
     assert names == {"p0#0", "p2#0"}
     # A prompt without a live row is not run at all.
     assert sum(len(batch.prompt_ids) for batch in skipped.micro_batches) == 2
+
+
+def test_the_rows_left_out_can_be_had_beside_the_step():
+    groups = random_groups(PROMPTS, [[2, 3], [1, 4], [5, 2]])
+    advantages = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, -0.0]], dtype=torch.float64)
+    for max_tokens, num_batches in ((10_000, 1), (1, 4)):
+        batches = build_dead_batches(
+            groups,
+            advantages,
+            max_tokens=max_tokens,
+            shares_prompts=True,
+            device=torch.device("cpu"),
+        )
+        names = sorted(name for batch in batches for name in batch.row_names)
+        assert names == ["p0#1", "p1#0", "p1#1", "p2#1"]
+        assert len(batches) == num_batches
 
 
 def test_a_step_of_dead_groups_has_no_micro_batch():
