@@ -88,6 +88,8 @@ def test_hiding_more_of_the_processor_changes_no_number(
     assert cut_cell(tmp_path, **NARROWER)[0] == numbers
 
 
+# A claim about processors that were not at hand: one that refutes it is no broken build.
+@pytest.mark.verify
 @pytest.mark.skipif(torch.__version__ != TORCH, reason=f"these are the weights of torch {TORCH}")
 def test_any_processor_warms_up_to_the_same_weights(
     portable: tuple[dict[str, Any], dict[str, Any]],
