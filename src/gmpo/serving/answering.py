@@ -19,7 +19,6 @@ from gmpo.serving.backend import (
     Usage,
 )
 from gmpo.serving.faults import ApiError, from_backend
-from gmpo.serving.time_limit import TimeLimit
 
 __all__ = ["Answering", "Observer", "RunningAnswer"]
 
@@ -150,10 +149,10 @@ class RunningAnswer:
     async def _within_time(
         self, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncGenerator[Chunk, None]:
-        limit = TimeLimit()
         try:
             while True:
-                chunk = await limit.wait(anext(chunks, None), until=self._deadline)
+                async with asyncio.timeout_at(self._deadline):
+                    chunk = await anext(chunks, None)
                 if chunk is None:
                     return
                 yield chunk
@@ -163,7 +162,6 @@ class RunningAnswer:
                 fault="timeout",
             ) from None
         finally:
-            limit.end()
             await chunks.aclose()
 
 

@@ -11,7 +11,6 @@ from fastapi import Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from gmpo.serving.answering import RunningAnswer
-from gmpo.serving.time_limit import TimeLimit
 
 __all__ = ["EventStream", "unless_client_leaves"]
 
@@ -84,20 +83,15 @@ class EventStream(Response):
             "status": self.status_code,
             "headers": self.raw_headers,
         }
-        limit = TimeLimit()
-        try:
-            await self._send_in_time(send, start, limit)
-            async for text, is_last in self._events:
-                body = text.encode()
-                message = {"type": "http.response.body", "body": body, "more_body": not is_last}
-                await self._send_in_time(send, message, limit)
-        finally:
-            limit.end()
+        await self._send_in_time(send, start)
+        async for text, is_last in self._events:
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": not is_last}
+            await self._send_in_time(send, body)
 
-    async def _send_in_time(self, send: Send, message: Message, limit: TimeLimit) -> None:
+    async def _send_in_time(self, send: Send, message: Message) -> None:
         # Without a limit a client that stops reading would keep its turn for ever.
-        until = asyncio.get_running_loop().time() + self._send_seconds
-        await limit.wait(send(message), until=until)
+        async with asyncio.timeout(self._send_seconds):
+            await send(message)
 
 
 async def _left(receive: Receive) -> None:

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from gmpo.errors import ConfigError
 from gmpo.serving.backend import BackendError, BackendFault, Chunk, GenerationRequest
-from gmpo.serving.time_limit import TimeLimit
 from gmpo.serving.upstream_events import EventDecoder, UpstreamAnswer, told_error
 from gmpo.task_config import Table
 
@@ -130,44 +129,31 @@ class UpstreamBackend:
             BackendError: there is no answer, or no more of it.
         """
         body = _encoded(self._body(request))
-        limit = TimeLimit()
+        first_seconds = None if request.echo else self._settings.first_token_seconds
         attempt = 0
-        try:
-            while True:
-                chunks = self._chunks(request, body)
-                try:
-                    first = await self._first(chunks, request, limit)
-                    break
-                except BackendError as error:
-                    if attempt == self._settings.retries or error.fault not in _MAY_PASS:
-                        raise
-                    pause = self._pause(attempt, error.retry_after_seconds)
-                attempt += 1
-                self.num_retries += 1
-                await asyncio.sleep(pause)
-            async with aclosing(chunks):
-                while first is not None:
-                    yield first
-                    first = await self._next(chunks, self._settings.stall_seconds, limit)
-        finally:
-            limit.end()
-
-    def _chunks(self, request: GenerationRequest, body: bytes) -> AsyncGenerator[Chunk, None]:
-        return self._whole(request, body) if request.echo else self._streamed(request, body)
-
-    async def _first(
-        self, chunks: AsyncGenerator[Chunk, None], request: GenerationRequest, limit: TimeLimit
-    ) -> Chunk | None:
-        if request.echo:
-            return await anext(chunks, None)
-        return await self._next(chunks, self._settings.first_token_seconds, limit)
+        while True:
+            chunks = self._whole(request, body) if request.echo else self._streamed(request, body)
+            try:
+                first = await self._next(chunks, first_seconds)
+                break
+            except BackendError as error:
+                if attempt == self._settings.retries or error.fault not in _MAY_PASS:
+                    raise
+                pause = self._pause(attempt, error.retry_after_seconds)
+            attempt += 1
+            self.num_retries += 1
+            await asyncio.sleep(pause)
+        async with aclosing(chunks):
+            while first is not None:
+                yield first
+                first = await self._next(chunks, self._settings.stall_seconds)
 
     async def _next(
-        self, chunks: AsyncGenerator[Chunk, None], seconds: float, limit: TimeLimit
+        self, chunks: AsyncGenerator[Chunk, None], seconds: float | None
     ) -> Chunk | None:
-        until = asyncio.get_running_loop().time() + seconds
         try:
-            return await limit.wait(anext(chunks, None), until=until)
+            async with asyncio.timeout(seconds):
+                return await anext(chunks, None)
         except TimeoutError:
             raise BackendError(
                 f"backend {self._name!r} gave no token for {seconds:g} seconds; ask again later",
