@@ -5,7 +5,8 @@ out. An alarm needs two things, so that healthy learning raises none: a drift te
 baseline of the run's first rounds (`gmpo.detectors`), and a recent level that is off by an amount
 that matters. Ratios and the sampler's mismatch have bounds of their own besides, which hold from
 the first round on, and a round's gradient has one by its baseline, since gradients have no unit.
-What is never without a value in a healthy round has to be finite.
+What is never without a value in a healthy round has to be finite, and nothing but the steps may
+change the trained weights.
 """
 
 from __future__ import annotations
