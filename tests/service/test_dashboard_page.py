@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -204,6 +205,24 @@ def test_a_damaged_run_hides_neither_the_page_nor_other_runs(page, tmp_path: Pat
     assert len(app.error) == 1
     assert "line 1" in app.error[0].value
     assert app.dataframe[0].value["run"].tolist() == ["whole"]
+
+
+def test_a_damaged_newest_run_leaves_the_overview_all_that_the_store_holds(page, tmp_path: Path):
+    now = time.time()
+    answered = list(answers(500, start=now - 1800, end=now - 1))
+    url = fill(tmp_path / "store.db", [*answered, *outcomes(answered)])
+    whole = write_run(tmp_path / "runs" / "whole")
+    broken = write_run(tmp_path / "runs" / "broken", rounds=3)
+    (broken / "metrics.jsonl").write_text('{"kind": \n', encoding="utf-8")
+    later = (whole / "metrics.jsonl").stat().st_mtime + 60
+    os.utime(broken / "metrics.jsonl", (later, later))
+    app = page(url, (tmp_path / "runs",))
+    assert len(app.error) == 1
+    assert "broken" in app.error[0].value and "line 1" in app.error[0].value
+    assert "-" not in words(app)
+    assert len(words(app)) == 4
+    assert len(figures(app)) == 3  # all but the ratios of the run
+    assert len(app.dataframe[0].value) == 50
 
 
 def go_to(app: AppTest, section: str) -> AppTest:

@@ -82,8 +82,13 @@ def _sections(settings: DashboardSettings) -> Mapping[str, Callable[[], None]]:
 
 
 def _newest_run(settings: DashboardSettings) -> tuple[str, RunLog] | None:
+    """The run that was written last; None where there is none, or it cannot be read."""
     for name, folder in run_folders(settings.runs).items():
-        return name, _run_watch().log(folder)
+        try:
+            return name, _run_watch().log(folder)
+        except GmpoError as error:  # what the store holds does not need the run
+            st.error(plain(str(error)))
+            return None
     return None
 
 
