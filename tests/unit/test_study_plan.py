@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.studies import plan_of
 from tests.tiny_runs import tiny_recipe, write_recipe
 
 from gmpo.errors import ConfigError, RunFolderError, StudyError
+from gmpo.guard_config import GuardConfig
 from gmpo.recipe import load_recipe
 from gmpo.study import open_study
 from gmpo.study.plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
@@ -103,6 +105,20 @@ def test_quick_leaves_what_is_smaller(recipe: str):
         ({"objectives": ["grpo", "gmp"]}, "objective.name = 'gmp'"),
         ({"overrides": ["training.steps_per_round=2"]}, "at least 4 optimizer steps a round"),
         ({"overrides": ["sampling.dynamic='refill'"]}, "rounds would not be pairs"),
+        (
+            {"overrides": ["guard.mode=mend", "guard.most_rollbacks=2"]},
+            "back to before the trouble: crashes would not be counted, .* add --set "
+            "guard.mode=warn --set guard.most_rollbacks=3$",
+        ),
+        (
+            {"overrides": ["guard.skip_steps=true"]},
+            "steps out: .* --set guard.skip_steps=false$",
+        ),
+        (
+            {"overrides": ["guard.mode=mend", "guard.skip_steps=true"]},
+            "trouble and guard.skip_steps = true leaves .* --set guard.mode=warn --set "
+            "guard.skip_steps=false$",
+        ),
         ({"overrides": ["training.seed=4"]}, "--seeds says which"),
         ({"overrides": ["objective.name='gspo'"]}, "--objectives says which"),
         ({"overrides": ["objective.clip_high=0.3"]}, "--set-for LABEL:objective.clip_high"),
@@ -116,6 +132,30 @@ def test_quick_leaves_what_is_smaller(recipe: str):
 def test_what_is_no_fair_comparison_is_refused(recipe: str, changes: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         plan_of(recipe, **changes)
+
+
+@pytest.mark.parametrize("mode", ["off", "warn", "stop"])
+def test_a_guard_that_changes_no_training_may_be_compared(recipe: str, mode: str):
+    assert plan_of(recipe, overrides=[f"guard.mode={mode}"]).recipe.guard.mode == mode
+
+
+def test_the_options_that_a_refused_guard_names_make_it_one_that_is_not(recipe: str):
+    mends = ["guard.mode=mend", "guard.learning_rate_factor=0.1", "guard.skip_steps=true"]
+    with pytest.raises(ConfigError) as refused:
+        plan_of(recipe, overrides=mends)
+    options = str(refused.value).split(" --set ")[1:]
+    assert plan_of(recipe, overrides=[*mends, *options]).recipe.guard == GuardConfig()
+
+
+def test_a_study_that_was_begun_with_such_a_guard_does_not_go_on(recipe: str, tmp_path: Path):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe), warn=lambda _: None)
+    record = json.loads((study / "study.json").read_text())
+    for arm in record["arms"].values():
+        arm["guard"]["mode"] = "mend"
+    (study / "study.json").write_text(json.dumps(record))
+    with pytest.raises(StudyError, match=r"guard\.mode = 'mend' .* and another --study folder"):
+        open_study(study, None, warn=lambda _: None)
 
 
 def test_seeds_are_whole_numbers():

@@ -20,6 +20,7 @@ from gmpo.run_process import (
     drop_weights,
     is_trained_in,
 )
+from gmpo.study.fairness import guard_fault
 from gmpo.study.plan import (
     Cell,
     StudyPlan,
@@ -60,8 +61,8 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
         warn: told in one sentence what is not as expected.
 
     Raises:
-        StudyError: the folder is of another study, which differs in the keys named, or is a run;
-            or there is neither a plan nor a study.
+        StudyError: the folder is of another study, which differs in the keys named, or is a run,
+            or has a guard that no study may have; or there is neither a plan nor a study.
         RunFolderError: the folder cannot be read or written.
     """
     there = load_plan(study)
@@ -77,6 +78,9 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
         return resolved
     differences = plan_differences(there, plan) if plan is not None else []
     refuse_another_study(study, differences, command="compare")
+    fault = guard_fault(there.recipe.guard)
+    if fault is not None:  # begun by a version that did not refuse it
+        raise StudyError(f"study {study}: {fault}, name the recipe, and another --study folder")
     return there
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,14 @@ from typing import Any
 from gmpo.config import RunConfig
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.recipe import apply_override, load_recipe, recipe_of_table, recipe_values
+from gmpo.study.fairness import (
+    CLIPS,
+    FEWEST_STEPS,
+    refuse_overrides,
+    require_comparable,
+    require_seeds,
+    require_target,
+)
 
 __all__ = [
     "Arm",
@@ -27,10 +34,7 @@ __all__ = [
     "resolve_plan",
 ]
 
-_FEWEST_STEPS = 4
-_MOST_SEEDS = 40
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_CLIPS = ("clip_low", "clip_high", "clip_negative_high")
 _MAY_DIFFER = (
     "objective.",
     "training.learning_rate",
@@ -169,13 +173,13 @@ def make_plan(  # noqa: PLR0913 - all by keyword: they are the command's options
     Raises:
         ConfigError: what is asked is no fair comparison, or no recipe.
     """
-    _refuse_overrides(overrides)
+    refuse_overrides(overrides)
     base = load_recipe(source, overrides)
     if quick:
         base = load_recipe(source, [*_quick_overrides(base), *overrides])
-    _require_comparable(base)
-    _require_seeds(seeds)
-    _require_target(target_reward)
+    require_comparable(base)
+    require_seeds(seeds)
+    require_target(target_reward)
     arms = _arms(base, objectives, _by_arm(arm_overrides, objectives))
     return StudyPlan(
         source=source,
@@ -319,55 +323,6 @@ def _shown(value: object) -> str:
     return "not set" if value is None else repr(value)
 
 
-def _refuse_overrides(overrides: Sequence[str]) -> None:
-    reasons = {
-        "training.seed": "--seeds says which seeds there are",
-        "objective.name": "--objectives says which objectives are compared",
-        **{
-            f"objective.{clip}": "its unit differs by objective; set it for one arm with "
-            f"--set-for LABEL:objective.{clip}=..."
-            for clip in _CLIPS
-        },
-    }
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in reasons:
-            raise ConfigError(f"--set {override!r} is not for a study: {reasons[key]}")
-
-
-def _require_comparable(base: RunConfig) -> None:
-    steps = base.training.steps_per_round
-    if steps < _FEWEST_STEPS:
-        raise ConfigError(
-            f"training.steps_per_round = {steps}: objectives are compared off-policy, with at "
-            f"least {_FEWEST_STEPS} optimizer steps a round; on a round's first step every ratio "
-            "is 1 and GMPO's gradient is GRPO's"
-        )
-    if base.sampling.dynamic != "off":
-        raise ConfigError(
-            f"sampling.dynamic = {base.sampling.dynamic!r}: which prompts a round asks would "
-            "depend on the arm's own rewards, and rounds would not be pairs; set it to 'off'"
-        )
-
-
-def _require_seeds(seeds: Sequence[int]) -> None:
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds {list(seeds)} name one twice; a repeated run is no second seed")
-    if not 2 <= len(seeds) <= _MOST_SEEDS:
-        raise ConfigError(
-            f"a study needs 2 to {_MOST_SEEDS} seeds, got {len(seeds)}: with one nobody can tell "
-            "a difference of objectives from one of luck; e.g. --seeds 0,1,2"
-        )
-
-
-def _require_target(target_reward: float | None) -> None:
-    if target_reward is not None and not math.isfinite(target_reward):
-        raise ConfigError(
-            f"--target-reward {target_reward} must be a finite reward; leave it out for half-way "
-            "from first to last rewards"
-        )
-
-
 def _quick_overrides(base: RunConfig) -> list[str]:
     """What makes a recipe small; what it has smaller already stays."""
     rounds = min(base.training.rounds, 6)
@@ -377,7 +332,7 @@ def _quick_overrides(base: RunConfig) -> list[str]:
     return [
         f"training.rounds={rounds}",
         f"sampling.prompts_per_round={prompts}",
-        f"training.steps_per_round={steps if prompts % steps == 0 else _FEWEST_STEPS}",
+        f"training.steps_per_round={steps if prompts % steps == 0 else FEWEST_STEPS}",
         "training.warmup_steps=0",
         "training.gradient_cosine_every=0",
         f"training.kl_ref_every={max(1, rounds // 2)}",
@@ -424,7 +379,7 @@ def _arms(
     for label, objective in named:
         table = base.model_dump(mode="json", exclude_none=True)
         if objective != base.objective.name:
-            for clip in _CLIPS:
+            for clip in CLIPS:
                 table["objective"].pop(clip, None)
             for bound in ("clip_min", "clip_max"):
                 table["adaptive"].pop(bound, None)
