@@ -157,6 +157,46 @@ def test_a_request_that_is_not_allowed_is_nobodys_fault_and_goes_to_nobody_else(
     assert b.num_asked == 0 and one.router.phases["a"] == "closed"
 
 
+@pytest.mark.parametrize("fault", ["unavailable", "broken", "failed"])
+def test_what_a_fallback_does_not_allow_is_no_answer_to_a_request_that_the_first_may_take(
+    fault: BackendFault,
+):
+    refuses, c = Given("b", fault="bad_request"), Given("c")
+    one = made(Given("a", fault=fault, retry_after_seconds=2.0), refuses)
+    with pytest.raises(BackendError, match=r"^a fails$") as caught:
+        run(one.ask)
+    assert (caught.value.fault, caught.value.retry_after_seconds) == (fault, 2.0)
+    assert one.router.counts == Counter({"unanswered": 1, "refused_later": 1})
+    one = made(Given("a", fault=fault), refuses, c)
+    assert run(one.ask) == "c"
+    assert one.report.fallback_reason == fault
+
+
+def test_what_a_fallback_refuses_while_the_first_is_left_alone_is_asked_again_later():
+    a, refuses = Given("a", fault="failed"), Given("b", fault="bad_request")
+    one = made(a, refuses, rules=BreakerRules(failures=1, open_seconds=10.0))
+
+    async def twice() -> None:
+        with pytest.raises(BackendError, match="a fails"):
+            await one.ask()
+        with pytest.raises(BackendError, match="a: it failed several times") as caught:
+            await one.ask()
+        assert "b fails" not in str(caught.value)
+        assert (caught.value.fault, caught.value.retry_after_seconds) == ("unavailable", 10.0)
+
+    run(twice)
+
+
+def test_a_fallbacks_refusal_leaves_the_best_low_answer_to_be_served():
+    refuses = Given("b", fault="bad_request")
+    one = made(Given("a", 0.01), refuses, is_buffered=True, threshold=0.99)
+    assert run(one.ask) == "a"
+    assert (one.report.fell_back, one.report.is_low_quality) == (False, True)
+    one = made(Given("a", 0.01), refuses, Given("c", 0.02), is_buffered=True, threshold=0.99)
+    assert run(one.ask) == "c"
+    assert one.report.fallback_reason == "low_quality"
+
+
 def test_after_the_first_token_nobody_else_is_asked():
     b = Given("b")
     one = made(Given("a", fault="broken", breaks_off=True), b)

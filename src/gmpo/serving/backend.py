@@ -31,7 +31,7 @@ MAX_COMPLETIONS = 128
 BackendFault = Literal["bad_request", "overloaded", "unavailable", "timeout", "broken", "failed"]
 """Why a backend gave no whole answer.
 
-`bad_request`: the request itself is not allowed, and no other backend would take it.
+`bad_request`: the request itself is not allowed; nobody else is asked if nobody was before.
 `overloaded`: too many requests; `unavailable`: it cannot be reached, or takes none now.
 `timeout`: it took too long. `broken`: its stream was cut or cannot be read.
 `failed`: its own error.

@@ -161,7 +161,7 @@ class VariantRouter:
         """Has answers made for nobody to see, where asked for."""
         self.counts: Counter[str] = Counter()
         """What happened: `fallback_REASON`, `low_quality`, `low_quality_served`, `cut_streams`,
-        `unanswered`."""
+        `unanswered`, `refused_later` (by a backend after another one had failed or answered)."""
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -183,6 +183,9 @@ class VariantRouter:
     ) -> AsyncGenerator[Chunk, None]:
         """Ask backends in order until one answers.
 
+        A request that the first one asked does not allow goes to nobody else. What a later one
+        refuses may still be right: its refusal stands behind what the earlier ones did.
+
         Raises:
             BackendError: the request is not allowed, or nobody answers.
         """
@@ -197,7 +200,10 @@ class VariantRouter:
                 found = await self._attempt(self._lanes[name], request)
             except BackendError as failure:
                 if failure.fault == "bad_request":
-                    raise
+                    if best is None and not failures:
+                        raise
+                    self.counts["refused_later"] += 1
+                    continue
                 failures[name] = failure
                 reason = reason or failure.code or failure.fault
                 continue
@@ -293,7 +299,7 @@ class VariantRouter:
             self.counts[f"fallback_{attempt.reason}"] += 1
 
     def _nobody(self, failures: Mapping[str, BackendError]) -> BackendError:
-        """One error for all that were asked."""
+        """One error for all that failed."""
         if len(failures) == 1:
             (only,) = failures.values()
             if only.code != "breaker_open":
