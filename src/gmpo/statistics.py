@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _RESAMPLES = 10_000
+_SIGN_DRAWS = 99_999
 _CELLS_AT_ONCE = 2**21  # drawn places held in memory at a time, 16 MiB
 
 
@@ -114,28 +115,41 @@ def crossed_interval(
     return mean - half, mean + half
 
 
-def sign_flip_p_value(differences: Sequence[float]) -> float:
-    """Exact two-sided p of a mean of paired differences, if nothing but chance gave their signs.
+def sign_flip_p_value(
+    differences: Sequence[float], *, clusters: Sequence[Hashable] | None = None, seed: int = 0
+) -> float:
+    """Two-sided p of a mean of paired differences, if nothing but chance gave their signs.
 
-    The share of all 2^n choices of signs whose sum is at least as far from 0 as the one seen. It is
-    never below 2 / 2^n: 0.5 for two pairs, 0.25 for three, 0.0625 for five.
+    The share of all 2^n choices of signs whose sum is at least as far from 0 as the one seen, n
+    those that are not 0. It is never below 2 / 2^n: 1 for one pair, 0.5 for two, 0.0625 for five.
+    Differences of one size make it McNemar's exact test, and choices of up to 40 signs are counted
+    out. Of more, choices are drawn: (1 + those as far out) / (1 + drawn), which rejects no oftener
+    than it says (Phipson & Smyth 2010), with a standard error of 0.0007 at 0.05.
+
+    Args:
+        differences: one a pair.
+        clusters: the cluster of each difference, whose signs change together; None is each alone.
+        seed: of the drawn choices, so that the same differences give the same p.
 
     Raises:
-        ValueError: fewer than two differences, more than 40, or one that is not finite.
+        ValueError: fewer than two differences, one that is not finite, or not as many clusters.
     """
-    values = _finite_pairs(differences)
+    values, _ = _cluster_totals(_finite_pairs(differences), clusters)
+    sizes = np.abs(values)
+    # What adds up to 0 by hand may miss it in the last bits.
+    values = values[sizes > 1e-12 * sizes.max()]
+    sizes = np.abs(values)
+    # The same numbers added in another order differ in their last bits and still tie.
+    bound = abs(float(values.sum())) - 1e-9 * float(sizes.sum())
+    if bound <= 0:
+        return 1.0
+    if np.ptp(sizes) <= 1e-12 * sizes.max():
+        return _fair_coin_p(int((values > 0).sum()), int((values < 0).sum()))
     if len(values) > MOST_PAIRS:
-        raise ValueError(
-            f"{len(values)} pairs have 2^{len(values)} choices of signs; at most {MOST_PAIRS} "
-            "pairs are counted out"
-        )
+        return _drawn_p(sizes, bound, seed)
     # A sum over all pairs is one of the first half plus one of the second: 2 * 2^(n/2) of them.
     half = len(values) // 2
     first, second = _signed_sums(values[:half]), np.sort(_signed_sums(values[half:]))
-    # The same numbers added in another order differ in their last bits and still tie.
-    bound = abs(float(values.sum())) - 1e-9 * float(np.abs(values).sum())
-    if bound <= 0:
-        return 1.0
     above = len(second) - np.searchsorted(second, bound - first, side="left")
     below = np.searchsorted(second, -bound - first, side="right")
     return float((above + below).sum()) / 2.0 ** len(values)
@@ -175,7 +189,7 @@ def detectable_mean(
 
 
 MOST_PAIRS = 40
-"""Pairs whose choices of signs are counted out."""
+"""Pairs whose choices of signs are counted out, whatever their sizes."""
 
 
 def _finite_pairs(differences: Sequence[float]) -> np.ndarray:
@@ -193,6 +207,25 @@ def _signed_sums(values: np.ndarray) -> np.ndarray:
     for value in values:
         sums = np.concatenate([sums + value, sums - value])
     return sums
+
+
+def _drawn_p(sizes: np.ndarray, bound: float, seed: int) -> float:
+    """Share of drawn choices of signs whose sum is at least as far from 0 as the bound."""
+    generator = np.random.default_rng(seed)
+    # Signs of one size are a count of heads: one draw in place of as many as there are.
+    found, counts = np.unique(sizes, return_counts=True)
+    sums = np.zeros(_SIGN_DRAWS)
+    for size, count in zip(found, counts, strict=True):
+        sums += size * (2 * generator.binomial(count, 0.5, size=_SIGN_DRAWS) - count)
+    return float(1 + (np.abs(sums) >= bound).sum()) / (1 + _SIGN_DRAWS)
+
+
+def _fair_coin_p(heads: int, tails: int) -> float:
+    """Two-sided p of a fair coin: 2 P(X <= the fewer), X ~ Binomial(heads + tails, 1/2)."""
+    thrown = heads + tails
+    # Whole numbers of any size: 0.5 ** n underflows for n > 1,074.
+    tail = sum(math.comb(thrown, count) for count in range(min(heads, tails) + 1))
+    return min(1.0, 2 * tail / 2**thrown)
 
 
 def pass_at_k(*, num_correct: int, num_samples: int, k: int) -> float:
@@ -312,12 +345,11 @@ def mcnemar(*, baseline: Sequence[bool], candidate: Sequence[bool]) -> McNemar:
     pairs = list(zip(baseline, candidate, strict=True))
     only_baseline = sum(bool(one) and not other for one, other in pairs)
     only_candidate = sum(bool(other) and not one for one, other in pairs)
-    discordant = only_baseline + only_candidate
-    fewer = min(only_baseline, only_candidate)
-    # Whole numbers of any size: 0.5 ** n underflows for n > 1,074.
-    tail = sum(math.comb(discordant, count) for count in range(fewer + 1))
-    p_value = min(1.0, 2 * tail / 2**discordant)
-    return McNemar(only_baseline=only_baseline, only_candidate=only_candidate, p_value=p_value)
+    return McNemar(
+        only_baseline=only_baseline,
+        only_candidate=only_candidate,
+        p_value=_fair_coin_p(only_baseline, only_candidate),
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -130,45 +130,6 @@ def test_a_table_that_says_nothing_about_chance_is_refused(table):
         crossed_interval(np.asarray(table, dtype=float))
 
 
-@pytest.mark.parametrize(
-    ("differences", "p"),
-    [
-        # All of one sign: only that choice and its mirror are as far out, 2 of 2^n.
-        ([1, 2], 0.5),
-        ([1, 2, 3], 0.25),
-        ([0.1, 5, 2, 1, 4], 2 / 32),
-        # Sum 2 of +-1 +-1 +-2: |sum| >= 2 for 4, 2, 2, and their mirrors: 6 of 8.
-        ([1, -1, 2], 0.75),
-        ([0, 0], 1.0),
-        ([1, -1], 1.0),
-        # A pair without a difference takes no part: as [1, 2].
-        ([1, 0, 2], 0.5),
-    ],
-)
-def test_the_sign_flip_p_is_the_share_of_sign_choices_as_far_out(differences, p):
-    assert sign_flip_p_value(differences) == p
-
-
-@given(
-    st.lists(st.sampled_from([-2.5, -1.1, -0.3, 0.0, 0.3, 0.7, 1.1, 4.0]), min_size=2, max_size=9)
-)
-def test_the_sign_flip_p_is_that_of_trying_every_choice(differences):
-    seen = abs(math.fsum(differences)) - 1e-9
-    sums = [
-        abs(math.fsum(sign * d for sign, d in zip(signs, differences, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(differences))
-    ]
-    assert sign_flip_p_value(differences) == sum(s >= seen for s in sums) / len(sums)
-
-
-def test_forty_pairs_are_counted_out():
-    p = sign_flip_p_value([1.0] * 22 + [-1.0] * 18)
-    # Sums of +-1: twice the binomial tail of 22 or more heads in 40.
-    assert p == pytest.approx(2 * binomtest(22, 40, alternative="greater").pvalue)
-    with pytest.raises(ValueError, match="41 pairs"):
-        sign_flip_p_value([1.0] * 41)
-
-
 @pytest.mark.parametrize("function", [paired_t_interval, sign_flip_p_value])
 @pytest.mark.parametrize("differences", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
 def test_too_few_or_broken_differences_are_refused(function, differences):
