@@ -64,7 +64,7 @@ def test_losing_is_worse():
     assert gain.verdict == "worse"
 
 
-def test_several_completions_are_tested_by_bootstrap_of_items():
+def test_several_completions_are_tested_by_the_signs_of_items():
     one = outcomes("a", {f"q{n}": [False, False] for n in range(12)})
     two = outcomes("b", {f"q{n}": [True, n % 2 == 0] for n in range(12)})
     metric = Metric(name="mean@2", way="sampled")
@@ -72,7 +72,37 @@ def test_several_completions_are_tested_by_bootstrap_of_items():
     assert gain.difference == pytest.approx(0.75)  # half the items 1, half 1/2
     assert (gain.only_baseline, gain.only_candidate) == (None, None)
     assert gain.interval[0] > 0.5
+    assert gain.p_value == 2 / 2**12  # all twelve one way: only that choice of signs and its mirror
     assert gain.verdict == "better"
+
+
+@pytest.mark.parametrize(("name", "k"), [("mean@2", 1), ("pass@2", 2)])
+@pytest.mark.parametrize(("won", "p", "verdict"), [(4, 2 / 16, "none seen"), (6, 2 / 64, "better")])
+def test_few_items_that_moved_are_no_more_evidence_with_several_completions(
+    name: str, k: int, won: int, p: float, verdict: str
+):
+    # 30 items of which few are won and none lost. A bootstrap of items calls four of them better.
+    one = outcomes("a", {f"q{n}": [False, False] for n in range(30)})
+    two = outcomes("b", {f"q{n}": [n < won] * 2 for n in range(30)})
+    (gain,) = score_table([one, two], Metric(name=name, way="sampled", k=k)).gains
+    assert (gain.p_value, gain.verdict) == (p, verdict)
+    assert gain.interval[0] > 0
+
+
+def test_pass_at_k_of_as_many_samples_is_won_or_lost_and_of_more_is_not():
+    one = outcomes("a", {f"q{n}": [n == 0] + [False] * 3 for n in range(5)})
+    two = outcomes("b", {f"q{n}": [n in (1, 2), False, False, n == 3] for n in range(5)})
+    (whole,) = score_table([one, two], Metric(name="pass@4", way="sampled", k=4)).gains
+    # Lost q0, won q1, q2 and q3: 2 * (1 + 4) / 2^4, McNemar's.
+    assert (whole.only_baseline, whole.only_candidate, whole.p_value) == (1, 3, 10 / 16)
+    (part,) = score_table([one, two], Metric(name="pass@2", way="sampled", k=2)).gains
+    assert (part.only_baseline, part.only_candidate, part.p_value) == (None, None, 10 / 16)
+
+
+def test_a_single_shared_item_says_nothing():
+    one, two = (outcomes(label, {"q": [label == "b"] * 2}) for label in "ab")
+    (gain,) = score_table([one, two], Metric(name="mean@2", way="sampled")).gains
+    assert (gain.p_value, gain.verdict) == (1.0, "none seen")
 
 
 def test_only_shared_items_are_compared():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 from gmpo.errors import ConfigError, DataError
 from gmpo.outcomes import SuiteOutcomes, what_chooses_items
-from gmpo.statistics import average_interval, holm, mcnemar, paired_bootstrap
+from gmpo.statistics import (
+    average_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    sign_flip_p_value,
+)
 from gmpo.suites.items import SUITES
 
 __all__ = ["Gain", "Metric", "Score", "ScoreTable", "metrics_of", "score_table"]
@@ -46,11 +52,11 @@ class Gain:
         num_items: shared items.
         difference: of the means.
         interval: 95 %, paired bootstrap of items; of an average, from the suites'.
-        only_baseline: items that only the baseline got right; None where items have several
-            completions, and of an average.
+        only_baseline: items that only the baseline got right; None where an item may be right in
+            part (mean@n and pass@k of more than k samples), and of an average.
         only_candidate: items that only the model got right, likewise.
-        p_value: McNemar's exact test, or the paired bootstrap's where items have several
-            completions; None of an average.
+        p_value: McNemar's exact test, or where an item may be right in part the sign-flip test of
+            the items' differences; None of an average.
         adjusted_p: by Holm over all suites and models of the table; None of an average.
     """
 
@@ -230,17 +236,13 @@ def _gains(
     adjusted = iter(holm(raw))
     found: list[Gain] = []
     for label, gains in tested.items():
-        whole = [_with_adjusted(gain, next(adjusted)) for gain in gains]
+        whole = [replace(gain, adjusted_p=next(adjusted)) for gain in gains]
         order = {gain.suite: gain for gain in whole}
         found += [order[name] for name in _titles(by_model) if name in order]
         shared = [order[name] for name in averaged]
         if shared:
             found.append(_average_gain(shared, label=label, baseline=first))
     return tuple(found)
-
-
-def _with_adjusted(gain: Gain, adjusted: float) -> Gain:
-    return Gain(**{**asdict(gain), "adjusted_p": adjusted})
 
 
 def _gain(baseline: SuiteOutcomes, candidate: SuiteOutcomes, metric: Metric) -> Gain:
@@ -254,12 +256,16 @@ def _gain(baseline: SuiteOutcomes, candidate: SuiteOutcomes, metric: Metric) -> 
         num_items=len(pairs),
         difference=paired.difference,
         interval=paired.interval,
-        p_value=paired.p_value,
+        p_value=_sign_flips([two - one for one, two in pairs]),
     )
-    if candidate.way.num_samples > 1:
+    if metric.k < candidate.way.num_samples:
         return gain
     exact = mcnemar(baseline=[one == 1 for one in before], candidate=[two == 1 for two in after])
-    return Gain(**{**asdict(gain), **asdict(exact)})
+    return replace(gain, **asdict(exact))
+
+
+def _sign_flips(differences: Sequence[float]) -> float:
+    return sign_flip_p_value(differences) if len(differences) > 1 else 1.0
 
 
 def _pairs(
