@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "DIGESTED",
     "collapse_round",
     "log_digest",
     "run_figures",
@@ -20,6 +21,25 @@ WINDOW = 10
 STANDARD_ERRORS = 3.0
 END_ROUNDS = 30
 """Last rounds whose mean reward is the final one."""
+_OF_BOTH = (
+    *("kind", "round", "step", "kl_old/k1"),
+    *("clip/high_fraction", "clip/low_fraction"),
+    *("ratio/am_gm_gap", "ratio/effective_sample_fraction", "ratio/max", "ratio/min"),
+    *("ratio/log_q01", "ratio/log_q50", "ratio/log_q99"),
+    *("update/gradient_norm", "update/learning_rate", "update/live_rollouts", "update/loss"),
+)
+_OF_ROUNDS = (
+    *("grading/scorer_errors_total", "grading/timeouts_total"),
+    *("rollout/completion_tokens", "rollout/tokens", "rollout/given_tokens_fraction"),
+    *("rollout/groups", "rollout/dead_groups", "rollout/trained_groups"),
+    *("rollout/entropy", "rollout/errors_total", "rollout/truncated_fraction"),
+    *("rollout/mismatch_max", "rollout/mismatch_mean", "rollout/old_from_sampler"),
+    *("rollout/reward", "rollout/reward/correct", "rollout/reward_deviation/correct"),
+    *("rollout/reward_absent_fraction/correct", "rollout/reward_errors_total/correct"),
+)
+DIGESTED = frozenset((*_OF_BOTH, *_OF_ROUNDS))
+"""What a stored digest is of. A metric that gmpo logs since is not among it: it would make every
+stored cell another one, though each number of it came out the same."""
 
 
 def collapse_round(rewards: Sequence[float], *, start: float) -> int | None:
@@ -89,10 +109,10 @@ def run_figures(
 
 
 def log_digest(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Of everything a run logged but times and memory: equal only if every number is."""
+    """Of all that `DIGESTED` names in each line, to the last digit."""
     digest = hashlib.blake2b(digest_size=8)
     for line in lines:
-        kept = {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
+        kept = {name: value for name, value in line.items() if name in DIGESTED}
         digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from scripts import stability_study
 from scripts.moe_policy import countdown_tokenizer, warmed_up_policy
+from scripts.stability_figures import DIGESTED
 from scripts.stability_report import markdown, plot, results
 from scripts.stability_study import check, claim, dump, finished, run_cell, settings_of
 from tests.small_study import CUT, numbers
 
 from gmpo.policy.load import load_model, model_version
+from gmpo.tracking import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,13 @@ def test_a_cell_trains_and_repeats_number_for_number(cell: dict[str, Any], tmp_p
     assert len(cell["curves"]["reward"]) == 3
     assert cell["figures"]["gradient_norm_deviation"] > 0
     assert numbers(run_cell(CUT, "gmpo-seed0", runs=tmp_path)) == numbers(cell)
+
+
+def test_a_run_logs_all_that_a_digest_is_of(cell: dict[str, Any], runs: Path):
+    lines = read_lines(runs / cell["cell"], "metrics.jsonl")
+    logged = {name for line in lines for name in line}
+    # A metric that were logged by another name would drop out of it without a word.
+    assert logged >= DIGESTED
 
 
 def test_a_finished_cell_is_read_and_not_run_again(

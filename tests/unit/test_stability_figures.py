@@ -77,9 +77,10 @@ def test_figures_leave_dead_steps_out_and_take_ratios_of_later_steps_only():
     assert figures["reward_end"] == 0.25
 
 
-def test_the_digest_sees_every_number_but_times_and_memory():
+def test_the_digest_sees_every_number_but_times_and_what_was_not_logged_when_it_was_stored():
     line = {"kind": "round", "rollout/reward": 0.1, "time/rollout_seconds": 1.0}
     assert log_digest([line]) == log_digest([line | {"time/rollout_seconds": 2.0}])
+    assert log_digest([line]) == log_digest([line | {"update/a_later_metric": 0.0}])
     assert log_digest([line]) != log_digest([line | {"rollout/reward": 0.1 + 1e-16}])
 
 
