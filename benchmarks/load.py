@@ -4,12 +4,14 @@ Clients in a process of their own ask for S seconds, each again as soon as it wa
 and after, the offline sampler works off the same prompts with as many in flight, so that a machine
 whose speed drifts does not favour either. Then one client asks for single tokens, over HTTP and
 straight from the engine in turns: the difference is what the gateway adds. The engine is asked once
-more in each turn, so that one sees how far it differs from itself. At last the same is measured
-with a gateway before a server, each a process of its own (`benchmarks.upstream_latency`): short
-answers, asked of the server and of the gateway in turns.
+more in each turn, so that one sees how far it differs from itself. A second gateway with room for
+half of the clients is asked by all of them: the others must be turned away with 429 and nothing
+else. At last what a gateway adds is measured before a server, each a process of its own
+(`benchmarks.upstream_latency`): short answers, asked of the server and of the gateway in turns.
 
 Answers are greedy and compared with the offline sampler's. In bf16 a few may differ: rounding
-depends on how many rows are decoded together. Another prompt's answer must never be among them.
+depends on how many rows are decoded together. Another prompt's answer must never be among them; in
+fp32 (`--dtype fp32`) each must be its own.
 
     python -m benchmarks.load --json docs/results/load.json
 """
@@ -27,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from gmpo.config import ModelConfig
 from gmpo.records import Message, Prompt
 from gmpo.sampler.requests import Completion, SampleRequest
 from gmpo.serving.access import ApiKeys
+from gmpo.serving.admission import AdmissionLimits
 from gmpo.serving.app import GatewayLimits, build_gateway
 from gmpo.serving.backend import GenerationRequest
 from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
@@ -67,6 +70,7 @@ class Load:
 
     clients: int
     seconds: float
+    overload_seconds: float
     rows: int
     max_tokens: int
     num_prompts: int
@@ -160,13 +164,14 @@ def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
 
 @contextmanager
 def gateway(
-    backend: EmbeddedBackend, load: Load
+    backend: EmbeddedBackend, admission: AdmissionLimits
 ) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """Serve on a thread of this process; the URL, and the event loop that serves."""
     bound = bound_socket("127.0.0.1", 0)
     judge = AnswerJudge(QualityRules())
     router = VariantRouter(NAME, {NAME: backend}, order=(NAME,), judge=judge)
-    entrance = build_gateway(router, limits=GatewayLimits(), keys=ApiKeys(()))
+    limits = GatewayLimits(admission=admission)
+    entrance = build_gateway(router, limits=limits, keys=ApiKeys(()))
     is_started = threading.Event()
     server = GatewayServer(
         entrance, settings=ServerSettings(drain_seconds=60), started=is_started.set
@@ -181,6 +186,12 @@ def gateway(
         loop.call_soon_threadsafe(server.drain)
         thread.join()
         loop.close()
+
+
+def half_the_room(load: Load) -> AdmissionLimits:
+    """A quarter of the clients runs, a quarter waits, and the rest is one too many."""
+    quarter = max(1, load.clients // 4)
+    return AdmissionLimits(max_running=quarter, max_queued=quarter)
 
 
 def run_clients(url: str, load: Load, offline: Offline) -> Served:
@@ -256,9 +267,13 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
     before = on_passing_thread(run_offline, served, load, load.seconds / 2)
     limits = EngineLimits(max_rows=load.rows, max_tokens=load.max_tokens)
     backend = EmbeddedBackend(served, name=NAME, limits=limits)
-    with gateway(backend, load) as (url, loop):
+    with gateway(backend, AdmissionLimits()) as (url, loop):
         through = run_clients(url, load, before)
         added = added_latency(backend, url, loop, load.latency_pairs)
+    served.source.renew()
+    backend = EmbeddedBackend(served, name=NAME, limits=limits)
+    with gateway(backend, half_the_room(load)) as (url, _):
+        overloaded = run_clients(url, replace(load, seconds=load.overload_seconds), before)
     served.source.renew()
     after = on_passing_thread(run_offline, served, load, load.seconds / 2)
     upstream = added_to_upstream(
@@ -276,6 +291,7 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
         "answered_200": through.statuses.get(200, 0) / num_answers,
         "answered_429": through.statuses.get(429, 0) / num_answers,
         "served": asdict(through),
+        "overloaded": asdict(overloaded),
         "offline_tokens_per_second": [before.tokens_per_second, after.tokens_per_second],
         "goodput": through.tokens_per_second / offline,
         "added_milliseconds": asdict(added),
@@ -286,6 +302,7 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
 def report(figures: dict[str, Any]) -> str:
     """The figures in lines."""
     served, added = figures["served"], figures["added_milliseconds"]
+    overloaded = figures["overloaded"]
     before, after = figures["offline_tokens_per_second"]
     return "\n".join(
         (
@@ -296,6 +313,8 @@ def report(figures: dict[str, Any]) -> str:
             f"latency {served['median_seconds']:.2f} s median, {served['p99_seconds']:.2f} s p99",
             f"{served['tokens_per_second']:.0f} tokens/s through the gateway, offline "
             f"{before:.0f} before and {after:.0f} after: goodput {figures['goodput']:.2f}",
+            f"with room for half of the clients: all statuses {overloaded['statuses']}, "
+            f"{overloaded['num_mixed_up']} texts are another prompt's",
             f"the gateway adds {shown(added['p50'])} at p50 and {shown(added['p99'])} at p99 to "
             f"{added['direct_p50']:.1f} ms ({added['pairs']} pairs, one client)",
             f"the engine asked twice differs from itself by {shown(added['engine_p99'])} at p99",
@@ -313,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--overload-seconds", type=float, default=20.0)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=256)
@@ -327,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser,
         clients=options.clients,
         seconds=options.seconds,
+        overload_seconds=options.overload_seconds,
         rows=options.rows,
         max_tokens=options.max_tokens,
         prompts=options.prompts,
@@ -341,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = Load(
         clients=options.clients,
         seconds=options.seconds,
+        overload_seconds=options.overload_seconds,
         rows=options.rows,
         max_tokens=options.max_tokens,
         num_prompts=options.prompts,

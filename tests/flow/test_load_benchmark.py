@@ -36,6 +36,7 @@ def test_a_short_load_is_measured_from_end_to_end(
     main(
         [
             *("--model", folder, "--dtype", "fp32", "--clients", "4", "--seconds", "2"),
+            *("--overload-seconds", "2"),
             *("--rows", "4", "--max-tokens", "8", "--prompts", "6", "--latency-pairs", "5"),
             *("--upstream-pairs", "6", "--upstream-tokens", "3"),
             *("--json", str(out), "--threads", "1"),
@@ -49,6 +50,9 @@ def test_a_short_load_is_measured_from_end_to_end(
     assert served["num_mixed_up"] == 0
     assert served["tokens_per_second"] > 0 and min(figures["offline_tokens_per_second"]) > 0
     assert 0 < figures["goodput"] < 1.5
+    overloaded = figures["overloaded"]
+    assert set(overloaded["statuses"]) == {"200", "429"}, "one runs, one waits, two are too many"
+    assert overloaded["num_equal"] == overloaded["num_compared"] == overloaded["statuses"]["200"]
     added = figures["added_milliseconds"]
     assert added["pairs"] == 5
     for name in ("p50", "p99", "engine_p99"):
@@ -61,6 +65,7 @@ def test_a_short_load_is_measured_from_end_to_end(
     for name in differences:
         assert upstream[name]["low"] <= upstream[name]["high"]
     printed = capsys.readouterr().out
+    assert "with room for half of the clients" in printed
     assert "goodput" in printed and "100.0% with 200" in printed
     assert "the engine asked twice differs from itself by" in printed
     assert report_upstream(upstream) in printed
