@@ -1,9 +1,9 @@
 """How often the experiment's statistics are wrong, and how soon they are right, by simulation.
 
 Experiments in which both arms are alike are looked at again and again; an interval that ever
-excludes 0 is a false positive. Three kinds of traffic: a rare success (2 %), log-normal latencies
-with a heavy tail, and sessions whose requests are alike. Beside each the test that is right only
-for one look, and for sessions the sequence that takes requests for evidence.
+excludes 0 is a false positive. Four kinds of traffic: a rare success (2 %), a frequent one (70 %),
+log-normal latencies with a heavy tail, and sessions whose requests are alike. Beside each the test
+that is right only for one look, and for sessions the sequence that takes requests for evidence.
 
     python -m scripts.abtest_simulation --json docs/results/abtest.json
 """
@@ -30,6 +30,11 @@ SIMULATIONS, CHUNK = 4000, 100
 UNITS, BURN_IN, EVERY = 6000, 50, 5
 """Of one arm; the first look; units of each arm between looks."""
 FIXED = float(ndtri(1 - ALPHA / 2))
+SUCCESS = {"rare": 0.02, "frequent": 0.7}
+EFFECTS = {"rare": 0.01, "frequent": 0.08, "latency": 0.1, "sessions": 0.05}
+"""What the candidate has more, by kind of traffic."""
+EARLY = 4000
+"""Units of both arms of a small experiment, by which the power is told too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +53,13 @@ def main() -> int:
     arguments = parser.parse_args()
     count = arguments.simulations
     report: dict[str, Any] = {"made_with": provenance(), "simulations": count}
-    for kind in ("rare", "latency", "sessions"):
+    for kind in EFFECTS:
         found = crossings(kind, effect=0.0, simulations=count)
         report[kind] = {
             name: rate(values) for name, values in vars(found).items() if has_meaning(kind, name)
         }
         print(kind, json.dumps(report[kind]))
-    for kind, effect in (("rare", 0.01), ("latency", 0.1), ("sessions", 0.05)):
+    for kind, effect in EFFECTS.items():
         found = crossings(kind, effect=effect, simulations=count)
         report[f"{kind} {effect:+g}"] = stopping(found.sequence)
         print(kind, effect, json.dumps(report[f"{kind} {effect:+g}"]))
@@ -91,8 +96,8 @@ def draw(
     kind: str, shift: float, rng: np.random.Generator, *, size: int, units: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each unit's sum over its requests, sum of squares, and number of them; [size, units]."""
-    if kind == "rare":
-        values = (rng.random((size, units)) < 0.02 + shift).astype(float)
+    if kind in SUCCESS:
+        values = (rng.random((size, units)) < SUCCESS[kind] + shift).astype(float)
         return values, values, np.ones_like(values)
     if kind == "latency":
         # Log seconds: Student's t with 5 degrees of freedom has a heavier tail than log-normal.
@@ -155,9 +160,11 @@ def rate(first: np.ndarray) -> dict[str, float]:
 
 
 def stopping(first: np.ndarray) -> dict[str, float | None]:
+    """Share of experiments that found the difference, and after how many units of both arms."""
     share = float(np.isfinite(first).mean())
     return {
         "power": share,
+        f"power_by_{EARLY}_units": float((first <= EARLY).mean()),
         "median_units": float(np.median(first)) if share > 0.5 else None,
         "max_units": 2 * UNITS,
     }

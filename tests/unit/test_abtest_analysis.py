@@ -6,12 +6,13 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
-from scripts.abtest_simulation import crossings, rate
+from scripts.abtest_simulation import EFFECTS, crossings, rate
 
 from gmpo.abtest.analysis import analyse, analyse_records
 from gmpo.abtest.decision import Decision, Evidence, decide
@@ -24,6 +25,7 @@ from gmpo.abtest_report import judgement_lines, metric_rows, render_experiment
 from gmpo.errors import ConfigError
 from gmpo.store import Event, Experiment
 
+RESULTS = Path(__file__).parents[2] / "docs/results"
 CONFIG: dict[str, Any] = {
     "salt": "s",
     "models": {"control": "old", "candidate": "new"},
@@ -332,13 +334,25 @@ def test_events_become_records_and_what_cannot_be_read_is_counted():
     assert json.loads(json.dumps(report.as_dict()))["counts"]["malformed_events"] == 2
 
 
-@pytest.mark.parametrize("kind", ["rare", "latency", "sessions"])
+@pytest.mark.parametrize("kind", ["rare", "frequent", "latency", "sessions"])
 def test_looking_all_the_time_seldom_errs_where_a_fixed_test_often_does(kind):
     found = crossings(kind, effect=0.0, simulations=300, units=2000)
     assert rate(found.sequence)["share"] <= 0.06
     assert rate(found.fixed)["share"] > 0.2
     if kind == "sessions":
         assert rate(found.by_request)["share"] > 0.06
+
+
+def test_the_stored_simulations_keep_their_bounds():
+    stored = json.loads((RESULTS / "abtest.json").read_text())
+    assert stored["simulations"] == 4000
+    for kind, effect in EFFECTS.items():
+        assert stored[kind]["sequence"]["high_95"] <= 0.06
+        assert stored[kind]["fixed"]["share"] > 0.4, "what the sequence is there for"
+        assert stored[f"{kind} {effect:+g}"]["power"] > 0.7
+    frequent = stored["frequent +0.08"]
+    assert 700 <= frequent["median_units"] <= 1000
+    assert frequent["power_by_4000_units"] > 0.99
 
 
 def test_the_simulation_computes_what_the_analysis_does():
