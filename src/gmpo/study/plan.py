@@ -325,7 +325,7 @@ def _shown(value: object) -> str:
 
 def _quick_overrides(base: RunConfig) -> list[str]:
     """What makes a recipe small; what it has smaller already stays."""
-    rounds = min(base.training.rounds, 6)
+    rounds = min(base.training.rounds, 4)
     prompts = min(base.sampling.prompts_per_round, 8)
     steps = base.training.steps_per_round
     items = min(base.evaluation.items or 48, 48)
@@ -335,7 +335,7 @@ def _quick_overrides(base: RunConfig) -> list[str]:
         f"training.steps_per_round={steps if prompts % steps == 0 else FEWEST_STEPS}",
         "training.warmup_steps=0",
         "training.gradient_cosine_every=0",
-        f"training.kl_ref_every={max(1, rounds // 2)}",
+        f"training.kl_ref_every={rounds}",
         f"checkpoint.every_rounds={rounds}",
         f"evaluation.items={items}",
         "evaluation.every_rounds=0",
