@@ -23,7 +23,10 @@ def outcomes(
     digest: str = "d",
     max_tokens: int = 100,
 ) -> SuiteOutcomes:
-    """Greedy for one completion an item, else sampled at temperature 1."""
+    """Greedy for one completion an item, else sampled at temperature 1.
+
+    Items of one suite have one digest, those of another suite another.
+    """
     (count,) = {len(one) for one in right.values()}
     sampled = Way(name="sampled", num_samples=count, temperature=1.0)
     return SuiteOutcomes(
@@ -34,7 +37,9 @@ def outcomes(
         way=GREEDY if count == 1 else sampled,
         max_tokens=max_tokens,
         items=tuple(
-            ItemOutcome(id=name, digest=digest, completions=tuple(map(completion, one)))
+            ItemOutcome(
+                id=name, digest=f"{suite}-{digest}", completions=tuple(map(completion, one))
+            )
             for name, one in right.items()
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.colors import to_rgb
 from tests.suite_outcomes import greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError, RunFolderError
+from gmpo.outcomes import SuiteOutcomes
 from gmpo.suites.plots import plot_scores
 from gmpo.suites.scores import Metric, ScoreTable, metrics_of, score_table
 
@@ -54,7 +56,64 @@ def test_gains_are_tested_item_by_item_and_adjusted_over_the_table():
     assert (amc.verdict, math500.verdict) == ("none seen", "better")
     assert average.suite == "average"
     assert average.difference == pytest.approx(0.45)  # (0.5 + 0.4) / 2
-    assert average.p_value is None
+    # In units of 1/40, AMC's 7 items that differ weigh 2 and MATH-500's 8 weigh 1; the sum is
+    # 2 * 5 + 8 = 18. As high are 7 up and 6 or more of 8, which 1 + 8 + 28 of 256 choices are, and
+    # 6 up and all of 8: (37 + 7) / 2^15, and as many below.
+    assert average.p_value == 2 * 44 / 2**15
+    assert average.adjusted_p == pytest.approx(3 * 88 / 2**15)  # the smallest of three
+    assert average.verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("won", "p"),
+    [
+        ((1, 1), 2 / 4),
+        ((4, 0), 2 / 16),  # a suite without a difference is no evidence
+        ((3, 3), 2 / 64),
+    ],
+)
+def test_an_average_is_judged_by_the_items_that_differ(won: tuple[int, int], p: float):
+    suites = zip(("amc", "math500"), won, strict=True)
+    pairs = [
+        (greedy("a", set(), 10, suite=name), greedy("b", set(range(count)), 10, suite=name))
+        for name, count in suites
+    ]
+    table = score_table([one for pair in pairs for one in pair], PASS_1)
+    average = table.gains[-1]
+    assert average.p_value == p
+    assert average.difference == pytest.approx(sum(won) / 20)
+    assert average.verdict == "none seen"  # 3 and 3: adjusted by three comparisons it is 0.09
+    # The interval is of this difference alone and too narrow for so few items, which is said.
+    assert average.interval[0] > 0
+    said = f"average: the interval of b - a leaves out 0, and the adjusted p is {min(1, 3 * p):.3g}"
+    assert table.notes[-1] == f"{said}; p decides"
+
+
+def test_an_item_of_two_suites_is_one_piece_of_evidence_for_the_average():
+    def asked(label: str, suite: str, right: set[int]) -> SuiteOutcomes:
+        one = greedy(label, right, 8)
+        return replace(one, suite=suite, title=suite)
+
+    models = [
+        asked(label, suite, right)
+        for label, right in (("a", set[int]()), ("b", {0, 1, 2}))
+        for suite in ("amc", "copy")
+    ]
+    first, second, average = score_table(models, PASS_1).gains
+    assert (first.p_value, second.p_value) == (2 / 8, 2 / 8)
+    assert average.p_value == 2 / 8  # three items won, though six rows of two suites
+
+
+def test_averages_of_several_models_are_adjusted_too():
+    models = [
+        greedy(label, right, 20, suite=suite)
+        for label, right in (("a", set[int]()), ("b", set(range(4))), ("c", set(range(4))))
+        for suite in ("amc", "math500")
+    ]
+    gains = score_table(models, PASS_1).gains
+    assert [gain.p_value for gain in gains] == [2 / 16, 2 / 16, 2 / 256] * 2
+    # Six comparisons: the two averages are the smallest.
+    assert [gain.adjusted_p for gain in gains if gain.suite == "average"] == [6 * 2 / 256] * 2
 
 
 def test_losing_is_worse():

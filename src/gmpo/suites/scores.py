@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -21,6 +22,7 @@ from gmpo.suites.items import SUITES
 __all__ = ["Gain", "Metric", "Score", "ScoreTable", "metrics_of", "score_table"]
 
 _ALPHA = 0.05
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +53,15 @@ class Gain:
         suite: short name, or "average".
         num_items: shared items.
         difference: of the means.
-        interval: 95 %, paired bootstrap of items; of an average, from the suites'.
+        interval: 95 %, paired bootstrap of items; of an average, from the suites'. Of one
+            difference alone, and too narrow where few items differ, so it decides nothing.
         only_baseline: items that only the baseline got right; None where an item may be right in
             part (mean@n and pass@k of more than k samples), and of an average.
         only_candidate: items that only the model got right, likewise.
         p_value: McNemar's exact test, or where an item may be right in part the sign-flip test of
-            the items' differences; None of an average.
-        adjusted_p: by Holm over all suites and models of the table; None of an average.
+            the items' differences; of an average that of all its items, each with the weight that
+            it has in the average.
+        adjusted_p: by Holm over all suites, averages and models of the table.
     """
 
     label: str
@@ -66,17 +70,20 @@ class Gain:
     num_items: int
     difference: float
     interval: tuple[float, float]
+    p_value: float
+    adjusted_p: float
     only_baseline: int | None = None
     only_candidate: int | None = None
-    p_value: float | None = None
-    adjusted_p: float | None = None
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether there is a difference at 5 %, by the adjusted p-value."""
+        return self.adjusted_p < _ALPHA
 
     @property
     def verdict(self) -> str:
-        """The difference at 5 %, by the adjusted p-value, of an average by the interval."""
-        low, high = self.interval
-        is_seen = not low <= 0 <= high if self.adjusted_p is None else self.adjusted_p < _ALPHA
-        if not is_seen:
+        """Which model is better on these items, if that is seen."""
+        if not self.is_seen:
             return "none seen"
         return "better" if self.difference > 0 else "worse"
 
@@ -158,6 +165,7 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
     labels = list(by_model)
     shared = [name for name in titles if all(name in suites for suites in by_model.values())]
     averaged = tuple(shared) if len(shared) > 1 else ()
+    gains = _gains(by_model, labels[0], averaged, metric) if len(labels) > 1 else ()
     return ScoreTable(
         metric=metric,
         titles=titles,
@@ -171,8 +179,8 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
             if averaged
         },
         averaged=averaged,
-        gains=_gains(by_model, labels[0], averaged, metric) if len(labels) > 1 else (),
-        notes=tuple(_notes(by_model, titles)),
+        gains=gains,
+        notes=(*_notes(by_model, titles), *_disagreements(gains, titles)),
     )
 
 
@@ -220,57 +228,95 @@ def _gains(
     metric: Metric,
 ) -> tuple[Gain, ...]:
     baseline = by_model[first]
-    tested: dict[str, list[Gain]] = {
-        label: [_gain(baseline[name], suites[name], metric) for name in suites if name in baseline]
-        for label, suites in by_model.items()
-        if label != first
-    }
-    for label, gains in tested.items():
-        if not gains:
+    found: list[Gain] = []
+    for label, suites in by_model.items():
+        if label == first:
+            continue
+        pairs = {
+            name: _paired(baseline[name], suites[name], metric.k)
+            for name in _titles(by_model)
+            if name in baseline and name in suites
+        }
+        if not pairs:
             raise DataError(
                 f"{first!r} and {label!r} share no suite ({', '.join(baseline)} against "
-                f"{', '.join(by_model[label])}), so nothing can be compared; evaluate both on one, "
-                "or show them one by one"
+                f"{', '.join(suites)}), so nothing can be compared; evaluate both on one, or show "
+                "them one by one"
             )
-    raw = [gain.p_value for gains in tested.values() for gain in gains if gain.p_value is not None]
-    adjusted = iter(holm(raw))
-    found: list[Gain] = []
-    for label, gains in tested.items():
-        whole = [replace(gain, adjusted_p=next(adjusted)) for gain in gains]
-        order = {gain.suite: gain for gain in whole}
-        found += [order[name] for name in _titles(by_model) if name in order]
-        shared = [order[name] for name in averaged]
-        if shared:
-            found.append(_average_gain(shared, label=label, baseline=first))
-    return tuple(found)
+        gains = [_gain(baseline[name], suites[name], pairs[name], metric) for name in pairs]
+        found += gains
+        if averaged:
+            parts = [gain for gain in gains if gain.suite in averaged]
+            found.append(_average_gain(parts, [pairs[name] for name in averaged]))
+    adjusted = holm([gain.p_value for gain in found])
+    return tuple(replace(gain, adjusted_p=p) for gain, p in zip(found, adjusted, strict=True))
 
 
-def _gain(baseline: SuiteOutcomes, candidate: SuiteOutcomes, metric: Metric) -> Gain:
-    pairs = list(_pairs(baseline, candidate, metric.k))
-    before, after = [one for one, _ in pairs], [other for _, other in pairs]
-    paired = paired_bootstrap(baseline=before, candidate=after)
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    """Both models' values of the items that both were asked; `digests` tells items apart."""
+
+    before: list[float]
+    after: list[float]
+    digests: list[str]
+
+    @property
+    def differences(self) -> list[float]:
+        return [new - old for old, new in zip(self.before, self.after, strict=True)]
+
+
+def _gain(baseline: SuiteOutcomes, candidate: SuiteOutcomes, pairs: _Pairs, metric: Metric) -> Gain:
+    paired = paired_bootstrap(baseline=pairs.before, candidate=pairs.after)
+    p_value = sign_flip_p_value(pairs.differences) if len(pairs.before) > 1 else 1.0
     gain = Gain(
         label=candidate.label,
         baseline=baseline.label,
         suite=candidate.suite,
-        num_items=len(pairs),
+        num_items=len(pairs.before),
         difference=paired.difference,
         interval=paired.interval,
-        p_value=_sign_flips([two - one for one, two in pairs]),
+        p_value=p_value,
+        adjusted_p=p_value,
     )
     if metric.k < candidate.way.num_samples:
         return gain
-    exact = mcnemar(baseline=[one == 1 for one in before], candidate=[two == 1 for two in after])
+    exact = mcnemar(
+        baseline=[value == 1 for value in pairs.before],
+        candidate=[value == 1 for value in pairs.after],
+    )
     return replace(gain, **asdict(exact))
 
 
-def _sign_flips(differences: Sequence[float]) -> float:
-    return sign_flip_p_value(differences) if len(differences) > 1 else 1.0
+def _average_gain(gains: Sequence[Gain], pairs: Sequence[_Pairs]) -> Gain:
+    """The mean of the suites' gains, tested by the signs of all their items."""
+    differences = [gain.difference for gain in gains]
+    p_value = sign_flip_p_value(
+        [value / (len(pairs) * len(one.before)) for one in pairs for value in one.differences],
+        # An item of two suites is one piece of evidence. In one suite items of the same words may
+        # differ (by a picture): the first of one suite goes with the first of another.
+        clusters=[key for one in pairs for key in _occurrences(one.digests)],
+    )
+    return Gain(
+        label=gains[0].label,
+        baseline=gains[0].baseline,
+        suite="average",
+        num_items=sum(gain.num_items for gain in gains),
+        difference=sum(differences) / len(differences),
+        interval=average_interval(differences, [gain.interval for gain in gains]),
+        p_value=p_value,
+        adjusted_p=p_value,
+    )
 
 
-def _pairs(
-    baseline: SuiteOutcomes, candidate: SuiteOutcomes, k: int
-) -> Iterator[tuple[float, float]]:
+def _occurrences(digests: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Each digest with how often it has come before."""
+    met: Counter[str] = Counter()
+    for digest in digests:
+        yield digest, met[digest]
+        met[digest] += 1
+
+
+def _paired(baseline: SuiteOutcomes, candidate: SuiteOutcomes, k: int) -> _Pairs:
     """Both models' values of each item that both were asked."""
     others = {item.id: item for item in candidate.items}
     shared = [item for item in baseline.items if item.id in others]
@@ -281,26 +327,30 @@ def _pairs(
             f"with {what_chooses_items(baseline.suite)}"
         )
     for item in shared:
-        other = others[item.id]
-        if item.digest != other.digest:
+        if item.digest != others[item.id].digest:
             raise DataError(
                 f"item {item.id!r} of {baseline.suite} was put differently to {baseline.label!r} "
                 f"and {candidate.label!r}; evaluate both on the same data with the same "
                 "--instruction"
             )
-        yield item.value(k), other.value(k)
-
-
-def _average_gain(gains: Sequence[Gain], *, label: str, baseline: str) -> Gain:
-    differences = [gain.difference for gain in gains]
-    return Gain(
-        label=label,
-        baseline=baseline,
-        suite="average",
-        num_items=sum(gain.num_items for gain in gains),
-        difference=sum(differences) / len(differences),
-        interval=average_interval(differences, [gain.interval for gain in gains]),
+    return _Pairs(
+        before=[item.value(k) for item in shared],
+        after=[others[item.id].value(k) for item in shared],
+        digests=[item.digest for item in shared],
     )
+
+
+def _disagreements(gains: Sequence[Gain], titles: Mapping[str, str]) -> Iterator[str]:
+    """Where a reader of the interval would come to another verdict."""
+    for gain in gains:
+        low, high = gain.interval
+        leaves_out = low > _ROUNDING or high < -_ROUNDING
+        if leaves_out != gain.is_seen:
+            yield (
+                f"{titles.get(gain.suite, gain.suite)}: the interval of {gain.label} - "
+                f"{gain.baseline} {'leaves out' if leaves_out else 'holds'} 0, and the adjusted p "
+                f"is {gain.adjusted_p:.3g}; p decides"
+            )
 
 
 def _notes(

@@ -146,7 +146,5 @@ def _count(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return ""
+def _p_value(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
