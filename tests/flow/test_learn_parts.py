@@ -22,6 +22,7 @@ from gmpo.continual.suites import ModelAsked, completion_lengths, some_items, su
 from gmpo.continual.traffic import open_client
 from gmpo.continual.training import stability_metrics, train_run, trained_model
 from gmpo.errors import ConfigError, RunStopped, ServerUnreachable
+from gmpo.tracking import RunFolder
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -67,8 +68,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_weights_of_one_that_was_not(
     assert all(np.array_equal(first[name], second[name]) for name in first)
     figures = stability_metrics(straight.folder, config)
     assert figures["rounds"] == 3
-    assert 0 <= figures["stability"] <= 1
+    assert 0 < figures["stability"] <= 1
     assert figures["guard_events"] == 0
+    taken_back = {"attempt": 0, "round": 3, "taken": "roll_back", "to_round": 0}
+    RunFolder(straight.folder).log_event(taken_back)
+    # Three rounds given up beside the three that count.
+    mended = stability_metrics(straight.folder, config)
+    assert mended["stability"] == pytest.approx(figures["stability"] / 2)
 
 
 def test_a_run_that_diverges_says_so_and_data_that_cannot_be_trained_on_are_refused(

@@ -18,6 +18,7 @@ from gmpo.errors import GuardStopped, NonFiniteLossError
 from gmpo.inspection import summarize_run
 from gmpo.tracking import read_lines
 from gmpo.training import train
+from gmpo.tuning.score import given_up_rounds
 
 
 def mending(model: str, **changes: Any) -> RunConfig:
@@ -58,6 +59,7 @@ def test_a_critical_alarm_takes_the_run_back_and_it_ends_healthy(mended: Path):
     summary = summarize_run(mended)
     assert summary.rollbacks == 1
     assert summary.alarms == {"ratio_explosion": 1}
+    assert given_up_rounds(mended) == 1
 
 
 def test_what_was_given_up_is_kept_apart(mended: Path):

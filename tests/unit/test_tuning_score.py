@@ -15,6 +15,7 @@ from gmpo.tuning.score import (
     FAILED,
     Score,
     final_score,
+    given_up_rounds,
     held_out_outcomes,
     scores_during,
     stability,
@@ -115,6 +116,13 @@ def test_a_round_with_a_step_left_out_is_not_calm(recipe):
     assert stability(lines, recipe=recipe, kind="meaningful", rounds=2) == 0.5
 
 
+def test_rounds_that_were_given_up_are_rounds_that_were_not_calm(recipe):
+    lines = two_rounds(norms=[2.0] * 4)
+    # Two calm rounds of the six that were trained.
+    found = stability(lines, recipe=recipe, kind="meaningful", rounds=2, given_up=4)
+    assert found == pytest.approx(1 / 3)
+
+
 def test_the_articles_formula_is_one_over_one_plus_the_variance(recipe):
     lines = two_rounds(norms=[2.0] * 4)
     # Losses 1, -1, 1, -1: sample variance 4 / 3.
@@ -126,8 +134,18 @@ def test_without_steps_there_is_no_stability(recipe, kind):
     assert stability([round_line(1)], recipe=recipe, kind=kind, rounds=2) == 0
 
 
-def run_folder(tmp_path: Path, lines: list[dict], evaluations: list[dict]) -> Path:
-    for name, records in (("metrics.jsonl", lines), ("evaluations.jsonl", evaluations)):
+def event(alarm: str, *, attempt: int, at: int, taken: str, to: int | None = None) -> dict:
+    return {"alarm": alarm, "attempt": attempt, "round": at, "taken": taken, "to_round": to}
+
+
+def run_folder(
+    tmp_path: Path, lines: list[dict], evaluations: list[dict], events: list[dict] | None = None
+) -> Path:
+    for name, records in (
+        ("metrics.jsonl", lines),
+        ("evaluations.jsonl", evaluations),
+        ("events.jsonl", events or []),
+    ):
         text = "".join(json.dumps(record) + "\n" for record in records)
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -163,3 +181,39 @@ def test_evaluations_during_training_see_the_rounds_before_them_only(recipe, tmp
     assert found[2].accuracy == 0.75
     assert found[2].stability < 1
     assert list(scores_during(run, recipe, kind="meaningful", after=1)) == [2]
+
+
+def test_a_run_that_was_taken_back_scores_less_than_one_that_was_not(recipe, tmp_path: Path):
+    after = {"stage": "after", "results": [{"name": "greedy", "outcomes": {"a": 1}}]}
+    events = [
+        event("gradient_spike", attempt=0, at=2, taken="skip_step"),
+        event("entropy_collapse", attempt=0, at=2, taken="warn"),
+        event("ratio_explosion", attempt=0, at=2, taken="roll_back", to=0),
+        event("reward_drop", attempt=0, at=2, taken="roll_back", to=0),  # of the same round
+        event("non_finite", attempt=1, at=1, taken="roll_back", to=0),
+    ]
+    run = run_folder(tmp_path, two_rounds(norms=[2.0] * 4), [after], events)
+    assert given_up_rounds(run) == 3
+    # Two calm rounds of the five that were trained, of which the run's own lines are steady.
+    assert final_score(run, recipe, kind="meaningful") == Score(accuracy=1.0, stability=0.4)
+
+
+def test_an_evaluation_counts_what_was_given_up_before_it(tmp_path: Path):
+    recipe = load_recipe("quickstart", ["training.rounds=8", "training.steps_per_round=2"])
+    lines: list[dict] = []
+    for number in range(1, 9):
+        steps = (2 * number - 1, 2 * number)
+        lines += [step_line(step, norm=2.0, loss=0.0) for step in steps]
+        lines += [round_line(number)]
+        lines += [{"kind": "evaluation", "round": number, "evaluation/accuracy": 0.5}]
+    events = [
+        event("reward_drop", attempt=0, at=6, taken="roll_back", to=4),  # 5 and 6
+        event("reward_drop", attempt=1, at=5, taken="roll_back", to=2),  # 3, 4 and 5
+        event("reward_drop", attempt=2, at=8, taken="roll_back", to=7),  # 8
+    ]
+    run = run_folder(tmp_path, lines, [], events)
+    found = scores_during(run, recipe, kind="meaningful")
+    # What is left of rounds 1 and 2 is from before all three, of 3 to 7 from before the last.
+    given_up = {1: 0, 2: 0, 3: 5, 4: 5, 5: 5, 6: 5, 7: 5, 8: 6}
+    for number, count in given_up.items():
+        assert found[number].stability == pytest.approx(number / (number + count))

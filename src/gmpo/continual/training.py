@@ -13,7 +13,7 @@ from gmpo.errors import ConfigError, RunStopped, StudyError
 from gmpo.run_process import MOST_TRIES, Attempt, RunProcess, death, is_trained_in
 from gmpo.stability import run_figures
 from gmpo.tracking import read_lines
-from gmpo.tuning.score import stability
+from gmpo.tuning.score import given_up_rounds, stability
 
 __all__ = ["TrainedRun", "stability_metrics", "train_run", "trained_model"]
 
@@ -147,7 +147,7 @@ def stability_metrics(run: Path, recipe: RunConfig) -> dict[str, Any]:
     None stands for what was not measured, e.g. where no step had a gradient.
 
     Raises:
-        DataError: a line of the run's metrics is damaged.
+        DataError: a line of the run's files is damaged.
     """
     lines = list(read_lines(run, "metrics.jsonl"))
     training = recipe.training
@@ -161,7 +161,13 @@ def stability_metrics(run: Path, recipe: RunConfig) -> dict[str, Any]:
     )
     alarms = list(read_lines(run, "events.jsonl"))
     return {
-        "stability": stability(lines, recipe=recipe, kind="meaningful", rounds=training.rounds),
+        "stability": stability(
+            lines,
+            recipe=recipe,
+            kind="meaningful",
+            rounds=training.rounds,
+            given_up=given_up_rounds(run),
+        ),
         **{name: figures.values[name] for name in _FIGURES},
         "ratio_min": figures.ratio_min,
         "ratio_max": figures.ratio_max,

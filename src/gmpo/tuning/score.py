@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ __all__ = [
     "Score",
     "StabilityKind",
     "final_score",
+    "given_up_rounds",
     "held_out_outcomes",
     "scores_during",
     "stability",
@@ -61,15 +62,20 @@ FAILED = Score(accuracy=0.0, stability=0.0)
 
 
 def stability(
-    lines: Sequence[_Line], *, recipe: RunConfig, kind: StabilityKind, rounds: int
+    lines: Sequence[_Line],
+    *,
+    recipe: RunConfig,
+    kind: StabilityKind,
+    rounds: int,
+    given_up: int = 0,
 ) -> float:
     """How steadily a run learned, in 0..1; 0 with fewer than two steps that had a gradient.
 
     "article" is 1 / (1 + variance of the loss). GMPO's loss is about 0 on average and small, so
     that this is nearly 1 whatever happens. "meaningful" is calm * unclipped / (1 + spread):
 
-        calm        share of the rounds that are done with no alarm of the guard on and no optimizer
-                    step left out
+        calm        share of the rounds, those given up among them, that are done with no alarm of
+                    the guard on and no optimizer step left out; one that was given up is not calm
         unclipped   1 - max(0, c - 0.1) / 0.9 with c the clipped share of the later steps' tokens;
                     1 for objectives that clip whole sequences
         spread      (q95 - q50) / q50 of the gradient norm before clipping: how far the largest
@@ -80,6 +86,7 @@ def stability(
         recipe: of the run.
         kind: which formula.
         rounds: that the run should have had so far.
+        given_up: rounds besides, which the guard took back; `given_up_rounds` counts them.
     """
     live = [line for line in lines if line["kind"] == "step" and "ratio/max" in line]
     norms = [n for line in live if (n := line.get("update/gradient_norm")) is not None]
@@ -104,7 +111,19 @@ def stability(
     if recipe.objective.name in _SEQUENCE_CLIPS:
         clipped = 0.0
     unclipped = 1 - max(0.0, clipped - _CLIPPED_SHARE) / (1 - _CLIPPED_SHARE)
-    return _calm_rounds(lines) / rounds * unclipped / (1 + spread)
+    return _calm_rounds(lines) / (rounds + given_up) * unclipped / (1 + spread)
+
+
+def given_up_rounds(run: Path) -> int:
+    """How many rounds the guard of a run took back, by its `events.jsonl`.
+
+    Their lines are set aside, so that those that are left do not tell of them. A roll-back takes
+    back the rounds behind the checkpoint that it goes to, up to that of its alarm.
+
+    Raises:
+        DataError: a line of the run's events is damaged.
+    """
+    return _given_up(read_lines(run, "events.jsonl"))
 
 
 def scores_during(
@@ -119,8 +138,10 @@ def scores_during(
         after: only of later rounds.
 
     Raises:
-        DataError: a line of the run's metrics is damaged.
+        DataError: a line of the run's files is damaged.
     """
+    # Read first: a round that is taken back while this looks is scored as it was before.
+    events = list(read_lines(run, "events.jsonl"))
     lines = list(read_lines(run, "metrics.jsonl"))
     return {
         line["round"]: Score(
@@ -130,6 +151,7 @@ def scores_during(
                 recipe=recipe,
                 kind=kind,
                 rounds=line["round"],
+                given_up=_given_up(events, before=line["round"]),
             ),
         )
         for line in lines
@@ -150,6 +172,7 @@ def final_score(run: Path, recipe: RunConfig, *, kind: StabilityKind) -> Score:
         recipe=recipe,
         kind=kind,
         rounds=recipe.training.rounds,
+        given_up=given_up_rounds(run),
     )
     accuracy = math.fsum(outcomes.values()) / len(outcomes)
     return Score(accuracy=accuracy, stability=steadiness)
@@ -180,3 +203,20 @@ def _calm_rounds(lines: Sequence[_Line]) -> int:
             # A step left out is an alarm as well, which the loop raises and not `decide`.
             calm += not state.raised and not line.get("update/skipped_steps_total")
     return calm
+
+
+def _given_up(events: Iterable[_Line], *, before: int | None = None) -> int:
+    """Rounds taken back in all, or before the line of this round was written that is left now."""
+    ends = {
+        event["attempt"]: (event["to_round"], event["round"])
+        for event in events
+        if event.get("taken") == "roll_back"
+    }
+    count = 0
+    for attempt in sorted(ends, reverse=True):
+        to_round, last = ends[attempt]
+        # The newest roll-back that took this round's line too is older than the line that is left,
+        # and so are those before it.
+        if before is None or to_round < before or count:
+            count += last - to_round
+    return count
