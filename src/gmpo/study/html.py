@@ -159,6 +159,7 @@ def _definitions() -> list[str]:
         "errors (collapsed)",
         "interval: 95 %, Student's t on the differences paired by seed (of logarithms, where the "
         "figure is compared by ratio); p: exact two-sided sign-flip test of the same differences",
+        "pairs: seeds of which both runs have the figure; behind them how many seeds were left out",
         "no difference seen: the interval contains no change (of crashes, and of pairs that all "
         "differ by the same: p above 0.05)",
         "would be seen: the true difference that a paired t-test of so many pairs with the spread "

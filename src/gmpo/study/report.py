@@ -138,6 +138,8 @@ class StudyReport:
                     "candidate": found.candidate,
                     "improvement": found.improvement,
                     "interval": _finite_pair(found.improvement_interval),
+                    "pairs": found.pairs,
+                    "left_out": found.left_out,
                     "verdict": found.verdict,
                 }
                 for name, found in self.improvements()
@@ -266,6 +268,7 @@ def limits(report: StudyReport) -> list[str]:
             f"The target reward {report.target:.3f} lies half-way from the first {_rounds(window)} "
             "to the last, over all runs of all arms alike; --target-reward sets another."
         )
+    found += _never_reached(report)
     found += _not_measured(report)
     crashed = sum(arm.crashes for arm in report.arms)
     if crashed:
@@ -281,6 +284,36 @@ def limits(report: StudyReport) -> list[str]:
             "and gradient norms have different units and are not to be compared."
         )
     return found
+
+
+def _never_reached(report: StudyReport) -> Iterator[str]:
+    """Which pairs the rounds to the target are of, where one or both runs never reached it."""
+    own = _whole(report, report.plan.baseline)
+    for arm in report.arms[1:]:
+        other = _whole(report, arm.label)
+        seeds = own.keys() & other.keys()
+        late = [
+            {seed for seed in seeds if figures[seed].values["rounds_to_target"] is None}
+            for figures in (own, other)
+        ]
+        reached = len(seeds - late[0] - late[1])
+        if report.target is not None and reached < len(seeds):
+            yield (
+                f"Convergence speed of {arm.label} over {report.plan.baseline} is of {reached} of "
+                f"{len(seeds)} pairs without a crash: of the others a run never reached the target "
+                f"({report.plan.baseline}: {len(late[0])}, {arm.label}: {len(late[1])}). Such a "
+                "run is slower than any that did, so the figure flatters the arm that has more of "
+                "them."
+            )
+
+
+def _whole(report: StudyReport, label: str) -> dict[int, RunFigures]:
+    """Figures of an arm's runs that ended and did not crash, by seed."""
+    return {
+        run.seed: run.figures
+        for run in report.runs
+        if run.arm == label and run.figures is not None and run.figures.crash is None
+    }
 
 
 def _not_measured(report: StudyReport) -> Iterator[str]:

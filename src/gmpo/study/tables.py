@@ -52,7 +52,7 @@ def stability_rows(report: StudyReport) -> _Rows:
 
 def improvement_rows(report: StudyReport) -> _Rows:
     """The article's four improvement figures with their intervals."""
-    rows = [["improvement", "of", "1 - ratio", "95 %", "p", "verdict"]]
+    rows = [["improvement", "of", "1 - ratio", "95 %", "p", "pairs", "verdict"]]
     for name, found in report.improvements():
         interval = found.improvement_interval
         rows.append(
@@ -64,6 +64,7 @@ def improvement_rows(report: StudyReport) -> _Rows:
                 if interval is None
                 else f"{_percent(interval[0]).removesuffix(' %')} to {_percent(interval[1])}",
                 "-" if found.p_value is None else f"{found.p_value:.2g}",
+                _pairs(found),
                 _verdict(found),
             ]
         )
@@ -86,7 +87,7 @@ def comparison_rows(report: StudyReport, candidate: str) -> _Rows:
                 interval,
                 "-" if found.p_value is None else f"{found.p_value:.2g}",
                 "-" if found.detectable is None else _detectable(found),
-                f"{found.pairs}" + (f" (-{found.left_out})" if found.left_out else ""),
+                _pairs(found),
                 _verdict(found),
             ]
         )
@@ -125,6 +126,11 @@ def _mean(arm: ArmSummary, name: str) -> str:
     if mean is None:
         return "-"
     return f"{mean:.4g}" if deviation is None else f"{mean:.4g} ± {deviation:.2g}"
+
+
+def _pairs(found: Comparison) -> str:
+    """How many, and how many seeds less than both arms have."""
+    return f"{found.pairs}" + (f" (-{found.left_out})" if found.left_out else "")
 
 
 def _effect(found: Comparison) -> str:
