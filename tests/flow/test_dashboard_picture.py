@@ -6,17 +6,17 @@ import struct
 from pathlib import Path
 
 import pytest
+from tests.programs import chromium_or_missing
 
 
 @pytest.mark.usefixtures("forked")
 def test_the_picture_is_drawn_over_what_a_gateway_answered(
     model: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("playwright.sync_api")
+    browser_path = chromium_or_missing()
     from scripts import dashboard_picture
 
-    if not dashboard_picture.CHROMIUM.is_file():
-        pytest.skip(f"there is no {dashboard_picture.CHROMIUM}; apt install chromium")
+    assert str(dashboard_picture.CHROMIUM) == browser_path
     out = tmp_path / "dashboard.png"
     words = [str(finished), "--control", model, "--minutes", "0.05", "--out", str(out)]
     assert dashboard_picture.main(words) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from tests.programs import missing
 from tests.service.postgres import postgres_programs, running_postgres
 
 from gmpo.registry import Registry
@@ -21,10 +22,7 @@ _numbers = itertools.count()
 def postgres_server() -> Iterator[str]:
     programs = postgres_programs()
     if programs is None:
-        problem = "no PostgreSQL server here; on Debian and Ubuntu: apt-get install postgresql"
-        if "CI" in os.environ:
-            pytest.fail(problem)
-        pytest.skip(problem)
+        missing("PostgreSQL server", package="postgresql")
     with running_postgres(programs) as url:
         yield url
 

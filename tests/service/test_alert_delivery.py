@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from tests.programs import program
 
 from gmpo.errors import ConfigError, DeliveryError
 from gmpo.monitoring.alerts import Notification, fingerprint
@@ -230,9 +230,7 @@ def test_a_delivery_without_receivers_or_places_is_refused():
 
 @pytest.fixture
 def alertmanager(tmp_path: Path) -> Iterator[str]:
-    program = shutil.which("prometheus-alertmanager")
-    if program is None:
-        pytest.skip("prometheus-alertmanager is not installed")
+    command = program("prometheus-alertmanager", package="prometheus-alertmanager")
     config = tmp_path / "alertmanager.yml"
     config.write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -241,7 +239,7 @@ def alertmanager(tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [
-                program,
+                command,
                 f"--config.file={config}",
                 f"--storage.path={tmp_path / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",

@@ -17,22 +17,22 @@ from tests.dashboard_stores import (
     outcomes,
     write_run,
 )
+from tests.programs import chromium_or_missing
 
 from gmpo.dashboard.serving_page import dashboard_process, free_port
 from gmpo.dashboard.settings import DashboardSettings
 from gmpo.store import open_store
 
-CHROMIUM = Path("/usr/bin/chromium")
 SECTIONS = ("Training", "Experiments", "Versions", "Alerts", "Overview")
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"there is no {CHROMIUM}; apt install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    browser_path = chromium_or_missing()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         yield browser
         browser.close()
 

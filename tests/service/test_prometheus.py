@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 from prometheus_client import CollectorRegistry, start_http_server
+from tests.programs import program
 
 from gmpo.serving.anomaly_watch import AnomalyWatch
 from gmpo.serving.answer_record import AnswerRecord
@@ -81,9 +81,7 @@ def free_port() -> int:
 
 
 def test_promtool_accepts_the_rules_and_the_configuration():
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed")
+    promtool = program("promtool", package="prometheus")
     config = DEPLOY / "prometheus" / "prometheus.yml"
     done = subprocess.run(
         [promtool, "check", "config", str(config)], capture_output=True, text=True, check=False
@@ -124,9 +122,7 @@ def shown(figures: GatewayFigures) -> str:
 def test_the_alert_of_failing_answers_counts_our_failures_and_no_clients_mistakes(
     per_minute: dict[tuple[int, str | None], int], firing: dict[str, str], tmp_path: Path
 ):
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed")
+    promtool = program("promtool", package="prometheus")
     expected = [
         {
             "exp_labels": {"model_version": version, "variant": "none", "severity": "critical"},
@@ -172,9 +168,6 @@ def gateway() -> Iterator[tuple[GatewayFigures, int]]:
 @pytest.fixture
 def prometheus(gateway: tuple[GatewayFigures, int], tmp_path: Path) -> Iterator[str]:
     """A Prometheus that looks each half second; its rules are the shipped ones, impatient."""
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("prometheus is not installed")
     impatient = re.sub(r"^( +for:) .*$", r"\1 0s", RULES.read_text(), flags=re.MULTILINE)
     (tmp_path / "rules.yml").write_text(impatient)
     (tmp_path / "prometheus.yml").write_text(
@@ -195,7 +188,7 @@ def prometheus(gateway: tuple[GatewayFigures, int], tmp_path: Path) -> Iterator[
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [
-                program,
+                program("prometheus", package="prometheus"),
                 f"--config.file={tmp_path / 'prometheus.yml'}",
                 f"--storage.tsdb.path={tmp_path / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",
