@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from gmpo.guard import GuardState, decide
 from gmpo.guard_events import RESPONSES
 from gmpo.monitoring.actions import ACTIONS
 from gmpo.monitoring.alerts import Condition
-from gmpo.monitoring.severity import AnomalyReport, level_of
+from gmpo.monitoring.severity import AnomalyReport, Level, level_of
 from gmpo.monitoring.training_anomalies import (
     RATIO_BOUNDS,
     TRAINING_DETECTORS,
@@ -46,6 +46,9 @@ def run_health(folder: Path) -> RunHealth:
     drop of held-out accuracy until the next evaluation. What a roll-back has answered is over, and
     a step left out needs nothing: it is in the report of its round alone.
 
+    A level is left below where it is entered, so each round is judged with the levels that held
+    after the one before: a run near a bound is not told anew with each look.
+
     Args:
         folder: of a run, also while it is written.
 
@@ -56,31 +59,69 @@ def run_health(folder: Path) -> RunHealth:
     """
     if not (folder / "recipe.toml").is_file():
         raise ConfigError(f"{folder} is no run folder: it holds no recipe.toml; check the path")
+    written = [event for event in read_lines(folder, "events.jsonl") if "alarm" in event]
     state = GuardState()
-    found: dict[str, Mapping[str, Any]] = {}
+    told: dict[str, Mapping[str, Any]] = {}
     rounds: list[Mapping[str, Any]] = []
-    last_evaluation = 0
+    last_round = last_evaluation = 0
+    judged = _Judged()
     for line in read_lines(folder, "metrics.jsonl"):
         if line["kind"] == "evaluation":
             last_evaluation = line["round"]
         elif line["kind"] == "round":
+            last_round = line["round"]
             rounds.append(line)
-            events, state = decide(judged_metrics(line), state, round_number=line["round"])
-            found |= {event.alarm: vars(event) for event in events}
-    found = {alarm: found[alarm] for alarm in state.raised}
-    last_round = rounds[-1]["round"] if rounds else 0
-    for event in read_lines(folder, "events.jsonl"):
+            events, state = decide(judged_metrics(line), state, round_number=last_round)
+            told |= {event.alarm: vars(event) for event in events}
+            known = [event for event in written if event["round"] <= last_round]
+            found = {alarm: told[alarm] for alarm in state.raised}
+            found |= _going_on(known, last_round=last_round, last_evaluation=last_evaluation)
+            judged = _judged(found, rounds, before=judged)
+    # An evaluation, or an event of the round that is not there yet, may have come since.
+    found = {alarm: told[alarm] for alarm in state.raised}
+    found |= _going_on(written, last_round=last_round, last_evaluation=last_evaluation)
+    judged = _judged(found, rounds, before=judged)
+    return RunHealth(conditions=list(_conditions(folder, found, judged)), report=judged.report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """A run after a round: all that is wrong together, and the level of each bound by itself."""
+
+    report: AnomalyReport = field(default_factory=lambda: training_report({}, []))
+    alone: Mapping[str, Level] = field(default_factory=dict)
+
+
+def _judged(
+    found: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]], *, before: _Judged
+) -> _Judged:
+    report = training_report(found, rounds, now=before.report.level)
+    alone = {
+        name: level_of(
+            TRAINING_DETECTORS[name][1] * (report.signals[name]["score"] or 0.0),
+            now=before.alone.get(name, "ok"),
+        )
+        for name in RATIO_BOUNDS
+        if name in report.signals
+    }
+    return _Judged(report=report, alone=alone)
+
+
+def _going_on(
+    events: Iterable[Mapping[str, Any]], *, last_round: int, last_evaluation: int
+) -> dict[str, Mapping[str, Any]]:
+    """Alarms that do not come from rounds and whose cause goes on, by name."""
+    found = {}
+    for event in events:
         goes_on = {
             "non_finite": last_round < event["round"],
             "held_out_drop": last_evaluation <= event["round"],
             # The spike of a round, whose steps were taken, is judged anew like a drift.
             "gradient_spike": last_round <= event["round"] and is_left_out(event),
         }
-        alarm = event.get("alarm", "")  # events of other kinds are none
-        if goes_on.get(alarm, False) and event["taken"] != "roll_back":
-            found[alarm] = event
-    report = training_report(found, rounds)
-    return RunHealth(conditions=list(_conditions(folder, found, report)), report=report)
+        if goes_on.get(event["alarm"], False) and event["taken"] != "roll_back":
+            found[event["alarm"]] = event
+    return found
 
 
 def unreadable_run(folder: Path, error: GmpoError) -> Condition:
@@ -96,7 +137,7 @@ def unreadable_run(folder: Path, error: GmpoError) -> Condition:
 
 
 def _conditions(
-    folder: Path, alarms: Mapping[str, Mapping[str, Any]], report: AnomalyReport
+    folder: Path, alarms: Mapping[str, Mapping[str, Any]], judged: _Judged
 ) -> Iterator[Condition]:
     """Of each alarm and bound, and of all together where they are worse than each alone."""
     is_critical = False
@@ -104,11 +145,12 @@ def _conditions(
         if not is_left_out(event):
             is_critical |= RESPONSES[name].action == "roll_back"
             yield _condition(folder, name, _summary(event))
-    for name, bound in RATIO_BOUNDS.items():
-        signal = report.signals.get(name)
-        if signal is not None and _alone(name, signal["score"] or 0.0) != "ok":
+    report = judged.report
+    for name, level in judged.alone.items():
+        if level != "ok":
+            bound, value = RATIO_BOUNDS[name], report.signals[name]["value"]
             yield _condition(
-                folder, name, f"{bound.metric} is {signal['value']:.3g}, beyond {bound.nothing_at}"
+                folder, name, f"{bound.metric} is {value:.3g}, beyond {bound.nothing_at}"
             )
     if report.level == "critical" and not is_critical:
         names = [name for scores in report.families.values() for name in scores]
@@ -120,11 +162,6 @@ def _conditions(
                 "action": report.recommended_actions[0],
             },
         )
-
-
-def _alone(name: str, score: float) -> str:
-    _, weight = TRAINING_DETECTORS[name]
-    return level_of(weight * score)
 
 
 def _condition(folder: Path, name: str, summary: str) -> Condition:

@@ -207,3 +207,23 @@ def test_the_command_looks_at_a_store_and_refuses_what_is_none(store: Store, tmp
     assert "nothing to monitor" in refusal("monitor", "--once")
     assert "there is no store at" in refusal("monitor", "--store", tmp_path / "no.db", "--once")
     assert not (tmp_path / "no.db").exists()
+
+
+def test_a_run_near_a_bound_is_told_once(store: Store, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").touch()
+    monitor = Monitor(Monitored([run], store))
+    lines: list[dict[str, Any]] = []
+    told = []
+    # 0.6 (0.8 - fraction) / 0.3: 0.38, 0.42, 0.38 and so on; a warning is entered at 0.4.
+    for look, fraction in enumerate((0.61, 0.59, 0.61, 0.59, 0.61, 0.59)):
+        for _ in range(5):  # the median of five rounds counts
+            number = len(lines) + 1
+            lines.append({"kind": "round", "round": number})
+            lines[-1]["ratio/effective_sample_fraction"] = fraction
+        jsonl(run / "metrics.jsonl", lines)
+        told += [(one.status, one.labels["alertname"]) for one in monitor.look(float(look))]
+    assert told == [("firing", "GmpoRatioSpread")]
+    (event,) = store.events(kinds=["anomaly"])
+    assert event.payload["level"] == "warning"

@@ -149,3 +149,62 @@ def test_warnings_that_are_critical_together_are_told_as_one(tmp_path: Path):
         ("GmpoAnomaly", "critical"),
     ]
     assert health.conditions[-1].annotations["summary"].startswith("severity 0.84 of ")
+
+
+def effective(*fractions: float) -> list[dict[str, Any]]:
+    """Rounds of these fractions, each five times, so that the median is theirs at the end."""
+    rounds = [fraction for fraction in fractions for _ in range(5)]
+    return [
+        round_line(number, **{"ratio/effective_sample_fraction": fraction})
+        for number, fraction in enumerate(rounds, start=1)
+    ]
+
+
+# 0.6 (0.8 - fraction) / 0.3: 0.38 at 0.61, 0.42 at 0.59, 0.32 at 0.64, 0.28 at 0.66
+@pytest.mark.parametrize(
+    ("fractions", "told"),
+    [
+        ((0.61,), False),
+        ((0.59,), True),
+        # A level that was entered is left below 0.3 alone, and entered again from 0.4.
+        ((0.59, 0.61, 0.59, 0.61), True),
+        ((0.59, 0.64), True),
+        ((0.59, 0.66), False),
+        ((0.59, 0.66, 0.61), False),
+    ],
+)
+def test_a_run_near_a_bound_keeps_the_level_that_holds(
+    tmp_path: Path, fractions: tuple[float, ...], told: bool
+):
+    health = run_health(run_folder(tmp_path / "run", effective(*fractions), []))
+    assert health.report.level == ("warning" if told else "ok")
+    found = [one.labels["alertname"] for one in health.conditions]
+    assert found == (["GmpoRatioSpread"] if told else [])
+
+
+def test_a_level_that_was_critical_is_left_below_its_own_bound(tmp_path: Path):
+    # Two alike, 1 - (1 - 0.6 score)^2: 0.75 at 5/6, 0.64 at 2/3, 0.51 at 1/2.
+    def lines(*scores: float) -> list[dict[str, Any]]:
+        found = []
+        for score in scores:
+            fraction, divergence = 0.8 - 0.3 * score, 0.1 + 0.4 * score
+            figures = {"ratio/effective_sample_fraction": fraction, "kl_old/k1": divergence}
+            found.extend(round_line(len(found) + n, **figures) for n in range(1, 6))
+        return found
+
+    def level(*scores: float) -> str:
+        return run_health(run_folder(tmp_path / "run", lines(*scores), [])).report.level
+
+    assert level(2 / 3) == "warning"
+    assert level(5 / 6) == "critical"
+    assert level(5 / 6, 2 / 3) == "critical"
+    assert level(5 / 6, 2 / 3, 1 / 2) == "warning"
+
+
+def test_an_alarm_written_in_events_is_in_the_level_of_its_rounds(tmp_path: Path):
+    # 0.38 by themselves; with the step left out of round 6, 1 - 0.62 0.7 = 0.57.
+    lines = effective(0.61, 0.61)
+    told = [event("gradient_spike", 6, taken="skip_step")]
+    assert run_health(run_folder(tmp_path / "run", lines[:6], told)).report.level == "warning"
+    assert run_health(run_folder(tmp_path / "run", lines, told)).report.level == "warning"
+    assert run_health(run_folder(tmp_path / "run", lines, [])).report.level == "ok"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from gmpo.monitoring.severity import (
     AnomalyReport,
     Family,
     Finding,
+    Level,
     joint_severity,
     level_of,
     report_of,
@@ -87,7 +89,10 @@ def is_left_out(alarm: Mapping[str, Any]) -> bool:
 
 
 def training_report(
-    alarms: Mapping[str, Mapping[str, Any]], rounds: Sequence[Mapping[str, float | None]]
+    alarms: Mapping[str, Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, float | None]],
+    *,
+    now: Level = "ok",
 ) -> AnomalyReport:
     """What is out of the ordinary in a run now.
 
@@ -95,6 +100,7 @@ def training_report(
         alarms: of the guard whose cause goes on: `value` and `baseline` by alarm, and `taken` of
             a step left out, which weighs less than a spike whose steps were taken.
         rounds: metrics of the last rounds; of the bounds, the last five that have the metric count.
+        now: level that holds, from the round before; it is left below where it is entered.
     """
     findings = {}
     for name, alarm in alarms.items():
@@ -105,13 +111,14 @@ def training_report(
         if seen:
             value = median(seen)
             findings[name] = _finding(name, score=bound.score(value), value=value, baseline=None)
-    level = level_of(joint_severity(findings))
+    level = level_of(joint_severity(findings), now=now)
     return report_of(findings, level=level, actions=ACTIONS)
 
 
 def _recent(rounds: Sequence[Mapping[str, float | None]], metric: str) -> Collection[float]:
-    values = (metrics.get(metric) for metrics in rounds)
-    return [value for value in values if value is not None][-_RECENT_ROUNDS:]
+    # From the end: a run's rounds are judged one after the other, each with all those before it.
+    values = (metrics.get(metric) for metrics in reversed(rounds))
+    return list(islice((value for value in values if value is not None), _RECENT_ROUNDS))
 
 
 def _finding(name: str, *, score: float, value: float | None, baseline: float | None) -> Finding:
