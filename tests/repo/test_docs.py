@@ -110,6 +110,21 @@ def test_every_setting_of_the_checks_of_rows_is_in_their_page():
     assert not [kind for kind in PII_KINDS if f"`{kind}`" not in page]
 
 
+def test_the_monitoring_page_says_what_to_do_about_each_detector_as_its_reports_do():
+    from gmpo.monitoring.actions import ACTIONS
+    from gmpo.monitoring.anomalies import SERVING_DETECTORS
+
+    page = (DOCS / "monitoring.md").read_text()
+    head, _, *lines = page[page.index("| detector | ") :].split("\n\n")[0].splitlines()
+    assert head.endswith("| what to do |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    said = {cells[0].strip("`"): cells[-1] for cells in rows}
+    assert said == {name: ACTIONS[name] for name in SERVING_DETECTORS}
+    # The rules send whoever is paged to this table, with the detector's name.
+    rules = (REPOSITORY / "deploy" / "prometheus" / "rules.yml").read_text()
+    assert rules.count("docs/monitoring.md says what to do about each") == 2
+
+
 def test_every_metric_is_named_stage_slash_quantity_and_described():
     from gmpo.tracking import METRICS
 
