@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gmpo.outcomes import CompletionOutcome, ItemOutcome, SuiteOutcomes, Way
+from gmpo.outcomes import AskedWith, CompletionOutcome, ItemOutcome, SuiteOutcomes, Way
 
 GREEDY = Way(name="greedy")
+ASKED_WITH = AskedWith(
+    prompt_format="chat", system=None, rollout=None, stop_strings=(), dtype="fp32"
+)
 
 
 def completion(is_correct: bool, **changes: Any) -> CompletionOutcome:
@@ -36,6 +39,7 @@ def outcomes(
         title=suite.upper(),
         way=GREEDY if count == 1 else sampled,
         max_tokens=max_tokens,
+        asked_with=ASKED_WITH,
         items=tuple(
             ItemOutcome(
                 id=name, digest=f"{suite}-{digest}", completions=tuple(map(completion, one))

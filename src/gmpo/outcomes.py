@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,16 @@ from gmpo.statistics import bootstrap_interval, pass_at_k, wilson_interval
 
 __all__ = [
     "TASK_SUITE",
+    "AskedWith",
     "CompletionOutcome",
     "ItemOutcome",
     "SuiteOutcomes",
     "Way",
     "item_outcome",
     "prompt_digest",
+    "refuse_other_question",
     "stored_outcomes",
+    "told_of_answering",
     "what_chooses_items",
     "write_outcomes",
 ]
@@ -42,6 +45,25 @@ class Way:
     name: Literal["greedy", "sampled"]
     num_samples: int = 1
     temperature: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedWith:
+    """What a recipe adds to a suite's items, and how the model answers.
+
+    Attributes:
+        prompt_format: chat is the tokenizer's template, text the turns with line breaks.
+        system: the recipe's system turn; None leaves it to the template.
+        rollout: the recipe's own rollouts, "module:function"; None lets the model complete prompts.
+        stop_strings: what ends a completion besides the model's end tokens.
+        dtype: precision, as it was taken.
+    """
+
+    prompt_format: Literal["chat", "text"]
+    system: str | None
+    rollout: str | None
+    stop_strings: tuple[str, ...]
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +113,7 @@ class SuiteOutcomes:
         items: in the order asked.
         made_with: versions, commit and machine, as `gmpo.tracking.provenance` tells them when the
             model was asked; None in files of before it was kept.
+        asked_with: what the recipe added; None, not known, in files of before it was kept.
     """
 
     label: str
@@ -101,6 +124,7 @@ class SuiteOutcomes:
     max_tokens: int
     items: tuple[ItemOutcome, ...]
     made_with: Mapping[str, str | None] | None = None
+    asked_with: AskedWith | None = None
 
     def mean(self, k: int) -> float:
         """Mean over items of pass@k, as a fraction."""
@@ -198,12 +222,19 @@ def _read(path: Path) -> tuple[int, SuiteOutcomes]:
         items = tuple(_item(item) for item in record.pop("items"))
         if not items:
             raise DataError(f"{path} holds no item; remove it or evaluate anew")
-        return place, SuiteOutcomes(way=Way(**record.pop("way")), items=items, **record)
+        way, asked_with = Way(**record.pop("way")), _asked_with(record.pop("asked_with", None))
+        return place, SuiteOutcomes(way=way, items=items, asked_with=asked_with, **record)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no whole file of outcomes ({type(error).__name__}: {error}); remove it or "
             "evaluate anew"
         ) from None
+
+
+def _asked_with(record: dict[str, Any] | None) -> AskedWith | None:
+    if record is None:
+        return None
+    return AskedWith(stop_strings=tuple(record.pop("stop_strings")), **record)
 
 
 def _item(record: dict[str, Any]) -> ItemOutcome:
@@ -228,6 +259,55 @@ def prompt_digest(prompt: Prompt) -> str:
     answer = prompt.columns.get("answers") or prompt.columns.get("answer")
     text = re.sub(r"\s+", " ", "\n".join([*turns, str(answer)]))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def refuse_other_question(one: SuiteOutcomes, other: SuiteOutcomes) -> None:
+    """Refuse to compare outcomes of a suite whose items were put in other words or another form.
+
+    Where it is not known of one of them how it was asked, nothing is refused: `told_of_answering`
+    says so.
+
+    Raises:
+        DataError: their prompt formats or system turns differ.
+    """
+    if one.asked_with is None or other.asked_with is None:
+        return
+    for field, what, key in (
+        ("prompt_format", "prompt format", "model.prompt_format"),
+        ("system", "system turn", "model.system"),
+    ):
+        left, right = (asdict(asked)[field] for asked in (one.asked_with, other.asked_with))
+        if left != right:
+            raise DataError(
+                f"{one.suite} was put differently to {one.label!r} and {other.label!r}: the "
+                f"{what} was {_told(left)} and {_told(right)}; ask both alike, with --set {key}=..."
+            )
+
+
+def told_of_answering(one: SuiteOutcomes, other: SuiteOutcomes) -> Iterator[str]:
+    """What differs in how two models answered the same items, or is not known, a sentence each."""
+    for outcomes in (one, other):
+        if outcomes.asked_with is None:
+            yield (
+                f"{one.title}: how {outcomes.label} was asked is not known (prompt format, system "
+                "turn, rollouts, stop strings, precision): its outcomes are of before it was kept"
+            )
+    if one.asked_with is None or other.asked_with is None:
+        return
+    for what, left, right in (
+        ("rollouts", one.asked_with.rollout, other.asked_with.rollout),
+        ("stop strings", one.asked_with.stop_strings, other.asked_with.stop_strings),
+        ("precision", one.asked_with.dtype, other.asked_with.dtype),
+    ):
+        if left != right:
+            told = f"{_told(left)} for {one.label} and {_told(right)} for {other.label}"
+            yield f"{one.title}: {what} {told}"
+
+
+def _told(value: str | tuple[str, ...] | None) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value)) or "none"
+    return "none" if value is None else repr(value)
 
 
 def what_chooses_items(suite: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def test_stored_outcomes_give_the_table_of_the_run(arms: tuple[str, str], data: 
     ]
     assert [count["completions"] for count in written["counts"]] == [3, 12, 6, 24] * 2
     assert written["made_with"] == [provenance()]
+    assert written["counts"][0]["asked_with"] == {
+        "prompt_format": "chat",
+        "system": None,
+        "rollout": None,
+        "stop_strings": [],
+        "dtype": "fp32",
+    }
     again = gmpo("evaluate", out, "--k", "2", "--json")
     assert json.loads(again.stdout) == written
     assert (out / "results.png").stat().st_size > 1000
@@ -57,6 +65,33 @@ def test_models_without_a_shared_item_are_refused(arms: tuple[str, str], data: P
         )
         assert done.exit_code == 0, done.stderr
     assert "'a' and 'b' share no item of amc" in refusal("evaluate", data / "a", data / "b")
+
+
+def test_models_that_recipes_put_the_items_to_differently_are_refused(
+    arms: tuple[str, str], data: Path
+):
+    suite = ("--suite", "amc", "--data", data, *ASKED)
+    for arm, system in zip(arms, ("", "Sum."), strict=True):
+        out = ("--out", data / arm[:4])
+        done = gmpo("evaluate", arm, *suite, "--set", f"model.system={system!r}", *out)
+        assert done.exit_code == 0, done.stderr
+    said = refusal("evaluate", data / "GRPO", data / "GMPO")
+    assert "amc was put differently to 'GRPO' and 'GMPO': the system turn was '' and 'Sum.'" in said
+
+
+def test_recipes_that_put_the_items_differently_are_refused_before_a_model_is_asked(
+    arms: tuple[str, str], data: Path
+):
+    plain, trained = (Path(arm[5:]) for arm in arms)
+    run = data / "run"
+    checkpoint = run / "checkpoints" / "round-000001"
+    shutil.copytree(trained, checkpoint / "model")
+    (checkpoint / "state.json").write_text("{}")
+    (run / "recipe.toml").write_text('model.system = "Sum."\n[task]\nkind = "gsm8k"\n')
+    asked = ("--suite", "amc", "--data", data, *ASKED, "--out", data / "out")
+    said = refusal("evaluate", f"a={plain}", f"b={run}", *asked)
+    assert "model.system is None for 'a', 'Sum.' for 'b'; ask all alike" in said
+    assert not (data / "out").exists()
 
 
 @pytest.mark.parametrize(

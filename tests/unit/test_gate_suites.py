@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.suite_outcomes import completion, greedy, outcomes
+from tests.suite_outcomes import ASKED_WITH, completion, greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError
 from gmpo.gate.suites import compared_suites
@@ -27,6 +27,13 @@ def test_items_are_paired_by_id_and_only_shared_ones_count():
         "suite math500 was asked of one model alone and does not count",
         "1 items of amc were asked of one model alone and do not count",
     ]
+
+
+def test_another_way_of_answering_is_told():
+    told: list[str] = []
+    other = replace(greedy("new", {0}, 2), asked_with=replace(ASKED_WITH, dtype="bf16"))
+    compared_suites([greedy("old", {0}, 2)], [other], warn=told.append)
+    assert told == ["AMC: precision 'fp32' for old and 'bf16' for new"]
 
 
 def test_samples_become_shares_and_are_taken_before_greedy_answers():
@@ -66,6 +73,9 @@ def test_what_cannot_be_paired_is_refused():
         compared_suites([task], [other])
     with pytest.raises(DataError, match="put differently"):
         compared_suites([old], [greedy("new", {0}, 2, digest="other")])
+    other = replace(greedy("new", {0}, 2), asked_with=replace(ASKED_WITH, system="Be brief."))
+    with pytest.raises(DataError, match=r"the system turn was none and 'Be brief\.'"):
+        compared_suites([old], [other])
     with pytest.raises(ConfigError, match=r"2 samples at temperature 1 .* 3 at 1"):
         compared_suites(
             [outcomes("old", {"q0": [True] * 2})], [outcomes("new", {"q0": [True] * 3})]

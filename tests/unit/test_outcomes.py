@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.suite_outcomes import GREEDY, completion, greedy, outcomes
+from tests.suite_outcomes import ASKED_WITH, GREEDY, completion, greedy, outcomes
 
 from gmpo.errors import DataError, RunFolderError
 from gmpo.grading import Verdict
@@ -92,7 +92,8 @@ def test_what_a_score_hides_is_counted():
 
 def test_files_are_read_back_whole_and_in_the_order_placed(tmp_path: Path):
     made_with = {"gmpo": "0.1.0", "commit": None}
-    first = replace(greedy("b", {0}, 2), made_with=made_with)
+    asked_with = replace(ASKED_WITH, system="Be brief.", stop_strings=("Q:",))
+    first = replace(greedy("b", {0}, 2), made_with=made_with, asked_with=asked_with)
     second = outcomes("a", {"x": [True, False]}, suite="svamp")
     write_outcomes(tmp_path / "zz", first, place=1)
     write_outcomes(tmp_path / "aa", second, place=2)
@@ -101,12 +102,12 @@ def test_files_are_read_back_whole_and_in_the_order_placed(tmp_path: Path):
     assert first.way == GREEDY
 
 
-def test_a_file_that_does_not_say_what_made_it_is_read(tmp_path: Path):
+def test_a_file_that_does_not_say_what_made_it_or_how_it_asked_is_read(tmp_path: Path):
     path = write_outcomes(tmp_path, greedy("a", {0}, 2), place=1)
     record = json.loads(path.read_text())
-    del record["made_with"]
+    del record["made_with"], record["asked_with"]
     path.write_text(json.dumps(record))
-    assert stored_outcomes(tmp_path) == [greedy("a", {0}, 2)]
+    assert stored_outcomes(tmp_path) == [replace(greedy("a", {0}, 2), asked_with=None)]
 
 
 def test_damaged_and_other_files_are_refused(tmp_path: Path):

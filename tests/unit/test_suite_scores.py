@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib.colors import to_rgb
-from tests.suite_outcomes import greedy, outcomes
+from tests.suite_outcomes import ASKED_WITH, greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError, RunFolderError
 from gmpo.outcomes import SuiteOutcomes
@@ -194,6 +194,56 @@ def test_models_asked_differently_are_noted_or_refused():
         score_table([greedy("a", {0}, 2), greedy("b", {0}, 2, digest="other")], PASS_1)
     with pytest.raises(DataError, match="two outcomes of 'a' on amc"):
         score_table([greedy("a", {0}, 2), greedy("a", {0}, 2)], PASS_1)
+
+
+def unlike(**changes: object) -> SuiteOutcomes:
+    """Model "b", asked in another way than the others."""
+    return replace(greedy("b", {0}, 2), asked_with=replace(ASKED_WITH, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"system": "Be brief."},
+            "amc was put differently to 'a' and 'b': the system turn was none and 'Be brief.'; ask "
+            "both alike, with --set model.system=...",
+        ),
+        (
+            {"prompt_format": "text"},
+            "the prompt format was 'chat' and 'text'; ask both alike, with --set model.prompt_f",
+        ),
+    ],
+)
+def test_models_that_recipes_put_the_items_to_differently_are_refused(
+    changes: dict[str, object], said: str
+):
+    with pytest.raises(DataError) as refused:
+        score_table([greedy("a", {0}, 2), unlike(**changes)], PASS_1)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"dtype": "bf16"}, "precision 'fp32' for a and 'bf16' for b"),
+        ({"stop_strings": ("Q:", "\n\n")}, r"stop strings none for a and 'Q:' '\n\n' for b"),
+        ({"rollout": "tools:ask"}, "rollouts none for a and 'tools:ask' for b"),
+    ],
+)
+def test_models_that_answer_in_another_way_are_noted(changes: dict[str, object], note: str):
+    table = score_table([greedy("a", {0}, 2), unlike(**changes)], PASS_1)
+    assert table.notes == (f"AMC: {note}",)
+
+
+def test_that_it_is_not_known_how_a_model_was_asked_is_said_once():
+    old = replace(greedy("old", {0}, 2), asked_with=None)
+    told = (
+        "AMC: how old was asked is not known (prompt format, system turn, rollouts, stop strings, "
+        "precision): its outcomes are of before it was kept",
+    )
+    assert score_table([old, greedy("a", {0}, 2), greedy("b", {0}, 2)], PASS_1).notes == told
+    assert score_table([old], PASS_1).notes == ()
 
 
 def test_metrics_are_those_the_outcomes_allow():

@@ -184,6 +184,9 @@ def suite_outcomes(
     labels = _labels(named)
     # All of them before the first is asked, which may take hours: one may not be there.
     configs = [None if one.stored else asked_model(one.model, options) for one in named]
+    _refuse_other_questions(
+        [(label, config) for label, config in zip(labels, configs, strict=True) if config]
+    )
     if options.out is not None:
         _prepare(options.out)
     outcomes: list[SuiteOutcomes] = []
@@ -221,6 +224,26 @@ def _labels(named: Sequence[NamedModel]) -> list[str]:
             f"two models are called {twice!r}; give each a label of its own: LABEL=MODEL"
         )
     return labels
+
+
+def _refuse_other_questions(asked: Sequence[tuple[str, RunConfig]]) -> None:
+    """Refuse what could not be compared, before hours are spent on it.
+
+    What "auto" will take is not known yet: outcomes are held against each other once more.
+    """
+    systems = {label: config.model.system for label, config in asked}
+    formats = {
+        label: config.model.prompt_format
+        for label, config in asked
+        if config.model.prompt_format != "auto"
+    }
+    for key, values in (("model.system", systems), ("model.prompt_format", formats)):
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{value!r} for {label!r}" for label, value in values.items())
+            raise ConfigError(
+                f"the recipes put the same items differently: {key} is {told}; ask all alike, with "
+                f"--set {key}=..."
+            )
 
 
 def _refuse_asking(options: SuiteOptions) -> None:
@@ -366,6 +389,7 @@ def _as_dict(outcomes: Sequence[SuiteOutcomes], tables: Sequence[ScoreTable]) ->
                 "suite": one.suite,
                 **asdict(one.way),
                 "max_tokens": one.max_tokens,
+                "asked_with": None if one.asked_with is None else asdict(one.asked_with),
                 **one.counts(),
             }
             for one in outcomes

@@ -9,7 +9,13 @@ import numpy as np
 
 from gmpo.errors import ConfigError, DataError
 from gmpo.gate.records import Guardrail, PairedSuite
-from gmpo.outcomes import ItemOutcome, SuiteOutcomes, what_chooses_items
+from gmpo.outcomes import (
+    ItemOutcome,
+    SuiteOutcomes,
+    refuse_other_question,
+    told_of_answering,
+    what_chooses_items,
+)
 
 __all__ = ["ComparedSuites", "compared_suites"]
 
@@ -38,11 +44,13 @@ def compared_suites(
     Args:
         champion: outcomes of the model that serves.
         candidate: of the one that would.
-        warn: told what only one of them was asked, and so does not count.
+        warn: told what only one of them was asked, and so does not count, and what differs in how
+            they answered.
 
     Raises:
         ConfigError: they share no suite, or were asked in different ways.
-        DataError: they share no item of a suite, or an item was put differently to them.
+        DataError: they share no item of a suite, or were put one differently, by its text or what
+            their recipes add.
     """
     way = _way(champion, candidate)
     before = {one.suite: one for one in champion if one.way.name == way}
@@ -97,6 +105,9 @@ def _way(champion: Sequence[SuiteOutcomes], candidate: Sequence[SuiteOutcomes]) 
 def _pairs(
     before: SuiteOutcomes, after: SuiteOutcomes, *, warn: Callable[[str], None]
 ) -> Iterator[tuple[ItemOutcome, ItemOutcome]]:
+    refuse_other_question(before, after)
+    for told in told_of_answering(before, after):
+        warn(told)
     others = {item.id: item for item in after.items}
     shared = [item for item in before.items if item.id in others]
     if not shared:

@@ -9,7 +9,8 @@ from gmpo.assembly import open_evaluator
 from gmpo.config import RunConfig
 from gmpo.errors import DataError, ModelError
 from gmpo.evaluation import Evaluator
-from gmpo.outcomes import ItemOutcome, SuiteOutcomes, Way
+from gmpo.inputs import resolve_model
+from gmpo.outcomes import AskedWith, ItemOutcome, SuiteOutcomes, Way
 from gmpo.records import Prompt
 from gmpo.suites.items import SuiteItems
 from gmpo.tracking import provenance
@@ -65,7 +66,15 @@ def ask_suites(
         gmpo.errors.GmpoError: the model cannot be had, or an item does not fit its context.
     """
     made_with = provenance()
+    config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     with open_evaluator(config, warn=warn) as (evaluator, context):
+        asked_with = AskedWith(
+            prompt_format="chat" if evaluator.renderer.uses_chat else "text",
+            system=config.model.system,
+            rollout=config.sampling.rollout,
+            stop_strings=config.sampling.stop_strings,
+            dtype=config.model.dtype,
+        )
         fitted = [
             (suite, _fitted(evaluator, suite, context=context, model=config.model.name))
             for suite in suites
@@ -88,6 +97,7 @@ def ask_suites(
                     max_tokens=suite.max_tokens,
                     items=tuple(items),
                     made_with=made_with,
+                    asked_with=asked_with,
                 )
 
 

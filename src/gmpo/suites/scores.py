@@ -9,7 +9,12 @@ from itertools import combinations
 from typing import Any, Literal
 
 from gmpo.errors import ConfigError, DataError
-from gmpo.outcomes import SuiteOutcomes, what_chooses_items
+from gmpo.outcomes import (
+    SuiteOutcomes,
+    refuse_other_question,
+    told_of_answering,
+    what_chooses_items,
+)
 from gmpo.statistics import (
     average_interval,
     holm,
@@ -157,8 +162,8 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
     """The table of one metric; the first model's label is the baseline of the gains.
 
     Raises:
-        DataError: two models share no suite or no item of one, or put an item of one id
-            differently; or a label has a suite twice.
+        DataError: two models share no suite or no item of one, or were put one differently, by
+            its text or what their recipes add; or a label has a suite twice.
     """
     by_model = _by_model([one for one in outcomes if one.way.name == metric.way])
     titles = _titles(by_model)
@@ -180,7 +185,8 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
         },
         averaged=averaged,
         gains=gains,
-        notes=(*_notes(by_model, titles), *_disagreements(gains, titles)),
+        # One that is unlike two others in the same way, or not known, is told of once.
+        notes=tuple(dict.fromkeys([*_notes(by_model, titles), *_disagreements(gains, titles)])),
     )
 
 
@@ -318,6 +324,7 @@ def _occurrences(digests: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 def _paired(baseline: SuiteOutcomes, candidate: SuiteOutcomes, k: int) -> _Pairs:
     """Both models' values of each item that both were asked."""
+    refuse_other_question(baseline, candidate)
     others = {item.id: item for item in candidate.items}
     shared = [item for item in baseline.items if item.id in others]
     if not shared:
@@ -366,3 +373,4 @@ def _notes(
             ):
                 if left != right:
                     yield (f"{title}: {what} {left} for {one.label} and {right} for {other.label}")
+            yield from told_of_answering(one, other)
