@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tests.commands import gmpo, jsonl, refusal
 from tests.models import save_tiny
+from tests.suite_outcomes import greedy
 
+from gmpo.outcomes import stored_outcomes, write_outcomes
 from gmpo.tracking import provenance
 
 ROWS = [{"id": f"q{n}", "problem": f"{n}+1", "answer": str(n + 1)} for n in range(6)]
@@ -54,6 +56,21 @@ def test_stored_outcomes_give_the_table_of_the_run(arms: tuple[str, str], data: 
     again = gmpo("evaluate", out, "--k", "2", "--json")
     assert json.loads(again.stdout) == written
     assert (out / "results.png").stat().st_size > 1000
+
+
+def test_models_of_like_labels_have_a_folder_each(data: Path):
+    labels = ("a b", "a-b", "A-B", "..")
+    stored = []
+    for place, label in enumerate(labels):
+        stored.append(data / f"stored-{place}")
+        write_outcomes(stored[-1], greedy(label, {0}, 2), place=0)
+    out = data / "out"
+    done = gmpo("evaluate", *stored, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    found = {path.parent.name: stored_outcomes(path.parent)[0].label for path in out.glob("*/*")}
+    assert found == {"a-b-3": "a b", "a-b": "a-b", "A-B-2": "A-B", "--": ".."}
+    assert [one.label for one in stored_outcomes(out)] == list(labels)
+    assert not list(data.glob("*.outcomes.json"))
 
 
 def test_models_without_a_shared_item_are_refused(arms: tuple[str, str], data: Path):

@@ -189,6 +189,7 @@ def suite_outcomes(
     )
     if options.out is not None:
         _prepare(options.out)
+    folders = _folder_names(_all_labels(named, labels))
     outcomes: list[SuiteOutcomes] = []
     items = {}
     if any(not one.stored for one in named):
@@ -207,7 +208,7 @@ def suite_outcomes(
         for outcome in found:
             outcomes.append(outcome)
             if options.out is not None:
-                folder = options.out / _folder_name(outcome.label)
+                folder = options.out / folders[outcome.label]
                 write_outcomes(folder, outcome, place=len(outcomes))
     return outcomes
 
@@ -215,15 +216,21 @@ def suite_outcomes(
 def _labels(named: Sequence[NamedModel]) -> list[str]:
     """A label each; of stored outcomes they have their own."""
     labels = [one.label or Path(one.model).name or one.model for one in named]
-    met: list[str] = []
-    for one, label in zip(named, labels, strict=True):
-        met += sorted({stored.label for stored in one.stored}) or [label]
+    met = _all_labels(named, labels)
     twice = next((label for label in met if met.count(label) > 1), None)
     if twice is not None:
         raise ConfigError(
             f"two models are called {twice!r}; give each a label of its own: LABEL=MODEL"
         )
     return labels
+
+
+def _all_labels(named: Sequence[NamedModel], labels: Sequence[str]) -> list[str]:
+    """Labels of all outcomes that will be there."""
+    found: list[str] = []
+    for one, label in zip(named, labels, strict=True):
+        found += sorted({stored.label for stored in one.stored}) or [label]
+    return found
 
 
 def _refuse_other_questions(asked: Sequence[tuple[str, RunConfig]]) -> None:
@@ -362,8 +369,26 @@ def _prepare(out: Path) -> None:
         raise RunFolderError(f"--out {out} cannot be made: {error.strerror}") from None
 
 
-def _folder_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
+def _folder_names(labels: Sequence[str]) -> dict[str, str]:
+    """A folder's name for each label, none twice, also where capitals make no difference."""
+    plain = {label: _plain_name(label) for label in labels}
+    # A label that is a name by itself has it, whichever came first.
+    order = sorted(labels, key=lambda label: plain[label] != label)
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in order:
+        name, number = plain[label], 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{plain[label]}-{number}"
+        taken.add(name.casefold())
+        found[label] = name
+    return found
+
+
+def _plain_name(label: str) -> str:
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
+    return name if name.strip(".") else "-" * max(1, len(name))  # "." and ".." are other folders
 
 
 def _store(out: Path, result: dict[str, Any], tables: Sequence[ScoreTable]) -> None:
