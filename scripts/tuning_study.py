@@ -4,6 +4,11 @@ The recipe of `scripts/tiny_policy.py` is tuned as a user would tune it, by the 
 that was ended goes on where it was. The report goes into one JSON file:
 
     python -m scripts.tuning_study --trials 20 --json docs/results/tuning.json
+
+The recipe's step size is one at which this policy forgets. From a sound one there is less to find:
+
+    python -m scripts.tuning_study --trials 20 --learning-rate 5e-5 --runs runs/tuning_sound \
+        --json docs/results/tuning_sound.json
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="the report goes here")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning_study"))
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the tuned recipe")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -31,7 +37,11 @@ def main() -> int:
     policy = warm_policy(arguments.runs / "policy")
     # 169 sums: 89 to train on, 40 to choose by and 40 to judge by.
     tuned = sums_recipe(
-        policy, task__held_out_items=80, training__rounds=40, evaluation__every_rounds=10
+        policy,
+        task__held_out_items=80,
+        training__rounds=40,
+        training__learning_rate=arguments.learning_rate,
+        evaluation__every_rounds=10,
     )
     recipe.write_text(dump_recipe(tuned), encoding="utf-8")
     study = arguments.runs / "study"
