@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,60 @@ def test_a_finished_run_is_never_run_again(whole: Path):
     assert (whole / "report.json").read_bytes() == report
     after = {file: file.stat().st_mtime_ns for file in whole.glob("runs/*/metrics.jsonl")}
     assert (len(after), after) == (4, before)
+
+
+def test_seeds_that_are_added_are_the_only_runs_that_are_made(
+    whole: Path, unfinished: Path, small: str
+):
+    # As a call leaves it that is killed between the new plan and its first run.
+    own = open_study(unfinished, None, warn=print)
+    open_study(unfinished, replace(own, seeds=(0, 1, 7)), warn=print)
+    before = {file: file.read_bytes() for file in unfinished.glob("runs/*/metrics.jsonl")}
+    added = gmpo("compare", "--study", unfinished, "--seeds", "0,1,7")
+    assert added.exit_code == 0, added.stderr
+    assert "3 seeds each (2 at first)" in added.stdout
+    assert "3 of 6 runs are done already" in added.stdout
+    assert "Seeds were added after runs had begun: 2 at first, now 3." in squeezed(added.stdout)
+    new = ["gmpo-seed1", "grpo-seed7", "gmpo-seed7"]
+    assert [cell for cell, _ in outcomes(unfinished)[3:]] == new
+    assert all(file.read_bytes() == text for file, text in before.items())
+    report = report_in(unfinished)
+    assert report["plan"]["num_seeds_before"] == [2]
+    assert report["plan"]["seeds"] == [0, 1, 7]
+    # But for rounds to a target that all runs decide, the first seeds' figures are what they were.
+    for then, now in zip(report_in(whole)["runs"], report["runs"], strict=False):
+        for run in (then, now):
+            del run["figures"]["values"]["rounds_to_target"]
+        assert now == then
+    # A recipe that is named without seeds means those of the study.
+    again = gmpo("compare", small, "--study", unfinished)
+    assert again.exit_code == 0, again.stderr
+    assert "6 of 6 runs are done already" in again.stdout
+
+
+def squeezed(text: str) -> str:
+    """Without line breaks and indents."""
+    return " ".join(text.split())
+
+
+def test_objectives_and_seeds_are_never_ignored(whole: Path, small: str):
+    plan = (whole / "study.json").read_bytes()
+    there = ("compare", "--study", whole)
+    other = refusal(*there, "--objectives", "grpo,gspo")
+    assert "objectives: ['grpo', 'gmpo'] there, ['grpo', 'gspo'] here" in other
+    assert "['grpo', 'gmpo=gspo'] here" in refusal(*there, "--objectives", "grpo,gmpo=gspo")
+    assert "seeds: [0, 1] there, [0, 2] here" in refusal(*there, "--seeds", "0,2")
+    assert "seeds [0, 1, 1] name one twice" in refusal(*there, "--seeds", "0,1,1")
+    fewer = refusal("compare", small, "--seeds", "1,2", "--study", whole)
+    assert "seeds: [0, 1] there, [1, 2] here" in fewer
+    with (whole / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is being run by another process" in refusal(*there, "--seeds", "0,1,2")
+    assert "holds no study" in refusal("compare", "--study", whole / "no", "--seeds", "0,1")
+    assert (whole / "study.json").read_bytes() == plan
+    own = gmpo(*there, "--objectives", "grpo, gmpo=gmpo", "--seeds", "0,1")
+    assert own.exit_code == 0, own.stderr
+    assert (whole / "study.json").read_bytes() == plan
 
 
 def test_a_cell_that_dies_three_times_is_given_up_and_tried_again_by_the_next_call(

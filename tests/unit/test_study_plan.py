@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tests.tiny_runs import tiny_recipe, write_recipe
 from gmpo.errors import ConfigError, RunFolderError, StudyError
 from gmpo.guard_config import GuardConfig
 from gmpo.recipe import load_recipe
-from gmpo.study import open_study
+from gmpo.study import open_study, run_study
 from gmpo.study.plan import StudyPlan, load_plan, make_plan, parse_seeds, plan_differences
 from gmpo.tuning.plan import TuningOptions, make_tuning_plan, open_tuning
 
@@ -71,6 +72,7 @@ def test_one_objective_with_two_clips_is_two_arms(recipe: str):
 
 def test_a_plan_survives_its_file(recipe: str):
     plan = plan_of(recipe, target_reward=0.5, quick=True, threads=3)
+    plan = replace(plan, num_seeds_before=(2, 3))
     assert StudyPlan.from_dict(plan.as_dict(), source="here") == plan
 
 
@@ -182,7 +184,8 @@ def test_a_study_of_another_recipe_is_refused_with_the_keys_that_differ(
     sentences = re.search(r"another study; (.*)\. Choose", str(refused.value))
     assert sentences is not None
     assert sentences.group(1).split("; ") == [
-        "seeds: [0, 1] there, [0, 2] here",
+        "seeds: [0, 1] there, [0, 2] here (more may be added behind those that are there, none "
+        "left out)",
         "grpo: objective.clip_high: not set there, 0.3 here",
         "training.rounds: 2 there, 9 here",
     ]
@@ -269,6 +272,94 @@ def test_a_folder_goes_on_with_its_own_plan(recipe: str, tmp_path: Path):
     assert open_study(tmp_path / "study", None, warn=lambda _: None) == opened
     with pytest.raises(StudyError, match="holds no study to go on with"):
         open_study(tmp_path / "none", None, warn=lambda _: None)
+
+
+def test_a_study_may_be_given_more_seeds(recipe: str, tmp_path: Path):
+    study = tmp_path / "study"
+    opened = open_study(study, plan_of(recipe, threads=1), warn=lambda _: None)
+    begun = json.loads((study / "study.json").read_text())
+    asked = plan_of(recipe, seeds=[0, 1, 5], threads=2)
+    (study / "runs").mkdir()
+    more = open_study(study, asked, warn=lambda _: None)
+    assert more == replace(opened, seeds=(0, 1, 5), num_seeds_before=(2,))
+    # All else stays as it was written, and the first cells are what they were.
+    kept = json.loads((study / "study.json").read_text())
+    assert kept == {**begun, "seeds": [0, 1, 5], "num_seeds_before": [2]}
+    assert list(more.cells())[:4] == list(opened.cells())
+    # A call that was killed here goes on with the new plan, however it is given again.
+    assert open_study(study, None, warn=lambda _: None) == more
+    assert open_study(study, asked, warn=lambda _: None) == more
+    again = open_study(study, replace(more, seeds=(0, 1, 5, 6)), warn=lambda _: None)
+    assert (again.seeds, again.num_seeds_before) == ((0, 1, 5, 6), (2, 3))
+
+
+def test_seeds_that_are_added_before_anything_ran_were_not_chosen_by_results(
+    recipe: str, tmp_path: Path
+):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe), warn=lambda _: None)
+    more = open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    assert (more.seeds, more.num_seeds_before) == ((0, 1, 2), ())
+
+
+@pytest.mark.parametrize("seeds", [[0, 1], [0, 1, 3], [1, 0, 2], [0, 2, 1, 3]])
+def test_fewer_or_other_seeds_are_another_study(recipe: str, tmp_path: Path, seeds: list[int]):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    before = (study / "study.json").read_bytes()
+    with pytest.raises(StudyError, match=r"seeds: \[0, 1, 2\] there, .* none left out"):
+        open_study(study, plan_of(recipe, seeds=seeds), warn=lambda _: None)
+    changed = plan_of(recipe, seeds=[0, 1, 2, 3], overrides=["training.rounds=9"])
+    with pytest.raises(StudyError, match=r"another study; training.rounds: 2 there, 9 here\."):
+        open_study(study, changed, warn=lambda _: None)
+    assert (study / "study.json").read_bytes() == before
+
+
+def test_a_study_that_a_process_runs_is_given_no_seeds(recipe: str, tmp_path: Path):
+    study = tmp_path / "study"
+    open_study(study, plan_of(recipe), warn=lambda _: None)
+    before = (study / "study.json").read_bytes()
+    with (study / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="is being run by another process"):
+            open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    assert (study / "study.json").read_bytes() == before
+
+
+def test_of_two_calls_that_add_seeds_at_once_the_second_is_judged_by_what_the_first_left(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = tmp_path / "study"
+    first = open_study(study, plan_of(recipe), warn=lambda _: None)
+    open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    lock = study / ".lock"
+
+    def read_before_the_other_wrote(folder: Path) -> StudyPlan | None:
+        return load_plan(folder) if lock.exists() else first
+
+    lock.unlink()  # which is made where it is locked
+    monkeypatch.setattr("gmpo.study.cells.load_plan", read_before_the_other_wrote)
+    with pytest.raises(StudyError, match=r"seeds: \[0, 1, 2\] there, \[0, 1, 3\] here"):
+        open_study(study, plan_of(recipe, seeds=[0, 1, 3]), warn=lambda _: None)
+    lock.unlink()
+    same = open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    assert (same.seeds, same.num_seeds_before) == ((0, 1, 2), ())
+
+
+def test_a_plan_that_another_call_changed_is_not_run(recipe: str, tmp_path: Path):
+    study = tmp_path / "study"
+    stale = open_study(study, plan_of(recipe), warn=lambda _: None)
+    open_study(study, plan_of(recipe, seeds=[0, 1, 2]), warn=lambda _: None)
+    with pytest.raises(StudyError, match="another call changed the plan of study"):
+        run_study(study, stale)
+    assert not (study / "runs").exists()
+
+
+def test_a_study_from_before_seeds_could_be_added_has_none_that_were(recipe: str):
+    plan = plan_of(recipe)
+    table = plan.as_dict()
+    del table["num_seeds_before"]
+    assert StudyPlan.from_dict(table, source="here") == plan
 
 
 def test_a_damaged_or_lost_plan_is_named(recipe: str, tmp_path: Path):

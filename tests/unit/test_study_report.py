@@ -11,6 +11,7 @@ from tests.tiny_runs import tiny_recipe, write_recipe
 
 from gmpo.stability import RunFigures
 from gmpo.study.comparison import compare_arms
+from gmpo.study.html import study_html
 from gmpo.study.report import StudyReport, limits
 from gmpo.study.tables import improvement_rows
 
@@ -63,3 +64,17 @@ def test_improvements_say_of_how_many_pairs_they_are(report: StudyReport):
     found = {improvement["name"]: improvement for improvement in report.as_dict()["improvements"]}
     speed = found["convergence_speed"]
     assert (speed["pairs"], speed["left_out"]) == (2, 3)
+
+
+def test_seeds_that_were_added_after_runs_had_begun_are_told(report: StudyReport):
+    def said(*before: int) -> list[str]:
+        plan = replace(report.plan, num_seeds_before=before)
+        return [text for text in limits(replace(report, plan=plan)) if "added" in text]
+
+    assert said() == []
+    (once,) = said(3)
+    assert once.startswith("Seeds were added after runs had begun: 3 at first, now 5. Whoever adds")
+    assert "3 at first, then 4, now 5." in said(3, 4)[0]
+    added = replace(report, plan=replace(report.plan, num_seeds_before=(3,)))
+    assert once in study_html(added, [])
+    assert added.as_dict()["plan"]["num_seeds_before"] == [3]

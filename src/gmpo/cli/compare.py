@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,9 @@ __all__ = ["compare"]
 _INCOMPLETE = 1
 """Exit code of a study whose report lacks runs, because their processes died again and again."""
 
+_OBJECTIVES = ("grpo", "gmpo")
+_SEEDS = (0, 1, 2)
+
 _Recipe = Annotated[
     str | None,
     typer.Argument(help="Bundled name or path of a TOML file; none goes on with --study."),
@@ -45,9 +49,17 @@ _ArmOverrides = Annotated[
 def compare(
     recipe: _Recipe = None,
     objectives: Annotated[
-        str, typer.Option(help="Arms between commas, each OBJECTIVE or LABEL=OBJECTIVE.")
-    ] = "grpo,gmpo",
-    seeds: Annotated[str, typer.Option(help="At least two, between commas.")] = "0,1,2",
+        str | None,
+        typer.Option(
+            help="Arms between commas, each OBJECTIVE or LABEL=OBJECTIVE; grpo,gmpo by default."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="At least two, between commas; 0,1,2 by default. More may be added later."
+        ),
+    ] = None,
     study: Annotated[
         str | None, typer.Option(help="Folder of the study; runs/NAME-study by default.")
     ] = None,
@@ -68,27 +80,21 @@ def compare(
 ) -> None:
     """Train with several objectives on the same prompts and seeds, and report what differs."""
     from gmpo.study import open_study
-    from gmpo.study.plan import make_plan, parse_seeds
     from gmpo.study.report import build_report
 
     require_wait(wait)
     if recipe is None and study is None:
         raise ConfigError("name a recipe, or with --study the study to go on with")
     folder = Path(study) if study else fresh_folder(f"{Path(recipe or '').stem}-study")
-    plan = None
-    if recipe is not None:
-        plan = make_plan(
-            recipe,
-            objectives=objectives.split(","),
-            seeds=parse_seeds(seeds),
-            overrides=overrides or (),
-            arm_overrides=arm_overrides or (),
-            quick=quick,
-            target_reward=target_reward,
-            threads=threads_of_each(jobs),
-        )
-    elif overrides or arm_overrides or quick or target_reward is not None:
-        raise ConfigError(f"{folder} has its own plan; to change it, name the recipe as well")
+    asked = _Asked(
+        objectives=None if objectives is None else objectives.split(","),
+        seeds=seeds,
+        overrides=overrides or [],
+        arm_overrides=arm_overrides or [],
+        quick=quick,
+        target_reward=target_reward,
+    )
+    plan = _asked_plan(folder, recipe, asked, jobs=jobs)
     console = Console(stderr=as_json)
     plan = open_study(folder, plan, warn=warn)
     _announce(console, folder, plan)
@@ -101,6 +107,48 @@ def compare(
     if given_up:
         warn(f"not run to an end: {', '.join(given_up)}; the same command tries them again")
         raise typer.Exit(_INCOMPLETE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """Options that are part of a study's plan, as they were given."""
+
+    objectives: list[str] | None
+    seeds: str | None
+    overrides: list[str]
+    arm_overrides: list[str]
+    quick: bool
+    target_reward: float | None
+
+
+def _asked_plan(folder: Path, recipe: str | None, asked: _Asked, *, jobs: int) -> StudyPlan | None:
+    """What is asked of the folder; None where a study goes on that it does not hold.
+
+    Objectives and seeds that are not named are those of its study.
+    """
+    from gmpo.study.plan import load_plan, make_plan, named_arms, own_plan_as_asked, parse_seeds
+
+    there = load_plan(folder)
+    seeds = None if asked.seeds is None else parse_seeds(asked.seeds)
+    if recipe is None:
+        if asked.overrides or asked.arm_overrides or asked.quick or asked.target_reward is not None:
+            raise ConfigError(
+                f"{folder} has its own plan, to which --seeds can add and nothing else; for "
+                "another one name the recipe and another --study folder"
+            )
+        if there is None:
+            return None
+        return own_plan_as_asked(folder, there, objectives=asked.objectives, seeds=seeds)
+    return make_plan(
+        recipe,
+        objectives=asked.objectives or (named_arms(there) if there else _OBJECTIVES),
+        seeds=seeds or (there.seeds if there else _SEEDS),
+        overrides=asked.overrides,
+        arm_overrides=asked.arm_overrides,
+        quick=asked.quick,
+        target_reward=asked.target_reward,
+        threads=threads_of_each(jobs),
+    )
 
 
 def _run(
@@ -137,8 +185,9 @@ def _announce(console: Console, folder: Path, plan: StudyPlan) -> None:
         f"{arm.label}: {arm.recipe.objective.name}, {arm.recipe.objective.clip_description()}"
         for arm in plan.arms
     )
+    first = f" ({plan.num_seeds_before[0]} at first)" if plan.num_seeds_before else ""
     text = (
-        f"{arms}\n{len(plan.seeds)} seeds each, {recipe.training.rounds} rounds of "
+        f"{arms}\n{len(plan.seeds)} seeds each{first}, {recipe.training.rounds} rounds of "
         f"{recipe.training.steps_per_round} steps, {recipe.model.name}, "
         f"{recipe.model.device}, {recipe.model.dtype}; study folder {folder}"
     )

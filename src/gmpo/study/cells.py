@@ -53,17 +53,19 @@ def ended_cells(study: Path) -> dict[str, Attempt]:
 
 
 def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], None]) -> StudyPlan:
-    """The plan of the study folder, which is begun if it is new.
+    """The plan of the study folder, which is begun if it is new, and given more seeds if asked to.
 
     Args:
         study: the folder.
-        plan: as asked for; None goes on with the folder's own.
+        plan: as asked for; None goes on with the folder's own. It may have more seeds behind those
+            of the folder.
         warn: told in one sentence what is not as expected.
 
     Raises:
         StudyError: the folder is of another study, which differs in the keys named, or is a run,
             or has a guard that no study may have; or there is neither a plan nor a study.
-        RunFolderError: the folder cannot be read or written.
+        RunFolderError: the folder cannot be read or written, or it is given more seeds while
+            another process runs it.
     """
     there = load_plan(study)
     if there is None and plan is None:
@@ -81,7 +83,9 @@ def open_study(study: Path, plan: StudyPlan | None, *, warn: Callable[[str], Non
     fault = guard_fault(there.recipe.guard)
     if fault is not None:  # begun by a version that did not refuse it
         raise StudyError(f"study {study}: {fault}, name the recipe, and another --study folder")
-    return there
+    if plan is None or plan.seeds == there.seeds:
+        return there
+    return _with_more_seeds(study, plan)
 
 
 def patience_of(study: Path, *, minutes: float, say: Callable[[str], None]) -> Patience:
@@ -122,12 +126,14 @@ def run_study(  # noqa: PLR0913 - all by keyword but the first two, and each is 
 
     Raises:
         RunStopped: `should_stop` said so.
-        StudyError: a cell refused to train: each process would; its message is named.
+        StudyError: a cell refused to train: each process would; its message is named. Or the plan
+            is not the folder's any more.
         StillHeld: a process of an earlier call holds a cell and nothing comes of it.
         RunFolderError: another process runs this study.
     """
     folder = RunFolder(study, option="--study")
     with _only_one(folder):
+        _require_own(study, plan)
         ended = ended_cells(study)
         waiting = [cell for cell in plan.cells() if cell.name not in ended]
         if ended:
@@ -261,6 +267,38 @@ class _Crew:
             self._folder.log_record("attempts.jsonl", asdict(attempt))
         self._running.clear()
         raise RunStopped(f"the study was stopped; {_go_on(self._folder.path)}")
+
+
+def _with_more_seeds(study: Path, asked: StudyPlan) -> StudyPlan:
+    """The folder's plan with the seeds asked for, which replaces it in one step."""
+    folder = RunFolder(study, option="--study")
+    # Nobody runs the study meanwhile: its report would be of a plan that is not there any more.
+    with _only_one(folder):
+        there = load_plan(study)
+        assert there is not None, "it was there a moment ago, and no call removes it"
+        refuse_another_study(study, plan_differences(there, asked), command="compare")
+        if asked.seeds == there.seeds:
+            return there  # another call was faster
+        before = there.num_seeds_before
+        if (study / "runs").exists():
+            before = (*before, len(there.seeds))
+        more = replace(there, seeds=asked.seeds, num_seeds_before=before)
+        record = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        record |= {"seeds": list(more.seeds), "num_seeds_before": list(before)}
+        folder.write_text("study.json", json.dumps(record, indent=1) + "\n")
+    return more
+
+
+def _require_own(study: Path, plan: StudyPlan) -> None:
+    """Keep a call that read the plan before another one changed it from running the old one."""
+    there = load_plan(study)
+    if there is None:  # the last comparison of gmpo tune, whose plan is not in the folder
+        return
+    if there.seeds != plan.seeds or plan_differences(there, plan):
+        raise StudyError(
+            f"another call changed the plan of study {study} since this one read it; give the same "
+            "command again"
+        )
 
 
 def _go_on(study: Path) -> str:

@@ -27,6 +27,8 @@ __all__ = [
     "StudyPlan",
     "load_plan",
     "make_plan",
+    "named_arms",
+    "own_plan_as_asked",
     "parse_seeds",
     "plan_differences",
     "refuse_another_study",
@@ -86,6 +88,8 @@ class StudyPlan:
         target_reward: what "rounds to target" waits for; None takes `stability.common_target`.
         is_quick: made smaller by `--quick`.
         threads: CPU threads of each run; results are bit for bit alike at the same number only.
+        num_seeds_before: how many seeds there were each time that more were added after runs had
+            begun; empty where the seeds were all there before.
     """
 
     source: str
@@ -94,6 +98,7 @@ class StudyPlan:
     target_reward: float | None
     is_quick: bool
     threads: int
+    num_seeds_before: tuple[int, ...] = ()
 
     @property
     def baseline(self) -> str:
@@ -119,6 +124,7 @@ class StudyPlan:
             "source": self.source,
             "quick": self.is_quick,
             "seeds": list(self.seeds),
+            "num_seeds_before": list(self.num_seeds_before),
             "target_reward": self.target_reward,
             "threads": self.threads,
             "arms": {
@@ -141,6 +147,8 @@ class StudyPlan:
             target_reward=table["target_reward"],
             is_quick=table["quick"],
             threads=table["threads"],
+            # Plans from before seeds could be added do not have it.
+            num_seeds_before=tuple(table.get("num_seeds_before", ())),
         )
 
 
@@ -227,6 +235,42 @@ def load_plan(folder: Path) -> StudyPlan | None:
         ) from None
 
 
+def own_plan_as_asked(
+    study: Path,
+    plan: StudyPlan,
+    *,
+    objectives: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+) -> StudyPlan:
+    """The plan of a study folder, as a call that names no recipe asks for it.
+
+    Args:
+        study: the folder, for messages.
+        plan: of the folder.
+        objectives: each `OBJECTIVE` or `LABEL=OBJECTIVE`; None, or those of the plan.
+        seeds: None for those of the plan; whether others may be had says `plan_differences`.
+
+    Raises:
+        StudyError: the objectives are others.
+        ConfigError: there is no study of such seeds.
+    """
+    if objectives is not None:
+        there = named_arms(plan)
+        if list(map(_label_and_objective, objectives)) != list(map(_label_and_objective, there)):
+            difference = f"objectives: {there} there, {list(objectives)} here"
+            refuse_another_study(study, [difference], command="compare")
+    if seeds is None:
+        return plan
+    require_seeds(seeds)
+    return replace(plan, seeds=tuple(seeds))
+
+
+def named_arms(plan: StudyPlan) -> list[str]:
+    """The plan's arms as `make_plan` takes them."""
+    named = [(arm.label, arm.recipe.objective.name) for arm in plan.arms]
+    return [label if label == name else f"{label}={name}" for label, name in named]
+
+
 def refuse_used_folder(folder: Path, *, work: str, record: str) -> None:
     """Keep a new study out of a folder that is something else, whose files it would replace.
 
@@ -288,11 +332,11 @@ def plan_differences(there: StudyPlan, asked: StudyPlan) -> list[str]:
     """In what a plan differs from that of a study folder, one sentence each.
 
     Device and precision "auto" mean what the folder has, and so does `training.kl_ref_every` where
-    it is not named; the number of threads is the folder's.
+    it is not named; the number of threads is the folder's. More seeds behind those of the folder
+    are no difference: they can be added.
     """
     wholes: dict[str, tuple[object, object]] = {
         "objectives": ([arm.label for arm in there.arms], [arm.label for arm in asked.arms]),
-        "seeds": (list(there.seeds), list(asked.seeds)),
         "target_reward": (there.target_reward, asked.target_reward),
     }
     found = [
@@ -300,6 +344,11 @@ def plan_differences(there: StudyPlan, asked: StudyPlan) -> list[str]:
         for name, (was, now) in wholes.items()
         if was != now
     ]
+    if asked.seeds[: len(there.seeds)] != there.seeds:
+        found.append(
+            f"seeds: {list(there.seeds)} there, {list(asked.seeds)} here (more may be added behind "
+            "those that are there, none left out)"
+        )
     recipes = {arm.label: arm.recipe for arm in there.arms}
     for arm in asked.arms:
         if arm.label in recipes:

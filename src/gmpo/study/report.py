@@ -245,6 +245,7 @@ def limits(report: StudyReport) -> list[str]:
             "come after hundreds of rounds, and only differences as large as the column "
             '"would be seen" says can be found.'
         )
+    found += _added_seeds(plan)
     at_best = f"With {pairs} pairs the exact sign-flip test cannot give a p below {smallest:.2g}"
     if smallest > 0.05:
         found.append(
@@ -284,6 +285,19 @@ def limits(report: StudyReport) -> list[str]:
             "and gradient norms have different units and are not to be compared."
         )
     return found
+
+
+def _added_seeds(plan: StudyPlan) -> Iterator[str]:
+    """That the number of seeds may have been chosen by what was seen, where it may."""
+    if plan.num_seeds_before:
+        first, *later = plan.num_seeds_before
+        then = "".join(f", then {count}" for count in later)
+        yield (
+            f"Seeds were added after runs had begun: {first} at first{then}, now "
+            f"{len(plan.seeds)}. Whoever adds seeds until a difference shows finds one that is not "
+            "there more often than once in 20: intervals and p suppose a number of seeds that "
+            "nobody chose by the results. A study of other seeds would tell."
+        )
 
 
 def _never_reached(report: StudyReport) -> Iterator[str]:
