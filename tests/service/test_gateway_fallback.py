@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import httpx2
 import pytest
 from tests.routed_gateways import ASKED, STREAMED, begin, served
-from tests.upstreams import Body, refuses, says
+from tests.upstreams import Behaviour, Body, Reply, refuses, says, text_event
 
 from gmpo.serving.judging import QualityRules
 
@@ -51,3 +53,64 @@ def test_a_low_answer_is_served_where_the_next_server_refuses_the_request(path: 
         answer = made.ask()
         assert answer["choices"][0]["text"] == "4"
         assert answer["gmpo"]["variant"] == "a" and not answer["gmpo"]["fell_back"]
+
+
+async def killed(reply: Reply, body: Body) -> None:
+    await reply.start()
+    for _ in range(40):
+        await reply.event(text_event("x"))
+    reply.cut()
+
+
+async def stalls(reply: Reply, body: Body) -> None:
+    await reply.start()
+    await reply.event(text_event("x"))
+    await reply.client_gone()
+
+
+async def malformed(reply: Reply, body: Body) -> None:
+    await reply.start()
+    await reply.event(text_event("x"))
+    await reply.event('{"choices": [{"index": 0, "text": 7')
+    await reply.client_gone()
+
+
+@pytest.mark.parametrize(
+    ("behave", "fault"), [(killed, "broken"), (stalls, "timeout"), (malformed, "broken")]
+)
+def test_a_plain_answer_whose_server_fails_in_its_middle_comes_from_the_next_one(
+    path: Path, behave: Behaviour, fault: str
+):
+    with served(path, {"a": behave, "b": says("4", "2")}, upstream={"stall_seconds": 0.3}) as made:
+        answer = made.ask()
+        assert answer["choices"][0]["text"] == "42", "nothing of the first answer is left"
+        assert answer["usage"]["completion_tokens"] == 2
+        told = answer["gmpo"]
+        assert (told["variant"], told["fallback_reason"]) == ("b", fault)
+        several = made.ask({**ASKED, "prompt": ["1+1=", "2+2="]})
+        assert [choice["text"] for choice in several["choices"]] == ["42", "42"]
+        assert made.health()["routing"]["fallback_" + fault] >= 2
+
+
+def test_a_stream_whose_server_fails_in_its_middle_is_still_cut(path: Path):
+    with served(path, {"a": killed, "b": says("4")}) as made:
+        events = [line[6:] for line in made.post("completions", STREAMED).text.splitlines() if line]
+        assert json.loads(events[-1])["error"]["type"] == "upstream_disconnect"
+        assert made.health()["routing"]["cut_streams"] == 1
+        assert not made.upstreams["b"].bodies
+
+
+def test_a_client_that_leaves_a_plain_answer_ends_it_and_nobody_else_is_asked(path: Path):
+    async def slow(reply: Reply, body: Body) -> None:
+        await stalls(reply, body)
+        made.upstreams["a"].gone.set()
+
+    with served(path, {"a": slow, "b": says("4")}) as made:
+        with made.gateway.client(timeout=0.5) as client, pytest.raises(httpx2.ReadTimeout):
+            client.post("/v1/completions", json=ASKED)
+        assert made.upstreams["a"].gone.wait(5)
+        (event,) = made.events("answer", count=1)
+        assert (event.payload["status"], event.payload["backend"]) == (499, "a")
+        assert not made.upstreams["b"].bodies
+        assert made.health()["running_completions"] == 0
+        assert made.health()["breakers"] == {"a": "closed", "b": "closed"}

@@ -126,24 +126,25 @@ def test_a_low_score_falls_back_where_answers_are_held_back(path: Path):
         assert event.payload["served_variant"] == "b"
 
 
-def test_an_experiment_splits_by_unit_and_its_report_can_be_read(path: Path):
-    # The candidate breaks half of its answers off.
-    async def cut(reply: Reply, body: Body) -> None:
-        await reply.start()
-        await reply.event(text_event("4"))
-        reply.cut()
+async def cut(reply: Reply, body: Body) -> None:
+    await reply.start()
+    await reply.event(text_event("4"))
+    reply.cut()
 
+
+def test_an_experiment_splits_by_unit_and_its_report_can_be_read(path: Path):
+    # The candidate breaks half of its streams off, which nobody else can go on with.
     flaky = in_turn(*[cut, says("b")] * 40)
     with served(path, {"a": says("a"), "b": flaky}, experiment="e", before=begin) as made:
         variants: dict[str, set[str]] = {}
         for turn in range(40):
             unit = f"u{turn % 20}"
             headers = {"x-gmpo-unit": unit} if turn < 20 else {}
-            body = ASKED if turn < 20 else {**ASKED, "user": unit}
-            response = made.post("completions", body, **headers)
-            if response.status_code == 200:
-                text = response.json()["choices"][0]["text"]
-                told = response.json()["gmpo"]["variant"]
+            body = STREAMED if turn < 20 else {**STREAMED, "user": unit}
+            events = made.post("completions", body, **headers).text.split("\n\n")
+            if "data: [DONE]" in events:
+                text = json.loads(events[0][6:])["choices"][0]["text"]
+                told = json.loads(events[1][6:])["gmpo"]["variant"]
                 assert told == {"a": "control", "b": "candidate"}[text]
                 variants.setdefault(unit, set()).add(told)
         assert all(len(seen) == 1 for seen in variants.values()), "a unit keeps its variant"
@@ -228,8 +229,11 @@ def test_a_covariate_that_is_no_number_is_refused(
         assert not made.store.events(kinds=["exposure"])
 
 
-def test_an_arm_that_is_down_is_served_by_the_other_and_judged_as_assigned(path: Path):
-    with served(path, {"a": says("a"), "b": refuses(500)}, experiment="e", before=begin) as made:
+@pytest.mark.parametrize(("behave", "fault"), [(refuses(500), "failed"), (cut, "broken")])
+def test_an_arm_that_is_down_is_served_by_the_other_and_judged_as_assigned(
+    path: Path, behave: Behaviour, fault: str
+):
+    with served(path, {"a": says("a"), "b": behave}, experiment="e", before=begin) as made:
         for turn in range(20):
             assert made.ask(**{"x-gmpo-unit": f"u{turn}"})["choices"][0]["text"] == "a"
         answers = made.events("answer", count=20)
@@ -238,7 +242,7 @@ def test_an_arm_that_is_down_is_served_by_the_other_and_judged_as_assigned(path:
         assert {one.payload["served_variant"] for one in answers} == {"control"}
         assert all(one.payload["fell_back"] for one in rescued)
         reasons = {one.payload["fallback_reason"] for one in rescued}
-        assert reasons == {"failed", "breaker_open"}
+        assert reasons == {fault, "breaker_open"}
         for event in made.events("outcome", count=20):
             is_rescued = event.payload["variant"] == "candidate"
             assert event.payload["fell_back"] is is_rescued

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import pytest
+from tests.given_backends import REQUEST, STREAM, Given, Interleaved, made, run
 
 from gmpo.serving.backend import (
     AnswerReport,
@@ -19,105 +18,10 @@ from gmpo.serving.backend import (
     Chunk,
     GenerationRequest,
     Router,
-    TokenLogprob,
     Usage,
 )
 from gmpo.serving.breaker import BreakerRules
-from gmpo.serving.judging import AnswerJudge, QualityRules
-from gmpo.serving.router import Route, VariantRouter
-
-REQUEST = GenerationRequest(id="r", route="completions", model="bot", prompt="a")
-
-
-@dataclass
-class Given:
-    """A backend that says one token of a given probability, unless it fails first or after it."""
-
-    name: str
-    probability: float = 0.5
-    fault: BackendFault | None = None
-    breaks_off: bool = False
-    hangs: bool = False
-    says_nothing: bool = False
-    echo: str = ""
-    retry_after_seconds: float | None = None
-    text: str | None = None
-    num_asked: int = 0
-    num_closed: int = 0
-    model_version: str | None = None
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        self.num_asked += 1
-        try:
-            if self.fault is not None and not self.breaks_off:
-                raise BackendError(
-                    f"{self.name} fails",
-                    fault=self.fault,
-                    retry_after_seconds=self.retry_after_seconds,
-                )
-            if self.says_nothing:
-                return
-            if self.echo:
-                unlikely = TokenLogprob(token=self.echo, logprob=-9.0)
-                yield Chunk(text=self.echo, logprobs=(unlikely,), is_echo=True)
-            token = TokenLogprob(token="x", logprob=math.log(self.probability))
-            version = f"{self.name}-1"
-            yield Chunk(text=self.text or self.name, logprobs=(token,), model_version=version)
-            if self.hangs:
-                await asyncio.sleep(60)
-            if self.fault is not None:
-                raise BackendError(f"{self.name} fails", fault=self.fault)
-            usage = Usage(prompt_tokens=1, completion_tokens=1)
-            yield Chunk(finish_reason="stop", usage=usage, model_version=version)
-        finally:
-            self.num_closed += 1
-
-    async def ready(self) -> bool:
-        return self.fault is None
-
-    async def close(self) -> None:
-        pass
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
-class Made:
-    router: VariantRouter
-    clock: Clock
-    reports: list[AnswerReport] = field(default_factory=list)
-
-    async def ask(self, request: GenerationRequest = REQUEST) -> str:
-        self.reports.append(AnswerReport())
-        chunks = await self.router.route(request, self.reports[-1])
-        return "".join([chunk.text async for chunk in chunks])
-
-    @property
-    def report(self) -> AnswerReport:
-        return self.reports[-1]
-
-
-def made(*backends: Given, rules: BreakerRules | None = None, **quality: Any) -> Made:
-    clock = Clock()
-    router = VariantRouter(
-        "bot",
-        {one.name: one for one in backends},
-        order=[one.name for one in backends],
-        judge=AnswerJudge(QualityRules(**quality)),
-        rules=rules or BreakerRules(failures=2, open_seconds=10.0),
-        clock=clock,
-    )
-    return Made(router, clock)
-
-
-def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return asyncio.run(work())
+from gmpo.serving.router import Route
 
 
 def test_the_first_backend_answers_and_its_answer_is_scored():
@@ -197,12 +101,12 @@ def test_a_fallbacks_refusal_leaves_the_best_low_answer_to_be_served():
     assert one.report.fallback_reason == "low_quality"
 
 
-def test_after_the_first_token_nobody_else_is_asked():
+def test_after_the_first_token_of_a_stream_nobody_else_is_asked():
     b = Given("b")
     one = made(Given("a", fault="broken", breaks_off=True), b)
 
     async def ask() -> list[str]:
-        chunks = await one.router.route(REQUEST, AnswerReport())
+        chunks = await one.router.route(STREAM, AnswerReport())
         seen = []
         with pytest.raises(BackendError, match="a fails"):
             async for chunk in chunks:
@@ -211,6 +115,71 @@ def test_after_the_first_token_nobody_else_is_asked():
 
     assert run(ask) == ["a"]
     assert b.num_asked == 0 and one.router.counts == Counter({"cut_streams": 1})
+
+
+@pytest.mark.parametrize("fault", ["broken", "timeout", "failed", "unavailable"])
+def test_a_plain_answer_that_breaks_off_is_given_whole_by_another_backend(fault: BackendFault):
+    one = made(Given("a", fault=fault, breaks_off=True), Given("b"), rules=BreakerRules(failures=1))
+    assert run(one.ask) == "b", "of the first answer nothing is left"
+    assert (one.report.fell_back, one.report.fallback_reason) == (True, fault)
+    assert (one.report.backend, one.report.model_version) == ("b", "b-1")
+    assert one.router.counts == Counter([f"fallback_{fault}"])
+    assert one.router.phases == {"a": "open", "b": "closed"}
+
+
+def test_a_plain_answer_that_nobody_ends_says_who_began_it():
+    one = made(Given("a", fault="broken", breaks_off=True), Given("b", fault="unavailable"))
+    with pytest.raises(BackendError, match="a: a fails; b: b fails"):
+        run(one.ask)
+    assert (one.report.backend, one.report.model_version) == ("a", "a-1")
+    assert not one.report.fell_back and one.router.counts == Counter({"unanswered": 1})
+
+
+def test_a_client_that_leaves_a_held_answer_ends_it_and_blames_nobody():
+    a, b = Given("a", hangs=True), Given("b")
+    one = made(a, b, rules=BreakerRules(failures=1))
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(one.ask())
+        while not (one.reports and one.report.backend):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    run(leave)
+    assert (a.num_closed, b.num_asked, one.router.phases["a"]) == (1, 0, "closed")
+    assert one.report.backend == "a" and one.report.mean_logprob == pytest.approx(math.log(0.5))
+
+
+def test_an_answer_that_was_held_goes_on_in_one_piece_a_choice():
+    async def chunks_of(request: GenerationRequest) -> list[Chunk]:
+        one = made(Interleaved("a"))
+        return [chunk async for chunk in await one.router.route(request, AnswerReport())]
+
+    def plain_of(streamed: list[Chunk], index: int, *, is_echo: bool) -> Chunk:
+        own = [one for one in streamed if (one.index, one.is_echo) == (index, is_echo)]
+        return Chunk(
+            index=index,
+            text="".join(one.text for one in own),
+            token_ids=sum((one.token_ids for one in own), ()),
+            logprobs=sum((one.logprobs for one in own), ()),
+            is_echo=is_echo,
+            finish_reason=None if is_echo else ("stop", "length")[index],
+            usage=Usage(prompt_tokens=1, completion_tokens=6) if index and not is_echo else None,
+            model_version="a-1",
+        )
+
+    asked = replace(REQUEST, n=2, echo=True)
+    streamed = asyncio.run(chunks_of(replace(asked, stream=True)))
+    assert len(streamed) == 2 + 6 + 2 + 1
+    whole = asyncio.run(chunks_of(asked))
+    assert whole == [
+        plain_of(streamed, 0, is_echo=True),
+        plain_of(streamed, 1, is_echo=True),
+        plain_of(streamed, 0, is_echo=False),
+        plain_of(streamed, 1, is_echo=False),
+    ]
+    assert [one.text for one in whole] == ["p", "p", "a0a2a4", "a1a3a5"]
 
 
 def test_an_answer_of_nothing_is_broken():
@@ -226,7 +195,7 @@ def test_closing_an_answer_early_closes_the_backends_generator_and_blames_nobody
     one = made(a, rules=BreakerRules(failures=1))
 
     async def leave() -> None:
-        chunks = await one.router.route(REQUEST, AnswerReport())
+        chunks = await one.router.route(STREAM, AnswerReport())
         await anext(chunks)
         assert a.num_closed == 0
         await chunks.aclose()
@@ -285,7 +254,7 @@ def test_a_client_that_leaves_says_nothing_about_the_backend():
     one = made(a, rules=BreakerRules(failures=1))
 
     async def leave() -> None:
-        chunks = await one.router.route(REQUEST, AnswerReport())
+        chunks = await one.router.route(STREAM, AnswerReport())
         await anext(chunks)
         task = asyncio.ensure_future(anext(chunks))
         await asyncio.sleep(0)

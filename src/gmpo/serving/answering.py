@@ -30,7 +30,7 @@ _CLIENT_LEFT = 499
 
 
 class RunningAnswer:
-    """Answers to the prompts of one request, their first chunks being there.
+    """Answers to the prompts of one request, each begun, or whole if it was held back.
 
     Args:
         chunks: of each prompt.
@@ -189,7 +189,7 @@ class Answering:
         self._observers = observers
 
     async def begin(self, requests: Sequence[GenerationRequest]) -> RunningAnswer:
-        """Wait for a turn and then for the first chunk of each prompt's answer.
+        """Wait for a turn and then for each prompt's answer: its first chunk, or all if it is held.
 
         Raises:
             ApiError: there is no turn or no answer; it has been recorded.
@@ -232,7 +232,8 @@ class Answering:
                 return [await self._router.route(book.request, book.report)]
         except TimeoutError:
             raise BackendError(
-                "no answer began within the time that this server allows; ask again later",
+                "no answer was there within the time that this server allows; ask for fewer "
+                "tokens, or again later",
                 fault="timeout",
             ) from None
 

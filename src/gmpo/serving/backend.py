@@ -87,7 +87,7 @@ class GenerationRequest:
         logprobs: alternatives that the client wants at each token; None: it wants no
             log-probabilities at all, and is shown none.
         echo: whether each choice begins with the prompt (with its log-probabilities, if wanted).
-        stream: whether the client reads the answer as it is made.
+        stream: whether the client reads the answer as it is made; else it is held until whole.
         unit: whom an experiment assigns: the caller's user, or this request.
         covariate: a figure about the unit that the caller knew before; an experiment takes noise
             out of its result by it.
@@ -210,7 +210,7 @@ class AnswerReport:
     It tells of a request that nobody answered too, as far as it came.
 
     Attributes:
-        backend: name of the backend that answered; empty if none did.
+        backend: name of the backend that answered, or at least began to; empty if none did.
         model_version: of the weights that answered.
         experiment: running experiment that the request is part of.
         assigned_variant: what the request's unit was assigned to.
@@ -253,7 +253,7 @@ class Router(Protocol):
     async def route(
         self, request: GenerationRequest, report: AnswerReport
     ) -> AsyncGenerator[Chunk, None]:
-        """Start an answer; returns once its first chunk is there.
+        """Start an answer; returns once its first chunk is there, or all of one that is held back.
 
         Args:
             request: what is asked.
@@ -263,7 +263,7 @@ class Router(Protocol):
             All chunks, the first included; to be read to the end or closed (`aclose`).
 
         Raises:
-            BackendError: nobody answers; after the first chunk, the chunks raise it.
+            BackendError: nobody answers; once this has returned, the chunks raise it.
         """
 
     async def ready(self) -> bool:

@@ -1,7 +1,8 @@
 """Who answers a request, and who instead if that fails: backends in order, breakers, quality.
 
-Another backend is asked only while nothing was sent to the client: after the first token its text
-would come twice. What a unit is assigned never depends on which backends are healthy.
+Another backend is asked only while nothing was sent to the client, whose text would come twice: of
+a stream until its first token, of a plain answer, which is held back, until it is whole. What a
+unit is assigned never depends on which backends are healthy.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from itertools import chain
+from typing import Protocol, TypeVar
 
 from gmpo.serving import breaker
 from gmpo.serving.backend import (
@@ -29,6 +31,8 @@ from gmpo.serving.judging import AnswerJudge, Tally
 from gmpo.serving.quality import QualityScore
 
 __all__ = ["Lane", "Route", "Shadowing", "Splitting", "VariantRouter"]
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ class Lane:
 
 @dataclass(eq=False, kw_only=True)
 class _Attempt:
-    """An answer of one backend, its first chunk read; all of it where answers are held back."""
+    """An answer of one backend, its first chunk read; all of it where the answer is held back."""
 
     lane: Lane
     first: Chunk
@@ -197,7 +201,11 @@ class VariantRouter:
         reason: str | None = None
         for name in order:
             try:
-                found = await self._attempt(self._lanes[name], request)
+                found = await self._begun(self._lanes[name], request)
+                found.reason = reason
+                self._tell(found, report, route)
+                if self._judge.rules.is_buffered or not request.stream:
+                    await self._hold(found, request, report)
             except BackendError as failure:
                 if failure.fault == "bad_request":
                     if best is None and not failures:
@@ -207,17 +215,19 @@ class VariantRouter:
                 failures[name] = failure
                 reason = reason or failure.code or failure.fault
                 continue
-            found.reason = reason
             if best is None or found.rank > best.rank:
                 best = found
-            if not (self._judge.rules.is_buffered and self._judge.is_low(found.score)):
+            is_low = self._judge.is_low(found.score)
+            self.counts["low_quality"] += is_low
+            if not (is_low and self._judge.rules.is_buffered):
                 break
-            self.counts["low_quality"] += 1
             reason = reason or "low_quality"
         if best is None:
             self.counts["unanswered"] += 1
             raise self._nobody(failures)
         self._tell(best, report, route)
+        if report.fell_back:
+            self.counts[f"fallback_{best.reason}"] += 1
         return self._served(best, request, report, route)
 
     async def ready(self) -> bool:
@@ -237,8 +247,8 @@ class VariantRouter:
         found = None if self.splitting is None else self.splitting.assign(request)
         return found or Route(backend=self._order[0])
 
-    async def _attempt(self, lane: Lane, request: GenerationRequest) -> _Attempt:
-        """Ask one backend for its first chunk, or for all where answers are held back.
+    async def _begun(self, lane: Lane, request: GenerationRequest) -> _Attempt:
+        """Ask one backend for its first chunk.
 
         Raises:
             BackendError: it does not answer, or its breaker is open.
@@ -255,13 +265,24 @@ class VariantRouter:
         chunks = _watched(lane, ticket, request, tally)
         first = await anext(chunks, None)
         assert first is not None, "an answer without a chunk is not whole"
-        attempt = _Attempt(lane=lane, first=first, rest=chunks, tally=tally)
-        if self._judge.rules.is_buffered:
-            async with aclosing(chunks):
-                held = [chunk async for chunk in chunks]
-            attempt.rest, attempt.is_whole = _replayed(held), True
-            attempt.score = await self._judge.judge(request, tally)
-        return attempt
+        return _Attempt(lane=lane, first=first, rest=chunks, tally=tally)
+
+    async def _hold(
+        self, attempt: _Attempt, request: GenerationRequest, report: AnswerReport
+    ) -> None:
+        """Read an answer to its end and score it, before any of it is sent.
+
+        Raises:
+            BackendError: it broke off.
+        """
+        held = [attempt.first]
+        async with aclosing(attempt.rest) as chunks:
+            async for chunk in chunks:
+                held.append(chunk)
+                report.mean_logprob = attempt.tally.mean_logprob
+        attempt.first, *rest = _joined(held)
+        attempt.rest, attempt.is_whole = _replayed(rest), True
+        attempt.score = await self._judge.judge(request, attempt.tally)
 
     async def _served(
         self, attempt: _Attempt, request: GenerationRequest, report: AnswerReport, route: Route
@@ -287,16 +308,14 @@ class VariantRouter:
             self.shadowing.begin(request, report, route)
 
     def _tell(self, attempt: _Attempt, report: AnswerReport, route: Route) -> None:
-        """What is known of an answer as soon as it begins."""
+        """What is known of an answer as soon as it begins, should it be the one that is served."""
         name = attempt.lane.backend.name
         report.backend = name
         report.served_variant = route.variants.get(name, name)
         report.model_version = attempt.tally.model_version or attempt.lane.backend.model_version
         report.fell_back = name != route.backend
+        report.fallback_reason = attempt.reason if report.fell_back else None
         report.mean_logprob = attempt.tally.mean_logprob
-        if report.fell_back:
-            report.fallback_reason = attempt.reason
-            self.counts[f"fallback_{attempt.reason}"] += 1
 
     def _nobody(self, failures: Mapping[str, BackendError]) -> BackendError:
         """One error for all that failed."""
@@ -338,6 +357,35 @@ async def _watched(
         raise
     finally:
         settle()
+
+
+def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """A whole answer in one chunk a choice, and one for its echoed prompt.
+
+    Each chunk costs on its way to the client; of an answer that was held back all of that would
+    come after the last token, and keep others waiting.
+    """
+    pieces: dict[tuple[int, bool], list[Chunk]] = {}
+    for chunk in chunks:
+        pieces.setdefault((chunk.index, chunk.is_echo), []).append(chunk)
+    joined = [
+        Chunk(
+            index=index,
+            text="".join(one.text for one in of_one),
+            token_ids=tuple(chain.from_iterable(one.token_ids for one in of_one)),
+            logprobs=tuple(chain.from_iterable(one.logprobs for one in of_one)),
+            is_echo=is_echo,
+            finish_reason=_last(one.finish_reason for one in of_one),
+            model_version=_last(one.model_version for one in of_one),
+        )
+        for (index, is_echo), of_one in pieces.items()
+    ]
+    return [*joined[:-1], replace(joined[-1], usage=_last(one.usage for one in chunks))]
+
+
+def _last(values: Iterable[_Value | None]) -> _Value | None:
+    """The last that is known."""
+    return next((value for value in reversed(list(values)) if value is not None), None)
 
 
 async def _replayed(chunks: Sequence[Chunk]) -> AsyncGenerator[Chunk, None]:
