@@ -80,6 +80,7 @@ def served(
     upstream: Mapping[str, Any] | None = None,
     before: Callable[[Store], None] = lambda _: None,
     clock: Callable[[], float] = time.time,
+    breaker_clock: Callable[[], float] = time.monotonic,
     follow: str | None = None,
 ) -> Iterator[Served]:
     """Serve until the block ends.
@@ -93,6 +94,7 @@ def served(
         upstream: settings of all upstreams.
         before: told of the store before anything is served.
         clock: unix seconds, by which the experiment ends.
+        breaker_clock: seconds, by which breakers open and close.
         follow: model whose cycles may call for a shadow.
     """
     with ExitStack() as stack:
@@ -121,6 +123,7 @@ def served(
             order=list(backends),
             judge=judge,
             rules=BreakerRules(failures=2, open_seconds=0.4),
+            clock=breaker_clock,
         )
         told: list[str] = []
         split = None

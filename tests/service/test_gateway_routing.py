@@ -98,7 +98,9 @@ def test_both_down_is_one_clear_error(path: Path):
 
 
 def test_an_open_breaker_spares_the_backend_and_half_open_lets_it_come_back(path: Path):
-    with served(path, {"a": refuses(500), "b": says("4")}) as made:
+    now = [0.0]
+    behaviours = {"a": refuses(500), "b": says("4")}
+    with served(path, behaviours, breaker_clock=lambda: now[0]) as made:
         for _ in range(4):
             last = made.ask()
         assert len(made.upstreams["a"].bodies) == 2
@@ -109,7 +111,7 @@ def test_an_open_breaker_spares_the_backend_and_half_open_lets_it_come_back(path
         assert 'gmpo_gateway_breaker_open{backend="a"} 1.0' in figures
         assert 'gmpo_gateway_routing_total{event="fallback_breaker_open"} 2.0' in figures
         made.upstreams["a"].behave = says("5")
-        time.sleep(0.45)
+        now[0] = 0.45
         assert made.ask()["choices"][0]["text"] == "5"
         assert made.health()["breakers"]["a"] == "closed"
 
