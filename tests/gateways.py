@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,14 @@ from gmpo.config import ModelConfig
 from gmpo.serving.access import ApiKeys
 from gmpo.serving.answering import Observer
 from gmpo.serving.app import GatewayLimits, build_gateway
-from gmpo.serving.backend import Backend, Router
+from gmpo.serving.backend import (
+    Backend,
+    BackendError,
+    Chunk,
+    GenerationRequest,
+    Router,
+    Usage,
+)
 from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel, load_served_model
 from gmpo.serving.entrance import Entrance
@@ -60,6 +67,30 @@ def router_of(backend: Backend, rules: BreakerRules | None = None) -> VariantRou
     name = backend.name
     judge = AnswerJudge(QualityRules())
     return VariantRouter(name, {name: backend}, order=(name,), judge=judge, rules=rules)
+
+
+class BreakingBackend:
+    """Answers with one word until it is told to break."""
+
+    name = "tiny"
+    model_version = "ab12"
+    is_broken = False
+
+    async def generate(self, _: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        if self.is_broken:
+            raise BackendError("the engine is gone", fault="unavailable")
+        yield Chunk(
+            text="five",
+            finish_reason="stop",
+            usage=Usage(prompt_tokens=3, completion_tokens=1),
+            model_version=self.model_version,
+        )
+
+    async def ready(self) -> bool:
+        return not self.is_broken
+
+    async def close(self) -> None:
+        pass
 
 
 @contextmanager

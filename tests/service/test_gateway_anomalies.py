@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx2
 import pytest
-from tests.gateways import router_of, running_gateway
+from tests.gateways import BreakingBackend, router_of, running_gateway
 
 from gmpo.monitoring import answer_blocks
 from gmpo.serving.anomaly_watch import AnomalyWatch, stored_baselines
-from gmpo.serving.backend import BackendError, Chunk, GenerationRequest, Usage
 from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.figures import GatewayFigures
 from gmpo.serving.recording import EventWriter
 from gmpo.store import Event, open_store
-
-
-class BreakingBackend:
-    """Answers with one word until it is told to break."""
-
-    name = "tiny"
-    model_version = "ab12"
-    is_broken = False
-
-    async def generate(self, _: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        if self.is_broken:
-            raise BackendError("the engine is gone", fault="unavailable")
-        yield Chunk(
-            text="five",
-            finish_reason="stop",
-            usage=Usage(prompt_tokens=3, completion_tokens=1),
-            model_version=self.model_version,
-        )
-
-    async def ready(self) -> bool:
-        return not self.is_broken
-
-    async def close(self) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

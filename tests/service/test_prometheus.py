@@ -13,13 +13,16 @@ from typing import Any
 
 import httpx2
 import pytest
-from prometheus_client import CollectorRegistry, start_http_server
+from tests.gateways import BreakingBackend, RunningGateway, router_of, running_gateway
 from tests.programs import program
 
 from gmpo.serving.anomaly_watch import AnomalyWatch
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import AnswerReport, GenerationRequest, Usage
+from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.figures import GatewayFigures
+from gmpo.trackers.prometheus import PrometheusFile
+from gmpo.trackers.tools import TrackedRun
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
@@ -153,37 +156,46 @@ def test_the_dashboard_shows_the_share_that_the_alert_watches():
 
 
 @pytest.fixture
-def gateway() -> Iterator[tuple[GatewayFigures, int]]:
-    """Figures of a gateway, exposed on a port."""
-    registry = CollectorRegistry()
-    figures = GatewayFigures(registry=registry, events=lambda: {"lost": 0})
-    port = free_port()
-    server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
-    yield figures, port
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def backend() -> BreakingBackend:
+    return BreakingBackend()
 
 
 @pytest.fixture
-def prometheus(gateway: tuple[GatewayFigures, int], tmp_path: Path) -> Iterator[str]:
-    """A Prometheus that looks each half second; its rules are the shipped ones, impatient."""
+def gateway(backend: BreakingBackend) -> Iterator[RunningGateway]:
+    # An opened breaker would answer in the backend's place, also once that is mended.
+    router = router_of(backend, BreakerRules(failures=1000))
+    with running_gateway(router=router) as running:
+        yield running
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Iterator[int]:
+    """The port at which a run's tracker exposes its figures."""
+    port = free_port()
+    parameters = {"tracking.prometheus_port": port}
+    run = TrackedRun(id="1", name="mine", project="p", folder=tmp_path, parameters=parameters)
+    tool = PrometheusFile(run)
+    tool.write({"kind": "round", "round": 3, "rollout/reward": 0.375})
+    yield port
+    tool.close()
+
+
+@pytest.fixture
+def prometheus(gateway: RunningGateway, training: int, tmp_path: Path) -> Iterator[str]:
+    """A Prometheus with the shipped configuration and rules, impatient, at the ports of now."""
     impatient = re.sub(r"^( +for:) .*$", r"\1 0s", RULES.read_text(), flags=re.MULTILINE)
     (tmp_path / "rules.yml").write_text(impatient)
-    (tmp_path / "prometheus.yml").write_text(
-        json.dumps(
-            {
-                "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
-                "rule_files": ["rules.yml"],
-                "scrape_configs": [
-                    {
-                        "job_name": "gmpo",
-                        "static_configs": [{"targets": [f"127.0.0.1:{gateway[1]}"]}],
-                    }
-                ],
-            }
-        )
-    )
+    config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    for shipped, here in (
+        (":8000", f":{gateway.port}"),
+        (":9101", f":{training}"),
+        (":9093", f":{free_port()}"),
+        ("scrape_interval: 15s", "scrape_interval: 500ms"),
+        ("evaluation_interval: 15s", "evaluation_interval: 500ms"),
+    ):
+        assert config.count(shipped) == 1, shipped
+        config = config.replace(shipped, here)
+    (tmp_path / "prometheus.yml").write_text(config)
     port = free_port()
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
@@ -214,25 +226,40 @@ def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
     return results
 
 
-def soon(prometheus: str, expression: str) -> list[dict[str, Any]]:
+def soon(prometheus: str, expression: str, *, at_least: int = 1) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 60
-    while not (found := query(prometheus, expression)):
+    while len(found := query(prometheus, expression)) < at_least:
         assert time.monotonic() < deadline, f"nothing came of {expression}"
         time.sleep(0.1)
     return found
 
 
+def ask(client: httpx2.Client) -> int:
+    asked = {"model": "tiny", "prompt": "2+3=", "max_tokens": 4}
+    return client.post("/v1/completions", json=asked).status_code
+
+
 def test_prometheus_scrapes_a_gateway_and_a_rule_fires(
-    gateway: tuple[GatewayFigures, int], prometheus: str
+    backend: BreakingBackend, gateway: RunningGateway, prometheus: str
 ):
-    figures, _ = gateway
-    figures.observe(answer())
-    figures.observe(answer(status=500))
-    answers = 'gmpo_answers_total{model_version="ab12"}'
-    assert len(soon(prometheus, answers)) == 2
+    def answer_and_fail() -> None:
+        with gateway.client() as client:
+            backend.is_broken = False
+            assert ask(client) == 200
+            backend.is_broken = True
+            assert ask(client) == 503
+
+    answer_and_fail()
+    assert len(soon(prometheus, "gmpo_answers_total", at_least=2)) == 2
     assert query(prometheus, 'ALERTS{alertname="GmpoAnswersFail"}') == []
-    figures.observe(answer())
-    figures.observe(answer(status=500))
+    answer_and_fail()
     (alert,) = soon(prometheus, 'ALERTS{alertname="GmpoAnswersFail", alertstate="firing"}')
-    assert alert["metric"]["model_version"] == "ab12"
+    assert alert["metric"]["variant"] == "none"  # the engine was gone: no model was reached
     assert alert["metric"]["severity"] == "critical"
+
+
+def test_prometheus_scrapes_a_run_that_trains(prometheus: str):
+    (found,) = soon(prometheus, "gmpo_training_rollout_reward")
+    assert found["metric"]["job"] == "gmpo-training"
+    assert found["metric"]["run"] == "mine"
+    assert float(found["value"][1]) == 0.375
