@@ -23,10 +23,9 @@ from gmpo.errors import (
     ConfigError,
     DataError,
     StoreError,
-    StoreFull,
     StoreLocked,
 )
-from gmpo.store import AlertRow, Event, Experiment, ModelVersion, Store, open_store
+from gmpo.store import AlertRow, Event, Experiment, ModelVersion, open_store
 
 
 def event(number: int, kind: str = "answer", **fields) -> Event:
@@ -337,52 +336,6 @@ def test_a_closed_store_and_one_of_another_process_are_refused(store_url: str):
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "store.db"
-
-
-def test_a_full_disk_keeps_what_was_there(path: Path):
-    with open_store(str(path)) as store:
-        store.add_events([event(1)])
-        pages = sqlite3.connect(path).execute("PRAGMA page_count").fetchone()[0]
-    # The limit belongs to a connection, as the free space does to a disk.
-    with open_store(str(path)) as store:
-        limit_pages(store, pages + 2)
-        with pytest.raises(StoreFull, match="disk is full"):
-            store.add_events([Event(kind="a", time=2.0, payload={"text": "x" * 100_000})])
-        limit_pages(store, 1_000_000)
-        store.add_events([event(3)])
-        assert numbers(store.events()) == [1, 3]
-
-
-def limit_pages(store: Store, count: int) -> None:
-    with store._reading() as connection:
-        connection.exec_driver_sql(f"PRAGMA max_page_count = {count}")
-
-
-def test_a_real_full_file_system(tmp_path: Path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this machine lets nobody mount a file system")
-    try:
-        written = 0
-        with open_store(str(folder / "store.db")) as store:
-            with pytest.raises(StoreFull):
-                for number in range(2_000):
-                    store.add_events(
-                        [Event(kind="a", time=0.0, payload={"number": number, "x": "y" * 4_000})]
-                    )
-                    written += 1
-            assert 0 < written < 2_000
-            assert numbers(store.events()) == list(range(written))
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path, path: Path):
