@@ -176,7 +176,7 @@ def gateway(
     server = GatewayServer(
         entrance, settings=ServerSettings(drain_seconds=60), started=is_started.set
     )
-    loop = asyncio.new_event_loop()
+    loop = server.new_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([bound])))
     thread.start()
     is_started.wait()

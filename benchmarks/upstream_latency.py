@@ -8,6 +8,10 @@ and as the gateway asks the server. The one says what the gateway adds to what a
 had, the other how much of that is the stream and how much the gateway itself.
 
     python -m benchmarks.upstream_latency --json docs/results/upstream_latency.json
+
+A model beside the gateway varies by more than a gateway adds, and takes its processors. With
+`--paced 10` the server gives a token each 10 ms and computes nothing (`benchmarks.paced_server`),
+as one on a machine of its own: what is added then is the gateway's alone.
 """
 
 from __future__ import annotations
@@ -29,12 +33,15 @@ import numpy as np
 from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.differences import Difference, quantile_difference, quantile_of_differences, shown
 from benchmarks.options import add_threads, require_at_least_one, require_threads
+from benchmarks.paced_server import paced_server
 from gmpo.continual.serving import served_process
 
 NAME = "model"
 WARM_UP = 5
 """Turns that are not counted: the first ones open connections and meet cold code."""
 NEEDED_PACKAGES = ("torch", "transformers", "fastapi", "uvicorn")
+LONGEST_PACE = 1000.0
+"""Milliseconds from token to token of a server without a model, at most."""
 _START_SECONDS = 300.0
 
 Question = tuple[str, dict[str, Any]]
@@ -93,7 +100,13 @@ def _was_ended(connection: HTTPConnection) -> bool:
 
 
 def added_to_upstream(
-    model: str, dtype: str, *, pairs: int, max_tokens: int, threads: int
+    model: str,
+    dtype: str,
+    *,
+    pairs: int,
+    max_tokens: int,
+    threads: int,
+    paced_milliseconds: float | None = None,
 ) -> AddedToUpstream:
     """Start a server and a gateway before it, and ask both for the same short answers.
 
@@ -106,6 +119,7 @@ def added_to_upstream(
         max_tokens: of each answer, which is greedy.
         threads: of this measurement. The server gets one less, if there are two, so that gateway
             and client have a core as they would on a machine of their own.
+        paced_milliseconds: from token to token of a server without a model; None starts one with.
     """
     plain = {"model": NAME, "prompt": "1 + 1 =", "max_tokens": max_tokens, "temperature": 0.0}
     server_threads = max(1, threads - 1)
@@ -116,7 +130,9 @@ def added_to_upstream(
             arguments=(*named, "--dtype", dtype),
             threads=server_threads,
             seconds=_START_SECONDS,
-        ) as server,
+        )
+        if paced_milliseconds is None
+        else paced_server(paced_milliseconds) as server,
         served_process(
             NAME,
             arguments=(*named, "--upstream", server),
@@ -146,7 +162,7 @@ def added_to_upstream(
         direct_p50=float(np.quantile(before, 0.5)),
         pairs=pairs,
         max_tokens=max_tokens,
-        server_threads=server_threads,
+        server_threads=server_threads if paced_milliseconds is None else 0,
     )
 
 
@@ -211,11 +227,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument(
+        "--paced", type=float, metavar="MS", help="a server without a model, a token each MS ms"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     add_threads(parser)
     options = parser.parse_args(arguments)
     require_threads(parser, options.threads)
     require_at_least_one(parser, pairs=options.pairs, tokens=options.tokens)
+    if options.paced is not None and not 0 < options.paced <= LONGEST_PACE:
+        parser.error(
+            f"--paced is {options.paced:g}; above 0 and at most {LONGEST_PACE:g} is needed"
+        )
     under = circumstances(*NEEDED_PACKAGES)
     if warning := busy_warning(under["load_before"]):
         print(warning, file=sys.stderr)
@@ -226,11 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pairs=options.pairs,
             max_tokens=options.tokens,
             threads=options.threads,
+            paced_milliseconds=options.paced,
         )
     )
     print(report_upstream(figures))
     if options.json is not None:
-        asked = {"model": options.model, "dtype": options.dtype, "threads": options.threads}
+        with_model = {"model": options.model, "dtype": options.dtype}
+        what = with_model if options.paced is None else {"paced_milliseconds": options.paced}
+        asked = {**what, "threads": options.threads}
         whole = {**asked, "circumstances": under, **figures}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(whole, indent=1) + "\n")

@@ -125,7 +125,7 @@ def running_gateway(
     server = GatewayServer(
         entrance, settings=settings or ServerSettings(drain_seconds=5), beside=beside
     )
-    loop = asyncio.new_event_loop()
+    loop = server.new_loop()
 
     def run() -> None:
         loop.run_until_complete(server.serve(sockets=[bound]))

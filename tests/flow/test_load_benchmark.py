@@ -129,6 +129,26 @@ def test_the_upstream_part_can_be_measured_alone(
     assert report_upstream(figures) in capsys.readouterr().out
 
 
+def test_what_a_gateway_adds_to_a_server_without_a_model_is_told_as_such(tmp_path: Path):
+    out = tmp_path / "paced.json"
+    measure_upstream(
+        ["--paced", "2", "--pairs", "3", "--tokens", "4", "--threads", "1", "--json", str(out)]
+    )
+    figures = json.loads(out.read_text())
+    assert (figures["paced_milliseconds"], figures["server_threads"]) == (2, 0)
+    assert "model" not in figures
+    assert figures["direct_p50"] >= 8, "four tokens, each 2 ms after the one before"
+    assert figures["p50"]["value"] > 0
+
+
+@pytest.mark.parametrize("pace", ["0", "-1", "nan", "1001"])
+def test_a_pace_that_no_server_keeps_is_refused(pace: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        measure_upstream(["--paced", pace])
+    assert raised.value.code == 2
+    assert f"--paced is {pace}; above 0 and at most 1000 is needed" in capsys.readouterr().err
+
+
 def test_a_connection_that_a_server_ended_meanwhile_is_opened_again():
     answers = says("2")
 

@@ -302,7 +302,8 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, settings: Serv
         started=lambda: _announce(behind.router, bound),
         beside=behind.beside,
     )
-    asyncio.run(server.serve(sockets=[bound]))
+    with asyncio.Runner(loop_factory=server.new_loop) as runner:
+        runner.run(server.serve(sockets=[bound]))
     if server.hurried_by is not None:
         name = signal.Signals(server.hurried_by).name
         warn(f"a second signal ({name}) ended it: {_were(server.num_cut, 'request')} cut")
