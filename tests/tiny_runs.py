@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def tiny_recipe(model: str, **changes: Any) -> RunConfig:
         name, _, key = path.partition("__")
         table[name] = value if not key else {**table[name], key: value}
     return RunConfig.model_validate(table)
+
+
+def kept_in(said: list[str]) -> Callable[[str], None]:
+    """Keeps what a run says, but for the note that its rounds are few, as in tiny runs they are."""
+
+    def keep(sentence: str) -> None:
+        if not sentence.startswith("guard.mode is "):
+            said.append(sentence)
+
+    return keep
 
 
 def write_recipe(path: Path, config: RunConfig) -> str:

@@ -443,6 +443,7 @@ class RunConfig(Table):
                 f"optimizer steps: the step size ends at {steps / training.warmup_steps:.0%} of "
                 "training.learning_rate; lower warmup_steps if that is not meant"
             )
+        yield from self.guard.notes(rounds=training.rounds)
         yield from self.adaptive.notes(self)
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from gmpo.detectors import (
     robust_baseline,
     scaled,
 )
+from gmpo.guard_config import BASELINE_ROUNDS
 from gmpo.guard_events import RESPONSES, GuardEvent
 from gmpo.guard_signals import SIGNALS, TINY, TRIAL_SIGNALS, Signal
 from gmpo.spikes import StepVerdict
@@ -42,8 +43,6 @@ __all__ = [
 ]
 
 _HELD_OUT_ERRORS = 4.5
-_WARM_UP_ROUNDS = 20
-"""Rounds of the baseline; 80 optimizer steps with 4 a round."""
 _RECENT_ROUNDS = 5
 _FEWEST_ROUNDS = 5
 """With fewer rounds before it a round is not compared to them during warm-up."""
@@ -221,7 +220,7 @@ def _followed(
         values=(*track.values, value)[-_MOST_VALUES:],
     )
     if track.baseline is None:
-        if len(track.values) < _WARM_UP_ROUNDS:
+        if len(track.values) < BASELINE_ROUNDS:
             return track
         baseline = robust_baseline(track.values, smallest_scale=signal.smallest_scale)
         return replace(track, baseline=baseline, first_center=median(track.values[:_RECENT_ROUNDS]))
@@ -230,14 +229,14 @@ def _followed(
 
 def _moved_up(signal: Signal, track: Track, baseline: Baseline) -> Track:
     """Anchored at the last rounds if these are better: a baseline that never absorbs a fall."""
-    latest = track.values[-_WARM_UP_ROUNDS:]
+    latest = track.values[-BASELINE_ROUNDS:]
     better = robust_baseline(latest, smallest_scale=signal.smallest_scale)
     gain = better.center - baseline.center
-    if len(latest) < _WARM_UP_ROUNDS or (gain if signal.direction == "down" else -gain) <= 0:
+    if len(latest) < BASELINE_ROUNDS or (gain if signal.direction == "down" else -gain) <= 0:
         return track
     return replace(
         track,
-        rounds=track.rounds[-_WARM_UP_ROUNDS:],
+        rounds=track.rounds[-BASELINE_ROUNDS:],
         values=latest,
         baseline=Baseline(center=better.center, scale=max(baseline.scale, better.scale)),
     )

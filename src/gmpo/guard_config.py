@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from gmpo.task_config import Table
 
-__all__ = ["GuardConfig"]
+__all__ = ["BASELINE_ROUNDS", "GuardConfig"]
+
+BASELINE_ROUNDS = 20
+"""Rounds that a drift is measured from; 80 optimizer steps with 4 a round."""
+_DRIFT_ROUNDS = 10
+"""Rounds that the largest change takes to be told as a drift, about."""
 
 
 class GuardConfig(Table):
@@ -59,6 +65,17 @@ class GuardConfig(Table):
     def mends(self) -> bool:
         """Whether a critical alarm sends the run back to a checkpoint."""
         return self.mode == "mend"
+
+    def notes(self, *, rounds: int) -> Iterator[str]:
+        """What a run of so many rounds hardly means by this table, a sentence each."""
+        enough = BASELINE_ROUNDS + _DRIFT_ROUNDS
+        if self.mode != "off" and rounds <= enough:
+            yield (
+                f"guard.mode is {self.mode!r} and the run has {rounds} rounds: an alarm about a "
+                f"drift needs a baseline of {BASELINE_ROUNDS} and a change that lasts about "
+                f"{_DRIFT_ROUNDS} more, so hardly one can come; bounds of single rounds and of "
+                f"evaluations hold; train for more than {enough} if that is not meant"
+            )
 
     def deciding(self) -> GuardConfig:
         """This table with all at its default that cannot change the weights of a run."""

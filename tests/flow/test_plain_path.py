@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import save_tiny
-from tests.tiny_runs import metric_lines, tiny_recipe, weights
+from tests.tiny_runs import kept_in, metric_lines, tiny_recipe, weights
 
 from gmpo.tracking import read_lines
 from gmpo.training import TrainingResult, train
@@ -28,7 +28,7 @@ def test_a_model_on_the_plain_path_says_so_once_though_a_reference_is_kept(
     gpt2: str, tmp_path: Path, compares: dict[str, Any]
 ):
     said: list[str] = []
-    result = train(tiny_recipe(gpt2, **compares), folder=tmp_path / "run", warn=said.append)
+    result = train(tiny_recipe(gpt2, **compares), folder=tmp_path / "run", warn=kept_in(said))
     assert [line for line in metric_lines(result.folder, "step") if "kl_ref/k3" in line]
     (warning,) = said
     assert "it runs on the plain path: same results, slower" in warning
@@ -39,7 +39,7 @@ def test_it_trains_alike_whichever_engine_is_asked_for(gpt2: str, tmp_path: Path
 
     def trained(engine: str) -> TrainingResult:
         recipe = tiny_recipe(gpt2, training__rounds=1, training__engine=engine)
-        return train(recipe, folder=tmp_path / engine, warn=said.append)
+        return train(recipe, folder=tmp_path / engine, warn=kept_in(said))
 
     fast, plain = trained("fast"), trained("plain")
     assert len(said) == 1  # none of the plain engine, which was asked for

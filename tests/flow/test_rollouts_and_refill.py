@@ -13,7 +13,7 @@ import torch
 from tests.commands import gmpo
 from tests.killed_runs import Death, digest, run_in_process
 from tests.models import save_tiny
-from tests.tiny_runs import metric_lines, tiny_recipe, write_recipe
+from tests.tiny_runs import kept_in, metric_lines, tiny_recipe, write_recipe
 
 from gmpo.assembly import build_parts
 from gmpo.checkpoint import latest_checkpoint
@@ -104,7 +104,7 @@ def test_a_fault_stops_the_run_or_drops_its_rows_loudly(tiny: str, here: Path):
         train(tiny_recipe(tiny, reward=table), folder="stops")
     said: list[str] = []
     config = tiny_recipe(tiny, reward={**table, "on_error": "drop"})
-    train(config, folder="drops", warn=said.append)
+    train(config, folder="drops", warn=kept_in(said))
     first, _ = metric_lines(here / "drops", "round")
     # one of eight rollouts of each of the eight groups
     assert first["rollout/errors_total"] == first["rollout/reward_errors_total/r"] == 8
@@ -290,7 +290,7 @@ def test_a_refilled_run_that_is_killed_ends_like_one_that_was_not(tiny: str, tmp
 def test_a_round_whose_prompts_run_out_goes_on_and_says_so(tiny: str, tmp_path: Path):
     said: list[str] = []
     config = refilled(tiny, reward__format_pattern="never")
-    train(config, folder=tmp_path / "run", warn=said.append)
+    train(config, folder=tmp_path / "run", warn=kept_in(said))
     assert said[0] == (
         "round 1: 32 prompts gave 0 live groups of the 8 wanted; the round goes on with these. "
         "Make the task easier or harder, or raise sampling.group_size or "

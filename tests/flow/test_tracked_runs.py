@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.commands import refusal
 from tests.killed_runs import Death, run_in_process
-from tests.tiny_runs import metric_lines, same_weights, tiny_recipe
+from tests.tiny_runs import kept_in, metric_lines, same_weights, tiny_recipe
 from tests.trackers import (
     Point,
     expected_points,
@@ -106,7 +106,7 @@ def test_a_server_that_never_answers_stops_nothing(
     said: list[str] = []
     started = time.monotonic()
     config = tiny_recipe(model, tracking={"to": ["mlflow"]}, training__rounds=3)
-    result = train(config, folder=tmp_path / "run", warn=said.append)
+    result = train(config, folder=tmp_path / "run", warn=kept_in(said))
     assert time.monotonic() - started < 60
     untracked = train(tiny_recipe(model, training__rounds=3), folder=tmp_path / "untracked")
     assert same_weights(result.checkpoint, untracked.checkpoint)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.models import save_tiny
-from tests.tiny_runs import metric_lines, same_weights, tiny_recipe, weights
+from tests.tiny_runs import kept_in, metric_lines, same_weights, tiny_recipe, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -316,12 +316,12 @@ def test_a_run_resumed_with_other_means_says_so(llama: str, tmp_path: Path):
     made_with = json.loads(path.read_text())
     path.write_text(json.dumps({**made_with, "threads": 99}))
     said: list[str] = []
-    run(llama, first.folder, resume=True, warn=said.append, **often)
+    run(llama, first.folder, resume=True, warn=kept_in(said), **often)
     changed = f"this is not what made {first.folder}: threads was 99, is {torch.get_num_threads()}"
     assert said == [f"{changed}; its rounds are done, and stay as they were"]
     shutil.rmtree(first.checkpoint)  # as if it had been killed before its last checkpoint
     said.clear()
-    run(llama, first.folder, resume=True, warn=said.append, **often)
+    run(llama, first.folder, resume=True, warn=kept_in(said), **often)
     assert said == [f"{changed}; the run goes on, but not bit for bit as it would have there"]
 
 
@@ -368,7 +368,7 @@ def test_the_plain_engine_starts_every_round_at_ratio_exactly_1(gpt2: str, tmp_p
 
 def test_a_model_of_another_family_trains_on_the_plain_path_and_says_so(gpt2: str, tmp_path: Path):
     said: list[str] = []
-    result = train(tiny_recipe(gpt2), folder=tmp_path / "run", warn=said.append)
+    result = train(tiny_recipe(gpt2), folder=tmp_path / "run", warn=kept_in(said))
     assert len(metric_lines(result.folder, "round")) == 2
     (warning,) = said
     assert "it runs on the plain path: same results, slower" in warning

@@ -333,10 +333,25 @@ def test_settings_are_finite(value: float):
 def test_a_warm_up_longer_than_the_run_is_noted():
     def notes(warmup: int) -> list[str]:
         training = {"rounds": 2, "steps_per_round": 4, "warmup_steps": warmup}
-        return list(RunConfig(task={"kind": "countdown"}, training=training).notes())
+        table = {"training": training, "guard": {"mode": "off"}}
+        return list(RunConfig(task={"kind": "countdown"}, **table).notes())
 
     assert notes(8) == []
     assert notes(32) == [
         "training.warmup_steps is 32 and the run has 8 optimizer steps: the step size ends at 25% "
         "of training.learning_rate; lower warmup_steps if that is not meant"
     ]
+
+
+def test_a_run_too_short_for_alarms_about_drifts_is_noted_unless_nothing_is_judged():
+    def notes(rounds: int, mode: str) -> list[str]:
+        table = {"training": {"rounds": rounds}, "guard": {"mode": mode}}
+        return list(RunConfig(task={"kind": "countdown"}, **table).notes())
+
+    assert notes(24, "warn") == [
+        "guard.mode is 'warn' and the run has 24 rounds: an alarm about a drift needs a baseline "
+        "of 20 and a change that lasts about 10 more, so hardly one can come; bounds of single "
+        "rounds and of evaluations hold; train for more than 30 if that is not meant"
+    ]
+    assert len(notes(30, "mend")) == 1
+    assert notes(31, "warn") == notes(24, "off") == []

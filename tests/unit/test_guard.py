@@ -66,6 +66,26 @@ def test_a_drift_is_found_within_30_rounds_and_its_onset_named(alarm: str, seed:
     assert event.recommended_action == RESPONSES[alarm].recommended_action
 
 
+@pytest.mark.parametrize("alarm", sorted(DRIFTS.keys() - {"reward_drop"}))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sudden_drift_is_told_in_its_7th_to_11th_round(alarm: str, seed: int):
+    def first_told(began: int) -> int | None:
+        events = events_of(broken(DRIFTS[alarm], first=began, seed=seed))
+        return next((event.round for event in events if event.alarm == alarm), None)
+
+    told = first_told(21)
+    assert told is not None and 7 <= told - 21 + 1 <= 11
+    # What has gone on for half of the first 20 rounds is what later ones are held against.
+    assert first_told(11) is None
+
+
+@pytest.mark.parametrize("alarm", ["reward_drop", "ratio_explosion"])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_trial_a_sudden_drift_is_told_within_5_rounds(alarm: str, seed: int):
+    events = trial_of(broken(DRIFTS[alarm], first=21, seed=seed))
+    assert 21 < next(e.round for e in events if e.alarm == alarm) <= 25
+
+
 @pytest.mark.parametrize(
     ("alarm", "change"),
     [
