@@ -168,6 +168,23 @@ def test_an_experiment_splits_by_unit_and_its_report_can_be_read(path: Path):
         assert report.num_units == 20 and not records.counts["malformed_events"]
 
 
+def test_a_session_is_the_unit_where_no_user_is_told(path: Path):
+    with served(path, {"a": says("a"), "b": says("b")}, experiment="e", before=begin) as made:
+        for turn in range(24):
+            made.ask(**{"x-gmpo-session": f"s{turn % 8}"})
+        made.ask({**ASKED, "user": "u"}, **{"x-gmpo-session": "s0"})
+        made.ask({**ASKED, "user": "u"}, **{"x-gmpo-session": "s0", "x-gmpo-unit": "w"})
+        made.ask()
+        exposures = made.events("exposure", count=8 + 3)
+        units = [event.unit for event in exposures]
+        assert units[:10] == [*(f"s{turn}" for turn in range(8)), "u", "w"]
+        assert units[10] == exposures[10].request_id
+        outcomes = made.events("outcome", count=27)
+        for unit in units:
+            variants = {one.payload["variant"] for one in outcomes if one.unit == unit}
+            assert len(variants) == 1, "a session keeps its variant"
+
+
 def test_covariates_of_requests_take_noise_out_of_an_experiment(path: Path):
     # How sure an answer is depends on the unit far more than on the arm.
     def sure(arm: float) -> Behaviour:

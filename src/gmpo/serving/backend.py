@@ -88,7 +88,7 @@ class GenerationRequest:
             log-probabilities at all, and is shown none.
         echo: whether each choice begins with the prompt (with its log-probabilities, if wanted).
         stream: whether the client reads the answer as it is made; else it is held until whole.
-        unit: whom an experiment assigns: the caller's user, or this request.
+        unit: whom an experiment assigns: the caller's user, or session, or this request.
         covariate: a figure about the unit that the caller knew before; an experiment takes noise
             out of its result by it.
         num_prompts: that share the response which this is a part of.

@@ -163,7 +163,8 @@ class Asker:
 
     Attributes:
         id: of the request.
-        unit: whom an experiment assigns; empty for the body's user, or else the request itself.
+        unit: whom an experiment assigns; empty for the body's user, else the session, else the
+            request itself.
         session: name of the conversation, if it has one.
     """
 
@@ -268,7 +269,7 @@ def _common(body: _Common, asker: Asker) -> dict[str, Any]:
         "stop": () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
         "seed": body.seed,
         "stream": bool(body.stream),
-        "unit": asker.unit or body.user or asker.id,
+        "unit": asker.unit or body.user or asker.session or asker.id,
         "session": asker.session,
         "covariate": None if body.metadata is None else body.metadata.covariate,
     }
