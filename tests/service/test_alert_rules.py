@@ -128,6 +128,7 @@ BY_MODEL = {"model_version": "ab12", "variant": "control"}
 SLOW, CUT = answer(seconds=45), answer(finish_reason="length")
 OTHER, FELL_BACK = answer(version="cd34"), answer(fell_back=True)
 REFUSED = answer(status=400, version=None)
+LEFT, LEFT_LATER = answer(status=499, version=None), answer(status=499)
 
 # The figures of a minute, and what fires in the end.
 SCENARIOS: Mapping[str, tuple[Callable[[], GatewayFigures], Alerts]] = {
@@ -149,6 +150,16 @@ SCENARIOS: Mapping[str, tuple[Callable[[], GatewayFigures], Alerts]] = {
         {"GmpoFallbacks": ({}, "20% of the answers come from a fallback")},
     ),
     "one in twenty is another's": (lambda: minute_of([(95, answer()), (5, FELL_BACK)]), {}),
+    # A server that stalls: nobody is told anything before they give up.
+    "all clients leave": (
+        lambda: minute_of([(10, LEFT)]),
+        {"GmpoClientsLeave": ({}, "100% of the clients left before their answer was whole")},
+    ),
+    "three in ten clients leave": (
+        lambda: minute_of([(70, answer()), (20, LEFT), (10, LEFT_LATER), (900, REFUSED)]),
+        {"GmpoClientsLeave": ({}, "30% of the clients left before their answer was whole")},
+    ),
+    "one in ten clients leaves": (lambda: minute_of([(90, answer()), (10, LEFT_LATER)]), {}),
     "one in five is turned away": (
         lambda: responses({200: 70, 400: 10, 429: 20}),
         {"GmpoTurnedAway": ({}, "20% of the requests are turned away as too many")},

@@ -90,7 +90,7 @@ def test_promtool_accepts_the_rules_and_the_configuration():
         [promtool, "check", "config", str(config)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "8 rules found" in done.stdout
+    assert "9 rules found" in done.stdout
 
 
 FAIL = "GmpoAnswersFail"
