@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
@@ -209,7 +210,8 @@ def build_evaluator(
     policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
     require_context(policy.model, max_length=config.sampling.max_length)
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
-        asker = _asker(config, policy, tokenizer, renderer, grader)
+        sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
+        asker = _asker(config, policy, tokenizer, renderer, grader, sampler)
         evaluator = _with_limit_and_examples(asker, config, task)
         with ExitStack() as opened:
             if config.evaluation.measure == "reward":
@@ -220,19 +222,26 @@ def build_evaluator(
             yield evaluator, held_out
 
 
+class _SamplerBuilder(Protocol):
+    def __call__(
+        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, /, *, max_rows: int
+    ) -> LocalSampler: ...
+
+
 @contextmanager
 def open_evaluator(
-    config: RunConfig, *, warn: Callable[[str], None]
+    config: RunConfig, *, warn: Callable[[str], None], build: _SamplerBuilder | None = None
 ) -> Iterator[tuple[Evaluator, int]]:
     """What asks any prompts of a recipe's model, and how many tokens its context has.
 
     Neither the recipe's task nor its limits of length are used: prompts may be as long as the
-    context.
+    context. `build` makes the sampler in place of `build_sampler`, for instance of a mixture.
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     tokenizer = load_tokenizer(config.model.name)
     policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
-    context = context_length(policy.model)
+    sampler = (build or build_sampler)(policy, tokenizer, max_rows=config.sampling.max_rows)
+    context = sampler.context_length
     renderer = PromptRenderer(
         tokenizer,
         prompt_format=config.model.prompt_format,
@@ -242,7 +251,7 @@ def open_evaluator(
     sampling = config.sampling.model_copy(update={"max_length": context})  # of rollout functions
     config = config.model_copy(update={"sampling": sampling})
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
-        yield _asker(config, policy, tokenizer, renderer, grader), context
+        yield _asker(config, policy, tokenizer, renderer, grader, sampler), context
 
 
 def build_sampler(
@@ -319,9 +328,9 @@ def _asker(
     tokenizer: PreTrainedTokenizerBase,
     renderer: PromptRenderer,
     grader: Grader,
+    sampler: LocalSampler,
 ) -> Evaluator:
     """An evaluator over a policy of its own."""
-    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     return Evaluator(
         sample=_group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None)),
         renderer=renderer,

@@ -11,8 +11,8 @@ Dimensions: **R** running rows, **B** rows of a batch, **T** tokens so far, **V*
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.assembly import build_decoder
+from gmpo.config import ModelConfig
 from gmpo.errors import ConfigError, DataError, ModelError
+from gmpo.outcomes import Mix
 from gmpo.policy.head import widened
-from gmpo.policy.load import context_length
+from gmpo.policy.load import context_length, load_policy, load_tokenizer
 from gmpo.policy.score import Policy
-from gmpo.records import Group, Rollout
-from gmpo.rollouts import decode_text
+from gmpo.records import Group, Prompt, Rollout
+from gmpo.rollouts import GroupSampler, SamplingSettings, decode_text
 from gmpo.sampler.decoders import Decoder, Prefill
 from gmpo.sampler.local import LocalSampler
 
@@ -36,8 +38,10 @@ __all__ = [
     "GeometricMixtureProcessor",
     "MixtureDecoder",
     "MixtureWeights",
+    "best_of_draws",
     "best_rollout",
     "build_mixture_sampler",
+    "mixed_sampler",
     "mixture_logits",
     "require_same_vocabulary",
     "token_probability",
@@ -290,6 +294,45 @@ def build_mixture_sampler(
     )
 
 
+def mixed_sampler(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mix: Mix,
+    model: ModelConfig,
+    max_rows: int,
+    warn: Callable[[str], None],
+) -> LocalSampler:
+    """A sampler of the mixture of a policy with another model, which is loaded as the first was.
+
+    Args:
+        policy: of the first model.
+        tokenizer: of the first model.
+        mix: the second model and its weight.
+        model: device and precision, as they were taken for the first.
+        max_rows: completions decoded at once.
+        warn: told in one sentence what is not as expected of the second.
+
+    Raises:
+        ConfigError: the weight is not in 0..1.
+        ModelError: the second model cannot be had, or knows other tokens.
+    """
+    if not 0 <= mix.weight <= 1:
+        raise ConfigError(
+            f"weight of the second model is {mix.weight}; it must lie in [0, 1], and the first "
+            "model has the rest"
+        )
+    require_same_vocabulary(tokenizer, load_tokenizer(mix.name))
+    other = load_policy(mix.name, device=model.device, dtype=model.dtype, warn=warn)
+    return build_mixture_sampler(
+        policy,
+        other,
+        tokenizer,
+        weights=MixtureWeights(first=1 - mix.weight, second=mix.weight),
+        max_rows=max_rows,
+    )
+
+
 def token_probability(logprobs: Float[np.ndarray, " T"]) -> float:
     """Geometric mean of token probabilities, exp(mean log p): 1 / perplexity, from 0 to 1.
 
@@ -316,11 +359,7 @@ def best_rollout(group: Group) -> Rollout:
     Raises:
         DataError: none stands for choice.
     """
-    usable = [
-        rollout
-        for rollout in group.rollouts
-        if rollout.error is None and bool(np.any(rollout.from_policy))
-    ]
+    usable = list(filter(_stands_for_choice, group.rollouts))
     if not usable:
         raise DataError(
             f"none of the {len(group.rollouts)} rollouts of prompt {group.prompt.id!r} is without "
@@ -330,3 +369,36 @@ def best_rollout(group: Group) -> Rollout:
         usable,
         key=lambda rollout: token_probability(rollout.sampler_logprobs[rollout.from_policy]),
     )
+
+
+def best_of_draws(sample: GroupSampler, *, count: int) -> GroupSampler:
+    """Samples `count` times as many completions, and keeps the best of each `count` in a row.
+
+    The draws are those that `sample` would give of so many. Where none of them stands for choice
+    (see `best_rollout`) the first is kept, which then is no answer either.
+    """
+    if count == 1:
+        return sample
+
+    def chosen(
+        prompts: Sequence[Prompt], *, settings: SamplingSettings, key: tuple[int | str, ...]
+    ) -> list[Group]:
+        draws = replace(settings, num_completions=settings.num_completions * count)
+        return [_best_of_each(group, count) for group in sample(prompts, settings=draws, key=key)]
+
+    return chosen
+
+
+def _best_of_each(group: Group, count: int) -> Group:
+    blocks = [group.rollouts[n : n + count] for n in range(0, len(group.rollouts), count)]
+    kept = [
+        best_rollout(replace(group, rollouts=block))
+        if any(map(_stands_for_choice, block))
+        else block[0]
+        for block in blocks
+    ]
+    return replace(group, rollouts=tuple(kept))
+
+
+def _stands_for_choice(rollout: Rollout) -> bool:
+    return rollout.error is None and bool(np.any(rollout.from_policy))

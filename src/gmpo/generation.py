@@ -7,21 +7,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
-from gmpo.decoding import MixtureWeights, build_mixture_sampler, require_same_vocabulary
+from gmpo.decoding import mixed_sampler
 from gmpo.errors import ConfigError
 from gmpo.inputs import resolve_model
+from gmpo.outcomes import Mix
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
-from gmpo.policy.score import Policy
 from gmpo.records import FinishReason, Message, Prompt
 from gmpo.rollouts import PromptRenderer, decode_text
-from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
 
-__all__ = ["Generated", "GenerationSettings", "Mix", "generate"]
+__all__ = ["Generated", "GenerationSettings", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +37,6 @@ class GenerationSettings:
     max_tokens: int = 128
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """A second model, and its weight in the geometric mean: 0 to 1; the first has the rest."""
-
-    name: str
-    weight: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +82,12 @@ def generate(
     turn = Message(role="user", content=prompt)
     rendered = renderer.render(Prompt(id="prompt", messages=(turn,)))
     num_draws = settings.num_completions * settings.best_of
-    sampler = _sampler(policy, tokenizer, model, mix, max_rows=max(1, num_draws), warn=warn)
+    rows = max(1, num_draws)
+    sampler = (
+        build_sampler(policy, tokenizer, max_rows=rows)
+        if mix is None
+        else mixed_sampler(policy, tokenizer, mix=mix, model=model, max_rows=rows, warn=warn)
+    )
     request = SampleRequest(
         id="prompt",
         token_ids=rendered.token_ids or (),
@@ -133,31 +127,3 @@ def _require_choice(settings: GenerationSettings) -> None:
             f"best_of is {settings.best_of} and temperature 0: greedy draws are all alike; set a "
             "temperature above 0, or best_of to 1"
         )
-
-
-def _sampler(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    model: ModelConfig,
-    mix: Mix | None,
-    *,
-    max_rows: int,
-    warn: Callable[[str], None],
-) -> LocalSampler:
-    """Of one model, or of two on the same device and in the same precision."""
-    if mix is None:
-        return build_sampler(policy, tokenizer, max_rows=max_rows)
-    if not 0 <= mix.weight <= 1:
-        raise ConfigError(
-            f"weight of the second model is {mix.weight}; it must lie in [0, 1], and the first "
-            "model has the rest"
-        )
-    require_same_vocabulary(tokenizer, load_tokenizer(mix.name))
-    other = load_policy(mix.name, device=model.device, dtype=model.dtype, warn=warn)
-    return build_mixture_sampler(
-        policy,
-        other,
-        tokenizer,
-        weights=MixtureWeights(first=1 - mix.weight, second=mix.weight),
-        max_rows=max_rows,
-    )

@@ -20,6 +20,7 @@ __all__ = [
     "AskedWith",
     "CompletionOutcome",
     "ItemOutcome",
+    "Mix",
     "SuiteOutcomes",
     "Way",
     "item_outcome",
@@ -40,11 +41,33 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How items are asked: greedy once, or sampled several times."""
+    """How items are asked: greedy once, or sampled several times.
+
+    Each sampled completion is the one of `best_of` draws whose tokens have the largest geometric
+    mean probability.
+    """
 
     name: Literal["greedy", "sampled"]
     num_samples: int = 1
     temperature: float = 0.0
+    best_of: int = 1
+
+    @property
+    def num_draws(self) -> int:
+        """Completions drawn of an item."""
+        return self.num_samples * self.best_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A second model, and its weight in the geometric mean: 0 to 1; the first has the rest."""
+
+    name: str
+    weight: float = 0.5
+
+    def __str__(self) -> str:
+        """Both, for people."""
+        return f"{self.weight:g} of {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +80,7 @@ class AskedWith:
         rollout: the recipe's own rollouts, "module:function"; None lets the model complete prompts.
         stop_strings: what ends a completion besides the model's end tokens.
         dtype: precision, as it was taken.
+        mix: what the model's distribution was mixed with; None lets it answer alone.
     """
 
     prompt_format: Literal["chat", "text"]
@@ -64,6 +88,7 @@ class AskedWith:
     rollout: str | None
     stop_strings: tuple[str, ...]
     dtype: str
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +259,12 @@ def _read(path: Path) -> tuple[int, SuiteOutcomes]:
 def _asked_with(record: dict[str, Any] | None) -> AskedWith | None:
     if record is None:
         return None
-    return AskedWith(stop_strings=tuple(record.pop("stop_strings")), **record)
+    mix = record.pop("mix", None)  # files of before it was kept have none
+    return AskedWith(
+        stop_strings=tuple(record.pop("stop_strings")),
+        mix=None if mix is None else Mix(**mix),
+        **record,
+    )
 
 
 def _item(record: dict[str, Any]) -> ItemOutcome:
@@ -298,15 +328,18 @@ def told_of_answering(one: SuiteOutcomes, other: SuiteOutcomes) -> Iterator[str]
         ("rollouts", one.asked_with.rollout, other.asked_with.rollout),
         ("stop strings", one.asked_with.stop_strings, other.asked_with.stop_strings),
         ("precision", one.asked_with.dtype, other.asked_with.dtype),
+        ("mixture with", one.asked_with.mix, other.asked_with.mix),
     ):
         if left != right:
             told = f"{_told(left)} for {one.label} and {_told(right)} for {other.label}"
             yield f"{one.title}: {what} {told}"
 
 
-def _told(value: str | tuple[str, ...] | None) -> str:
+def _told(value: str | tuple[str, ...] | Mix | None) -> str:
     if isinstance(value, tuple):
         return " ".join(map(repr, value)) or "none"
+    if isinstance(value, Mix):
+        return str(value)
     return "none" if value is None else repr(value)
 
 

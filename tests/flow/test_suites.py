@@ -11,7 +11,7 @@ from tests.commands import gmpo, jsonl, refusal
 from tests.models import save_tiny
 from tests.suite_outcomes import greedy
 
-from gmpo.outcomes import stored_outcomes, write_outcomes
+from gmpo.outcomes import Mix, stored_outcomes, write_outcomes
 from gmpo.tracking import provenance
 
 ROWS = [{"id": f"q{n}", "problem": f"{n}+1", "answer": str(n + 1)} for n in range(6)]
@@ -52,10 +52,59 @@ def test_stored_outcomes_give_the_table_of_the_run(arms: tuple[str, str], data: 
         "rollout": None,
         "stop_strings": [],
         "dtype": "fp32",
+        "mix": None,
     }
     again = gmpo("evaluate", out, "--k", "2", "--json")
     assert json.loads(again.stdout) == written
     assert (out / "results.png").stat().st_size > 1000
+
+
+def texts(folder: Path) -> dict[str, list[list[str | None]]]:
+    """Of each way's items, as stored."""
+    return {
+        one.way.name: [[each.text for each in item.completions] for item in one.items]
+        for one in stored_outcomes(folder)
+    }
+
+
+def test_a_mixture_is_asked_like_a_model_and_named_in_tables_and_files(
+    arms: tuple[str, str], data: Path
+):
+    first, second = (arm.partition("=")[2] for arm in arms)
+    plain = ("--suite", "amc", "--data", data, *ASKED, "--keep-texts")
+    for label, model, weight in (
+        *(("one", first, None), ("two", second, None)),
+        *(("all-one", first, 0), ("all-two", first, 1), ("half", first, 0.5)),
+    ):
+        mix = () if weight is None else ("--mix", f"{second}={weight}")
+        out = ("--out", data / label)
+        done = gmpo("evaluate", f"{label}={model}", *plain, *mix, *out)
+        assert done.exit_code == 0, done.stderr
+    assert texts(data / "all-one") == texts(data / "one")
+    assert texts(data / "all-two") == texts(data / "two")
+    asked_with = stored_outcomes(data / "half")[0].asked_with
+    assert asked_with is not None
+    assert asked_with.mix == Mix(name=second, weight=0.5)
+    shown = gmpo("evaluate", data / "one", data / "half")
+    assert "half - one" in shown.stdout
+    assert "0.5 mixed in" in shown.stdout
+    assert f"mixture with none for one and 0.5 of {second} for half" in shown.stderr
+    named = gmpo("evaluate", first, *plain, "--mix", f"{second}=0.5", "--json")
+    assert json.loads(named.stdout)["counts"][0]["label"] == "GRPO + 0.5 GMPO"
+
+
+def test_the_best_of_n_is_one_of_the_n_samples(arms: tuple[str, str], data: Path):
+    plain = ("--suite", "amc", "--data", data, *ASKED, "--keep-texts", "--no-greedy")
+    for name, options in (("drawn", ("--samples", "4")), ("best", ("--best-of", "4"))):
+        done = gmpo("evaluate", arms[0], *plain, *options, "--out", data / name)
+        assert done.exit_code == 0, done.stderr
+    drawn, best = texts(data / "drawn")["sampled"], texts(data / "best")["sampled"]
+    assert all(text in four for (text,), four in zip(best, drawn, strict=True))
+    assert [[text] for text, *_ in drawn] != best
+    shown = gmpo("evaluate", data / "best", "--json")
+    (table,), (counts,) = (json.loads(shown.stdout)[key] for key in ("tables", "counts"))
+    assert table["metric"]["name"] == "mean@1, each the best of 4"
+    assert (counts["num_samples"], counts["best_of"], counts["completions"]) == (1, 4, 6)
 
 
 def test_models_of_like_labels_have_a_folder_each(data: Path):
@@ -123,6 +172,10 @@ def test_recipes_that_put_the_items_differently_are_refused_before_a_model_is_as
         (("--suite", "amc", "--samples", "2", "--temperature", "inf"), "need a finite one above 0"),
         (("--suite", "amc", "--items", "9"), "9 items were asked for, and suite amc has 6"),
         (("--suite", "amc", "--max-tokens", "300"), "give --max-tokens below that"),
+        (("--suite", "amc", "--best-of", "0"), "--best-of is 0; it must be at least 1"),
+        (("--suite", "amc", "--mix", "other"), "write OTHER=WEIGHT"),
+        (("--suite", "amc", "--mix", "other=1.5"), "the weight from 0 to 1"),
+        (("--suite", "amc", "--mix", "no-such-model=0.5"), "no-such-model"),
         (("--suite", "amc", "--set", "training.rounds=3"), "has no effect on suites"),
     ],
 )

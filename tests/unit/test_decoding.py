@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,18 @@ from gmpo.decoding import (
     GeometricMixtureProcessor,
     MixtureDecoder,
     MixtureWeights,
+    best_of_draws,
     best_rollout,
     mixture_logits,
     require_same_vocabulary,
     token_probability,
 )
 from gmpo.errors import ConfigError, DataError, ModelError, NonFiniteError
-from gmpo.generation import GenerationSettings, Mix, generate
+from gmpo.generation import GenerationSettings, generate
+from gmpo.outcomes import Mix
 from gmpo.policy.llama import LlamaBody
 from gmpo.records import Group, Prompt, Rollout
+from gmpo.rollouts import SamplingSettings
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
@@ -306,6 +310,31 @@ def test_the_best_rollout_has_the_largest_mean_over_its_counted_tokens():
     assert best_rollout(Group(prompt=prompt, rollouts=(shorter,))) is shorter
     with pytest.raises(DataError, match="none of the 1 rollouts of prompt 'p'"):
         best_rollout(Group(prompt=prompt, rollouts=(failed,)))
+
+
+def test_the_best_of_each_block_of_draws_is_kept():
+    failed = {"error": "the tool broke"}
+    drawn = [
+        *(rollout(0, [-0.5]), rollout(1, [-0.1]), rollout(2, [-0.2])),
+        *(rollout(3, [0.0], **failed), rollout(4, [-0.3]), rollout(5, [-0.4])),
+        *(rollout(6, [], **failed), rollout(7, []), rollout(8, [0.0], **failed)),
+    ]
+    counts: list[int] = []
+
+    def sample(
+        prompts: Sequence[Prompt], *, settings: SamplingSettings, key: tuple[int | str, ...]
+    ) -> list[Group]:
+        counts.append(settings.num_completions)
+        assert key == ("k",)
+        return [Group(prompt=prompt, rollouts=tuple(drawn)) for prompt in prompts]
+
+    settings = SamplingSettings(num_completions=3, max_tokens=4, temperature=1.0, stop_ids=(1,))
+    asked = {"settings": settings, "key": ("k",)}
+    (group,) = best_of_draws(sample, count=3)([Prompt(id="p", text="?")], **asked)
+    assert counts == [9]
+    # Where nothing can be chosen from, the first is kept: it is graded like any other.
+    assert [one.index for one in group.rollouts] == [1, 4, 6]
+    assert best_of_draws(sample, count=1) is sample
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.suite_outcomes import ASKED_WITH, GREEDY, completion, greedy, outcome
 
 from gmpo.errors import DataError, RunFolderError
 from gmpo.grading import Verdict
-from gmpo.outcomes import ItemOutcome, item_outcome, stored_outcomes, write_outcomes
+from gmpo.outcomes import ItemOutcome, Mix, item_outcome, stored_outcomes, write_outcomes
 from gmpo.records import Group, Message, Prompt, Rollout
 
 RIGHT = Verdict(is_correct=True, status="graded", answer="4", method="exact")
@@ -92,9 +92,11 @@ def test_what_a_score_hides_is_counted():
 
 def test_files_are_read_back_whole_and_in_the_order_placed(tmp_path: Path):
     made_with = {"gmpo": "0.1.0", "commit": None}
-    asked_with = replace(ASKED_WITH, system="Be brief.", stop_strings=("Q:",))
+    mix = Mix(name="runs/other", weight=0.25)
+    asked_with = replace(ASKED_WITH, system="Be brief.", stop_strings=("Q:",), mix=mix)
     first = replace(greedy("b", {0}, 2), made_with=made_with, asked_with=asked_with)
     second = outcomes("a", {"x": [True, False]}, suite="svamp")
+    second = replace(second, way=replace(second.way, best_of=8))
     write_outcomes(tmp_path / "zz", first, place=1)
     write_outcomes(tmp_path / "aa", second, place=2)
     assert stored_outcomes(tmp_path) == [first, second]
@@ -105,6 +107,9 @@ def test_files_are_read_back_whole_and_in_the_order_placed(tmp_path: Path):
 def test_a_file_that_does_not_say_what_made_it_or_how_it_asked_is_read(tmp_path: Path):
     path = write_outcomes(tmp_path, greedy("a", {0}, 2), place=1)
     record = json.loads(path.read_text())
+    del record["way"]["best_of"], record["asked_with"]["mix"]
+    path.write_text(json.dumps(record))
+    assert stored_outcomes(tmp_path) == [greedy("a", {0}, 2)]
     del record["made_with"], record["asked_with"]
     path.write_text(json.dumps(record))
     assert stored_outcomes(tmp_path) == [replace(greedy("a", {0}, 2), asked_with=None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 from matplotlib import image
 from matplotlib.colors import to_rgb
+from rich.console import Console
 from tests.suite_outcomes import ASKED_WITH, greedy, outcomes
 
 from gmpo.errors import ConfigError, DataError, RunFolderError
-from gmpo.outcomes import SuiteOutcomes
+from gmpo.outcomes import Mix, SuiteOutcomes
 from gmpo.suites.plots import plot_scores
 from gmpo.suites.scores import Metric, ScoreTable, metrics_of, score_table
+from gmpo.suites.tables import counts_table
 
 PASS_1 = Metric(name="greedy pass@1", way="greedy")
 
@@ -227,6 +230,10 @@ def test_models_that_recipes_put_the_items_to_differently_are_refused(
     ("changes", "note"),
     [
         ({"dtype": "bf16"}, "precision 'fp32' for a and 'bf16' for b"),
+        (
+            {"mix": Mix(name="runs/c", weight=0.5)},
+            "mixture with none for a and 0.5 of runs/c for b",
+        ),
         ({"stop_strings": ("Q:", "\n\n")}, r"stop strings none for a and 'Q:' '\n\n' for b"),
         ({"rollout": "tools:ask"}, "rollouts none for a and 'tools:ask' for b"),
     ],
@@ -257,6 +264,36 @@ def test_metrics_are_those_the_outcomes_allow():
         metrics_of([greedy("a", {0}, 1)], [4])
     with pytest.raises(ConfigError, match=r"have \[4, 8\] samples an item"):
         metrics_of([sampled, outcomes("b", {"q": [True] * 4})])
+
+
+def best_of(label: str, count: int) -> SuiteOutcomes:
+    one = outcomes(label, {"q": [True] * 2})
+    return replace(one, way=replace(one.way, best_of=count))
+
+
+def test_a_choice_among_draws_is_in_the_metrics_name_where_all_choose_alike():
+    names = [metric.name for metric in metrics_of([best_of("a", 8), best_of("b", 8)])]
+    assert names == ["mean@2, each the best of 8", "pass@2, each the best of 8"]
+    mixed = [best_of("a", 1), best_of("b", 8)]
+    (mean, _) = metrics_of(mixed)
+    assert mean.name == "mean@2"
+    assert score_table(mixed, mean).notes == (
+        "AMC: completions are the best of 1 for a and 8 for b",
+    )
+
+
+def test_a_choice_among_draws_and_a_mixture_stand_beside_what_became_of_completions():
+    chosen = best_of("a", 8)
+    chosen = replace(chosen, asked_with=replace(ASKED_WITH, mix=Mix(name="c", weight=0.25)))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(counts_table([chosen, greedy("b", {0}, 1)]))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (place,) = [n for n, line in enumerate(lines) if "2 samples," in line]
+    assert [line.strip() for line in lines[place + 1 : place + 3]] == [
+        "best of 8,",
+        "0.25 mixed in",
+    ]
+    assert "greedy" in lines[place + 3]
 
 
 def test_the_table_is_json():

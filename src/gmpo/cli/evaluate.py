@@ -46,6 +46,17 @@ _Ks = Annotated[
     list[int] | None, typer.Option("--k", help="k of pass@k; --samples by default; repeatable.")
 ]
 
+_BestOf = Annotated[
+    int | None,
+    typer.Option(help="Draws a sampled completion is chosen from, by its tokens' probability."),
+]
+_Mix = Annotated[
+    str | None,
+    typer.Option(
+        help="OTHER=WEIGHT: ask the geometric mean of each model and OTHER; 0 to 1 of OTHER."
+    ),
+]
+
 
 @refuses_clearly
 def evaluate(
@@ -63,6 +74,8 @@ def evaluate(
         float | None, typer.Option(help="Temperature of sampled completions; 1 by default.")
     ] = None,
     k: _Ks = None,
+    best_of: _BestOf = None,
+    mix: _Mix = None,
     greedy: Annotated[
         bool, typer.Option("--greedy/--no-greedy", help="Whether to ask greedily too.")
     ] = True,
@@ -90,6 +103,8 @@ def evaluate(
         samples=samples,
         temperature=temperature,
         ks=tuple(k or ()),
+        best_of=best_of,
+        mix=mix,
         greedy=greedy,
         max_tokens=max_tokens,
         instruction=instruction,

@@ -63,7 +63,8 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Complete one prompt, with one model or with the geometric mean of two."""
-    from gmpo.generation import GenerationSettings, Mix, generate
+    from gmpo.generation import GenerationSettings, generate
+    from gmpo.outcomes import Mix
     from gmpo.run_tables import visible
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from gmpo.cli.conventions import model_name, warn
 from gmpo.errors import ConfigError, RunFolderError
-from gmpo.outcomes import TASK_SUITE, SuiteOutcomes, Way, stored_outcomes, write_outcomes
+from gmpo.outcomes import TASK_SUITE, Mix, SuiteOutcomes, Way, stored_outcomes, write_outcomes
 from gmpo.recipe import apply_override, bundled_recipes, load_recipe, recipe_of_table
 from gmpo.suites import SuiteItems, check_folder_is_read, known_suites, suite_items
 from gmpo.suites.scores import ScoreTable, metrics_of, score_table
@@ -53,6 +53,8 @@ class SuiteOptions:
     samples: int | None = None
     temperature: float | None = None
     ks: tuple[int, ...] = ()
+    best_of: int | None = None
+    mix: str | None = None
     greedy: bool = True
     max_tokens: int | None = None
     instruction: str | None = None
@@ -86,11 +88,13 @@ class SuiteOptions:
         for name, value in (
             ("items", self.items),
             ("samples", self.samples),
+            ("best-of", self.best_of),
             ("max-tokens", self.max_tokens),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
-        if self.samples is None:
+        samples = self.samples if self.best_of is None else self.samples or 1
+        if samples is None:
             if not self.greedy:
                 raise ConfigError("--no-greedy leaves nothing to ask; give --samples too")
             if self.temperature is not None or self.seed is not None:
@@ -109,12 +113,17 @@ class SuiteOptions:
                 "and the greedy one is asked besides"
             )
         for k in self.ks:
-            if not 1 <= k <= self.samples:
+            if not 1 <= k <= samples:
                 raise ConfigError(
-                    f"k = {k} is not from 1 to the {self.samples} samples an item; lower it or "
+                    f"k = {k} is not from 1 to the {samples} samples an item; lower it or "
                     "raise --samples"
                 )
-        sampled = Way(name="sampled", num_samples=self.samples, temperature=temperature)
+        sampled = Way(
+            name="sampled",
+            num_samples=samples,
+            temperature=temperature,
+            best_of=self.best_of or 1,
+        )
         return (Way(name="greedy"), sampled) if self.greedy else (sampled,)
 
 
@@ -181,7 +190,8 @@ def suite_outcomes(
     suites = known_suites([name for name in options.suites if name != TASK_SUITE])
     if options.data is not None:
         check_folder_is_read(suites, warn=warn)
-    labels = _labels(named)
+    _mix(options)  # a mistyped name is told before a model is asked
+    labels = _labels(named, options)
     # All of them before the first is asked, which may take hours: one may not be there.
     configs = [None if one.stored else asked_model(one.model, options) for one in named]
     _refuse_other_questions(
@@ -213,9 +223,31 @@ def suite_outcomes(
     return outcomes
 
 
-def _labels(named: Sequence[NamedModel]) -> list[str]:
-    """A label each; of stored outcomes they have their own."""
-    labels = [one.label or Path(one.model).name or one.model for one in named]
+def _mix(options: SuiteOptions) -> Mix | None:
+    """The second model of all that are asked, and its weight."""
+    from gmpo.policy.load import model_folder
+
+    if options.mix is None:
+        return None
+    name, _, weight = options.mix.rpartition("=")
+    try:
+        share = float(weight)
+    except ValueError:
+        share = math.nan
+    if not name or not 0 <= share <= 1:
+        raise ConfigError(
+            f"--mix is {options.mix!r}; write OTHER=WEIGHT, the weight from 0 to 1 being OTHER's "
+            "in the geometric mean of each model and OTHER"
+        )
+    model_folder(name)
+    return Mix(name=model_name(name), weight=share)
+
+
+def _labels(named: Sequence[NamedModel], options: SuiteOptions) -> list[str]:
+    """A label each, which tells of a mixture; of stored outcomes they have their own."""
+    other, _, weight = (options.mix or "").rpartition("=")
+    mixed = f" + {weight} {Path(other).name}" if other else ""
+    labels = [one.label or f"{Path(one.model).name or one.model}{mixed}" for one in named]
     met = _all_labels(named, labels)
     twice = next((label for label in met if met.count(label) > 1), None)
     if twice is not None:
@@ -288,7 +320,9 @@ def _asked(
     ]
     if options.max_tokens is not None:
         wanted = [replace(suite, max_tokens=options.max_tokens) for suite in wanted]
-    asking = Asking(ways=ways, seed=options.seed or 0, keep_texts=options.keep_texts)
+    asking = Asking(
+        ways=ways, seed=options.seed or 0, keep_texts=options.keep_texts, mix=_mix(options)
+    )
     with console.status(f"loading {label}") as status:
         yield from ask_suites(
             config,

@@ -87,7 +87,7 @@ class LocalSampler:
         decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self._decoder = decoder
-        self._context_length = context_length
+        self.context_length = context_length
         self._max_rows = max_rows
         self._decode = decode
         self._version = 0
@@ -178,9 +178,9 @@ class LocalSampler:
                 "tokenize with the model's own tokenizer",
             ),
             (
-                length + request.max_tokens > self._context_length,
+                length + request.max_tokens > self.context_length,
                 f"{length} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
-                f"context of {self._context_length}; shorten one of them",
+                f"context of {self.context_length}; shorten one of them",
             ),
             (
                 request.max_tokens < 1 or request.num_completions < 1,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gmpo.assembly import open_evaluator
 from gmpo.config import RunConfig
+from gmpo.decoding import best_of_draws, mixed_sampler
 from gmpo.errors import DataError, ModelError
 from gmpo.evaluation import Evaluator
 from gmpo.inputs import resolve_model
-from gmpo.outcomes import AskedWith, ItemOutcome, SuiteOutcomes, Way
+from gmpo.outcomes import AskedWith, ItemOutcome, Mix, SuiteOutcomes, Way
 from gmpo.records import Prompt
 from gmpo.suites.items import SuiteItems
 from gmpo.tracking import provenance
@@ -33,11 +35,13 @@ class Asking:
         ways: greedy, sampled, or both.
         seed: of sampled completions: the same for every model, so that differences are theirs.
         keep_texts: whether outcomes hold the completions' texts.
+        mix: a second model, whose geometric mixture with the first is what answers; None for none.
     """
 
     ways: tuple[Way, ...]
     seed: int = 0
     keep_texts: bool = False
+    mix: Mix | None = None
 
 
 def ask_suites(
@@ -67,13 +71,17 @@ def ask_suites(
     """
     made_with = provenance()
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
-    with open_evaluator(config, warn=warn) as (evaluator, context):
+    build = None
+    if asking.mix is not None:
+        build = partial(mixed_sampler, mix=asking.mix, model=config.model, warn=warn)
+    with open_evaluator(config, warn=warn, build=build) as (evaluator, context):
         asked_with = AskedWith(
             prompt_format="chat" if evaluator.renderer.uses_chat else "text",
             system=config.model.system,
             rollout=config.sampling.rollout,
             stop_strings=config.sampling.stop_strings,
             dtype=config.model.dtype,
+            mix=asking.mix,
         )
         fitted = [
             (suite, _fitted(evaluator, suite, context=context, model=config.model.name))
@@ -83,8 +91,9 @@ def ask_suites(
             for way in asking.ways:
                 parts = _parts(suite.prompts, way, rows=config.sampling.max_rows)
                 items: list[ItemOutcome] = []
+                chooser = replace(asker, sample=best_of_draws(asker.sample, count=way.best_of))
                 for part in parts:
-                    items += asker.item_outcomes(
+                    items += chooser.item_outcomes(
                         part, way=way, key=(suite.name, asking.seed), keep_texts=asking.keep_texts
                     )
                     progress(suite.name, way.name, len(items), len(suite.prompts))
@@ -127,6 +136,6 @@ def _fitted(evaluator: Evaluator, suite: SuiteItems, *, context: int, model: str
 
 
 def _parts(prompts: Sequence[Prompt], way: Way, *, rows: int) -> Iterator[Sequence[Prompt]]:
-    size = max(1, _ROWS_AHEAD * rows // way.num_samples)
+    size = max(1, _ROWS_AHEAD * rows // way.num_draws)
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]

@@ -153,9 +153,12 @@ def metrics_of(outcomes: Sequence[SuiteOutcomes], ks: Sequence[int] = ()) -> lis
                 f"k = {k} is not from 1 to the {num_samples} samples an item; lower it or raise "
                 "--samples"
             )
-    metrics.append(Metric(name=f"mean@{num_samples}", way="sampled"))
+    best = {one.way.best_of for one in outcomes if one.way.name == "sampled"}
+    # Where they differ, notes say so.
+    each = "" if len(best) > 1 or best == {1} else f", each the best of {min(best)}"
+    metrics.append(Metric(name=f"mean@{num_samples}{each}", way="sampled"))
     wanted = [k for k in ks or [num_samples] if k > 1]  # pass@1 of n samples is mean@n
-    return metrics + [Metric(name=f"pass@{k}", way="sampled", k=k) for k in wanted]
+    return metrics + [Metric(name=f"pass@{k}{each}", way="sampled", k=k) for k in wanted]
 
 
 def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable:
@@ -369,6 +372,7 @@ def _notes(
             for what, left, right in (
                 ("tokens at most", one.max_tokens, other.max_tokens),
                 ("temperature", one.way.temperature, other.way.temperature),
+                ("completions are the best of", one.way.best_of, other.way.best_of),
                 ("items", len(one.items), len(other.items)),
             ):
                 if left != right:

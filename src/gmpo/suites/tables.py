@@ -59,9 +59,8 @@ def counts_table(outcomes: Sequence[SuiteOutcomes]) -> Table:
         shown.add_column(heading, justify="right")
     for one in outcomes:
         counts = one.counts()
-        asked = "greedy" if one.way.name == "greedy" else f"{one.way.num_samples} samples"
         figures = [str(counts[name]) for name in names]
-        shown.add_row(Text(one.label), one.title, asked, str(one.max_tokens), *figures)
+        shown.add_row(Text(one.label), one.title, _asked(one), str(one.max_tokens), *figures)
     return shown
 
 
@@ -102,6 +101,16 @@ def _gains_table(table: ScoreTable, by_suite: Mapping[str, Gain]) -> Table:
             gain.verdict,
         )
     return shown
+
+
+def _asked(outcomes: SuiteOutcomes) -> Text:
+    way = outcomes.way
+    told = "greedy" if way.name == "greedy" else f"{way.num_samples} samples"
+    if way.best_of > 1:
+        told += f",\nbest of {way.best_of}"
+    if outcomes.asked_with is not None and outcomes.asked_with.mix is not None:
+        told += f",\n{outcomes.asked_with.mix.weight:g} mixed in"
+    return Text(told)
 
 
 def _table(title: str) -> Table:
