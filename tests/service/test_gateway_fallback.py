@@ -114,3 +114,22 @@ def test_a_client_that_leaves_a_plain_answer_ends_it_and_nobody_else_is_asked(pa
         assert not made.upstreams["b"].bodies
         assert made.health()["running_completions"] == 0
         assert made.health()["breakers"] == {"a": "closed", "b": "closed"}
+
+
+def test_a_gateway_whose_breakers_are_all_open_is_not_ready(path: Path):
+    now = [0.0]
+    behaviours = {"a": refuses(503), "b": refuses(500)}
+    with served(path, behaviours, breaker_clock=lambda: now[0]) as made:
+
+        def ready() -> httpx2.Response:
+            with made.gateway.client() as client:
+                return client.get("/ready")
+
+        assert ready().status_code == 200
+        for _ in range(2):
+            assert made.post("completions", ASKED).status_code == 503
+        assert made.health()["breakers"] == {"a": "open", "b": "open"}
+        # Both list their models, and would be asked nothing.
+        assert ready().status_code == 503 and ready().json()["error"]["code"] == "not_ready"
+        now[0] = 0.4
+        assert ready().status_code == 200

@@ -384,6 +384,36 @@ def test_it_is_ready_while_any_backend_is():
     assert run(made(down).router.ready) is False
 
 
+def test_it_is_not_ready_while_every_breaker_is_open():
+    a, b = Given("a", fault="unavailable"), Given("b", fault="unavailable")
+    one = made(a, b, rules=BreakerRules(failures=1, open_seconds=10.0))
+
+    async def story() -> None:
+        with pytest.raises(BackendError):
+            await one.ask()
+        a.fault = b.fault = None  # both would be found up, and get no request yet
+        assert await one.router.ready() is False
+        one.clock.now = 9.9
+        assert await one.router.ready() is False
+        one.clock.now = 10.0
+        assert await one.router.ready() is True, "the next request tries"
+        assert one.router.phases == {"a": "open", "b": "open"}, "asking lets nothing through"
+        a.hangs, b.fault = True, "unavailable"
+        trying = asyncio.ensure_future(one.ask())
+        while a.num_asked < 2:
+            await asyncio.sleep(0)
+        assert await one.router.ready() is False, "the one that tries has not ended"
+        trying.cancel()
+        await asyncio.gather(trying, return_exceptions=True)
+        a.hangs = False
+        assert await one.router.ready() is True
+        assert await one.ask() == "a"
+        assert await one.router.ready() is True
+        assert one.router.phases == {"a": "closed", "b": "open"}, "one that answers is enough"
+
+    run(story)
+
+
 def test_the_scoring_of_a_prompt_alone_has_no_quality():
     one = made(Given("a"), threshold=0.99, is_buffered=True)
     asked = GenerationRequest(id="r", route="completions", model="m", prompt="a", max_tokens=0)

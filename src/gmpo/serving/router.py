@@ -107,6 +107,11 @@ class Lane:
         """Report that a request ended before it said anything about the backend."""
         self.state = breaker.withdrawn(self.state, ticket)
 
+    async def ready(self) -> bool:
+        """Whether a request would be let through and taken now; asking lets none through."""
+        _, ticket = breaker.admit(self.state, self.rules, now=self.clock())
+        return ticket is not None and await self.backend.ready()
+
     @property
     def retry_after_seconds(self) -> float:
         """Until it lets a request through again."""
@@ -231,8 +236,8 @@ class VariantRouter:
         return self._served(best, request, report, route)
 
     async def ready(self) -> bool:
-        """Whether any backend in order would take a request."""
-        found = await asyncio.gather(*(self._lanes[name].backend.ready() for name in self._order))
+        """Whether any backend in order would take a request, its breaker not being open."""
+        found = await asyncio.gather(*(self._lanes[name].ready() for name in self._order))
         return any(found)
 
     async def close(self) -> None:
