@@ -306,8 +306,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
                     axes.plot(range(1, len(means) + 1), _gaps(means), f"C{color}", label=arm)
             axes.set_ylabel(curve)
             axes.set_title(f"step size {RATES[rate]:g} ({rate})" if row == 0 else "")
-        grid[0][column].legend()
         grid[-1][column].set_xlabel("round")
+    figure.legend(handles=grid[0][0].get_lines(), loc="outside upper center", ncols=len(ARMS))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
