@@ -22,29 +22,28 @@ ITEMS = [
     {"question": "what is red", "choices": [" blue", " green", " red"], "label": 2},
     {"question": "7+9=", "choices": ["6", "16"], "label": 1},
 ]
-CHOICE = """
-task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {items}}}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-WRITTEN = """
-task: written
-dataset_path: json
-dataset_kwargs: {{data_files: {items}}}
-test_split: train
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{choices[label]}}}}"
-generation_kwargs: {{until: ["Q:"], max_gen_toks: 6, temperature: 0}}
-metric_list: [{{metric: exact_match}}]
-"""
+KINDS: dict[str, dict[str, Any]] = {
+    "choices": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[label]}}",
+        "generation_kwargs": {"until": ["Q:"], "max_gen_toks": 6, "temperature": 0},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+def task(kind: str, items: Path) -> str:
+    """A task of lm-eval over the items; JSON is YAML."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(items)}}
+    asked = {"test_split": "train", "doc_to_text": "{{question}}"}
+    return json.dumps({"task": kind, **data, **asked, **KINDS[kind]})
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +78,8 @@ def samples(folder: Path, task: str) -> list[dict[str, Any]]:
 def test_lm_eval_finds_what_the_policy_itself_says(command: Path, tmp_path: Path, as_tokens: bool):
     items, model, out = tmp_path / "items.jsonl", tmp_path / "tiny", tmp_path / "out"
     items.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
-    for name, text in (("choices", CHOICE), ("written", WRITTEN)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(items=items))
+    for kind in KINDS:
+        (tmp_path / f"{kind}.yaml").write_text(task(kind, items))
     folder = save_tiny(model)
     with running_gateway(lambda: tiny_backend(folder)) as gateway:
         asked = {
@@ -94,7 +93,7 @@ def test_lm_eval_finds_what_the_policy_itself_says(command: Path, tmp_path: Path
         done = subprocess.run(
             [
                 *(str(command), "run", "--model", "local-completions", "--model_args", arguments),
-                *("--tasks", "choices,written", "--include_path", str(tmp_path)),
+                *("--tasks", ",".join(KINDS), "--include_path", str(tmp_path)),
                 *("--output_path", str(out), "--log_samples"),
             ],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},

@@ -120,7 +120,7 @@ class GatewayServer(uvicorn.Server):
         """Requests that had not ended by the end of the drain, or by a second signal."""
 
     def new_loop(self) -> asyncio.AbstractEventLoop:
-        """A loop to serve on: uvloop's, which takes half as long for a chunk, or asyncio's own."""
+        """A loop to serve on: uvloop's where that is installed, or asyncio's own."""
         return (self.config.get_loop_factory() or asyncio.new_event_loop)()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
