@@ -199,6 +199,17 @@ def test_models_asked_differently_are_noted_or_refused():
         score_table([greedy("a", {0}, 2), greedy("a", {0}, 2)], PASS_1)
 
 
+def test_what_is_unlike_the_first_is_noted_and_not_what_others_are_to_each_other():
+    first, *others = (
+        greedy(label, {0}, 2, max_tokens=tokens)
+        for label, tokens in (("a", 100), ("b", 50), ("c", 100), ("d", 25))
+    )
+    assert score_table([first, *others], PASS_1).notes == (
+        "AMC: tokens at most 100 for a and 50 for b",
+        "AMC: tokens at most 100 for a and 25 for d",
+    )
+
+
 def unlike(**changes: object) -> SuiteOutcomes:
     """Model "b", asked in another way than the others."""
     return replace(greedy("b", {0}, 2), asked_with=replace(ASKED_WITH, **changes))

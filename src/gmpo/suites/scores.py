@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from typing import Any, Literal
 
 from gmpo.errors import ConfigError, DataError
@@ -188,7 +187,7 @@ def score_table(outcomes: Sequence[SuiteOutcomes], metric: Metric) -> ScoreTable
         },
         averaged=averaged,
         gains=gains,
-        # One that is unlike two others in the same way, or not known, is told of once.
+        # What is not known of the first is met with each other model, and told of once.
         notes=tuple(dict.fromkeys([*_notes(by_model, titles), *_disagreements(gains, titles)])),
     )
 
@@ -366,9 +365,14 @@ def _disagreements(gains: Sequence[Gain], titles: Mapping[str, str]) -> Iterator
 def _notes(
     by_model: Mapping[str, Mapping[str, SuiteOutcomes]], titles: Mapping[str, str]
 ) -> Iterator[str]:
+    """How each model was asked otherwise than the first, suite by suite.
+
+    All gains are against the first, and of two others that differ from each other at least one
+    differs from it, and is told of.
+    """
     for name, title in titles.items():
-        asked = [suites[name] for suites in by_model.values() if name in suites]
-        for one, other in combinations(asked, 2):
+        one, *others = (suites[name] for suites in by_model.values() if name in suites)
+        for other in others:
             for what, left, right in (
                 ("tokens at most", one.max_tokens, other.max_tokens),
                 ("temperature", one.way.temperature, other.way.temperature),
