@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
 from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.ratios import STAGES
 from benchmarks.results import Results, made_with
 from benchmarks.spread import spread
 from benchmarks.worker import Worker, WorkerFailed
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "base": asdict(points[0].workload) | {"group_size": None},
         "quick": arguments.quick,
         "dtype": arguments.dtype,
+        "stages": STAGES,
         "made_with": made_with(threads=arguments.threads),
     }
     results = Results(arguments.json, setting)

@@ -14,6 +14,10 @@ Where TRL in fp32 had to be asked, also "exact": the replay's agreement with tha
 """
 
 RATIOS = ("round_ratio", "rollout_ratio", "update_ratio")
+STAGES = "TRL's pass over old log-probabilities counts as update"
+"""How rounds are cut into stages, as results files say it: a rollout is what draws completions, and
+a round's update is all of it but rollout and rewards. Files without this line were timed by an
+older rule, under which that pass of TRL counted as rollout."""
 
 
 class UpdatesDiffer(RuntimeError):

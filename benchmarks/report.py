@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import ends_clearly
-from benchmarks.ratios import RATIOS
+from benchmarks.ratios import RATIOS, STAGES
 from benchmarks.results import read_results
 
 COLUMNS = {
@@ -26,6 +26,11 @@ COLUMNS = {
     "memory_ratio": "peak memory",
 }
 Content = Mapping[str, Any]
+OLDER_MARK = " *"
+OLDER_RULE = (
+    "* timed by an older rule: TRL's pass over old log-probabilities counted as rollout, so that "
+    "rollout ratios are too high and update ratios too low; rounds and memory are not concerned"
+)
 
 
 @ends_clearly
@@ -51,12 +56,21 @@ def sections(contents: Sequence[Content]) -> Iterator[Content]:
 
 
 def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content]]:
-    """Name, section and figures of every variant that has pairs."""
+    """Name, section and figures of every variant that has pairs.
+
+    The name of what was timed by an older rule ends with a mark.
+    """
     for content in sections(contents):
         for variant, figures in content.get("variants", {}).items():
             if figures["pairs"]:
                 workload = content["setting"]["workload"]["name"]
-                yield f"{workload}, {variant}", content, figures
+                mark = "" if is_timed_by_this_rule(content) else OLDER_MARK
+                yield f"{workload}, {variant}{mark}", content, figures
+
+
+def is_timed_by_this_rule(content: Content) -> bool:
+    """Whether its rounds were cut into stages as they are now."""
+    return bool(content["setting"].get("stages") == STAGES)
 
 
 def print_table(contents: Sequence[Content], console: Console | None = None) -> None:
@@ -79,6 +93,8 @@ def print_table(contents: Sequence[Content], console: Console | None = None) -> 
     console = console or Console(width=150)
     console.print(table)
     console.print("peak memory is gmpo / TRL; updates are of the same completions")
+    if not all(is_timed_by_this_rule(content) for _, content, _ in entries(contents)):
+        console.print(OLDER_RULE)
     for content in sections(contents):
         if "refused" in content:
             console.print(f"{content['setting']['workload']['name']} refused: {content['refused']}")
@@ -110,6 +126,8 @@ def draw(contents: Sequence[Content], path: Path) -> None:
     axis.set_xticks(range(len(shown)), labels, fontsize=8)
     axis.set_ylabel("times as fast as TRL without vLLM")
     axis.legend(fontsize=8)
+    if not all(is_timed_by_this_rule(content) for _, content, _ in shown):
+        figure.supxlabel(OLDER_RULE, fontsize=7, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

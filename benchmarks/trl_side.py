@@ -74,6 +74,9 @@ class TrlSetup:
 class TimedTrainer(GMPOTrainer):
     """TRL's trainer with marks at the borders of its stages, and its rows kept.
 
+    It scores completions under the old policy between drawing and rewarding them. That belongs to
+    the update, so both ends of drawing and of rewarding have a mark.
+
     Attributes:
         given: completions in place of those it would draw, in the order of its rows, or None.
     """
@@ -86,17 +89,25 @@ class TimedTrainer(GMPOTrainer):
         self.rows = super()._generate_and_score_completions(inputs)
         return self.rows
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        generated = super()._generate(prompts)
+        self._mark("generated")
+        return generated
+
     def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
         if self.given is not None:
             return self.given, None
         return super()._generate_single_turn(*arguments, **options)
 
     def _calculate_rewards(self, *arguments: Any) -> Any:
-        wait_for(self.model.device.type)
-        self.marks["generated"] = time.perf_counter()
+        self._mark("scored")
         rewards = super()._calculate_rewards(*arguments)
-        self.marks["rewarded"] = time.perf_counter()
+        self._mark("rewarded")
         return rewards
+
+    def _mark(self, border: str) -> None:
+        wait_for(self.model.device.type)
+        self.marks[border] = time.perf_counter()
 
 
 class StepClock(TrainerCallback):
@@ -252,12 +263,8 @@ class TrlSide:
         self._trainer.train()
         peak = peak_memory_gib(self._device)
         rows = self._sampled_rows()
-        marks, ended = self._trainer.marks, self._clock.ended
         return {
-            "rollout_seconds": marks["generated"] - marks["start"],
-            "reward_seconds": marks["rewarded"] - marks["generated"],
-            "update_seconds": ended - marks["rewarded"],
-            "round_seconds": ended - marks["start"],
+            **stage_seconds(self._trainer.marks, ended=self._clock.ended),
             "tokens": rows.num_tokens,
             "prompt_tokens": mean(map(len, rows.prompt_ids)),
             "live_share": rows.live_share(self._workload.group_size),
@@ -340,6 +347,24 @@ class TrlSide:
             name: weight.detach().float().cpu() - start[name].to(weight.dtype).float()
             for name, weight in self._trainer.model.named_parameters()
         }
+
+
+def stage_seconds(marks: Mapping[str, float], *, ended: float) -> dict[str, float]:
+    """Seconds of a round and of its stages, by `benchmarks.ratios.STAGES`.
+
+    Args:
+        marks: times of `TimedTrainer`.
+        ended: when the last optimizer step ended, by the same clock.
+    """
+    round_seconds = ended - marks["start"]
+    rollout_seconds = marks["generated"] - marks["start"]
+    reward_seconds = marks["rewarded"] - marks["scored"]
+    return {
+        "rollout_seconds": rollout_seconds,
+        "reward_seconds": reward_seconds,
+        "update_seconds": round_seconds - rollout_seconds - reward_seconds,
+        "round_seconds": round_seconds,
+    }
 
 
 def trl_arguments(workload: Workload, setup: TrlSetup, folder: str, *, device: str) -> GMPOConfig:

@@ -33,7 +33,7 @@ from benchmarks.devices import DEVICES
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
 from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
-from benchmarks.ratios import UpdatesDiffer
+from benchmarks.ratios import STAGES, UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.workloads import WORKLOADS, Workload
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = {
         "workload": asdict(workload),
         "dtype": arguments.dtype,
+        "stages": STAGES,
         "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }
     results = Results(arguments.json, setting, section=section_of(arguments.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ from benchmarks.comparison import Bench, Sides, hold_to_trl, run_pairs, setups_o
 from benchmarks.exchange import SampledRows
 from benchmarks.gmpo_side import GmpoSide
 from benchmarks.live_shares import run_live_shares
-from benchmarks.ratios import RATIOS, UpdatesDiffer
+from benchmarks.ratios import RATIOS, STAGES, UpdatesDiffer
 from benchmarks.results import Results
 from benchmarks.trl_side import TrlSide
 from tests.models import save_tiny
 from tests.trl_trainers import tolerated, trl_side_of_sums
+from trl.experimental.gmpo import GMPOTrainer
 
 from gmpo.objective import ObjectiveTerms, gmpo_terms
 
@@ -105,6 +107,35 @@ def test_gmpo_does_on_trls_completions_what_trl_did(tiny: Tiny, tmp_path: Path):
             # What lies between the stages belongs to the round alone.
             assert sum(figures[stage] for stage in stages) <= figures["round_seconds"] + 1e-6
             assert min(figures[name] for name in ("tokens", "peak_gib", "rollout_seconds")) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [
+        ("_generate_single_turn", "rollout_seconds"),
+        ("_calculate_rewards", "reward_seconds"),
+        # Its first call is the pass over old log-probabilities, before rewards are asked for.
+        ("_get_per_token_logps_and_entropies", "update_seconds"),
+    ],
+)
+def test_old_logprobs_of_trl_are_part_of_its_update(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, method: str, stage: str
+):
+    called = getattr(GMPOTrainer, method)
+    slowed: list[bool] = []
+
+    def slow(trainer: Any, *arguments: Any, **options: Any) -> Any:
+        if not slowed:
+            slowed.append("rewarded" not in trainer.marks)
+            time.sleep(2.0)
+        return called(trainer, *arguments, **options)
+
+    monkeypatch.setattr(GMPOTrainer, method, slow)
+    figures = tiny.trl.ask("round", number=1, live_groups=4)
+    assert slowed == [True]
+    assert figures[stage] >= 2.0
+    stages = ("rollout_seconds", "reward_seconds", "update_seconds")
+    assert sum(figures[name] for name in stages) == pytest.approx(figures["round_seconds"])
 
 
 def test_every_round_starts_from_the_same_weights(tiny: Tiny):
@@ -274,10 +305,17 @@ def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
     assert all(entry[f"{ratio}_median"] > 0 for ratio in RATIOS)
     assert entry["memory_ratio"] > 0 and len(entry["pairs"]) == 1
     assert content["setting"]["made_with"]["trl"] == "1.16.0"
+    assert content["setting"]["stages"] == STAGES
     assert path.with_suffix(".png").is_file()
     # Another setting of TRL does not go into the same file.
     assert vs_trl.main([*command, "--trl", "fp32/static_cache"]) == 1
     assert "name a new file" in capsys.readouterr().err
+    # Nor do pairs beside those of a file from before stages had a rule.
+    del content["setting"]["stages"]
+    path.write_text(json.dumps({"fp32": content}))
+    assert vs_trl.main([*command, "--trl", "fp32/generate"]) == 1
+    assert f"stages was None, is {STAGES}; name a new file" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == {"fp32": content}
 
 
 def test_no_pairs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,6 +14,7 @@ from benchmarks.exchange import SampledRows
 from benchmarks.ratios import (
     BF16_BOUNDS,
     FP32_BOUNDS,
+    STAGES,
     UpdatesDiffer,
     bounds_of,
     complaint,
@@ -244,7 +245,7 @@ def test_the_processor_is_read_from_the_kernels_list():
 
 def content(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "setting": {"workload": {"name": "short"}},
+        "setting": {"workload": {"name": "short"}, "stages": STAGES},
         "trl_setup": "fp32/generate",
         "gmpo_setup": {"dtype": "fp32", "engine": "fast"},
         "variants": {"no_dead": {**summary(pairs), "pairs": pairs}},
@@ -260,6 +261,21 @@ def test_table_and_plot_show_every_variant_that_has_pairs(tmp_path: Path):
     assert "as_sampled" not in text.getvalue()
     draw(contents, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_an_older_rule_timed_is_marked_in_table_and_plot(tmp_path: Path):
+    now, older = (content([pair(trl_round=40.0, gmpo_round=8.0)]) for _ in range(2))
+    del older["setting"]["stages"]
+    older["setting"]["workload"]["name"] = "words"
+    text, plain = StringIO(), StringIO()
+    print_table([now, older], Console(file=text, width=200))
+    assert "words, no_dead *" in text.getvalue() and "short, no_dead *" not in text.getvalue()
+    assert "* timed by an older rule" in text.getvalue()
+    draw([now, older], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "words, no_dead *" in drawn and "timed by an older rule" in drawn
+    print_table([now], Console(file=plain, width=200))
+    assert "*" not in plain.getvalue()
 
 
 def test_figures_of_fp32_stand_beside_those_of_the_same_file(tmp_path: Path):
