@@ -26,6 +26,7 @@ from gmpo.inputs import (
     resolve_model,
 )
 from gmpo.named_functions import load_function
+from gmpo.policy.agreement import why_not_alike
 from gmpo.policy.integrity import WeightsWatch
 from gmpo.policy.load import (
     context_length,
@@ -42,6 +43,7 @@ from gmpo.reward_table import build_rewards, reward_rule
 from gmpo.rewards import RewardFunctions, ScoredGroups, score_groups
 from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
 from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings, decode_text, sample_groups
+from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.graphed import capture_for
 from gmpo.sampler.local import LocalSampler
@@ -267,8 +269,16 @@ def build_sampler(
 
 
 def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
-    """What decodes with the policy's own weights, as fast as its model allows."""
+    """What decodes with the policy's own weights, as fast as its model allows.
+
+    The fast steps are compared with the model's own logits first; if they differ, the policy's
+    `warn` is told, and the model decodes by its own forward.
+    """
     if policy.body is None:
+        return TransformersDecoder(policy.model)
+    problem = why_not_alike("decoding", policy.body, decoded_difference)
+    if problem:
+        policy.warn(f"{problem}; the model decodes by its own forward: same results, slower")
         return TransformersDecoder(policy.model)
     capture = capture_for(policy.device)
     return LlamaDecoder(policy.body, max_rows=max_rows, capture=capture)

@@ -359,7 +359,7 @@ def test_a_model_whose_layers_differ_from_the_familys_falls_back_with_the_differ
     model.model.layers[1].mlp.register_forward_hook(lambda module, given, output: 1.5 * output)
     policy = Policy(model, engine="fast", warn=warnings.append)
     assert not policy.shares_prompts
-    assert "logits differ from the model's own by" in warnings[0]
+    assert "logits (prompts) differ from the model's own by" in warnings[0]
 
 
 def test_a_sliding_window_is_refused_by_the_fast_path_with_its_width():

@@ -151,6 +151,8 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("checkpoint", "policy.adapter_files"): "a LoRA checkpoint holds the adapters as PEFT's files",
     ("policy.score", "batch"): "scoring reads a micro-batch's tensors",
     ("policy.packed", "batch"): "the shared prefix is laid out in the micro-batch",
+    ("policy.agreement", "batch"): "the training pass is checked on a small micro-batch",
+    ("sampler.agreement", "policy"): "decoding is checked as the policy's other passes are",
     ("sampler.decoders", "policy.head"): "logits are widened alike before they are drawn from",
     ("sampler.cache", "policy.head"): "keys and values are widened as logits are",
     ("sampler.drawing", "policy.head"): "logits are widened a few rows at a time",

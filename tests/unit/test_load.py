@@ -27,6 +27,7 @@ from transformers import (
 
 from gmpo.errors import ModelError
 from gmpo.policy import hub
+from gmpo.policy.agreement import extended_difference, scored_difference
 from gmpo.policy.load import (
     choose_device,
     choose_dtype,
@@ -40,8 +41,8 @@ from gmpo.policy.load import (
     model_version,
     restore_stored_digits,
 )
-from gmpo.policy.prefix import largest_logit_difference
 from gmpo.policy.score import Policy
+from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.requests import SampleRequest, complete
@@ -355,7 +356,9 @@ def test_smollm2_takes_the_fast_path_with_its_modules_logits(smollm2):
     assert policy.shares_prompts
     assert warnings == []
     assert sum(weight.numel() for _, weight in policy.named_weights()) == 134_515_008
-    assert largest_logit_difference(policy.body) < 1e-4
+    assert extended_difference(policy.body) < 1e-4
+    assert scored_difference(policy.body) < 1e-4
+    assert decoded_difference(policy.body) < 1e-4
 
 
 @pytest.mark.real_model

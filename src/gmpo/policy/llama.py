@@ -3,7 +3,7 @@
 Llama, SmolLM, Mistral, Qwen2 and Qwen3 share one layer: RMS norm, rotary grouped-query attention,
 gated SiLU feed-forward. Writing it here lets the caller decide where keys and values live: beside
 a shared prompt with gradient (training) or in a preallocated cache (sampling).
-`largest_logit_difference` in `prefix.py` compares it with the module before anything relies on it.
+`agreement.py` compares what is built of it with the module before anything relies on it.
 
 Dimensions: **B** sequences, **T** tokens, **H** query heads, **K** key heads, **D** head size,
 **M** hidden size, **V** vocabulary, **S** keys attended to.

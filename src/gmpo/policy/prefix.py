@@ -28,7 +28,6 @@ __all__ = [
     "Past",
     "common_length",
     "extend",
-    "largest_logit_difference",
     "padded",
     "run_prompts",
 ]
@@ -220,23 +219,6 @@ def _equal_length(rows: Int[Tensor, "P S"], row: Int[Tensor, "1 S"]) -> int:
     """Columns before the first in which a row differs from the one."""
     differs = (rows != row).any(dim=0)
     return int(differs.int().argmax()) if bool(differs.any()) else rows.shape[1]
-
-
-@torch.no_grad()
-def largest_logit_difference(body: LlamaBody) -> float:
-    """How far `extend`'s logits are from the module's own at the position where they are farthest.
-
-    At each of some fixed positions the root mean square over the vocabulary, relative to the
-    spread of the module's logits, so that it means the same for every model. A mistake in the
-    layers shows at most positions in most logits; the largest of a million single differences
-    would tell more of rounding than of mistakes.
-    """
-    device = body.model.device
-    token_ids = (torch.arange(1, 25, device=device) * 7919 % body.model.config.vocab_size)[None]
-    expected = body.model(token_ids).logits.double().cpu()
-    hidden, _ = extend(body, token_ids, torch.tensor([token_ids.shape[1]], device=device))
-    difference = body.logits(hidden).double().cpu() - expected
-    return float(difference.square().mean(dim=-1).sqrt().max() / expected.std())
 
 
 def padded(

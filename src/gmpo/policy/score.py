@@ -21,22 +21,20 @@ from transformers import PreTrainedModel
 from gmpo.batch import MicroBatch
 from gmpo.errors import ModelError
 from gmpo.kernels.optimizer import takes_narrow
+from gmpo.policy.agreement import (
+    LARGEST_LOGIT_DIFFERENCE,
+    extended_difference,
+    scored_difference,
+    why_not_alike,
+)
 from gmpo.policy.head import chunked_token_logprobs, token_logprobs, widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, adapters_off, merged_weight
 from gmpo.policy.packed import scored_hidden_states
-from gmpo.policy.prefix import largest_logit_difference
 from gmpo.policy.recompute import recompute_layers
 from gmpo.policy.weights import copy_weights
 
 __all__ = ["BasePolicy", "Policy", "Scorer", "TokenScores"]
-
-_LARGEST_LOGIT_DIFFERENCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.bfloat16: 0.25}
-"""Start-up check of the fast path, as a fraction of the logits' spread.
-
-In bf16 the model's own stream is rounded after every layer, which the fast path's is not: 0.06 for
-SmolLM2-135M as it comes, 0.11 after a few rounds of training. Two of its layers exchanged give
-0.42, and positions, mask or a layer left out more than 1.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,8 @@ class Policy:
         engine: "fast" or "plain".
         gradient_checkpointing: run each layer again in the backward pass instead of keeping what
             it computed; the same gradients for less memory and more time.
-        warn: called with one sentence if the fast path does not cover the model.
+        warn: called with one sentence if the fast path does not cover the model, or later if the
+            sampler's does not.
 
     Raises:
         ModelError: the model is in a precision that is not trained in.
@@ -84,12 +83,13 @@ class Policy:
         gradient_checkpointing: bool = False,
         warn: Callable[[str], None] = print,
     ) -> None:
-        if model.dtype not in _LARGEST_LOGIT_DIFFERENCE:
+        if model.dtype not in LARGEST_LOGIT_DIFFERENCE:
             raise ModelError(
                 f"the model is in {model.dtype}; load it in torch.float32 or torch.bfloat16: small "
                 "gradients are lost in fp16 without loss scaling, which does not exist here"
             )
         self.model = model.eval()  # dropout would make scored and sampled policy differ
+        self.warn = warn
         self.body = _checked_body(model, warn) if engine == "fast" else None
         if gradient_checkpointing and self.body is not None:
             self.body.recomputes_layers = True
@@ -359,12 +359,9 @@ def _checked_body(model: PreTrainedModel, warn: Callable[[str], None]) -> LlamaB
     except ModelError as error:
         warn(f"{error}; it runs on the plain path: same results, slower")
         return None
-    difference = largest_logit_difference(body)
-    allowed = _LARGEST_LOGIT_DIFFERENCE[model.dtype]
-    if not difference <= allowed:
-        warn(
-            f"the fast path's logits differ from the model's own by {difference:.2g} of their "
-            f"spread (allowed {allowed:g}); it runs on the plain path: same results, slower"
-        )
-        return None
+    for what, measure in (("prompts", extended_difference), ("training", scored_difference)):
+        problem = why_not_alike(what, body, measure)
+        if problem:
+            warn(f"{problem}; it runs on the plain path: same results, slower")
+            return None
     return body

@@ -32,15 +32,15 @@ from gmpo.sampler.graphed import Capture, FixedSteps
 from gmpo.sampler.prefilling import prepared_layer_run
 from gmpo.sampler.prepared import PreparedBody, prepare_body, unprepared_body
 
-__all__ = ["Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
+__all__ = ["ENOUGH_ROWS", "Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
-_ENOUGH_ROWS = 16
+ENOUGH_ROWS = 16
 """Rows running at once from which reordered weights earn the time it takes to reorder them: on two
 cores about 90 ms in bf16 and 150 ms in fp32, for 15 and 30 ms a step of 64 rows."""
 _ENOUGH_STEPS = 6
 """Steps of fewer rows after which bf16 weights are reordered too: what those took longer then makes
 up for it, so that a short answer never costs much more than it must, and a long one neither. fp32's
-order is for `_ENOUGH_ROWS` and more."""
+order is for `ENOUGH_ROWS` and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,7 @@ class LlamaDecoder:
         """The model's linear layers for a step of so many rows, reordered where that pays."""
         if self._prepared is None:
             is_bf16 = self.body.model.dtype == torch.bfloat16
-            if rows >= _ENOUGH_ROWS or (is_bf16 and self._unprepared_steps >= _ENOUGH_STEPS):
+            if rows >= ENOUGH_ROWS or (is_bf16 and self._unprepared_steps >= _ENOUGH_STEPS):
                 self._prepared = prepare_body(self.body, rows=rows)
         self._unprepared_steps += 1
         return self._prepared or self._plain
