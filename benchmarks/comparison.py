@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any, Protocol
 
@@ -33,6 +34,20 @@ ALLOWED_PRECISIONS = {
 """TRL's precisions that gmpo's `dtype` is compared with."""
 COMPARED = ("difference", "cosine", "gradient_cosine")
 """What a replay says of how far gmpo's work is from TRL's."""
+
+
+TRL_RELEASES = "1.16"
+"""The series that the benchmarks drive through its private methods, as pyproject.toml pins it."""
+
+
+def require_trl() -> None:
+    """Raises BenchmarkError where TRL is missing or of another series."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if not f"{found}.".startswith(f"{TRL_RELEASES}."):
+        raise BenchmarkError(f"TRL {TRL_RELEASES} is needed, found {found}: pip install '.[trl]'")
 
 
 class Side(Protocol):
@@ -116,10 +131,7 @@ def choose_setup(bench: Bench, results: Results) -> str:
     usable = {name: each for name, each in trial.items() if each["excluded"] is None}
     if not usable:
         raise WorkerFailed(f"no setting of TRL is usable: {trial}")
-    best = min(usable, key=lambda name: usable[name]["round_seconds"])
-    results.content["trl_setup"] = best
-    results.save()
-    return best
+    return min(usable, key=lambda name: usable[name]["round_seconds"])
 
 
 def tried(bench: Bench, setup: str, gmpo: Side) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison import require_trl
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
 from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
@@ -97,6 +98,7 @@ def trl_points(points: Sequence[Point], *, is_quick: bool = False) -> list[Point
 @ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    require_trl()  # the release is part of the setting, and gmpo's side compares with it
     points = curves(arguments.model, is_quick=arguments.quick)
     setting = {
         "base": asdict(points[0].workload) | {"group_size": None},

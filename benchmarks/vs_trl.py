@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.comparison import (
     ALLOWED_PRECISIONS,
@@ -25,6 +26,7 @@ from benchmarks.comparison import (
     Sides,
     choose_setup,
     is_fp32,
+    require_trl,
     run_pairs,
     setups_of,
     warm_up,
@@ -46,6 +48,7 @@ REFUSED = 3
 @ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    require_trl()
     choose_device(arguments.device)  # or it says which there are
     workload = workload_of(arguments)
     setting = {
@@ -86,16 +89,31 @@ def plot_of_shares(arguments: argparse.Namespace) -> Path:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workload", required=True, choices=WORKLOADS)
+    # Metavars keep the usage, which every refusal of an option prints, from listing all choices.
+    parser.add_argument(
+        "--workload",
+        required=True,
+        choices=WORKLOADS,
+        metavar="NAME",
+        help=f"one of {', '.join(WORKLOADS)}",
+    )
     parser.add_argument("--json", required=True, type=Path, metavar="FILE")
     parser.add_argument("--pairs", type=int, default=5, help="rounds of each side and variant")
     parser.add_argument(
         "--dtype",
         choices=ALLOWED_PRECISIONS,
         default="auto",
+        metavar="DTYPE",
         help="of gmpo; auto, its default, meets TRL's best of all, fp32 and bf16 TRL's best there",
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="VARIANT",
+        help=f"{' or '.join(VARIANTS)}; both unless given",
+    )
     parser.add_argument(
         "--live-shares",
         type=int,
@@ -111,7 +129,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of both sides")
     parser.add_argument(
-        "--trl", choices=setups_of("auto"), help="take this setting of TRL and hold no trial"
+        "--trl",
+        choices=setups_of("auto"),
+        metavar="SETTING",
+        help="take this setting of TRL and hold no trial; one of " + ", ".join(setups_of("auto")),
     )
     parser.add_argument("--model", help="in place of the workload's: a name or a folder")
     arguments = parser.parse_args(argv)
@@ -122,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
         parser.error(
             f"--trl {arguments.trl} is not compared with --dtype {arguments.dtype}; choose from "
-            f"{setups_of(arguments.dtype)}"
+            f"{', '.join(setups_of(arguments.dtype))}"
         )
     return arguments
 
@@ -150,17 +171,14 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             say=say,
             device=arguments.device,
         )
-        was_tried = arguments.trl is None or "trial" in results.content
-        results.content["trl_chosen_by"] = "trial" if was_tried else "--trl"
-        setup = arguments.trl or choose_setup(bench, results)
-        if results.content.setdefault("trl_setup", setup) != setup:
-            raise OtherBenchmark(
-                f"{arguments.json} has TRL as {results.content['trl_setup']}, not {setup}; name "
-                "a new file"
-            )
+        setup = trl_setup(arguments, bench, results)
         with bench.trl(setup) as trl, bench.gmpo() as gmpo:
             about = gmpo.ask("about")
-            results.content["gmpo_setup"] = {name: about[name] for name in ("dtype", "engine")}
+            keep_one(
+                results,
+                arguments.json,
+                gmpo_setup={name: about[name] for name in ("dtype", "engine")},
+            )
             say(
                 f"{workload.name}: TRL without vLLM as {setup} against gmpo in {about['dtype']} "
                 f"({'; '.join(about['notes']) or 'no notes'})"
@@ -171,6 +189,40 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             for variant in arguments.variants:
                 run_pairs(bench, sides, results, variant=variant, wanted=arguments.pairs)
             run_live_shares(bench, sides, results, wanted=arguments.live_shares)
+
+
+def trl_setup(arguments: argparse.Namespace, bench: Bench, results: Results) -> str:
+    """The setting of TRL that was named, or the trial's best, which the file then has.
+
+    Raises:
+        OtherBenchmark: the file's samples are of another one, or of one that was named.
+    """
+    content = results.content
+    was_tried = arguments.trl is None or content.get("trl_chosen_by") == "trial"
+    if was_tried and content.get("trl_chosen_by") == "--trl":
+        raise OtherBenchmark(
+            f"{arguments.json} has TRL as {content['trl_setup']}, which was named; name it again "
+            f"(--trl {content['trl_setup']}), or a new file"
+        )
+    setup: str = arguments.trl or choose_setup(bench, results)
+    keep_one(results, arguments.json, trl_setup=setup)
+    content["trl_chosen_by"] = "trial" if was_tried else "--trl"
+    return setup
+
+
+def keep_one(results: Results, path: Path, **settings: Any) -> None:
+    """Have the file hold how a side is run, where it does not yet.
+
+    Raises:
+        OtherBenchmark: its samples are of that side run in another way.
+    """
+    for name, found in settings.items():
+        kept = results.content.setdefault(name, found)
+        if kept != found:
+            raise OtherBenchmark(
+                f"{path} was made with something else: {name} was {kept}, is {found}; name a new "
+                "file, or remove it"
+            )
 
 
 if __name__ == "__main__":
