@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,6 +26,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.devices import DEVICES, device_name, wait_for
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from gmpo.batch import StepBatch, build_step
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.score import Policy
@@ -48,10 +49,11 @@ MICRO_BATCHES = (2048, 16384)
 """Tokens of a micro-batch: `training.max_tokens_per_micro_batch` by default, and a whole step."""
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="cuda")
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=results_file, metavar="FILE")
     parser.add_argument("--config", required=True, metavar="FOLDER")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -62,12 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = arguments.device
     entries: list[dict[str, Any]] = []
     report = {"made_with": {**provenance(), "device": device_name(device)}, "entries": entries}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for entry in measured(arguments):
         entries.append(entry)
         print(json.dumps(entry), flush=True)
         # Each time, so that what was measured stays if a later part fails.
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(arguments.json, report)
     return 0
 
 

@@ -32,7 +32,12 @@ from rich.table import Table
 from scipy.stats import t as student
 from scripts.seeds import is_finished
 
-from benchmarks.options import BenchmarkError, ends_clearly, require_at_least_one
+from benchmarks.options import (
+    BenchmarkError,
+    ends_clearly,
+    plotted_results_file,
+    require_at_least_one,
+)
 from benchmarks.results import Results
 from gmpo.tracking import provenance, read_lines
 
@@ -77,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
     parser.add_argument("--recipe", default="quickstart", help="bundled name or path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=8)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import sys
 import threading
 import time
@@ -31,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,7 +39,14 @@ import torch
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
 from benchmarks.differences import Difference, quantile_difference, shown
 from benchmarks.load_clients import answers_of, tokens_per_second
-from benchmarks.options import add_threads, require_at_least_one, require_threads
+from benchmarks.options import (
+    add_threads,
+    ends_clearly,
+    require_at_least_one,
+    require_threads,
+    results_file,
+)
+from benchmarks.results import write_results
 from benchmarks.upstream_latency import (
     NAME,
     WARM_UP,
@@ -323,7 +328,8 @@ def report(figures: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@ends_clearly
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -339,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--latency-pairs", type=int, default=1000)
     parser.add_argument("--upstream-pairs", type=int, default=500)
     parser.add_argument("--upstream-tokens", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=results_file, help="file for all figures")
     add_threads(parser)
     options = parser.parse_args(arguments)
     require_threads(parser, options.threads)
@@ -380,9 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "circumstances": under,
             **figures,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+        write_results(options.json, whole)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

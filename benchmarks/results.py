@@ -77,11 +77,30 @@ class Results:
             )
 
     def save(self) -> None:
-        """Whole or not at all."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.whole, indent=1) + "\n")
-        os.replace(partial, self._path)
+        """Whole or not at all.
+
+        Raises:
+            BenchmarkError: the file cannot be written.
+        """
+        write_results(self._path, self.whole)
+
+
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
+    """A benchmark's JSON file, whole or not at all: what was there before stays until then.
+
+    Raises:
+        BenchmarkError: it cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise BenchmarkError(
+            f"{path} cannot be written: {error.strerror}; see to space and permissions, then run "
+            "this again"
+        ) from None
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -14,13 +14,11 @@ The counted operations of whole rounds, gmpo's beside TRL's, need no clock.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks import flops
 from benchmarks.circumstances import busy_warning, circumstances
-from benchmarks.options import add_threads, ends_clearly, require_threads
+from benchmarks.options import add_threads, ends_clearly, require_threads, results_file
 from benchmarks.parts import profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
+from benchmarks.results import write_results
 from benchmarks.roofline_report import (
     BY_TORCH,
     DECODE_BY_TORCH,
@@ -108,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report["counted"] = counted(measured, workloads, options.model)
     print(counted_table(report["counted"]))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(options.json, report)
     return 0
 
 
@@ -126,7 +124,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_threads(parser)
     parser.add_argument("--only-count", action="store_true", help="count operations, time nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     options = parser.parse_args(arguments)
     if options.cycles < 1:
         parser.error(f"--cycles {options.cycles} must be at least 1")

@@ -10,21 +10,27 @@ turns: 16 short requests at one server alone, and at both servers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.circumstances import busy_warning, circumstances
-from benchmarks.options import add_threads, require_at_least_one, require_threads
+from benchmarks.options import (
+    BenchmarkError,
+    add_threads,
+    ends_clearly,
+    require_at_least_one,
+    require_threads,
+    results_file,
+)
+from benchmarks.results import write_results
 from gmpo.continual.serving import served_process
 from gmpo.continual.traffic import ServerClient, open_client
 from gmpo.policy.load import model_folder
@@ -41,9 +47,10 @@ AT_ONCE = 16
 MAX_TOKENS = 8
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=results_file, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--cycles", type=int, default=8, help="measurements of each")
@@ -65,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": seconds,
     }
     print_table(seconds)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0
 
 
@@ -122,7 +128,7 @@ def asked(server: ServerClient) -> float:
     took = time.perf_counter() - began
     failed = [answer.error for answer in answers if answer.error is not None]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {AT_ONCE} requests failed, the first: {failed[0]}")
+        raise BenchmarkError(f"{len(failed)} of {AT_ONCE} requests failed, the first: {failed[0]}")
     return took
 
 

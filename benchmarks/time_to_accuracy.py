@@ -28,7 +28,13 @@ from benchmarks.accuracy_report import SIDES, draw, print_table, summary
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
-from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.options import (
+    add_threads,
+    ends_clearly,
+    plotted_results_file,
+    require_at_least_one,
+    require_threads,
+)
 from benchmarks.results import Results, made_with
 from benchmarks.worker import Worker
 from benchmarks.workloads import Workload
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
     parser.add_argument("--target", type=float, default=0.5, help="held-out accuracy, in (0, 1]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))

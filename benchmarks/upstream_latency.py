@@ -24,7 +24,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +31,15 @@ import numpy as np
 
 from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.differences import Difference, quantile_difference, quantile_of_differences, shown
-from benchmarks.options import add_threads, require_at_least_one, require_threads
+from benchmarks.options import (
+    add_threads,
+    ends_clearly,
+    require_at_least_one,
+    require_threads,
+    results_file,
+)
 from benchmarks.paced_server import paced_server
+from benchmarks.results import write_results
 from gmpo.continual.serving import served_process
 
 NAME = "model"
@@ -218,7 +224,8 @@ def report_upstream(added: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@ends_clearly
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--paced", type=float, metavar="MS", help="a server without a model, a token each MS ms"
     )
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=results_file, help="file for all figures")
     add_threads(parser)
     options = parser.parse_args(arguments)
     require_threads(parser, options.threads)
@@ -258,9 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what = with_model if options.paced is None else {"paced_milliseconds": options.paced}
         asked = {**what, "threads": options.threads}
         whole = {**asked, "circumstances": under, **figures}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+        write_results(options.json, whole)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

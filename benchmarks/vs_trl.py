@@ -34,7 +34,13 @@ from benchmarks.comparison import (
 from benchmarks.devices import DEVICES
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.live_shares import draw_live_shares, print_live_shares, run_live_shares
-from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.options import (
+    add_threads,
+    ends_clearly,
+    plotted_results_file,
+    require_at_least_one,
+    require_threads,
+)
 from benchmarks.ratios import STAGES, UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
@@ -97,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"one of {', '.join(WORKLOADS)}",
     )
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
     parser.add_argument("--pairs", type=int, default=5, help="rounds of each side and variant")
     parser.add_argument(
         "--dtype",

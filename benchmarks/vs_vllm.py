@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.circumstances import REPOSITORY, busy_warning, circumstances
-from benchmarks.options import BenchmarkError, add_threads, ends_clearly, require_threads
+from benchmarks.options import (
+    BenchmarkError,
+    add_threads,
+    ends_clearly,
+    require_threads,
+    results_file,
+)
+from benchmarks.results import write_results
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import VLLM, is_finished, make_environment, python_of
 from gmpo.policy.load import load_tokenizer, model_folder
@@ -146,8 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(table(report))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(options.json, report)
     return 0
 
 
@@ -171,7 +177,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="positions of a block of vLLM's cache; only full blocks are shared",
     )
     add_venv(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     options = parser.parse_args(arguments)
     if options.pairs < LEAST_PAIRS:
         parser.error(f"--pairs {options.pairs} must be at least {LEAST_PAIRS}")

@@ -14,7 +14,6 @@ server shows what quality and fallback cost before a server. vLLM's environment 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -36,7 +35,9 @@ from benchmarks.options import (
     ends_clearly,
     require_at_least_one,
     require_threads,
+    results_file,
 )
+from benchmarks.results import write_results
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import python_of
 from benchmarks.vs_vllm import LEAST_PAIRS, add_venv, require_vllm, vllm_environment
@@ -77,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(table(report))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(options.json, report)
     return 0
 
 
@@ -92,7 +92,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
     add_threads(parser, what="of the model's server; all cores unless given")
     add_venv(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     options = parser.parse_args(arguments)
     if options.turns < LEAST_PAIRS:
         parser.error(f"--turns {options.turns} must be at least {LEAST_PAIRS}")

@@ -14,10 +14,10 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.options import results_file
 from scipy.special import ndtri
 
 from gmpo.abtest.ratio import ALARM_ODDS, log_bayes_factors
@@ -48,7 +48,7 @@ class Crossings:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--simulations", type=int, default=SIMULATIONS)
     arguments = parser.parse_args()
     count = arguments.simulations
@@ -65,7 +65,6 @@ def main() -> int:
         print(kind, effect, json.dumps(report[f"{kind} {effect:+g}"]))
     report["ratio"] = ratio_alarms(count)
     print("ratio", json.dumps(report["ratio"]))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from benchmarks.options import plot_file, results_file
 from matplotlib.figure import Figure
 from scripts.tiny_policy import sums_recipe, warm_policy
 
@@ -89,8 +90,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptive"), help="of the runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw mean curves here")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw mean curves here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # another number would round sums otherwise
     model = warm_policy(arguments.runs / "policy")
@@ -273,7 +276,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """The results so far, where they are asked for."""
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {
             "made_with": provenance(),
             "rounds": ROUNDS,

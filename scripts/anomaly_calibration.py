@@ -16,10 +16,10 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.options import results_file
 from scipy.stats import chi2
 
 from gmpo.monitoring.anomalies import AnomalyState, Figure, judge_block
@@ -79,7 +79,7 @@ CHANGES: Mapping[str, Mapping[str, float]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--weeks", type=int, default=20, help="streams of each kind")
     parser.add_argument("--streams", type=int, default=20, help="streams with each change")
     arguments = parser.parse_args()
@@ -99,7 +99,6 @@ def main() -> int:
             summary = {level: summed([one[level] for one in delays]) for level in LEVELS[1:]}
             report["changes"][name][change] = summary
             print(name, change, json.dumps(summary), flush=True)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

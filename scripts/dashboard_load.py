@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import results_file
 from streamlit.testing.v1 import AppTest
 from tests.dashboard_stores import answers, fill, outcomes
 
@@ -36,7 +37,7 @@ PAGE = Path(gmpo.dashboard.__file__).with_name("page.py")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--events", type=int, default=EVENTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +48,6 @@ def main() -> int:
         **figures,
     }
     print(json.dumps(figures, indent=1))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

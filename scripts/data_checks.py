@@ -13,9 +13,9 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from benchmarks.options import results_file
 from tests.data_batches import poisoned, simulated_sampler, sums
 
 from gmpo.data_checks.profile import dispute_test
@@ -216,7 +216,7 @@ def prompts_of(rows: list[Row]) -> list[Prompt]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--json", type=results_file, help="file for all figures")
     arguments = parser.parse_args()
     rows = sound_rows()
     figures = {

@@ -24,6 +24,7 @@ import torch
 from benchmarks.devices import DEVICES, device_name
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import GmpoSide
+from benchmarks.options import results_file
 from benchmarks.workloads import SGD_LEARNING_RATES, WORKLOADS, Workload
 from scripts.replay import Weights, cosine_similarity
 
@@ -53,7 +54,7 @@ class Check:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="cuda")
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=results_file, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
     arguments = parser.parse_args(argv)
     checks: list[Check] = []
@@ -80,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "auto_takes": choose_dtype("auto", device=torch.device(arguments.device)),
         "checks": [vars(check) for check in checks],
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if all(check.holds for check in checks) else 1
 

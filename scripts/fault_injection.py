@@ -27,6 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from benchmarks.options import results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 from torch import nn
 
@@ -76,7 +77,9 @@ def main() -> int:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--guards", nargs="+", choices=GUARDS, default=list(GUARDS))
     parser.add_argument("--runs", type=Path, default=Path("runs/faults"), help="folder of the runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every outcome here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every outcome here too"
+    )
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # another number would round sums otherwise
@@ -100,7 +103,6 @@ def main() -> int:
                 for each in outcomes
             ],
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, allow_nan=False)
         arguments.json.write_text(text + "\n")
     return 0

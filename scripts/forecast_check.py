@@ -3,7 +3,7 @@
 Each recipe trains the default model for one round of two or more steps, one after the other in
 processes of their own:
 
-    python scripts/forecast_check.py --json docs/results/forecast.json
+    python -m scripts.forecast_check --json docs/results/forecast.json
 
 A case counts as right within 20 %. The forecast is that of `forecast.json` in the run folder; what
 is measured is the largest resident memory of the whole process, or on CUDA the most allocated.
@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.options import results_file
 
 from gmpo.tracking import provenance, read_lines
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES, action="append", help="this case; repeatable")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="add the results to this file")
+    parser.add_argument("--json", type=results_file, help="add the results to this file")
     arguments = parser.parse_args()
     rows = []
     for name in arguments.only or CASES:

@@ -14,10 +14,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.options import results_file
 from tests.gate_decisions import SEED, answers, simulated
 
 from gmpo.statistics import wilson_interval
@@ -56,7 +56,7 @@ def cases() -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     arguments = parser.parse_args()
     report: dict[str, Any] = {
@@ -74,7 +74,6 @@ def main() -> int:
     report["usual_rule"] = usual_rule(arguments.repeats)
     for name, found in report["usual_rule"].items():
         print("usual rule,", name, shown(found))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

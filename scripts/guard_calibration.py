@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.options import results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 from tests.guard_traces import healthy, steady
 from tests.models import save_tiny
@@ -58,7 +59,9 @@ def main() -> int:
     parser.add_argument("--resamples", type=int, default=5, help="longer traces a run")
     parser.add_argument("--made-up", type=int, default=300, help="made-up runs of each kind")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="folders of other runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every alarm here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every alarm here too"
+    )
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # another number would round sums otherwise
@@ -95,7 +98,6 @@ def main() -> int:
     for name, other in report["others"].items():
         print(f"{name}: {len(other['alarms'])} alarms in {len(other['rounds'])} rounds")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.options import results_file
 from scripts.replay import (
     LIMITS,
     STEPS_PER_ROUND,
@@ -71,7 +72,9 @@ class Subject:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=["tiny", "smollm2-135m"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     arguments = parser.parse_args()
     subjects = {"tiny": tiny, "smollm2-135m": smollm2}
     rows: list[dict[str, Any]] = []

@@ -24,7 +24,13 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from benchmarks.exchange import Scratch, write_start
-from benchmarks.options import add_threads, ends_clearly, require_at_least_one, require_threads
+from benchmarks.options import (
+    add_threads,
+    ends_clearly,
+    plotted_results_file,
+    require_at_least_one,
+    require_threads,
+)
 from benchmarks.results import Results, made_with
 from benchmarks.spread import Spread, spread
 from benchmarks.worker import Worker
@@ -59,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each precision")
     add_threads(parser)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from benchmarks.options import results_file
 
 from gmpo.cli import app
 from gmpo.continual.serving import served_process
@@ -40,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=float, default=0.05, help="as for gmpo quality")
     parser.add_argument("--threads", type=int, default=2, help="of the server")
     parser.add_argument("--seed", type=int, default=0, help="of questions and draws")
-    parser.add_argument("--json", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--json", required=True, type=results_file, metavar="FILE")
     options = parser.parse_args(words)
     if options.answers < 1:
         parser.error(f"--answers is {options.answers}; at least 1 is needed")

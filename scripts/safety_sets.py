@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import results_file
+
 from gmpo.gate import decide_gate
 from gmpo.gate.policy import GatePolicy
 from gmpo.gate.records import PairedSuite, SafetyCount
@@ -26,7 +28,7 @@ def main() -> None:
     """Ask each model all sets, and print and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="names or folders of models")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=results_file, help="file to write")
     arguments = parser.parse_args()
     told: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "scripts.safety_sets", *sys.argv[1:]]),

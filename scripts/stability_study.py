@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.options import plotted_results_file
 from scripts.arithmetic import KINDS, Kind, circumstances, enter, of_this_process
 from scripts.moe_policy import WarmUp, warmed_up_policy
 from scripts.stability_figures import collapse_round, log_digest, run_figures
@@ -239,7 +240,6 @@ def main() -> int:
     warmed_up_policy(study.task, study.warm_up, cache=arguments.runs)
     failed = run_missing(arguments)
     report = results(finished(arguments.runs), settings=settings_of(study), seeds=SEEDS)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(dump(report))
     plot(report, arguments.json.with_suffix(".png"))
     print(markdown(report))
@@ -250,7 +250,9 @@ def main() -> int:
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="results file; a plot beside it")
+    parser.add_argument(
+        "--json", type=plotted_results_file, required=True, help="results file; a plot beside it"
+    )
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of runs in one arithmetic")
     parser.add_argument(
         "--arithmetic", choices=KINDS, help="that of the results file if there is one, or portable"

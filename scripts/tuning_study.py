@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.options import results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 
 from gmpo.recipe import dump_recipe
@@ -26,7 +27,7 @@ from gmpo.recipe import dump_recipe
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="the report goes here")
+    parser.add_argument("--json", type=results_file, required=True, help="the report goes here")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning_study"))
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the tuned recipe")
