@@ -16,6 +16,7 @@ from benchmarks.ratios import (
     bounds_of,
     complaint,
     is_left_to_fp32,
+    own_complaint,
     require_same_update,
     summary,
 )
@@ -109,10 +110,10 @@ def setups_of(dtype: str) -> list[str]:
 
 
 def choose_setup(bench: Bench, results: Results) -> str:
-    """TRL's fastest setting that trains as gmpo does, from one round of each on fewer prompts.
+    """TRL's fastest setting that does the update, from one round of each on fewer prompts.
 
     Raises:
-        WorkerFailed: no setting of TRL works.
+        BenchmarkError: no setting of TRL works and does.
     """
     trial: dict[str, Any] = results.content.setdefault("trial", {})
     few = replace(bench.workload, prompts_per_round=STEPS_PER_ROUND)
@@ -130,21 +131,36 @@ def choose_setup(bench: Bench, results: Results) -> str:
                 bench.say(trial_line(setup, trial[setup]))
     usable = {name: each for name, each in trial.items() if each["excluded"] is None}
     if not usable:
-        raise WorkerFailed(f"no setting of TRL is usable: {trial}")
+        reasons = "; ".join(f"{name}: {each['excluded']}" for name, each in trial.items())
+        raise BenchmarkError(
+            f"no setting of TRL can be compared with: {reasons}. --trl SETTING takes one untried"
+        )
     return min(usable, key=lambda name: usable[name]["round_seconds"])
 
 
 def tried(bench: Bench, setup: str, gmpo: Side) -> dict[str, Any]:
-    """Figures of one round, and why the setting is excluded, or None."""
+    """Figures of one round, and why the setting is excluded, or None.
+
+    A setting whose update is gmpo's is used. Where it is not, either may have been led away, and
+    TRL in fp32 tells about this one, as it tells about gmpo in `hold_to_trl`. The setting is not
+    excluded for what gmpo does: then the comparison itself is refused, in the warm-up or a pair.
+    """
+    asked = {"number": 0, "live_groups": bench.workload.prompts_per_round}
     with bench.trl(setup) as trl:
         try:
-            figures = trl.ask("round", number=0, live_groups=bench.workload.prompts_per_round)
+            figures = trl.ask("round", **asked)
         except WorkerFailed as failure:
             return {"excluded": f"it failed: {str(failure).strip().splitlines()[-1]}"}
     replayed = gmpo.ask("replay", number=0)
     bounds = bounds_of(both_fp32=is_fp32(setup) and gmpo.ask("about")["dtype"] == "fp32")
     compared = {name: replayed[name] for name in COMPARED}
-    return {**figures, **compared, "excluded": complaint(compared, "adamw", bounds)}
+    figures |= compared
+    if complaint(compared, "adamw", bounds) is None:
+        return {**figures, "excluded": None}
+    with bench.exact_trl() as exact:
+        theirs = exact.ask("replay", **asked)
+    to_fp32 = {name: theirs[name] for name in ("cosine", "gradient_cosine")}
+    return {**figures, "to_fp32": to_fp32, "excluded": own_complaint(to_fp32, bounds)}
 
 
 def is_fp32(setup: str) -> bool:
@@ -159,6 +175,8 @@ def trial_line(setup: str, figures: Mapping[str, Any]) -> str:
             f"update {figures['update_seconds']:.1f}), cosine {figures['cosine']:.4f}, "
             f"of first gradients {figures['gradient_cosine']:.4f}"
         )
+    if "to_fp32" in figures:
+        line += f"; its own to TRL in fp32 {figures['to_fp32']['cosine']:.4f}"
     if figures["excluded"] is not None:
         line += f"  excluded: {figures['excluded']}"
     return line

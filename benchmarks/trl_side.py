@@ -226,10 +226,11 @@ class TrlSide:
             sgd_learning_rate: as that round had it.
 
         Returns:
-            "cosine" between the update that lay there and this one.
+            "cosine" between the update that lay there and this one, "gradient_cosine" between the
+            first gradients.
         """
         rows = SampledRows.read(self._scratch.completions)
-        other = load_weights(self._scratch.update)
+        update, gradient = load_weights(self._scratch.update), load_weights(self._scratch.gradient)
         self._trainer.given = rows.completion_ids
         try:
             self.round(number=number, live_groups=live_groups, sgd_learning_rate=sgd_learning_rate)
@@ -237,7 +238,15 @@ class TrlSide:
             self._trainer.given = None
         if self._sampled_rows() != rows:
             raise ValueError(f"the rows of round {number} are not those that were left")
-        return {"cosine": cosine_similarity(other, load_weights(self._scratch.update))}
+        own = self._clock.first_gradient
+        both = bool(gradient) and bool(own)
+        return {
+            "cosine": cosine_similarity(update, load_weights(self._scratch.update)),
+            # Where every group is dead, neither has one.
+            "gradient_cosine": (
+                cosine_similarity(gradient, own) if both else float(bool(gradient) == bool(own))
+            ),
+        }
 
     def learn(self, *, number: int, learning_rates: Sequence[float]) -> dict[str, Any]:
         """The next round of a run that learns: it begins with the weights of the one before.

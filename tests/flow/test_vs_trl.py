@@ -247,7 +247,10 @@ def test_trl_takes_the_completions_that_another_setting_of_it_left(tiny: Tiny):
     # Nothing that it would draw itself: each completion from its second token on.
     shorter = replace(rows, completion_ids=[ids[1:] or ids for ids in rows.completion_ids])
     shorter.write(scratch.completions)
-    assert tiny.trl.ask("replay", number=1, live_groups=4)["cosine"] < 0.99
+    replayed = tiny.trl.ask("replay", number=1, live_groups=4)
+    assert replayed["cosine"] < 0.99 and replayed["gradient_cosine"] < 0.99
+    again = tiny.trl.ask("replay", number=1, live_groups=4)
+    assert again == pytest.approx({"cosine": 1.0, "gradient_cosine": 1.0}, abs=1e-6)
     assert tiny.gmpo.ask("replay", number=1)["difference"] <= 1e-2
     with pytest.raises(ValueError, match="not those that were left"):
         tiny.trl.ask("replay", number=1, live_groups=3)
