@@ -19,7 +19,7 @@ help:
 	@echo 'make test     lint, types and all tests'
 	@echo 'make verify   long proofs and the mutation check; results in docs/results/'
 	@echo 'make bench    gmpo and TRL in turns on three workloads (an hour or more; goes on where it was)'
-	@echo 'make studies  growth, precision, learning curves, time to an accuracy (two hours; goes on where it was)'
+	@echo 'make studies  growth, precision, learning curves, time to an accuracy (three hours; goes on where it was)'
 	@echo 'make lint     ruff and mypy only'
 	@echo 'make venv     set up only'
 	@echo 'make clean    remove caches and build output; keeps .venv and runs/'
@@ -68,7 +68,8 @@ studies: .venv/.extras-stamp
 	$(BIN)/python -m benchmarks.growth --with-trl --json runs/bench/growth.json
 	$(BIN)/python -m scripts.precision --json runs/bench/precision.json
 	$(BIN)/python -m benchmarks.time_to_accuracy --json runs/bench/time_to_accuracy.json
-	$(BIN)/python -m benchmarks.learning_curves --json runs/bench/learning_curves.json
+	$(BIN)/python -m benchmarks.learning_curves --rounds 6 --set training.schedule=constant --seeds 0 1 2 3 4 5 \
+	    --json runs/bench/learning_curves.json
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,9 +9,11 @@ single rounds are shown and decide nothing: one in twenty misses 0 by chance.
 `--control TOKENS` trains the fast engine a second time, with micro-batches of so many tokens: the
 same sums in another order. What that changes shows how far rounding alone leads curves apart.
 
-Resumable: a finished run is read and an unfinished one goes on from its newest checkpoint.
+Resumable: a finished run is read, of whichever commit, which is stored and told; an unfinished one
+goes on from its newest checkpoint, at the commit that began it.
 
-    python -m benchmarks.learning_curves --json docs/results/learning_curves.json
+    python -m benchmarks.learning_curves --rounds 6 --set training.schedule=constant \\
+        --seeds 0 1 2 3 4 5 --json docs/results/learning_curves.json
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from benchmarks.options import (
     require_at_least_one,
 )
 from benchmarks.results import Results
-from gmpo.tracking import provenance, read_lines
+from gmpo.tracking import builds_of, provenance, read_lines
 
 ENGINES = ("fast", "plain")
 CONTROL = "control"
@@ -65,13 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     results = Results(arguments.json, setting)
     curves: dict[str, Any] = results.content.setdefault("rewards", {})
+    # Not the report's: a finished run may be older.
+    commits: dict[str, str | None] = results.content.setdefault("commits", {})
     for seed in arguments.seeds:
         for name in (*ENGINES, *([CONTROL] if arguments.control else [])):
-            if f"{name}/{seed}" not in curves:
+            if f"{name}/{seed}" not in commits:
                 curves[f"{name}/{seed}"] = trained(name, seed, arguments)
+                commits[f"{name}/{seed}"] = commit_of(run_folder(name, seed, arguments))
                 results.save()
     results.content["comparison"] = compared(curves, widest=arguments.widest)
     print_tables(results.content["comparison"])
+    if told := other_commits(commits, setting["made_with"]["commit"]):
+        print(told)
     if arguments.control:
         results.content["control"] = compared(curves, other=CONTROL, widest=arguments.widest)
         print_differences(results.content["control"], other=CONTROL)
@@ -141,12 +148,12 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> list[float]:
         arguments: of the command.
 
     Raises:
-        RunFailed: the run ended with an error.
+        RunFailed: the run ended with an error, or another commit began it and did not end it.
     """
-    label = f"{name}{arguments.control}" if name == CONTROL else name
-    folder = arguments.runs / f"{study_name(arguments)}-{label}-seed{seed}"
+    folder = run_folder(name, seed, arguments)
     command = [sys.executable, "-c", "from gmpo.cli import main; main()", "train"]
     if any(folder.glob("checkpoints/round-*")):
+        require_same_commit(folder)
         command += ["--run", str(folder), "--resume"]
     else:
         command += [arguments.recipe, "--run", str(folder)]
@@ -169,6 +176,47 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> list[float]:
             "or name another folder with --runs"
         )
     return rewards
+
+
+def run_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Where a curve's run lies."""
+    label = f"{name}{arguments.control}" if name == CONTROL else name
+    folder: Path = arguments.runs / f"{study_name(arguments)}-{label}-seed{seed}"
+    return folder
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that began a run; None if it was not noted.
+
+    Raises:
+        RunFolderError: the note cannot be read.
+    """
+    return next((build["commit"] for build in builds_of([folder])), None)
+
+
+def require_same_commit(folder: Path) -> None:
+    """An unfinished run goes on at its own commit alone, so that it is of one.
+
+    Raises:
+        RunFailed: another commit began it.
+    """
+    begun, now = commit_of(folder), provenance()["commit"]
+    if begun != now and not is_finished(folder):
+        raise RunFailed(
+            f"{folder} was begun at commit {begun} and is not finished, and this is {now}; check "
+            "that commit out, or remove the folder to begin the run anew"
+        )
+
+
+def other_commits(commits: dict[str, str | None], now: str | None) -> str | None:
+    """Which runs are of which commits; None if all are of the one that makes the report."""
+    if set(commits.values()) <= {now}:
+        return None
+    runs: dict[str | None, list[str]] = {}
+    for name, commit in commits.items():
+        runs.setdefault(commit, []).append(name)
+    told = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in runs.items())
+    return f"not all runs are of this commit, {now}, but by their folders of\n{told}"
 
 
 def study_name(arguments: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from benchmarks.learning_curves import compared, draw, interval, print_tables
 from rich.console import Console
 from tests.models import save_tiny
 from tests.tiny_runs import tiny_recipe, write_recipe
+
+from gmpo.tracking import provenance
 
 
 def curves(*differences: list[float]) -> dict[str, list[float]]:
@@ -63,24 +66,66 @@ def test_the_command_trains_both_engines_once_and_says_whether_they_agree(
     command += ["--set", "sampling.prompts_per_round=4", "--widest", "1"]
     # The first round of both engines draws the same tokens, in fp32.
     assert learning_curves.main(command) == 0
-    assert "fast and plain agree over 2 seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fast and plain agree over 2 seeds" in said
     content = json.loads(path.read_text())
     rewards = content["rewards"]
     assert list(rewards) == ["fast/0", "plain/0", "fast/1", "plain/1"]
     assert rewards["fast/0"] == pytest.approx(rewards["plain/0"], abs=0.05)
     assert content["comparison"]["overall"]["mean"] == pytest.approx(0.0, abs=0.05)
     assert path.with_suffix(".png").is_file()
-    # Without the file, the finished runs are read; the control is made besides.
+    assert len(set(content["commits"].values())) == 1
+    assert "not all runs are of this commit" not in said
+    # Without the file, the finished runs are read, one of another commit; the control is made too.
     path.unlink()
+    [earlier] = (tmp_path / "runs").glob("*-fast-seed1")
+    begin_at(earlier, "0123456789ab")
     assert learning_curves.main([*command, "--control", "64"]) == 0
     content = json.loads(path.read_text())
     curves = content["rewards"]
     assert {name: curves[name] for name in rewards} == rewards
     assert list(curves) == ["fast/0", "plain/0", "control/0", "fast/1", "plain/1", "control/1"]
-    assert "fast minus control" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fast minus control" in said
+    assert "0123456789ab: fast/1" in said and "fast/0, plain/0" in said
+    assert content["commits"].pop("fast/1") == "0123456789ab"
+    assert set(content["commits"]) == set(curves) - {"fast/1"}
+    assert set(content["commits"].values()) == {provenance()["commit"]}
     assert content["control"]["overall"]["mean"] == pytest.approx(0.0, abs=0.05)
     [made] = (tmp_path / "runs").glob("*-control64-seed0")
     assert "max_tokens_per_micro_batch = 64\n" in (made / "recipe.toml").read_text()
+
+
+def begin_at(folder: Path, commit: str) -> None:
+    """Have the run's note say that this commit began it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({**provenance(), "commit": commit}))
+
+
+def test_an_unfinished_run_of_another_commit_does_not_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["--json", str(tmp_path / "curves.json"), "--runs", str(tmp_path / "runs")]
+    folder = learning_curves.run_folder("fast", 0, learning_curves.parse(command))
+    begin_at(folder, "0123456789ab")
+    (folder / "checkpoints" / "round-000001").mkdir(parents=True)
+    assert learning_curves.main(command) == 1
+    said = capsys.readouterr().err
+    assert f"{folder} was begun at commit 0123456789ab and is not finished" in said
+    assert "check that commit out, or remove the folder" in said
+
+
+def test_make_studies_runs_the_documented_study():
+    repository = Path(__file__).parents[2]
+    study = None
+    for file in ("Makefile", "docs/experiments.md"):
+        text = (repository / file).read_text()
+        [words] = re.findall(r"-m benchmarks\.learning_curves (.*?)--json", text, re.DOTALL)
+        found = vars(
+            learning_curves.parse([*words.replace("\\\n", " ").split(), "--json", "x.json"])
+        )
+        assert study is None or found == study
+        study = found
 
 
 def test_the_plot_shows_every_run(tmp_path: Path):
