@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=results_file, help="add the results to this file")
     arguments = parser.parse_args()
+    made_with = provenance()  # before the results change the tree, if their file is in it
     rows = []
     for name in arguments.only or CASES:
         settings = (f"model.device={arguments.device}", f"model.dtype={arguments.dtype}")
@@ -76,6 +77,7 @@ def main() -> None:
             "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
         }
         row |= measure(*CASES[name], *SMALL_EVALUATION, *LIVE_GROUPS, *settings)
+        row["made_with"] = made_with
         rows.append(row)
         print(
             f"{name} ({arguments.device}, {arguments.dtype}): forecast {row['forecast_gib']:.2f} "
@@ -113,7 +115,6 @@ def measure(recipe: str, *overrides: str) -> dict[str, Any]:
         "parts": {key: value for key, value in needs.items() if key.endswith("_gib")},
         "time": forecast["time"],
         "measured_round_seconds": forecast["measured"]["round_seconds"],
-        "made_with": provenance(),
     }
 
 

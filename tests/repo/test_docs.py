@@ -194,3 +194,30 @@ def test_every_row_is_in_a_table_with_a_head(page: Path):
         lines[n] for n in firsts if not re.match(r"\|[\s:|-]+\|$", "".join(lines[n + 1 : n + 2]))
     ]
     assert not astray
+
+
+def entries_of(result: Path) -> list[str]:
+    """The entries of docs/experiments.md that name the result file."""
+    entries = (DOCS / "experiments.md").read_text().split("\n### ")[1:]
+    return [entry for entry in entries if f"/{result.relative_to(DOCS / 'results')}" in entry]
+
+
+def test_entries_give_the_load_that_their_results_were_measured_under():
+    loads = {}
+    for result in sorted((DOCS / "results").rglob("*.json")):
+        found = re.search(r'"load_before": ([\d.]+)', result.read_text())
+        if found and result.name != "roofline_counts.json":  # which has no times
+            loads[result] = f"load {float(found[1]):.2f}"
+    assert len(loads) > 5
+    for result, load in loads.items():
+        for entry in entries_of(result):
+            # A second load of one sentence stands without the word.
+            number = load.removeprefix("load ")
+            assert re.search(rf"[Ll]oad ([\d.]+ and )?{re.escape(number)}\b", entry), (result, load)
+
+
+def test_entries_say_that_the_tree_of_their_results_had_changes():
+    for result in sorted((DOCS / "results").rglob("*.json")):
+        if re.search(r'"commit": "\w+(-dirty|\+)"', result.read_text()):
+            for entry in entries_of(result):
+                assert "uncommitted" in entry, result
