@@ -166,36 +166,61 @@ def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
     figures: dict[str, Any] = {"num_pairs": len(pairs)}
     for name in RATIOS:
         values = [each[name] for each in ratios]
-        figures |= {
-            f"{name}_median": median(values),
-            f"{name}_min": min(values),
-            f"{name}_max": max(values),
-        }
+        figures |= {f"{name}_median": median(values), **extremes(name, values)}
     memory = [pair["gmpo"]["peak_gib"] / pair["trl"]["peak_gib"] for pair in pairs]
     figures |= {
         "memory_ratio": median(memory),
-        "memory_ratio_min": min(memory),
-        "memory_ratio_max": max(memory),
+        **extremes("memory_ratio", memory),
         "live_share": {side: mean(p[side]["live_share"] for p in pairs) for side in SIDES},
     }
     for side in SIDES:
-        figures[side] = {
-            "round_seconds": median(pair[side]["round_seconds"] for pair in pairs),
-            "rollout_tokens_per_second": median(tokens_per_second(pair[side]) for pair in pairs),
-            "peak_gib": median(pair[side]["peak_gib"] for pair in pairs),
-        }
-    figures["trl"]["update_seconds"] = median(p["trl"]["update_seconds"] for p in pairs)
-    figures["gmpo"]["update_seconds"] = median(p["replay"]["update_seconds"] for p in pairs)
-    figures["largest_difference"] = max(pair["replay"]["difference"] for pair in pairs)
-    figures["smallest_cosine"] = min(pair["replay"]["cosine"] for pair in pairs)
-    exact = [pair["exact"] for pair in pairs if "exact" in pair]
+        figures[side] = figures_of_side([side_of(pair, side) for pair in pairs])
+    return figures | agreement(pairs)
+
+
+def extremes(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def side_of(pair: Pair, side: str) -> dict[str, float]:
+    """A side's figures of a pair; updates are of the same rows, so gmpo's is its replay's."""
+    updated = pair["trl" if side == "trl" else "replay"]
+    return {
+        "round_seconds": pair[side]["round_seconds"],
+        "rollout_tokens_per_second": tokens_per_second(pair[side]),
+        "update_seconds": updated["update_seconds"],
+        "peak_gib": pair[side]["peak_gib"],
+    }
+
+
+def figures_of_side(of_pairs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure's median, by its own name, with min and max."""
+    found: dict[str, float] = {}
+    for name in of_pairs[0]:
+        values = [each[name] for each in of_pairs]
+        found |= {name: median(values), **extremes(name, values)}
+    return found
+
+
+def agreement(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How far gmpo's updates were from TRL's at most, and which pairs TRL in fp32 was asked about.
+
+    Those are numbered from 1, in the order of the pairs.
+    """
+    replays = [pair["replay"] for pair in pairs]
+    figures: dict[str, Any] = {
+        "largest_difference": max(each["difference"] for each in replays),
+        "smallest_cosine": min(each["cosine"] for each in replays),
+        "smallest_gradient_cosine": min(each["gradient_cosine"] for each in replays),
+    }
+    exact = {number: pair["exact"] for number, pair in enumerate(pairs, 1) if "exact" in pair}
     if exact:
         figures["left_to_fp32"] = {
             "num_pairs": len(exact),
-            "smallest_cosine": min(each["cosine"] for each in exact),
-            "trl_smallest_cosine": min(each["trl_cosine"] for each in exact),
+            "pairs": list(exact),
+            "smallest_cosine": min(each["cosine"] for each in exact.values()),
+            "trl_smallest_cosine": min(each["trl_cosine"] for each in exact.values()),
         }
-    figures["smallest_gradient_cosine"] = min(p["replay"]["gradient_cosine"] for p in pairs)
     return figures
 
 

@@ -1,4 +1,4 @@
-"""Result files of vs_trl.py as one table and one plot.
+"""Result files of vs_trl.py as tables and one plot.
 
 python -m benchmarks.report docs/results/vs_trl/*.json --plot docs/results/vs_trl.png
 """
@@ -16,14 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import ends_clearly
-from benchmarks.ratios import RATIOS, STAGES
+from benchmarks.ratios import RATIOS, STAGES, summary
 from benchmarks.results import read_results
+from benchmarks.spread import Spread
 
 COLUMNS = {
     "round_ratio": "round",
     "rollout_ratio": "rollout",
     "update_ratio": "update",
     "memory_ratio": "peak memory",
+}
+SIDE_NAMES = {"trl": "TRL", "gmpo": "gmpo"}
+SIDE_COLUMNS = {
+    "round_seconds": "round, s",
+    "rollout_tokens_per_second": "rollout, tokens/s",
+    "update_seconds": "update of TRL's rows, s",
+    "peak_gib": "peak memory, GiB",
 }
 Content = Mapping[str, Any]
 OLDER_MARK = " *"
@@ -61,8 +69,10 @@ def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content
     The name of what was timed by an older rule ends with a mark.
     """
     for content in sections(contents):
-        for variant, figures in content.get("variants", {}).items():
-            if figures["pairs"]:
+        for variant, stored in content.get("variants", {}).items():
+            if stored["pairs"]:
+                # Anew, because files hold the figures that there were when they were written.
+                figures = stored | summary(stored["pairs"])
                 workload = content["setting"]["workload"]["name"]
                 mark = "" if is_timed_by_this_rule(content) else OLDER_MARK
                 yield f"{workload}, {variant}{mark}", content, figures
@@ -74,11 +84,24 @@ def is_timed_by_this_rule(content: Content) -> bool:
 
 
 def print_table(contents: Sequence[Content], console: Console | None = None) -> None:
-    """TRL's time over gmpo's: median (min to max)."""
+    """TRL's time over gmpo's, what either side took, and how alike their updates are."""
+    console = console or Console(width=150)
+    console.print(table_of_ratios(contents))
+    console.print("peak memory is gmpo / TRL; updates are of the same completions")
+    if not all(is_timed_by_this_rule(content) for _, content, _ in entries(contents)):
+        console.print(OLDER_RULE)
+    console.print(table_of_sides(contents))
+    console.print(table_of_agreement(contents))
+    for content in sections(contents):
+        if "refused" in content:
+            console.print(f"{content['setting']['workload']['name']} refused: {content['refused']}")
+
+
+def table_of_ratios(contents: Sequence[Content]) -> Table:
     table = Table(title="TRL without vLLM / gmpo: median (min to max) over pairs of rounds")
     names = ("workload", "TRL", "gmpo", *COLUMNS.values(), "live TRL / gmpo", "pairs")
     for name in names:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name, content, figures in entries(contents):
         live = figures["live_share"]
         table.add_row(
@@ -90,14 +113,60 @@ def print_table(contents: Sequence[Content], console: Console | None = None) -> 
             f"{live['trl']:.2f} / {live['gmpo']:.2f}",
             str(figures["num_pairs"]),
         )
-    console = console or Console(width=150)
-    console.print(table)
-    console.print("peak memory is gmpo / TRL; updates are of the same completions")
-    if not all(is_timed_by_this_rule(content) for _, content, _ in entries(contents)):
-        console.print(OLDER_RULE)
-    for content in sections(contents):
-        if "refused" in content:
-            console.print(f"{content['setting']['workload']['name']} refused: {content['refused']}")
+    return table
+
+
+def table_of_sides(contents: Sequence[Content]) -> Table:
+    """Rows of TRL and of gmpo."""
+    table = Table(title="what either side took: median (min to max) over pairs of rounds")
+    for name in ("workload", "side", *SIDE_COLUMNS.values()):
+        table.add_column(name)
+    for name, _, figures in entries(contents):
+        for side, label in SIDE_NAMES.items():
+            of_side = figures[side]
+            spreads = [
+                Spread(median=of_side[key], min=of_side[f"{key}_min"], max=of_side[f"{key}_max"])
+                for key in SIDE_COLUMNS
+            ]
+            table.add_row(name, label, *(each.text() for each in spreads))
+    return table
+
+
+def table_of_agreement(contents: Sequence[Content]) -> Table:
+    """gmpo's updates of TRL's rows against TRL's own, in the worst pair, and before the pairs."""
+    table = Table(title="how alike the updates are")
+    for name in (
+        "workload",
+        "smallest cosine: update",
+        "first gradient",
+        "largest difference",
+        "SGD: cosine",
+        "difference",
+        "left to TRL in fp32",
+    ):
+        table.add_column(name)
+    for name, content, figures in entries(contents):
+        check = content.get("sgd_check")
+        table.add_row(
+            name,
+            f"{figures['smallest_cosine']:.4f}",
+            f"{figures['smallest_gradient_cosine']:.4f}",
+            f"{figures['largest_difference']:.2g}",
+            *((f"{check['cosine']:.4f}", f"{check['difference']:.2g}") if check else ("", "")),
+            left_to_fp32(check or {}, figures["pairs"]),
+        )
+    return table
+
+
+def left_to_fp32(check: Content, pairs: Sequence[Content]) -> str:
+    """Which updates passed only because they are TRL's in fp32."""
+    asked = {"SGD": check, **{f"pair {number}": pair for number, pair in enumerate(pairs, 1)}}
+    found = [
+        f"{name}: gmpo {each['exact']['cosine']:.4f}, TRL {each['exact']['trl_cosine']:.4f}"
+        for name, each in asked.items()
+        if "exact" in each
+    ]
+    return "; ".join(found) or "none"
 
 
 def spread(figures: Content, name: str, *, median: str | None = None) -> str:

@@ -74,6 +74,7 @@ def test_the_summary_says_which_pairs_were_left_to_fp32():
     figures = summary([plain, plain | {"exact": near}, plain | {"exact": far}])
     assert figures["left_to_fp32"] == {
         "num_pairs": 2,
+        "pairs": [2, 3],
         "smallest_cosine": 0.96,
         "trl_smallest_cosine": 0.85,
     }
@@ -103,7 +104,22 @@ def test_the_summary_has_medians_and_ranges_over_pairs():
     assert figures["num_pairs"] == 3
     assert "left_to_fp32" not in figures
     # Updates are of the same rows on both sides.
-    assert figures["gmpo"]["update_seconds"] == 3.0
+    assert figures["gmpo"] == {
+        "round_seconds": 8.0,
+        "round_seconds_min": 4.0,
+        "round_seconds_max": 10.0,
+        "rollout_tokens_per_second": 60.0,  # 120 / 2
+        "rollout_tokens_per_second_min": 60.0,
+        "rollout_tokens_per_second_max": 60.0,
+        "update_seconds": 3.0,
+        "update_seconds_min": 2.0,
+        "update_seconds_max": 6.0,
+        "peak_gib": 3.0,
+        "peak_gib_min": 3.0,
+        "peak_gib_max": 3.0,
+    }
+    assert figures["trl"]["update_seconds_max"] == 30.0
+    assert figures["trl"]["rollout_tokens_per_second_min"] == 25.0  # 100 / 4
 
 
 @pytest.mark.parametrize(
@@ -261,6 +277,34 @@ def test_table_and_plot_show_every_variant_that_has_pairs(tmp_path: Path):
     assert "as_sampled" not in text.getvalue()
     draw(contents, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_show_seconds_tokens_and_memory_of_either_side_and_how_alike_updates_are():
+    pairs = [
+        pair(trl_round=40.0, gmpo_round=8.0),
+        pair(trl_round=60.0, gmpo_round=9.0, replay=4.0),
+    ]
+    pairs[1]["replay"] |= {"cosine": 0.83, "gradient_cosine": 0.9912, "difference": 0.5968}
+    pairs[1]["exact"] = {"cosine": 0.9766, "trl_cosine": 0.8312}
+    of_bf16 = content(pairs) | {
+        "sgd_check": {"cosine": 0.9943, "difference": 0.107, "gradient_cosine": 0.998}
+    }
+    # As files were written before either side's figures had a range.
+    stored = of_bf16["variants"]["no_dead"]
+    stored["trl"] = stored["gmpo"] = {"round_seconds": 1.0}
+    text = StringIO()
+    print_table([of_bf16], Console(file=text, width=200))
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")][1:]
+        for line in text.getvalue().splitlines()
+        if line.startswith("│ short, no_dead")
+    ]
+    ranges = ["50.0 (40.0 to 60.0)", "25.0 (25.0 to 25.0)", "30.0 (30.0 to 30.0)"]
+    assert rows[1] == ["TRL", *ranges, "4.00 (4.00 to 4.00)"]
+    ranges = ["8.50 (8.00 to 9.00)", "60.0 (60.0 to 60.0)", "3.00 (2.00 to 4.00)"]
+    assert rows[2] == ["gmpo", *ranges, "3.00 (3.00 to 3.00)"]
+    cosines = ["0.8300", "0.9912", "0.6", "0.9943", "0.11"]
+    assert rows[3] == [*cosines, "pair 2: gmpo 0.9766, TRL 0.8312"]
 
 
 def test_what_an_older_rule_timed_is_marked_in_table_and_plot(tmp_path: Path):
