@@ -69,6 +69,7 @@ class Bench:
         scratch: files that the sides exchange; starting weights lie there.
         say: told what happens, a line each.
         device: of both sides.
+        trl_micro_batch: most rows that TRL runs at once in an update; None is a whole step's.
     """
 
     workload: Workload
@@ -77,17 +78,21 @@ class Bench:
     scratch: Scratch
     say: Callable[[str], None]
     device: str = "cpu"
+    trl_micro_batch: int | None = None
 
     def trl(self, setup: str) -> AbstractContextManager[Side]:
         """A TRL worker run as the named setup says."""
         precision, _, rollouts = setup.partition("/")
-        settings = {"setup": {"precision": precision, "rollouts": rollouts}}
-        return self._worker("benchmarks.trl_side", settings)
+        return self._trl({"precision": precision, "rollouts": rollouts})
 
     def exact_trl(self) -> AbstractContextManager[Side]:
         """TRL in fp32, to be asked and not to be timed: layers run again, which saves memory."""
         setup = {"precision": "fp32", "rollouts": "generate", "gradient_checkpointing": True}
-        return self._worker("benchmarks.trl_side", {"setup": setup})
+        return self._trl(setup)
+
+    def _trl(self, setup: Mapping[str, Any]) -> AbstractContextManager[Side]:
+        whole = {**setup, "micro_batch": self.trl_micro_batch}
+        return self._worker("benchmarks.trl_side", {"setup": whole})
 
     def gmpo(self) -> AbstractContextManager[Side]:
         return self._worker("benchmarks.gmpo_side", {"dtype": self.dtype})

@@ -78,6 +78,13 @@ def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content
                 yield f"{workload}, {variant}{mark}", content, figures
 
 
+def trl_setup(content: Content) -> str:
+    """TRL's setting, with the rows that it runs at once where they are not a whole step's."""
+    setup: str = content["trl_setup"]
+    rows = content["setting"].get("trl_micro_batch")
+    return setup if rows is None else f"{setup}, {rows} rows at once"
+
+
 def is_timed_by_this_rule(content: Content) -> bool:
     """Whether its rounds were cut into stages as they are now."""
     return bool(content["setting"].get("stages") == STAGES)
@@ -106,7 +113,7 @@ def table_of_ratios(contents: Sequence[Content]) -> Table:
         live = figures["live_share"]
         table.add_row(
             name,
-            content["trl_setup"],
+            trl_setup(content),
             content["gmpo_setup"]["dtype"],
             *(spread(figures, ratio) for ratio in RATIOS),
             spread(figures, "memory_ratio", median="memory_ratio"),
@@ -189,7 +196,7 @@ def draw(contents: Sequence[Content], path: Path) -> None:
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
     axis.axhline(1.0, color="black", linewidth=0.8)
     labels = [
-        f"{name}\n{content['trl_setup']}\ngmpo {content['gmpo_setup']['dtype']}"
+        f"{name}\n{trl_setup(content)}\ngmpo {content['gmpo_setup']['dtype']}"
         for name, content, _ in shown
     ]
     axis.set_xticks(range(len(shown)), labels, fontsize=8)

@@ -56,11 +56,20 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrlSetup:
-    """How TRL is run: keys of PRECISIONS and ROLLOUTS, and whether layers run again backwards."""
+    """How TRL is run.
+
+    Attributes:
+        precision: a key of PRECISIONS.
+        rollouts: a key of ROLLOUTS.
+        gradient_checkpointing: whether layers run again backwards.
+        micro_batch: most rows that run at once in an update, whose gradients add up to those of a
+            step; None runs a whole step's at once.
+    """
 
     precision: str
     rollouts: str
     gradient_checkpointing: bool = False
+    micro_batch: int | None = None
 
     @property
     def name(self) -> str:
@@ -378,9 +387,18 @@ def stage_seconds(marks: Mapping[str, float], *, ended: float) -> dict[str, floa
 
 def trl_arguments(workload: Workload, setup: TrlSetup, folder: str, *, device: str) -> GMPOConfig:
     """One round of STEPS_PER_ROUND steps without vLLM."""
+    rows = min(setup.micro_batch or workload.rows_per_step, workload.rows_per_step)
+    pieces, left = divmod(workload.rows_per_step, rows)
+    if left:
+        raise ValueError(
+            f"micro_batch {rows} does not divide the {workload.rows_per_step} of a step"
+        )
     changes = {
         "use_cpu": device == "cpu",
         "gradient_checkpointing": setup.gradient_checkpointing,
+        "gradient_accumulation_steps": pieces,
+        # TRL counts these in micro-batches.
+        "steps_per_generation": STEPS_PER_ROUND * pieces,
     }
     return GMPOConfig(
         **TRL_ON_CPU | changes,
@@ -394,7 +412,7 @@ def trl_arguments(workload: Workload, setup: TrlSetup, folder: str, *, device: s
             {"min_new_tokens": workload.max_new_tokens} if workload.ignores_end else None
         ),
         num_generations=workload.group_size,
-        per_device_train_batch_size=workload.rows_per_step,
+        per_device_train_batch_size=rows,
         max_steps=STEPS_PER_ROUND,
         shuffle_dataset=False,
         logging_strategy="no",

@@ -5,6 +5,10 @@ both sides move the weights alike on the same completions. An interrupted run go
 
     python -m benchmarks.vs_trl --workload short --json docs/results/vs_trl/short.json
 
+TRL runs a whole optimizer step's rows at once in an update, 16 of them (8 in long-prompt), and gmpo
+at most 2,048 tokens. TRL needs less memory, and other times, with --trl-micro-batch 4, by which its
+steps add up the gradients of four rows at a time.
+
 With --dtype fp32 the file gets a section "fp32", so that its figures stand beside those of bf16.
 With --live-shares 3 it gets the update's seconds by the share of live groups, 3 times each.
 """
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workload": asdict(workload),
         "dtype": arguments.dtype,
         "stages": STAGES,
+        "trl_micro_batch": arguments.trl_micro_batch,
         "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }
     results = Results(arguments.json, setting, section=section_of(arguments.dtype))
@@ -134,24 +139,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="no completion ends before its limit, so that both sides draw equally many tokens",
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of both sides")
-    parser.add_argument(
-        "--trl",
-        choices=setups_of("auto"),
-        metavar="SETTING",
-        help="take this setting of TRL and hold no trial; one of " + ", ".join(setups_of("auto")),
-    )
+    add_trl(parser)
     parser.add_argument("--model", help="in place of the workload's: a name or a folder")
     arguments = parser.parse_args(argv)
     require_at_least_one(parser, pairs=arguments.pairs)
     require_threads(parser, arguments.threads)
     if arguments.live_shares < 0:
         parser.error(f"--live-shares is {arguments.live_shares}; 0 or more is needed")
+    require_trl_options(parser, arguments)
+    return arguments
+
+
+def add_trl(parser: argparse.ArgumentParser) -> None:
+    """How TRL is run, to be checked by `require_trl_options`."""
+    parser.add_argument(
+        "--trl",
+        choices=setups_of("auto"),
+        metavar="SETTING",
+        help="take this setting of TRL and hold no trial; one of " + ", ".join(setups_of("auto")),
+    )
+    parser.add_argument(
+        "--trl-micro-batch",
+        type=int,
+        metavar="ROWS",
+        help="rows that TRL runs at once in an update; a whole optimizer step's unless given",
+    )
+
+
+def require_trl_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program where TRL cannot be run so, or is not compared."""
+    rows = workload_of(arguments).rows_per_step
+    if arguments.trl_micro_batch is not None and (
+        arguments.trl_micro_batch < 1 or rows % arguments.trl_micro_batch
+    ):
+        parser.error(
+            f"--trl-micro-batch is {arguments.trl_micro_batch}; it must divide the {rows} rows of "
+            "an optimizer step"
+        )
     if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
         parser.error(
             f"--trl {arguments.trl} is not compared with --dtype {arguments.dtype}; choose from "
             f"{', '.join(setups_of(arguments.dtype))}"
         )
-    return arguments
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
@@ -176,6 +205,7 @@ def compare(arguments: argparse.Namespace, workload: Workload, results: Results)
             scratch=scratch,
             say=say,
             device=arguments.device,
+            trl_micro_batch=arguments.trl_micro_batch,
         )
         setup = trl_setup(arguments, bench, results)
         with bench.trl(setup) as trl, bench.gmpo() as gmpo:

@@ -20,7 +20,7 @@ from benchmarks.gmpo_side import GmpoSide
 from benchmarks.live_shares import run_live_shares
 from benchmarks.ratios import RATIOS, STAGES, UpdatesDiffer
 from benchmarks.results import Results
-from benchmarks.trl_side import TrlSide
+from benchmarks.trl_side import TrlSetup, TrlSide
 from tests.models import save_tiny
 from tests.trl_trainers import tolerated, trl_side_of_sums
 from trl.experimental.gmpo import GMPOTrainer
@@ -256,6 +256,30 @@ def test_trl_takes_the_completions_that_another_setting_of_it_left(tiny: Tiny):
         tiny.trl.ask("replay", number=1, live_groups=3)
 
 
+def test_trl_takes_the_same_steps_with_fewer_rows_at_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert tiny.bench.workload.rows_per_step == 4
+    tiny.trl.ask("round", number=1, live_groups=4)
+    batches: list[int] = []
+    loss_of = GMPOTrainer._compute_loss
+
+    def counted(trainer: Any, model: Any, inputs: Any) -> Any:
+        batches.append(len(inputs["completion_ids"]))
+        return loss_of(trainer, model, inputs)
+
+    monkeypatch.setattr(GMPOTrainer, "_compute_loss", counted)
+    setup = TrlSetup(precision="fp32", rollouts="generate", micro_batch=2)
+    smaller = TrlSide(tiny.bench.workload, setup, tiny.bench.scratch, str(tmp_path / "smaller"))
+    replayed = smaller.replay(number=1, live_groups=4)
+    assert replayed == pytest.approx({"cosine": 1.0, "gradient_cosine": 1.0}, abs=1e-6)
+    assert batches == [2] * 8
+    with pytest.raises(ValueError, match="micro_batch 3 does not divide the 4 of a step"):
+        TrlSide(
+            tiny.bench.workload, replace(setup, micro_batch=3), tiny.bench.scratch, str(tmp_path)
+        )
+
+
 def test_updates_by_live_groups_are_of_the_same_completions_and_go_on(tiny: Tiny, tmp_path: Path):
     path = tmp_path / "out.json"
     run_live_shares(tiny.bench, tiny.sides, Results(path, {}), wanted=1)
@@ -313,6 +337,8 @@ def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
     # Another setting of TRL does not go into the same file.
     assert vs_trl.main([*command, "--trl", "fp32/static_cache"]) == 1
     assert "name a new file" in capsys.readouterr().err
+    assert vs_trl.main([*command, "--trl", "fp32/generate", "--trl-micro-batch", "4"]) == 1
+    assert "trl_micro_batch was None, is 4; name a new file" in capsys.readouterr().err
     # Nor do pairs beside those of a file from before stages had a rule.
     del content["setting"]["stages"]
     path.write_text(json.dumps({"fp32": content}))

@@ -322,6 +322,14 @@ def test_what_an_older_rule_timed_is_marked_in_table_and_plot(tmp_path: Path):
     assert "*" not in plain.getvalue()
 
 
+def test_the_table_says_how_many_rows_trl_ran_at_once():
+    smaller = content([pair(trl_round=40.0, gmpo_round=8.0)])
+    smaller["setting"]["trl_micro_batch"] = 4
+    text = StringIO()
+    print_table([smaller], Console(file=text, width=250))
+    assert "fp32/generate, 4 rows at once" in text.getvalue()
+
+
 def test_figures_of_fp32_stand_beside_those_of_the_same_file(tmp_path: Path):
     both = content([pair(trl_round=40.0, gmpo_round=8.0)])
     only = {"fp32": content([pair(trl_round=60.0, gmpo_round=20.0)])}

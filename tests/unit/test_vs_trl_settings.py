@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from benchmarks import comparison, growth, vs_trl
 from benchmarks.comparison import Bench, setups_of
+from benchmarks.exchange import Scratch
 from benchmarks.results import OtherBenchmark, Results
+from benchmarks.workloads import WORKLOADS
 
 
 class StubSide:
@@ -133,9 +135,45 @@ def test_another_trl_is_refused_in_a_line(
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("rows", ["0", "3", "32", "-4"])
+def test_a_micro_batch_of_trl_divides_a_step(rows: str, capsys: pytest.CaptureFixture[str]):
+    command = ["--workload", "short", "--json", "x.json", "--trl-micro-batch"]
+    with pytest.raises(SystemExit):
+        vs_trl.parse([*command, rows])
+    assert "must divide the 16 rows of an optimizer step" in capsys.readouterr().err
+    assert vs_trl.parse([*command, "4"]).trl_micro_batch == 4
+
+
+def test_trls_workers_are_told_the_micro_batch(monkeypatch: pytest.MonkeyPatch):
+    setups: list[dict[str, Any]] = []
+
+    @contextmanager
+    def worker(_: Bench, __: str, settings: Mapping[str, Any]) -> Iterator[None]:
+        setups.append(settings["setup"])
+        yield None
+
+    monkeypatch.setattr(Bench, "_worker", worker)
+    bench = Bench(
+        workload=WORKLOADS["short"],
+        dtype="auto",
+        threads=1,
+        scratch=Scratch(folder=Path("unused")),
+        say=print,
+        trl_micro_batch=4,
+    )
+    with bench.trl("fp32/generate"), bench.exact_trl():
+        assert [setup["micro_batch"] for setup in setups] == [4, 4]
+
+
+def test_make_bench_measures_the_curve_by_live_groups_on_one_workload():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    recipe = makefile.partition("\nbench:")[2].partition("\n\n")[0]
+    assert "--live-shares 3" in next(line for line in recipe.splitlines() if "= short" in line)
+
+
 def test_a_refused_option_prints_a_short_usage(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        vs_trl.parse(["--workload", "short", "--json", "x", "--trl", "fp64/generate"])
+        vs_trl.parse(["--workload", "short", "--json", "x.json", "--trl", "fp64/generate"])
     usage, _, said = capsys.readouterr().err.partition("error: ")
     assert "fp32/generate" in said and "fp32/generate" not in usage and "long-prompt" not in usage
     with pytest.raises(SystemExit):
