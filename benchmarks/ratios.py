@@ -53,7 +53,7 @@ BF16_BOUNDS = Bounds(
     sgd_cosine=0.99,
     adamw_difference=None,
     # AdamW's first steps give weights with hardly a gradient the same size as others, and their
-    # sign is rounding.
+    # sign is rounding: docs/decisions/0011-bounds-on-bf16-updates.md.
     adamw_cosine=0.95,
 )
 
