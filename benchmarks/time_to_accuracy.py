@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_report import SIDES, draw, print_table, summary
+from benchmarks.comparison import require_trl
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
@@ -48,6 +49,8 @@ RECIPE = "quickstart"
 @ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if "trl" in arguments.sides:
+        require_trl()
     torch.set_num_threads(arguments.threads)
     recipe = recipe_of(arguments)
     setting = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import comparison, growth, vs_trl
+from benchmarks import comparison, growth, time_to_accuracy, vs_trl
 from benchmarks.comparison import Bench, setups_of
 from benchmarks.exchange import Scratch
 from benchmarks.results import OtherBenchmark, Results
@@ -113,7 +113,7 @@ def test_a_file_whose_gmpo_took_bf16_gets_no_pairs_in_fp32(comparing: Comparing)
 
 
 @pytest.mark.parametrize("found", [None, "1.15.3", "1.160.0", "2.0.0"])
-@pytest.mark.parametrize("main", [vs_trl.main, growth.main])
+@pytest.mark.parametrize("main", [vs_trl.main, growth.main, time_to_accuracy.main])
 def test_another_trl_is_refused_in_a_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
