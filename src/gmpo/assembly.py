@@ -26,7 +26,7 @@ from gmpo.inputs import (
     resolve_model,
 )
 from gmpo.named_functions import load_function
-from gmpo.policy.agreement import why_not_alike
+from gmpo.policy.agreement import LARGEST_OVER_POSITIONS, why_not_alike
 from gmpo.policy.integrity import WeightsWatch
 from gmpo.policy.load import (
     context_length,
@@ -276,7 +276,11 @@ def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
     """
     if policy.body is None:
         return TransformersDecoder(policy.model)
-    problem = why_not_alike("decoding", policy.body, decoded_difference)
+    problem = why_not_alike(
+        "decoding",
+        difference=decoded_difference(policy.body),
+        allowed=LARGEST_OVER_POSITIONS[policy.dtype],
+    )
     if problem:
         policy.warn(f"{problem}; the model decodes by its own forward: same results, slower")
         return TransformersDecoder(policy.model)

@@ -23,6 +23,7 @@ from gmpo.errors import ModelError
 from gmpo.kernels.optimizer import takes_narrow
 from gmpo.policy.agreement import (
     LARGEST_LOGIT_DIFFERENCE,
+    LARGEST_OVER_POSITIONS,
     extended_difference,
     scored_difference,
     why_not_alike,
@@ -359,8 +360,11 @@ def _checked_body(model: PreTrainedModel, warn: Callable[[str], None]) -> LlamaB
     except ModelError as error:
         warn(f"{error}; it runs on the plain path: same results, slower")
         return None
-    for what, measure in (("prompts", extended_difference), ("training", scored_difference)):
-        problem = why_not_alike(what, body, measure)
+    for what, measure, allowed in (
+        ("prompts", extended_difference, LARGEST_LOGIT_DIFFERENCE),
+        ("training", scored_difference, LARGEST_OVER_POSITIONS),
+    ):
+        problem = why_not_alike(what, difference=measure(body), allowed=allowed[model.dtype])
         if problem:
             warn(f"{problem}; it runs on the plain path: same results, slower")
             return None

@@ -42,8 +42,7 @@ def decoded_difference(body: LlamaBody) -> float:
         decoder.add_rows(prefill, rows)
         for place in range(_PROMPT_TOKENS, _PROMPT_TOKENS + _STEPS):
             logits = decoder.advance(sequences[followed, place])
-            differences.append(logit_differences(logits[:2], expected[:, place]))
-            differences.append(logit_differences(logits[-2:], expected[:, place]))
+            differences.append(logit_differences(logits, expected[followed.cpu(), place]))
         [prefill] = decoder.prefill([prompt], all_logits=True)
         differences.append(logit_differences(prefill.logits, expected[0, :_PROMPT_TOKENS]))
         decoder.drop(range(rows))
