@@ -4,17 +4,19 @@ A reference that is not even equal to itself can be earned by no completion: tra
 noise, and an evaluation on it understates. Each is put as a completion in two forms, as it stands
 and in a box, and every accepted form of an answer counts.
 
-    python scripts/check_answers.py FOLDER --json FILE
+    python -m scripts.check_answers FOLDER --json FILE
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.options import BenchmarkError, results_file
+from benchmarks.results import write_results
 
 from gmpo.errors import ConfigError, GmpoError
 from gmpo.grading import Grader, Verdict
@@ -34,7 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
         "--failures", type=int, default=0, help="show so many of each file and form"
     )
     parser.add_argument("--time-limit", type=float, default=2.0, help="seconds for one comparison")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write counts and failures here")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write counts and failures here"
+    )
     arguments = parser.parse_args(words)
     checked: list[dict[str, Any]] = []
     try:
@@ -46,13 +50,11 @@ def main(words: Sequence[str] | None = None) -> int:
                 checked.append(check(file, grader))
                 print(table_row(checked[-1]), flush=True)
                 show_failures(checked[-1], arguments.failures)
-    except GmpoError as error:
+        if arguments.json:
+            write_results(arguments.json, {"made_with": provenance(), "files": checked})
+    except (BenchmarkError, GmpoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"made_with": provenance(), "files": checked}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -14,7 +14,7 @@ from benchmarks.results import Results, write_results
 from tests.disks import as_another_user, fill, resize, small_disk
 
 REPOSITORY = Path(__file__).parents[2]
-RUN_BY_PATH = {"check_answers.py", "mutation.py", "seeds.py", "verl_check.py"}
+RUN_BY_PATH = {"mutation.py", "seeds.py", "verl_check.py"}
 """Scripts that start without the repository on their path, so without `benchmarks`."""
 NEEDED = {
     "device_decode": ["--config", "none"],
