@@ -11,9 +11,16 @@ import torch
 from tests.models import FAMILIES, character_tokenizer, tiny_model
 
 from gmpo.assembly import build_decoder, build_sampler
+from gmpo.errors import ModelError
 from gmpo.policy import agreement, prefix
-from gmpo.policy.agreement import extended_difference, scored_difference
+from gmpo.policy.agreement import (
+    LARGEST_LOGIT_DIFFERENCE,
+    LARGEST_OVER_POSITIONS,
+    extended_difference,
+    scored_difference,
+)
 from gmpo.policy.llama import LlamaBody
+from gmpo.policy.load import load_policy, model_folder
 from gmpo.policy.score import Policy
 from gmpo.sampler import decoders
 from gmpo.sampler.agreement import decoded_difference
@@ -132,3 +139,25 @@ def test_decoding_that_is_wrong_is_not_used_and_results_are_the_same(
     found = complete(sampler, [request])
     drawn = [[list(c.token_ids) for c in answers["one"]] for answers in (found, expected)]
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.real_model
+def test_smollm2s_exchanged_layers_are_told_from_rounding():
+    try:
+        model_folder("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    checks = (
+        (extended_difference, LARGEST_LOGIT_DIFFERENCE[torch.bfloat16]),
+        (scored_difference, LARGEST_OVER_POSITIONS[torch.bfloat16]),
+        (decoded_difference, LARGEST_OVER_POSITIONS[torch.bfloat16]),
+    )
+    body = load_policy("smollm2-135m", device="cpu", dtype="bf16").body
+    for measure, allowed in checks:
+        assert measure(body) < allowed / 2
+    # The middle ones, which are most alike: others in each other's place are farther off.
+    layers = list(body.layers)
+    layers[14], layers[15] = layers[15], layers[14]
+    body.layers = layers
+    for measure, allowed in checks:
+        assert measure(body) > 1.2 * allowed
