@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from benchmarks.options import results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the tuned recipe")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # another number would round sums otherwise
     arguments.runs.mkdir(parents=True, exist_ok=True)
     recipe = arguments.runs / "sums.toml"
     policy = warm_policy(arguments.runs / "policy")
