@@ -51,7 +51,7 @@ test: lint
 
 verify: .venv/.extras-stamp
 	mkdir -p docs/results
-	$(BIN)/python scripts/mutation.py --json docs/results/mutation.json
+	$(BIN)/python -m scripts.mutation --json docs/results/mutation.json
 	$(BIN)/python -m scripts.parity --json docs/results/parity.json
 	$(PYTHON) scripts/verl_check.py --json docs/results/verl.json
 	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt

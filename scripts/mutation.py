@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mutation_edits import EDITS, Edit
+from benchmarks.options import results_file
+from scripts.mutation_edits import EDITS, Edit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "gmpo"
@@ -47,7 +48,9 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write the outcomes here too"
+    )
     parser.add_argument("--only", metavar="TEXT", help="edits whose file or reason holds TEXT")
     parser.add_argument("--workers", type=int, default=2, help="edits tried at once (default 2)")
     arguments = parser.parse_args()
@@ -66,7 +69,6 @@ def main() -> int:
             outcomes.append(outcome)
             print(row(outcome), flush=True)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"commit": commit(), "edits": [asdict(outcome) for outcome in outcomes]}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     num_killed = sum(outcome.result == "killed" for outcome in outcomes)

@@ -4,7 +4,7 @@ Resumable: a seed whose run is finished is read, not run again, and an unfinishe
 its newest checkpoint. Seeds that the JSON file has already, and that are not asked for, stay in it,
 so that a study may be made in parts. The table and the file are what docs/experiments.md quotes.
 
-    python scripts/seeds.py quickstart --seeds 0 1 2 --json docs/results/quickstart.json
+    python -m scripts.seeds quickstart --seeds 0 1 2 --json docs/results/quickstart.json
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.options import results_file
 
 from gmpo.inspection import RunSummary, summarize_run
 from gmpo.tracking import read_lines
@@ -29,7 +31,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     arguments = parser.parse_args()
 
     rows = []
@@ -44,7 +48,6 @@ def main() -> int:
     rows = sorted([*earlier(arguments), *rows], key=lambda row: int(row["seed"]))
     print(markdown(rows))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"recipe": arguments.recipe, "overrides": arguments.overrides, "runs": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -14,8 +14,8 @@ from benchmarks.results import Results, write_results
 from tests.disks import as_another_user, fill, resize, small_disk
 
 REPOSITORY = Path(__file__).parents[2]
-RUN_BY_PATH = {"mutation.py", "seeds.py", "verl_check.py"}
-"""Scripts that start without the repository on their path, so without `benchmarks`."""
+RUN_BY_PATH = {"verl_check.py"}
+"""Scripts that start again without the repository on their path, so without `benchmarks`."""
 NEEDED = {
     "device_decode": ["--config", "none"],
     "vs_trl": ["--workload", "short"],
