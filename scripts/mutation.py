@@ -8,19 +8,20 @@ An edit that no test notices survives: either a test is missing or the line is n
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from scripts.mutation_edits import EDITS, Edit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -46,14 +47,15 @@ class Outcome:
     noticed_by: str | None
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write the outcomes here too"
     )
     parser.add_argument("--only", metavar="TEXT", help="edits whose file or reason holds TEXT")
     parser.add_argument("--workers", type=int, default=2, help="edits tried at once (default 2)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     edits = [edit for edit in EDITS if not arguments.only or arguments.only in str(edit)]
 
     code, output = run_tests(None)
@@ -70,7 +72,7 @@ def main() -> int:
             print(row(outcome), flush=True)
     if arguments.json is not None:
         report = {"commit": commit(), "edits": [asdict(outcome) for outcome in outcomes]}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_results(arguments.json, report)
     num_killed = sum(outcome.result == "killed" for outcome in outcomes)
     print(f"{num_killed} of {len(outcomes)} edits killed")
     return 0 if outcomes and num_killed == len(outcomes) else 1

@@ -13,10 +13,12 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 
 from gmpo.inspection import RunSummary, summarize_run
 from gmpo.tracking import read_lines
@@ -25,7 +27,8 @@ TARGET_GAIN = 0.30
 LARGEST_FALL = 0.10
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="bundled name or path")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -34,7 +37,7 @@ def main() -> int:
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every figure here too"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     rows = []
     for seed in arguments.seeds:
@@ -49,7 +52,7 @@ def main() -> int:
     print(markdown(rows))
     if arguments.json:
         report = {"recipe": arguments.recipe, "overrides": arguments.overrides, "runs": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(arguments.json, report)
     return 0
 
 

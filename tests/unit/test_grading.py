@@ -212,7 +212,7 @@ def test_a_stopped_worker_is_killed_at_the_limit_and_replaced():
         os.kill(pid, signal.SIGSTOP)  # like a C call that no signal handler interrupts
         start = time.monotonic()
         assert grader.grade(r"\boxed{1+x}", "x+1").status == "timeout"
-        assert 3.0 <= time.monotonic() - start < 6.0
+        assert 3.0 <= time.monotonic() - start < 4.0
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
         assert grader.grade(r"\boxed{1+x}", "x+1").is_correct
