@@ -10,6 +10,7 @@ at most 2,048 tokens. TRL needs less memory, and other times, with --trl-micro-b
 steps add up the gradients of four rows at a time.
 
 With --dtype fp32 the file gets a section "fp32", so that its figures stand beside those of bf16.
+With --seed 1 both sides get other prompts and draw other completions.
 With --live-shares 3 it gets the update's seconds by the share of live groups, 3 times each.
 """
 
@@ -48,7 +49,7 @@ from benchmarks.options import (
 from benchmarks.ratios import STAGES, UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.workloads import SEED, WORKLOADS, Workload
 from gmpo.policy.load import choose_device
 
 REFUSED = 3
@@ -138,6 +139,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="no completion ends before its limit, so that both sides draw equally many tokens",
     )
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="of the prompts' order and of what is drawn"
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="of both sides")
     add_trl(parser)
     parser.add_argument("--model", help="in place of the workload's: a name or a folder")
@@ -184,7 +188,9 @@ def require_trl_options(parser: argparse.ArgumentParser, arguments: argparse.Nam
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
-    workload = replace(WORKLOADS[arguments.workload], ignores_end=arguments.full_length)
+    workload = replace(
+        WORKLOADS[arguments.workload], ignores_end=arguments.full_length, seed=arguments.seed
+    )
     return workload if arguments.model is None else replace(workload, model=arguments.model)
 
 

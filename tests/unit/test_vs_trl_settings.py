@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from benchmarks import comparison, growth, time_to_accuracy, vs_trl
 from benchmarks.comparison import Bench, setups_of
 from benchmarks.exchange import Scratch
 from benchmarks.results import OtherBenchmark, Results
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, prompts_of
 
 
 class StubSide:
@@ -180,3 +181,15 @@ def test_a_refused_option_prints_a_short_usage(capsys: pytest.CaptureFixture[str
         vs_trl.parse(["--help"])
     shown = capsys.readouterr().out.replace("\n", "").replace(" ", "")
     assert ",".join(setups_of("auto")) in shown and "short,words,long-prompt" in shown
+
+
+def test_another_seed_gives_both_sides_other_prompts_and_the_file_says_which(tmp_path: Path):
+    command = ["--workload", "short", "--json", str(tmp_path / "x.json"), "--threads", "1"]
+    usual, other = (
+        vs_trl.workload_of(vs_trl.parse([*command, *options])) for options in ((), ("--seed", "7"))
+    )
+    assert usual == WORKLOADS["short"]
+    assert asdict(other) == asdict(usual) | {"seed": 7}
+    assert [prompt.id for prompt in prompts_of(other, 0)] != [
+        prompt.id for prompt in prompts_of(usual, 0)
+    ]
