@@ -145,7 +145,8 @@ def draw(content: Content, path: Path) -> None:
                 draw_curve(axis, content, curve, quantity)
             axis.set_xlabel(name)
             axis.set_ylabel(title)
-            axis.set_ylim(bottom=0)
+            # The usual margin is a share of the data's range, which from 0 cuts the highest points.
+            axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
             if axis.lines:
                 axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
