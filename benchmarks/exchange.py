@@ -89,13 +89,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 GRADIENT_STRIDE = 16
-"""So few entries of a gradient cost the side that keeps them neither time nor memory."""
+"""So few entries of a gradient cost the side that keeps them hardly any time and memory."""
 
 
 def gradient_sample(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Every 16th entry of each weight's gradient, in fp32; empty where all of them are zero."""
+    """Every 16th entry of each weight's gradient, in fp32; empty where all of them are zero.
+
+    The entries are copies: views would keep whole gradients, and count as the side's memory.
+    """
     sample = {
-        name: weight.grad.flatten()[::GRADIENT_STRIDE].float().cpu()
+        name: weight.grad.flatten()[::GRADIENT_STRIDE].to("cpu", torch.float32, copy=True)
         for name, weight in weights
         if weight.grad is not None
     }

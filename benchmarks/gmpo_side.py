@@ -244,7 +244,8 @@ class GmpoSide:
         parts = self.parts
         parts.policy.load_weights(load_weights(self._scratch.start).items())
         clear_moments(parts.optimizer.adamw)
-        parts.optimizer.zero_gradients()
+        # Comparing widens gradients that a round may leave narrow; their room is not the round's.
+        parts.policy.forget_gradients(keeps_room=False)
         self._publish(parts)
         return parts if live_groups is None else self._with_pattern(parts, live_groups)
 

@@ -18,6 +18,9 @@ STAGES = "TRL's pass over old log-probabilities counts as update"
 """How rounds are cut into stages, as results files say it: a rollout is what draws completions, and
 a round's update is all of it but rollout and rewards. Files without this line were timed by an
 older rule, under which that pass of TRL counted as rollout."""
+PEAKS = "without what is kept to compare gradients"
+"""Which memory a peak is of. In those of files without this line are up to four bytes a weight that
+the comparison kept: of TRL's gradients, and of gmpo's where its own steps keep none in fp32."""
 
 
 class UpdatesDiffer(RuntimeError):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import ends_clearly
-from benchmarks.ratios import RATIOS, STAGES, summary
+from benchmarks.ratios import PEAKS, RATIOS, STAGES, summary
 from benchmarks.results import read_results
 from benchmarks.spread import Spread
 
@@ -38,6 +38,11 @@ OLDER_MARK = " *"
 OLDER_RULE = (
     "* timed by an older rule: TRL's pass over old log-probabilities counted as rollout, so that "
     "rollout ratios are too high and update ratios too low; rounds and memory are not concerned"
+)
+OLDER_PEAK_MARK = " †"
+OLDER_PEAKS = (
+    "† peaks by an older rule: the comparison kept four bytes a weight of TRL's gradients, and as "
+    "much of gmpo's in bf16, which its own updates need only in steps of several micro-batches"
 )
 
 
@@ -90,6 +95,11 @@ def is_timed_by_this_rule(content: Content) -> bool:
     return bool(content["setting"].get("stages") == STAGES)
 
 
+def peak_mark(content: Content) -> str:
+    """Of peaks that hold what the comparison kept."""
+    return "" if content["setting"].get("peaks") == PEAKS else OLDER_PEAK_MARK
+
+
 def print_table(contents: Sequence[Content], console: Console | None = None) -> None:
     """TRL's time over gmpo's, what either side took, and how alike their updates are."""
     console = console or Console(width=150)
@@ -97,6 +107,8 @@ def print_table(contents: Sequence[Content], console: Console | None = None) -> 
     console.print("peak memory is gmpo / TRL; updates are of the same completions")
     if not all(is_timed_by_this_rule(content) for _, content, _ in entries(contents)):
         console.print(OLDER_RULE)
+    if any(peak_mark(content) for _, content, _ in entries(contents)):
+        console.print(OLDER_PEAKS)
     console.print(table_of_sides(contents))
     console.print(table_of_agreement(contents))
     for content in sections(contents):
@@ -116,7 +128,7 @@ def table_of_ratios(contents: Sequence[Content]) -> Table:
             trl_setup(content),
             content["gmpo_setup"]["dtype"],
             *(spread(figures, ratio) for ratio in RATIOS),
-            spread(figures, "memory_ratio", median="memory_ratio"),
+            spread(figures, "memory_ratio", median="memory_ratio") + peak_mark(content),
             f"{live['trl']:.2f} / {live['gmpo']:.2f}",
             str(figures["num_pairs"]),
         )

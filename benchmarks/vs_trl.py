@@ -46,7 +46,7 @@ from benchmarks.options import (
     require_at_least_one,
     require_threads,
 )
-from benchmarks.ratios import STAGES, UpdatesDiffer
+from benchmarks.ratios import PEAKS, STAGES, UpdatesDiffer
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.workloads import SEED, WORKLOADS, Workload
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workload": asdict(workload),
         "dtype": arguments.dtype,
         "stages": STAGES,
+        "peaks": PEAKS,
         "trl_micro_batch": arguments.trl_micro_batch,
         "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }

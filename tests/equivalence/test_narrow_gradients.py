@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -122,3 +123,19 @@ def test_a_non_finite_narrow_gradient_stops_before_the_weights_move():
         optimizer.apply_step(learning_rate=1.0, clip_norm=1.0)
     for name, weight in policy.named_weights():
         assert torch.equal(weight, before[name])
+
+
+def test_room_for_widened_gradients_stays_until_it_is_given_back():
+    policy = policy_of()
+    step = one_step(groups(), ADVANTAGES)
+    accumulate_gradients(policy, step, SETTINGS)
+    first = next(iter(policy.masters.values()))
+    assert first.grad is not None
+    room = weakref.ref(first.grad)
+    policy.forget_gradients()
+    assert first.grad is None and room() is not None
+    policy.forget_gradients(keeps_room=False)
+    assert room() is None
+    expected = gradients_of(policy, step)
+    accumulate_gradients(policy, step, SETTINGS)
+    assert first.grad is not None and torch.equal(first.grad, next(iter(expected.values())))

@@ -18,7 +18,7 @@ from benchmarks.comparison import Bench, Sides, hold_to_trl, run_pairs, setups_o
 from benchmarks.exchange import SampledRows
 from benchmarks.gmpo_side import GmpoSide
 from benchmarks.live_shares import run_live_shares
-from benchmarks.ratios import RATIOS, STAGES, UpdatesDiffer
+from benchmarks.ratios import PEAKS, RATIOS, STAGES, UpdatesDiffer
 from benchmarks.results import Results
 from benchmarks.trl_side import TrlSetup, TrlSide
 from tests.models import save_tiny
@@ -333,6 +333,7 @@ def test_the_command_prints_a_table_and_writes_ratios_raw_samples_and_a_plot(
     assert entry["memory_ratio"] > 0 and len(entry["pairs"]) == 1
     assert content["setting"]["made_with"]["trl"] == "1.16.0"
     assert content["setting"]["stages"] == STAGES
+    assert content["setting"]["peaks"] == PEAKS
     assert path.with_suffix(".png").is_file()
     # Another setting of TRL does not go into the same file.
     assert vs_trl.main([*command, "--trl", "fp32/static_cache"]) == 1

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import live_shares
-from benchmarks.exchange import SampledRows
+from benchmarks.exchange import GRADIENT_STRIDE, SampledRows, gradient_sample
 from benchmarks.ratios import (
     BF16_BOUNDS,
     FP32_BOUNDS,
+    PEAKS,
     STAGES,
     UpdatesDiffer,
     bounds_of,
@@ -261,7 +263,7 @@ def test_the_processor_is_read_from_the_kernels_list():
 
 def content(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "setting": {"workload": {"name": "short"}, "stages": STAGES},
+        "setting": {"workload": {"name": "short"}, "stages": STAGES, "peaks": PEAKS},
         "trl_setup": "fp32/generate",
         "gmpo_setup": {"dtype": "fp32", "engine": "fast"},
         "variants": {"no_dead": {**summary(pairs), "pairs": pairs}},
@@ -320,6 +322,26 @@ def test_what_an_older_rule_timed_is_marked_in_table_and_plot(tmp_path: Path):
     assert "words, no_dead *" in drawn and "timed by an older rule" in drawn
     print_table([now], Console(file=plain, width=200))
     assert "*" not in plain.getvalue()
+
+
+def test_peaks_by_an_older_rule_are_marked():
+    now, older = (content([pair(trl_round=40.0, gmpo_round=8.0)]) for _ in range(2))
+    del older["setting"]["peaks"]
+    text, plain = StringIO(), StringIO()
+    print_table([now, older], Console(file=text, width=200))
+    assert text.getvalue().count(") †") == 1 and "† peaks by an older rule" in text.getvalue()
+    print_table([now], Console(file=plain, width=200))
+    assert "†" not in plain.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_of_a_gradient_does_not_keep_the_gradient(dtype: torch.dtype):
+    weight = torch.nn.Parameter(torch.zeros(40, 10, dtype=dtype))
+    weight.grad = torch.arange(400.0).view(40, 10).to(dtype)
+    (sample,) = gradient_sample([("w", weight)]).values()
+    assert sample.tolist() == [float(n) for n in weight.grad.flatten().tolist()[::GRADIENT_STRIDE]]
+    assert sample.dtype == torch.float32
+    assert sample.untyped_storage().nbytes() == 4 * 25
 
 
 def test_the_table_says_how_many_rows_trl_ran_at_once():

@@ -213,12 +213,18 @@ class Policy:
         """Each trained master in fp32 with the weight that is computed with, in their order."""
         return [(pair.master, pair.parameter) for pair in self._narrow.values()]
 
-    def forget_gradients(self) -> None:
-        """None in place of zeros: the next backward pass hands its gradients over, adds nothing."""
+    def forget_gradients(self, *, keeps_room: bool = True) -> None:
+        """None in place of zeros: the next backward pass hands its gradients over, adds nothing.
+
+        Args:
+            keeps_room: the memory of gradients that were widened to fp32 stays for the next ones.
+        """
         for weight in self.masters.values():
             weight.grad = None
         for pair in self._narrow.values():
             pair.parameter.grad = None
+            if not keeps_room:
+                pair.room = None
 
     @cached_property
     def base_digest(self) -> str:
