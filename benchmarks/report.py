@@ -96,8 +96,10 @@ def is_timed_by_this_rule(content: Content) -> bool:
 
 
 def peak_mark(content: Content) -> str:
-    """Of peaks that hold what the comparison kept."""
-    return "" if content["setting"].get("peaks") == PEAKS else OLDER_PEAK_MARK
+    """Of peaks that hold what the comparison kept; a GPU's do not."""
+    setting = content["setting"]
+    is_of_gpu = setting.get("made_with", {}).get("device") == "cuda"
+    return "" if is_of_gpu or setting.get("peaks") == PEAKS else OLDER_PEAK_MARK
 
 
 def print_table(contents: Sequence[Content], console: Console | None = None) -> None:
