@@ -145,9 +145,9 @@ def draw(content: Content, path: Path) -> None:
                 draw_curve(axis, content, curve, quantity)
             axis.set_xlabel(name)
             axis.set_ylabel(title)
-            # The usual margin is a share of the data's range, which from 0 cuts the highest points.
-            axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
             if axis.lines:
+                # The usual margin is a share of the data's range: from 0 it cuts the highest points.
+                axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
                 axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
