@@ -146,7 +146,7 @@ def draw(content: Content, path: Path) -> None:
             axis.set_xlabel(name)
             axis.set_ylabel(title)
             if axis.lines:
-                # The usual margin is a share of the data's range: from 0 it cuts the highest points.
+                # The usual margin is a share of the data's range: from 0 it cuts the top points.
                 axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
                 axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
