@@ -288,6 +288,8 @@ def hold_to_trl(
         require_same_update(compared, optimizer, bounds)
         return None
     bench.say(f"round {number}: {reason}; TRL in fp32 takes the same completions")
+    for side in (sides.trl, sides.gmpo):  # a third process needs memory beside them
+        side.ask("give_back")
     with bench.exact_trl() as exact:
         theirs = exact.ask(
             "replay", number=number, live_groups=live_groups, sgd_learning_rate=sgd_learning_rate

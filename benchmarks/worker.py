@@ -106,8 +106,11 @@ class Worker:
 def serve(commands: Mapping[str, Command]) -> None:
     """Answer requests from the input until it ends.
 
+    Every module also answers "give_back", which returns freed memory to the system.
+
     A command that raises ends the process, and the parent shows the traceback.
     """
+    commands = {**commands, "give_back": give_back}
     # Libraries print as they like; the answers get a channel of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -117,10 +120,16 @@ def serve(commands: Mapping[str, Command]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def forget_peak_memory() -> None:
-    """Start a new measurement of the peak, with what was freed given back to the system."""
+def give_back() -> dict[str, Any]:
+    """Return what was freed to the system, so that another process can have it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    return {}
+
+
+def forget_peak_memory() -> None:
+    """Start a new measurement of the peak, with what was freed given back to the system."""
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -21,6 +21,7 @@ from benchmarks.live_shares import run_live_shares
 from benchmarks.ratios import PEAKS, RATIOS, STAGES, UpdatesDiffer
 from benchmarks.results import Results
 from benchmarks.trl_side import TrlSetup, TrlSide
+from benchmarks.worker import give_back
 from tests.models import save_tiny
 from tests.trl_trainers import tolerated, trl_side_of_sums
 from trl.experimental.gmpo import GMPOTrainer
@@ -41,6 +42,7 @@ class Here:
         self.asked.append(command)
         side = self.side
         commands = {"round": side.round, "about": side.about, "replay": side.replay}
+        commands["give_back"] = give_back
         return commands[command](**arguments)
 
 
@@ -198,7 +200,7 @@ def test_an_update_that_rounding_led_away_from_trls_is_held_to_trl_in_fp32(tiny:
     assert found["cosine"] > 0.9999 and found["gradient_cosine"] > 0.9999
     # Here TRL was in fp32 already, so its update is the one that it is held to.
     assert found["trl_cosine"] == pytest.approx(1.0, abs=1e-6)
-    assert tiny.trl.asked == ["replay"]
+    assert tiny.trl.asked == ["give_back", "replay"]
     assert SampledRows.read(tiny.bench.scratch.completions) == rows
 
 
@@ -221,7 +223,7 @@ def test_steps_of_sgd_that_rounding_led_away_are_held_to_trl_in_fp32_too(
     with_wrong_sign(tiny.gmpo_side)
     with pytest.raises(UpdatesDiffer, match=r"sgd: .* gradient is -[.0-9]+.*; --dtype fp32"):
         held(ROUNDED_APART)
-    assert tiny.trl.asked == ["replay", "replay"]
+    assert tiny.trl.asked == ["give_back", "replay"] * 2
 
 
 def test_an_update_that_is_not_trls_in_fp32_either_is_refused(tiny: Tiny):
@@ -229,7 +231,7 @@ def test_an_update_that_is_not_trls_in_fp32_either_is_refused(tiny: Tiny):
     with_wrong_sign(tiny.gmpo_side)
     with pytest.raises(UpdatesDiffer, match=r"first gradient is -[.0-9]+"):
         hold_to_trl(tiny.bench, sides, ROUNDED_APART, number=1, live_groups=4)
-    assert tiny.trl.asked == ["replay"]
+    assert tiny.trl.asked == ["give_back", "replay"]
 
 
 def test_a_first_gradient_that_differs_is_refused_whatever_fp32_says(tiny: Tiny):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -398,3 +400,37 @@ def test_a_worker_that_dies_is_reported_with_the_end_of_its_log():
     worker = Worker("benchmarks.trl_side", {"threads": 1})
     with worker, pytest.raises(WorkerFailed, match=r"(?s)exit code 1 at 'about'.*KeyError"):
         worker.ask("about")
+
+
+def test_a_worker_gives_back_what_it_freed():
+    # Allocated one by one, so that the C library keeps them when they are freed.
+    program = """
+import ctypes
+from pathlib import Path
+from benchmarks.worker import serve
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def resident():
+    return {"pages": int(Path("/proc/self/statm").read_text().split()[1])}
+
+def churn():
+    held = [libc.malloc(100_000) for _ in range(1000)]
+    for each in held:
+        libc.memset(each, 1, 100_000)
+    last = libc.malloc(100_000)  # what lies above keeps the heap from shrinking
+    for each in held:
+        libc.free(each)
+    return resident()
+
+serve({"churn": churn, "resident": resident})
+"""
+    asked = "".join(f'{{"command": "{name}"}}\n' for name in ("churn", "give_back", "resident"))
+    ran = subprocess.run(
+        [sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=True
+    )
+    kept, nothing, left = (json.loads(line) for line in ran.stdout.splitlines())
+    assert nothing == {}
+    assert left["pages"] < kept["pages"] - 20_000  # of some 24,400
