@@ -3,7 +3,7 @@
 TRL runs in its best setting without vLLM, found by a short trial. Times are compared only where
 both sides move the weights alike on the same completions. An interrupted run goes on where it was.
 
-    python -m benchmarks.vs_trl --workload short --json docs/results/vs_trl/short.json
+    python -m benchmarks.vs_trl --workload short --json runs/bench/short.json
 
 TRL runs a whole optimizer step's rows at once in an update, 16 of them (8 in long-prompt), and gmpo
 at most 2,048 tokens. TRL needs less memory, and other times, with --trl-micro-batch 4, by which its

@@ -121,7 +121,7 @@ def serve(commands: Mapping[str, Command]) -> None:
 
 
 def give_back() -> dict[str, Any]:
-    """Return what was freed to the system, so that another process can have it."""
+    """Return freed memory of the host to the system, so that another process can have it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return {}

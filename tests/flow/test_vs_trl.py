@@ -201,6 +201,7 @@ def test_an_update_that_rounding_led_away_from_trls_is_held_to_trl_in_fp32(tiny:
     # Here TRL was in fp32 already, so its update is the one that it is held to.
     assert found["trl_cosine"] == pytest.approx(1.0, abs=1e-6)
     assert tiny.trl.asked == ["give_back", "replay"]
+    assert tiny.gmpo.asked == ["give_back", "replay"]
     assert SampledRows.read(tiny.bench.scratch.completions) == rows
 
 
