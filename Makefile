@@ -53,7 +53,7 @@ verify: .venv/.extras-stamp
 	mkdir -p docs/results
 	$(BIN)/python -m scripts.mutation --json docs/results/mutation.json
 	$(BIN)/python -m scripts.parity --json docs/results/parity.json
-	$(PYTHON) scripts/verl_check.py --json docs/results/verl.json
+	$(BIN)/python -m scripts.verl_check --json docs/results/verl.json
 	$(BIN)/python -m pytest -m verify -r a | tee docs/results/verify.txt
 
 # A workload whose updates differ in bf16 is refused (exit code 3) and compared in fp32. The update by the share of

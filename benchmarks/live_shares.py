@@ -115,6 +115,7 @@ def draw_live_shares(points: Mapping[str, Any], path: Path) -> None:
         axis.errorbar(shares, middles, yerr=[below, above], marker="o", capsize=3, label=label)
     axis.set_xlabel("share of live groups")
     axis.set_ylabel("update, seconds")
+    axis.update_datalim([(0, 0)], updatex=False)  # the margin above is a share of the whole axis
     axis.set_ylim(bottom=0)
     axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -175,6 +175,7 @@ def draw(precisions: dict[str, Any], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xlabel("mean mismatch, nats")
     axis.set_ylabel("rollout, tokens/s")
+    axis.update_datalim([(0, 0)], updatex=False)  # the margin above is a share of the whole axis
     axis.set_ylim(bottom=0)
     axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ verl pins an older transformers, so it gets an environment of its own (1.4 GB), 
 builds. verl itself loads gmpo's adapter there, by VERL_USE_EXTERNAL_MODULES. A mini-batch of 8 rows
 is cut into micro-batches whose losses are added up, as verl's engine does.
 
-    python scripts/verl_check.py --json docs/results/verl.json
+    python -m scripts.verl_check --json docs/results/verl.json
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.options import ends_clearly, results_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERL = "verl==0.9.1"
@@ -39,23 +42,26 @@ EXACT = 1e-6
 """Largest relative difference of a row's weight, in fp64."""
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=REPOSITORY / ".venv-verl")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here too")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+    )
     parser.add_argument(
         "--inside", action="store_true", help="compare, in an environment with verl"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.inside:
         return compare(arguments.json)
     make_environment(arguments.venv)
-    command = [str(arguments.venv / "bin" / "python"), __file__, "--inside"]
+    command = [str(arguments.venv / "bin" / "python"), "-m", "scripts.verl_check", "--inside"]
     if arguments.json:
-        command += ["--json", str(arguments.json)]
+        command += ["--json", str(arguments.json.resolve())]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(REPOSITORY / "src"),
+        "PYTHONPATH": os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "src"))),
         "VERL_USE_EXTERNAL_MODULES": "gmpo.adapters.verl",
     }
     return subprocess.run(command, check=False, env=environment).returncode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ os.environ["MPLBACKEND"] = "Agg"
 # Trackio reads its variable once, whichever test imports it first; one folder a process of pytest.
 _TRACKIO = tempfile.TemporaryDirectory(prefix="gmpo-trackio-", ignore_cleanup_errors=True)
 os.environ["TRACKIO_DIR"] = _TRACKIO.name
+
+# A shell starts what runs in its background deaf to Ctrl-C, which the programs that tests start
+# would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, and no time limit an example: a shared machine may be slow.
 settings.register_profile("steady", derandomize=True, deadline=None)

@@ -56,6 +56,7 @@ def _scores_panel(ax: Axes, table: ScoreTable) -> None:
         }
         _draw(ax, columns, points, number=number, of=len(table.scores), label=label)
     _dress(ax, table, title=f"{table.metric.name} with 95 % intervals", y="% of items")
+    ax.update_datalim([(0, 0)], updatex=False)  # the margin above is a share of the whole axis
     ax.set_ylim(bottom=0)
 
 
