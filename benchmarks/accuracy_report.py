@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import write_figure
+
 SIDES = ("trl", "gmpo")
 LABELS = {"trl": "TRL without vLLM", "gmpo": "gmpo"}
 BOUNDS = {
@@ -115,5 +117,4 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     axis.set_ylabel("held-out accuracy, greedy")
     axis.set_ylim(0, 1)
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

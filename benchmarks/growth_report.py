@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import write_figure
+
 FIGURES = {
     "rollout_seconds": "rollout, s",
     "update_seconds": "update, s",
@@ -149,8 +151,7 @@ def draw(content: Content, path: Path) -> None:
                 # The usual margin is a share of the data's range: from 0 it cuts the top points.
                 axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
                 axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
 
 
 def draw_curve(axis: Axes, content: Content, curve: str, quantity: str) -> None:

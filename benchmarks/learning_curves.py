@@ -40,7 +40,7 @@ from benchmarks.options import (
     plotted_results_file,
     require_at_least_one,
 )
-from benchmarks.results import Results
+from benchmarks.results import Results, write_figure
 from gmpo.tracking import builds_of, provenance, read_lines
 
 ENGINES = ("fast", "plain")
@@ -301,8 +301,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     axis.set_ylabel("reward of the round's rollouts")
     axis.set_ylim(0, 1)
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.comparison import Bench, Sides, hold_to_trl
-from benchmarks.results import Results
+from benchmarks.results import Results, write_figure
 from benchmarks.spread import paired_ratios, spread
 
 SHARES = (Fraction(1, 8), Fraction(2, 8), Fraction(4, 8), Fraction(1))
@@ -118,5 +118,4 @@ def draw_live_shares(points: Mapping[str, Any], path: Path) -> None:
     axis.update_datalim([(0, 0)], updatex=False)  # the margin above is a share of the whole axis
     axis.set_ylim(bottom=0)
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.options import ends_clearly
 from benchmarks.ratios import PEAKS, RATIOS, STAGES, summary
-from benchmarks.results import read_results
+from benchmarks.results import read_results, write_figure
 from benchmarks.spread import Spread
 
 COLUMNS = {
@@ -218,8 +218,7 @@ def draw(contents: Sequence[Content], path: Path) -> None:
     axis.legend(fontsize=8)
     if not all(is_timed_by_this_rule(content) for _, content, _ in shown):
         figure.supxlabel(OLDER_RULE, fontsize=7, wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.devices import device_name
 from benchmarks.options import BenchmarkError
 from gmpo.tracking import provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def made_with(*, threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -91,10 +94,25 @@ def write_results(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         BenchmarkError: it cannot be written.
     """
-    partial = path.with_suffix(".partial")
+    text = json.dumps(content, indent=1) + "\n"
+    _write_whole(path, lambda partial: partial.write_text(text))
+
+
+def write_figure(path: Path, figure: Figure, *, dpi: int = 150) -> None:
+    """A picture, in the format that its name ends in, whole or not at all.
+
+    Raises:
+        BenchmarkError: it cannot be written.
+    """
+    kind = path.suffix.removeprefix(".")
+    _write_whole(path, lambda partial: figure.savefig(partial, dpi=dpi, format=kind))
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        write(partial)
         os.replace(partial, path)
     except OSError as error:
         raise BenchmarkError(

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from benchmarks.options import plot_file, results_file
+from benchmarks.results import write_figure
 from matplotlib.figure import Figure
 from scripts.tiny_policy import sums_recipe, warm_policy
 
@@ -310,8 +311,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             axes.set_title(f"step size {RATES[rate]:g} ({rate})" if row == 0 else "")
         grid[-1][column].set_xlabel("round")
     figure.legend(handles=grid[0][0].get_lines(), loc="outside upper center", ncols=len(ARMS))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -31,7 +31,7 @@ from benchmarks.options import (
     require_at_least_one,
     require_threads,
 )
-from benchmarks.results import Results, made_with
+from benchmarks.results import Results, made_with, write_figure
 from benchmarks.spread import Spread, spread
 from benchmarks.worker import Worker
 from benchmarks.workloads import WORKLOADS, Workload
@@ -178,8 +178,7 @@ def draw(precisions: dict[str, Any], path: Path) -> None:
     axis.update_datalim([(0, 0)], updatex=False)  # the margin above is a share of the whole axis
     axis.set_ylim(bottom=0)
     axis.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

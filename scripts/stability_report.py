@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from benchmarks.results import write_figure
 from matplotlib.axes import Axes
 
 from gmpo.statistics import holm, paired_t_interval, sign_flip_p_value
@@ -169,7 +170,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         f"Mixture of experts on countdown, {len(report['seeds_complete'])} of "
         f"{len(report['seeds_planned'])} seeds complete"
     )
-    figure.savefig(path, dpi=100)
+    write_figure(path, figure, dpi=100)
     plt.close(figure)
 
 

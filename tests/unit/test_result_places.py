@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from benchmarks.options import BenchmarkError, plot_file, plotted_results_file, results_file
-from benchmarks.results import Results, write_results
+from benchmarks.results import Results, write_figure, write_results
+from matplotlib.figure import Figure
 from tests.disks import as_another_user, fill, resize, small_disk
 
 REPOSITORY = Path(__file__).parents[2]
@@ -130,6 +131,21 @@ def test_a_full_disk_is_found_before_and_told_in_one_line_afterwards(tmp_path: P
 def test_results_in_place_of_a_folder_are_told_in_one_line(tmp_path: Path):
     with pytest.raises(BenchmarkError, match="cannot be written: Is a directory"):
         write_results(tmp_path, {})
+
+
+def test_a_plot_is_written_whole_or_told_in_one_line(tmp_path: Path):
+    figure = Figure()
+    write_figure(tmp_path / "new" / "plot.png", figure)
+    write_figure(tmp_path / "plot.svg", figure)
+    assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+    with small_disk(tmp_path / "disk", kilobytes=64) as disk:
+        plot = disk / "plot.png"
+        plot.write_bytes(b"of a run before")
+        fill(disk)
+        with pytest.raises(BenchmarkError, match=r"plot\.png cannot be written: No space left"):
+            write_figure(plot, figure, dpi=300)
+        assert plot.read_bytes() == b"of a run before"
 
 
 def test_a_plot_has_a_pictures_name(tmp_path: Path):
