@@ -395,15 +395,12 @@ def _mask_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
 
 def _token_bytes(shape: ModelShape) -> int:
-    """What a layer keeps of a token, besides its keys and values.
+    """What a layer of the fast engine keeps of a token, besides its keys and values.
 
-    Where all weights are trained: the layer's input, attention's output, the stream between its
-    halves, gate and the other half of the feed-forward part, and a statistic of each norm; where
-    adapters are, see `_operation_bytes`. Attention keeps queries, its output and a statistic per
-    head.
+    The layer's input, attention's output, the stream between its halves, gate and the other half of
+    the feed-forward part, and a statistic of each norm; with adapters no more. Attention keeps
+    queries, its output and a statistic per head.
     """
-    if not shape.trains_all:
-        return _operation_bytes(shape)
     attention = shape.heads * shape.head_size
     numbers = attention + 2 * shape.feed_forward
     wide = 2 + shape.heads
@@ -418,10 +415,8 @@ def _token_bytes(shape: ModelShape) -> int:
 def _attention_bytes(shape: ModelShape) -> int:
     """Of a token's queries and of what they attended to, as attention keeps them."""
     attention = shape.heads * shape.head_size
-    if shape.runs_compiled:
-        # The output is that which the next product keeps, where that is trained.
-        counted = shape.trains_any("o_proj")
-        return (2 - counted) * attention * shape.width
+    if shape.runs_compiled:  # the output is that which the layer keeps
+        return attention * shape.width
     return 2 * attention * shape.attention_width
 
 
@@ -431,7 +426,7 @@ def _stream_width(shape: ModelShape) -> int:
 
 
 def _operation_bytes(shape: ModelShape) -> int:
-    """The same if every operation keeps what its own backward pass needs.
+    """The same of the plain engine, whose operations each keep what their own backward pass needs.
 
     Both norms their inputs, in fp32 because they are taken in it, and a statistic each; their
     outputs before the weight is applied, if that is trained, and after it, if a layer behind them

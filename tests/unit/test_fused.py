@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +10,10 @@ import torch
 from tests.models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from gmpo.policy import fused
-from gmpo.policy.lora import add_adapters
+from gmpo.policy.lora import adapters_of, adapters_off, add_adapters
 
 F64 = torch.float64
 TOLERANCES = {F64: 1e-12, torch.float32: 1e-5}
@@ -26,6 +27,21 @@ def random(*sizes: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def layer_of(family: str = "llama", *, dtype: torch.dtype = F64) -> Any:
     return tiny_model(family, dtype=dtype).model.layers[0]
+
+
+def adapted_layer(
+    family: str = "llama", *, targets: Sequence[str] | None = None, dtype: torch.dtype = F64
+) -> Any:
+    """Frozen, with adapters that are scaled by 1.5 and nowhere 0."""
+    model = tiny_model(family, dtype=dtype)
+    add_adapters(model, rank=2, alpha=3.0, targets=targets)
+    for number, adapter in enumerate(adapters_of(model).values()):
+        adapter.lora_B.data.copy_(random(*adapter.lora_B.shape, dtype=dtype, seed=number))
+    return model.model.layers[0]
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def obvious_norm(hidden: Tensor, norm: Any) -> Tensor:
@@ -78,6 +94,71 @@ def test_projections_of_normed_tokens(family: str, dtype: torch.dtype):
         [hidden * 1.0, *(linear(normed) for linear in linears)],
         [hidden, *weights],
     )
+
+
+SOME_LAYERS = pytest.mark.parametrize(
+    ("targets", "factors"), [(None, 14), (["k_proj", "up_proj"], 4), (["v_proj", "down_proj"], 4)]
+)
+
+
+@precisions
+@SOME_LAYERS
+def test_projections_through_adapters(targets: list[str] | None, factors: int, dtype: torch.dtype):
+    layer = adapted_layer("qwen2", targets=targets, dtype=dtype)  # with biases, which are frozen
+    attention = layer.self_attn
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    hidden = random(7, 32, dtype=dtype)
+    assert len(trained(layer)) == factors
+    normed = obvious_norm(hidden, layer.input_layernorm)
+    assert_same(
+        fused.project(hidden, layer.input_layernorm, linears),
+        [hidden * 1.0, *(linear(normed) for linear in linears)],
+        [hidden, *trained(*linears)],
+    )
+
+
+@precisions
+@SOME_LAYERS
+def test_the_second_half_of_a_layer_with_adapters(
+    targets: list[str] | None, factors: int, dtype: torch.dtype
+):
+    layer = adapted_layer(targets=targets, dtype=dtype)
+    hidden, attended = (random(7, 32, dtype=dtype, seed=seed) for seed in (1, 2))
+    assert len(trained(layer)) == factors
+    assert_same(
+        [fused.feed_forward(hidden, attended, layer)],
+        [obvious_feed_forward(hidden, attended, layer)],
+        [hidden, attended, *trained(layer.self_attn.o_proj, layer.mlp)],
+    )
+
+
+def test_adapters_that_are_switched_off_do_nothing():
+    layer = adapted_layer()
+    hidden, attended = (random(7, 32, dtype=F64, seed=seed) for seed in (1, 2))
+    linears = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    moved = fused.feed_forward(hidden, attended, layer)
+    with adapters_off(layer):
+        base = fused.feed_forward(hidden, attended, layer)
+        _, *projected = fused.project(hidden, layer.input_layernorm, linears)
+        torch.testing.assert_close(base, obvious_feed_forward(hidden, attended, layer))
+    assert (moved - base).abs().max() > 0.01
+    normed = obvious_norm(hidden, layer.input_layernorm)
+    for result, linear in zip(projected, linears, strict=True):
+        torch.testing.assert_close(result, functional.linear(normed, linear.weight))
+
+
+def test_a_frozen_first_layer_forms_no_gradient_of_its_input():
+    layer = adapted_layer()
+    part = layer.self_attn
+    flops = []
+    for hidden in (random(7, 32, dtype=F64), random(7, 32, dtype=F64).detach()):
+        linears = (part.q_proj, part.k_proj, part.v_proj)
+        _, *projected = fused.project(hidden, layer.input_layernorm, linears)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward([each.sum() for each in projected])
+        flops.append(counter.get_total_flops())
+    # g W of queries and g B of all three; the counter leaves out what is added in place
+    assert flops[0] - flops[1] == 2 * 7 * (32 * 32 + 2 * (32 + 16 + 16))
 
 
 @precisions
@@ -142,13 +223,16 @@ def kept_numbers(results: Sequence[Tensor], known: Sequence[Tensor]) -> int:
     saved: dict[int, int] = {}
     for result in results:
         for tensor in result.grad_fn.saved_tensors:  # type: ignore[union-attr]
-            if tensor.untyped_storage().data_ptr() not in seen:
+            if tensor is not None and tensor.untyped_storage().data_ptr() not in seen:
                 saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
     return sum(saved.values())
 
 
-def test_of_a_layers_second_half_the_stream_and_both_feed_forward_halves_are_kept():
-    layer = layer_of()
+@pytest.mark.parametrize("make", [layer_of, adapted_layer])
+def test_of_a_layers_second_half_the_stream_and_both_feed_forward_halves_are_kept(
+    make: Callable[[], Any],
+):
+    layer = make()
     hidden, attended = (random(7, 32, dtype=F64, seed=seed) for seed in (1, 2))
     result = fused.feed_forward(hidden, attended, layer)
     known = [hidden, attended, *layer.parameters()]
@@ -156,15 +240,31 @@ def test_of_a_layers_second_half_the_stream_and_both_feed_forward_halves_are_kep
     assert kept_numbers([result], known) == 7 * (32 + 2 * 48 + 1)
 
 
-def test_adapters_frozen_weights_and_biases_of_the_feed_forward_part_are_left_to_autograd():
-    assert fused.is_covered(layer_of("llama")) and fused.is_covered(layer_of("qwen2"))
-    model = tiny_model(dtype=F64)
-    layer = model.model.layers[0]
-    layer.mlp.up_proj.bias = nn.Parameter(torch.zeros(48, dtype=F64))
-    assert not fused.is_covered(layer)
-    partly = layer_of()
-    partly.mlp.down_proj.requires_grad_(False)
-    assert not fused.is_covered(partly)
-    adapted = tiny_model(dtype=F64)
-    add_adapters(adapted, rank=2, alpha=4.0, targets=["q_proj"])
-    assert not fused.is_covered(adapted.model.layers[0])
+def test_a_weight_that_is_frozen_by_itself_gets_no_gradient():
+    layer = layer_of()
+    layer.mlp.down_proj.requires_grad_(False)
+    layer.post_attention_layernorm.requires_grad_(False)
+    hidden, attended = (random(7, 32, dtype=F64, seed=seed) for seed in (1, 2))
+    assert fused.is_covered(layer)
+    second_half = (layer.self_attn.o_proj, layer.mlp)
+    assert len(trained(*second_half)) == 3
+    assert_same(
+        [fused.feed_forward(hidden, attended, layer)],
+        [obvious_feed_forward(hidden, attended, layer)],
+        [hidden, attended, *trained(*second_half)],
+    )
+
+
+def test_biases_of_the_feed_forward_part_and_unknown_layers_are_left_to_autograd():
+    for layer in (layer_of("llama"), layer_of("qwen2"), adapted_layer(targets=["q_proj"])):
+        assert fused.is_covered(layer)
+    biased, unknown = layer_of(), layer_of()
+    biased.mlp.up_proj.bias = nn.Parameter(torch.zeros(48, dtype=F64))
+    assert not fused.is_covered(biased)
+
+    class Doubled(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2 * super().forward(inputs)
+
+    unknown.self_attn.v_proj.__class__ = Doubled
+    assert not fused.is_covered(unknown)

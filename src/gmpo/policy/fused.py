@@ -1,10 +1,11 @@
-"""Parts of a Llama layer with backward passes written by hand, for training all weights.
+"""Parts of a Llama layer with backward passes written by hand, with or without adapters.
 
 Autograd keeps the input of every operation: of a layer about nine tables as wide as the hidden
 size and four as wide as the feed-forward part. Here a layer keeps its input, attention's output,
-the stream between its halves, and the gate and the other half before they are joined; norms and
-the joined half are computed again in the backward pass, which costs little beside the products.
-The forward pass rounds where `LlamaBody` does, so it gives the same numbers to rounding.
+the stream between its halves, and the gate and the other half before they are joined; norms, the
+joined half and what adapters narrow are computed again in the backward pass, which costs little
+beside the products. The forward pass rounds where `LlamaBody` does, so it gives the same numbers to
+rounding. No gradient is formed of a weight that is frozen.
 
 Notation: x input, w weight, g gradient of the output; products over features are sums over i.
 
@@ -12,18 +13,21 @@ Notation: x input, w weight, g gradient of the output; products over features ar
                    dw_i = sum over tokens of g_i x_i r
                    dx_i = r g_i w_i - x_i r^3 mean_j(g_j w_j x_j)
     linear         y = x W^T:  dW = g^T x,  dx = g W
+    adapter        y = s (x A^T) B^T:  dB = g^T (s x A^T),  dA = s (g B)^T x,  dx = s (g B) A
     gated SiLU     y = silu(a) b:  db = g silu(a),  da = g b silu'(a)
     rotation       y = x cos + R x sin with R (first, second) = (-second, first); R^T = -R, and
                    sin is the same in both halves:  dx = g cos - R g sin
 
 Dimensions: **N** tokens, **M** hidden size, **F** feed-forward size, **A** heads, **D** head size,
-**R** rows, **W** tokens of a row.
+**R** rows, **W** tokens of a row, **I** inputs and **O** outputs of a linear layer, **k** rank of
+its adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -40,19 +44,18 @@ from gmpo.kernels.training import (
     weight_gradient,
 )
 from gmpo.policy.head import widened
+from gmpo.policy.lora import LoraLayer
 
 __all__ = ["feed_forward", "gathered_rows", "is_covered", "project", "rms_norm", "rotate"]
 
 
 def is_covered(layer: Any) -> bool:
-    """Whether a layer's weights are all trained, without adapters and without rare biases."""
+    """Whether a layer's linear parts are plain or adapted ones, without rare biases."""
     attention, mlp = layer.self_attn, layer.mlp
     with_bias = (attention.q_proj, attention.k_proj, attention.v_proj)
     without = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return (
-        all(type(module) is nn.Linear for module in (*with_bias, *without))
-        and all(module.bias is None for module in without)
-        and len({weight.requires_grad for weight in layer.parameters()}) == 1
+    return all(type(module) in (nn.Linear, LoraLayer) for module in (*with_bias, *without)) and all(
+        module.bias is None for module in without
     )
 
 
@@ -64,9 +67,11 @@ def rms_norm(
 
 
 def project(
-    hidden: Float[Tensor, "N M"], norm: Any, linears: Sequence[nn.Linear]
+    hidden: Float[Tensor, "N M"], norm: Any, linears: Sequence[nn.Linear | LoraLayer]
 ) -> tuple[Float[Tensor, "N O"], ...]:
     """The tokens themselves and several linear layers, with or without bias, over their norm.
+
+    The layers' adapters act too, unless they are switched off.
 
     What goes on with the first result instead of `hidden` has its gradient added where the norm's
     is formed, and not in a pass of its own.
@@ -74,11 +79,7 @@ def project(
     return cast(
         tuple[Tensor, ...],
         _Project.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            norm.weight,
-            norm.variance_epsilon,
-            *(linear.weight for linear in linears),
-            *(linear.bias for linear in linears),
+            hidden, norm.weight, norm.variance_epsilon, *_flat(linears)
         ),
     )
 
@@ -88,15 +89,11 @@ def feed_forward(
 ) -> Float[Tensor, "N M"]:
     """A layer's output from its input and what its heads attended to."""
     norm, mlp = layer.post_attention_layernorm, layer.mlp
-    weights = (layer.self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    linears = (layer.self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return cast(
         Tensor,
         _FeedForward.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            attended,
-            norm.weight,
-            norm.variance_epsilon,
-            *(linear.weight for linear in weights),
+            hidden, attended, norm.weight, norm.variance_epsilon, *_flat(linears)
         ),
     )
 
@@ -126,6 +123,40 @@ def gathered_rows(
     )
 
 
+class _Linear(NamedTuple):
+    """A linear layer and, if it has one that is switched on, its adapter."""
+
+    scale: float
+    weight: Float[Tensor, "O I"]
+    bias: Float[Tensor, " O"] | None
+    lora_a: Float[Tensor, "k I"] | None
+    lora_b: Float[Tensor, "O k"] | None
+
+    def output(self, inputs: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        result = functional.linear(inputs, self.weight, self.bias)
+        return (
+            result if self.lora_b is None else result.addmm_(self.narrow(inputs), self.lora_b.t())
+        )
+
+    def gradients(
+        self, gradient: Float[Tensor, "N O"], inputs: Float[Tensor, "N I"], *, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Of the four tensors; `needs` says which are wanted."""
+        by_weight = weight_gradient(gradient, inputs) if needs[0] else None
+        by_bias = gradient.sum(0) if needs[1] else None
+        by_a = by_b = None
+        if self.lora_b is not None and needs[2]:
+            by_a = weight_gradient((gradient @ self.lora_b).mul_(self.scale), inputs)
+        if needs[3]:  # as the other way round, but the narrow side is the one that is copied
+            by_b = weight_gradient(self.narrow(inputs), gradient).t()
+        return by_weight, by_bias, by_a, by_b
+
+    def narrow(self, inputs: Float[Tensor, "N I"]) -> Float[Tensor, "N k"]:
+        """What the adapter's second factor takes."""
+        assert self.lora_a is not None
+        return functional.linear(inputs, self.lora_a).mul_(self.scale)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -143,32 +174,38 @@ class _RmsNorm(torch.autograd.Function):
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, norm_weight: Tensor, eps: float, *layers: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        scales: Sequence[float],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = len(layers) // 2
         _, normed, scale = sum_norm(widened(hidden), None, norm_weight, eps=eps)
-        ctx.save_for_backward(hidden, norm_weight, scale, *layers[:count])
-        ctx.has_bias = [bias is not None for bias in layers[count:]]
-        projected = (
-            functional.linear(normed, cast(Tensor, weight), bias)
-            for weight, bias in zip(layers[:count], layers[count:], strict=True)
-        )
-        return hidden, *projected
+        ctx.save_for_backward(hidden, norm_weight, scale, *tensors)
+        ctx.scales = scales
+        return hidden, *(linear.output(normed) for linear in _linears(scales, tensors))
 
     @staticmethod
     def backward(ctx: Any, residual: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, norm_weight, scale, *weights = ctx.saved_tensors
+        hidden, norm_weight, scale, *tensors = ctx.saved_tensors
+        linears, needs = _linears(ctx.scales, tensors), _by_linear(ctx.needs_input_grad[4:])
         normed = norm_again(widened(hidden), norm_weight, scale)
-        by_normed = _input_gradient(gradients, weights)
-        by_weights = [weight_gradient(gradient, normed) for gradient in gradients]
-        by_biases = [
-            gradient.sum(0) if has_bias else None
-            for gradient, has_bias in zip(gradients, ctx.has_bias, strict=True)
+        by_tensors = [
+            linear.gradients(gradient, normed, needs=needed)
+            for linear, gradient, needed in zip(linears, gradients, needs, strict=True)
         ]
-        by_hidden, _, by_norm = norm_gradients(
-            by_normed, widened(hidden), norm_weight, scale, residual=residual
-        )
-        return by_hidden.to(hidden.dtype), by_norm, None, *by_weights, *by_biases
+        by_hidden = by_norm = None
+        if any(ctx.needs_input_grad[:2]):  # adapters of the first layer need neither
+            by_hidden, _, by_norm = norm_gradients(
+                _input_gradient(gradients, linears),
+                widened(hidden),
+                norm_weight,
+                scale,
+                residual=residual,
+            )
+            by_hidden = by_hidden.to(hidden.dtype)
+        return by_hidden, by_norm, None, None, *chain(*by_tensors)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -179,36 +216,44 @@ class _FeedForward(torch.autograd.Function):
         attended: Tensor,
         norm_weight: Tensor,
         eps: float,
-        *weights: Tensor,
+        scales: Sequence[float],
+        *tensors: Tensor | None,
     ) -> Tensor:
-        output, gate, up, down = weights
-        stream, normed, scale = sum_norm(hidden, attended @ output.t(), norm_weight, eps=eps)
-        gate_states, up_states = normed @ gate.t(), normed @ up.t()
+        output, gate, up, down = _linears(scales, tensors)
+        stream, normed, scale = sum_norm(hidden, output.output(attended), norm_weight, eps=eps)
+        gate_states, up_states = gate.output(normed), up.output(normed)
         del normed
         ctx.save_for_backward(
-            attended, stream, scale, gate_states, up_states, norm_weight, *weights
+            attended, stream, scale, gate_states, up_states, norm_weight, *tensors
         )
-        return stream_sum(stream, gated(gate_states, up_states) @ down.t())
+        ctx.scales = scales
+        return stream_sum(stream, down.output(gated(gate_states, up_states)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        attended, stream, scale, gate_states, up_states, norm_weight, *weights = ctx.saved_tensors
-        output, gate, up, down = weights
+        attended, stream, scale, gate_states, up_states, norm_weight, *tensors = ctx.saved_tensors
+        output, gate, up, down = _linears(ctx.scales, tensors)
+        of_output, of_gate, of_up, of_down = _by_linear(ctx.needs_input_grad[5:])
         # Products are taken in the weights' precision; only the stream is wider.
         narrow = gradient.to(attended.dtype)
-        by_gate, by_up, joined = gated_gradients(narrow @ down, gate_states, up_states)
-        by_down = weight_gradient(narrow, joined)
+        by_gate, by_up, joined = gated_gradients(
+            _input_gradient([narrow], [down]), gate_states, up_states
+        )
+        by_down = down.gradients(narrow, joined, needs=of_down)
+        del joined
         normed = norm_again(stream, norm_weight, scale)
-        by_gate_weight, by_up_weight = (weight_gradient(g, normed) for g in (by_gate, by_up))
-        by_normed = _input_gradient((by_gate, by_up), (gate, up))
-        del by_gate, by_up, joined, normed
+        by_gate_layer = gate.gradients(by_gate, normed, needs=of_gate)
+        by_up_layer = up.gradients(by_up, normed, needs=of_up)
+        by_normed = _input_gradient([by_gate, by_up], [gate, up])
+        del by_gate, by_up, normed
         by_stream, narrow, by_norm = norm_gradients(
             by_normed, stream, norm_weight, scale, residual=gradient
         )
-        by_output = weight_gradient(narrow, attended)
-        by_weights = (by_output, by_gate_weight, by_up_weight, by_down)
-        return by_stream, narrow @ output, by_norm, None, *by_weights
+        by_output = output.gradients(narrow, attended, needs=of_output)
+        by_attended = _input_gradient([narrow], [output])
+        by_tensors = chain(by_output, by_gate_layer, by_up_layer, by_down)
+        return by_stream, by_attended, by_norm, None, None, *by_tensors
 
 
 class _Rotate(torch.autograd.Function):
@@ -235,11 +280,39 @@ class _GatheredRows(torch.autograd.Function):
         return gradients[0].flatten(0, 1).index_select(0, real), None, None
 
 
-def _input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def _flat(layers: Sequence[nn.Linear | LoraLayer]) -> tuple[Any, ...]:
+    """The adapters' scales, and all tensors, as a function of autograd has to be given them."""
+    scales, tensors = [], []
+    for layer in layers:
+        adapter = layer if isinstance(layer, LoraLayer) and layer.is_on else None
+        scales.append(0.0 if adapter is None else adapter.scale)
+        factors = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+        tensors += [layer.weight, layer.bias, *factors]
+    return tuple(scales), *tensors
+
+
+def _linears(scales: Sequence[float], tensors: Sequence[Any]) -> list[_Linear]:
+    """The layers that `_flat` took apart."""
+    parts = _by_linear(tensors)
+    return [_Linear(scale, *part) for scale, part in zip(scales, parts, strict=True)]
+
+
+def _by_linear(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """What `_flat` laid end to end, layer by layer."""
+    return [values[first : first + 4] for first in range(0, len(values), 4)]
+
+
+def _input_gradient(gradients: Sequence[Tensor], linears: Sequence[_Linear]) -> Tensor:
     """Of the common input of several linear layers."""
-    total = gradients[0] @ weights[0]
-    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        total.addmm_(gradient, weight)
+    total: Tensor | None = None
+    for gradient, linear in zip(gradients, linears, strict=True):
+        if total is None:
+            total = gradient @ linear.weight
+        else:
+            total.addmm_(gradient, linear.weight)
+        if linear.lora_a is not None and linear.lora_b is not None:
+            total.addmm_(gradient @ linear.lora_b, linear.lora_a, alpha=linear.scale)
+    assert total is not None, "there is at least one layer"
     return total
 
 
