@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.inside:
         return compare(arguments.json)
     make_environment(arguments.venv)
-    command = [str(arguments.venv / "bin" / "python"), "-m", "scripts.verl_check", "--inside"]
+    # By its path: in that environment another package is called "scripts".
+    command = [str(arguments.venv / "bin" / "python"), __file__, "--inside"]
     if arguments.json:
         command += ["--json", str(arguments.json.resolve())]
     environment = {
