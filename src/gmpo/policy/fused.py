@@ -133,20 +133,30 @@ class _Linear(NamedTuple):
     lora_b: Float[Tensor, "O k"] | None
 
     def output(self, inputs: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        """Of the layer, its adapter's added."""
         result = functional.linear(inputs, self.weight, self.bias)
-        return (
-            result if self.lora_b is None else result.addmm_(self.narrow(inputs), self.lora_b.t())
-        )
+        if self.lora_b is not None:
+            result.addmm_(self.narrow(inputs), self.lora_b.t())
+        return result
+
+    def by_narrow(self, gradient: Float[Tensor, "N O"]) -> Float[Tensor, "N k"] | None:
+        """The gradient of x A^T, which the adapter's first factor and the inputs take."""
+        return None if self.lora_b is None else (gradient @ self.lora_b).mul_(self.scale)
 
     def gradients(
-        self, gradient: Float[Tensor, "N O"], inputs: Float[Tensor, "N I"], *, needs: Sequence[bool]
+        self,
+        gradient: Float[Tensor, "N O"],
+        inputs: Float[Tensor, "N I"],
+        by_narrow: Float[Tensor, "N k"] | None,
+        *,
+        needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Of the four tensors; `needs` says which are wanted."""
         by_weight = weight_gradient(gradient, inputs) if needs[0] else None
         by_bias = gradient.sum(0) if needs[1] else None
         by_a = by_b = None
-        if self.lora_b is not None and needs[2]:
-            by_a = weight_gradient((gradient @ self.lora_b).mul_(self.scale), inputs)
+        if by_narrow is not None and needs[2]:
+            by_a = weight_gradient(by_narrow, inputs)
         if needs[3]:  # as the other way round, but the narrow side is the one that is copied
             by_b = weight_gradient(self.narrow(inputs), gradient).t()
         return by_weight, by_bias, by_a, by_b
@@ -191,14 +201,19 @@ class _Project(torch.autograd.Function):
         hidden, norm_weight, scale, *tensors = ctx.saved_tensors
         linears, needs = _linears(ctx.scales, tensors), _by_linear(ctx.needs_input_grad[4:])
         normed = norm_again(widened(hidden), norm_weight, scale)
+        narrow = [
+            each.by_narrow(gradient) for each, gradient in zip(linears, gradients, strict=True)
+        ]
         by_tensors = [
-            linear.gradients(gradient, normed, needs=needed)
-            for linear, gradient, needed in zip(linears, gradients, needs, strict=True)
+            linear.gradients(gradient, normed, by_narrow, needs=needed)
+            for linear, gradient, by_narrow, needed in zip(
+                linears, gradients, narrow, needs, strict=True
+            )
         ]
         by_hidden = by_norm = None
         if any(ctx.needs_input_grad[:2]):  # adapters of the first layer need neither
             by_hidden, _, by_norm = norm_gradients(
-                _input_gradient(gradients, linears),
+                _input_gradient(gradients, narrow, linears),
                 widened(hidden),
                 norm_weight,
                 scale,
@@ -237,21 +252,24 @@ class _FeedForward(torch.autograd.Function):
         of_output, of_gate, of_up, of_down = _by_linear(ctx.needs_input_grad[5:])
         # Products are taken in the weights' precision; only the stream is wider.
         narrow = gradient.to(attended.dtype)
-        by_gate, by_up, joined = gated_gradients(
-            _input_gradient([narrow], [down]), gate_states, up_states
-        )
-        by_down = down.gradients(narrow, joined, needs=of_down)
+        down_narrow = down.by_narrow(narrow)
+        by_joined = _input_gradient([narrow], [down_narrow], [down])
+        by_gate, by_up, joined = gated_gradients(by_joined, gate_states, up_states)
+        del by_joined
+        by_down = down.gradients(narrow, joined, down_narrow, needs=of_down)
         del joined
         normed = norm_again(stream, norm_weight, scale)
-        by_gate_layer = gate.gradients(by_gate, normed, needs=of_gate)
-        by_up_layer = up.gradients(by_up, normed, needs=of_up)
-        by_normed = _input_gradient([by_gate, by_up], [gate, up])
+        gate_narrow, up_narrow = gate.by_narrow(by_gate), up.by_narrow(by_up)
+        by_gate_layer = gate.gradients(by_gate, normed, gate_narrow, needs=of_gate)
+        by_up_layer = up.gradients(by_up, normed, up_narrow, needs=of_up)
+        by_normed = _input_gradient([by_gate, by_up], [gate_narrow, up_narrow], [gate, up])
         del by_gate, by_up, normed
         by_stream, narrow, by_norm = norm_gradients(
             by_normed, stream, norm_weight, scale, residual=gradient
         )
-        by_output = output.gradients(narrow, attended, needs=of_output)
-        by_attended = _input_gradient([narrow], [output])
+        output_narrow = output.by_narrow(narrow)
+        by_output = output.gradients(narrow, attended, output_narrow, needs=of_output)
+        by_attended = _input_gradient([narrow], [output_narrow], [output])
         by_tensors = chain(by_output, by_gate_layer, by_up_layer, by_down)
         return by_stream, by_attended, by_norm, None, None, *by_tensors
 
@@ -302,17 +320,16 @@ def _by_linear(values: Sequence[Any]) -> list[Sequence[Any]]:
     return [values[first : first + 4] for first in range(0, len(values), 4)]
 
 
-def _input_gradient(gradients: Sequence[Tensor], linears: Sequence[_Linear]) -> Tensor:
-    """Of the common input of several linear layers."""
-    total: Tensor | None = None
-    for gradient, linear in zip(gradients, linears, strict=True):
-        if total is None:
-            total = gradient @ linear.weight
-        else:
-            total.addmm_(gradient, linear.weight)
-        if linear.lora_a is not None and linear.lora_b is not None:
-            total.addmm_(gradient @ linear.lora_b, linear.lora_a, alpha=linear.scale)
-    assert total is not None, "there is at least one layer"
+def _input_gradient(
+    gradients: Sequence[Tensor], narrow: Sequence[Tensor | None], linears: Sequence[_Linear]
+) -> Tensor:
+    """Of the common input of several linear layers; `narrow` is what `by_narrow` gave of each."""
+    total = gradients[0] @ linears[0].weight
+    for gradient, linear in zip(gradients[1:], linears[1:], strict=True):
+        total.addmm_(gradient, linear.weight)
+    for by_narrow, linear in zip(narrow, linears, strict=True):
+        if by_narrow is not None and linear.lora_a is not None:
+            total.addmm_(by_narrow, linear.lora_a)
     return total
 
 
