@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,6 @@ def trainer_of(
         return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
     arguments = {
-        "output_dir": "unused",
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -75,13 +75,15 @@ def trainer_of(
         "gradient_accumulation_steps": 1,
         **options,
     }
-    trainer = kind(
-        model if model is not None else tiny_model(),
-        digits,
-        args=config(**arguments),
-        train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+2=", "ab", "c"]}),
-        processing_class=character_tokenizer(),
-    )
+    # A trainer makes its folder, though nothing is saved there.
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(
+            model if model is not None else tiny_model(),
+            digits,
+            args=config(**{"output_dir": folder, **arguments}),
+            train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+2=", "ab", "c"]}),
+            processing_class=character_tokenizer(),
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
