@@ -208,7 +208,8 @@ def draw(contents: Sequence[Content], path: Path) -> None:
         positions = [number + (place - 1) * width for number in range(len(shown))]
         bars = axis.bar(positions, middles, width, yerr=[below, above], label=COLUMNS[ratio])
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
-    # Updates of no live group at all are hundreds of times as fast, beside rounds of three.
+    # Updates of no live group at all are hundreds of times as fast, beside rounds of three. The
+    # limits leave room for the line at 1 and for the numbers above the bars.
     axis.set_yscale("log")
     least, most = (
         [figures[f"{ratio}_{end}"] for *_, figures in shown for ratio in RATIOS]
