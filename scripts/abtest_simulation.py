@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from scipy.special import ndtri
 
 from gmpo.abtest.ratio import ALARM_ODDS, log_bayes_factors
@@ -46,11 +47,12 @@ class Crossings:
     by_request: np.ndarray
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--simulations", type=int, default=SIMULATIONS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     count = arguments.simulations
     report: dict[str, Any] = {"made_with": provenance(), "simulations": count}
     for kind in EFFECTS:
@@ -65,7 +67,7 @@ def main() -> int:
         print(kind, effect, json.dumps(report[f"{kind} {effect:+g}"]))
     report["ratio"] = ratio_alarms(count)
     print("ratio", json.dumps(report["ratio"]))
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0
 
 

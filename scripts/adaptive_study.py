@@ -22,8 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from benchmarks.options import plot_file, results_file
-from benchmarks.results import write_figure
+from benchmarks.options import ends_clearly, plot_file, results_file
+from benchmarks.results import write_figure, write_results
 from matplotlib.figure import Figure
 from scripts.tiny_policy import sums_recipe, warm_policy
 
@@ -87,7 +87,8 @@ CURVES = {
 Outcome = dict[str, Any]
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptive"), help="of the runs")
@@ -95,7 +96,7 @@ def main() -> int:
         "--json", type=results_file, metavar="FILE", help="write every figure here too"
     )
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw mean curves here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # another number would round sums otherwise
     model = warm_policy(arguments.runs / "policy")
     outcomes: list[Outcome] = []
@@ -286,7 +287,7 @@ def write(arguments: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
             "comparisons": comparisons(outcomes),
             "runs": [{key: run[key] for key in run if key != "curves"} for run in outcomes],
         }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(arguments.json, report)
     if arguments.plot:
         draw(outcomes, arguments.plot)
 

@@ -14,12 +14,13 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from scipy.stats import chi2
 
 from gmpo.monitoring.anomalies import AnomalyState, Figure, judge_block
@@ -77,12 +78,13 @@ CHANGES: Mapping[str, Mapping[str, float]] = {
 }
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--weeks", type=int, default=20, help="streams of each kind")
     parser.add_argument("--streams", type=int, default=20, help="streams with each change")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     report: dict[str, Any] = {"made_with": provenance(), "weeks": arguments.weeks}
     report["nothing_changes"] = {}
     for name, kind in KINDS.items():
@@ -99,7 +101,7 @@ def main() -> int:
             summary = {level: summed([one[level] for one in delays]) for level in LEVELS[1:]}
             report["changes"][name][change] = summary
             print(name, change, json.dumps(summary), flush=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0
 
 

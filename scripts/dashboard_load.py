@@ -18,11 +18,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from streamlit.testing.v1 import AppTest
 from tests.dashboard_stores import answers, fill, outcomes
 
@@ -35,11 +36,12 @@ EVENTS, LOOKS, BETWEEN = 200_000, 10, 40
 PAGE = Path(gmpo.dashboard.__file__).with_name("page.py")
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--events", type=int, default=EVENTS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder) / "store.db", events=arguments.events)
     report = {
@@ -48,7 +50,7 @@ def main() -> int:
         **figures,
     }
     print(json.dumps(figures, indent=1))
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from tests.data_batches import poisoned, simulated_sampler, sums
 
 from gmpo.data_checks.profile import dispute_test
@@ -214,10 +215,11 @@ def prompts_of(rows: list[Row]) -> list[Prompt]:
     return [one.prompt for one in checked if one.prompt is not None]
 
 
-def main() -> None:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=results_file, help="file for all figures")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = sound_rows()
     figures = {
         "sound": sound_data(rows),
@@ -227,8 +229,9 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.json, figures)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -12,7 +12,6 @@ lies within the bounds under which a run trusts it, or the run recomputes it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,8 @@ import torch
 from benchmarks.devices import DEVICES, device_name
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import GmpoSide
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from benchmarks.workloads import SGD_LEARNING_RATES, WORKLOADS, Workload
 from scripts.replay import Weights, cosine_similarity
 
@@ -51,6 +51,7 @@ class Check:
     holds: bool
 
 
+@ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="cuda")
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "auto_takes": choose_dtype("auto", device=torch.device(arguments.device)),
         "checks": [vars(check) for check in checks],
     }
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0 if all(check.holds for check in checks) else 1
 
 

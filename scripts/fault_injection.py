@@ -27,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 from torch import nn
 
@@ -71,7 +71,8 @@ GUARDS: Mapping[str, Mapping[str, Any]] = {
 Outcome = dict[str, Any]
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
@@ -80,7 +81,7 @@ def main() -> int:
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every outcome here too"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # another number would round sums otherwise
     model = warm_policy(arguments.runs / "policies" / "half", steps=250)

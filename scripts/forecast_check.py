@@ -24,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 
 from gmpo.tracking import provenance, read_lines
 
@@ -59,13 +60,14 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def main() -> None:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CASES, action="append", help="this case; repeatable")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=results_file, help="add the results to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     made_with = provenance()  # before the results change the tree, if their file is in it
     rows = []
     for name in arguments.only or CASES:
@@ -88,6 +90,7 @@ def main() -> None:
             add(arguments.json, [row])
     if any(abs(row["error"]) > ALLOWED_ERROR for row in rows):
         sys.exit(f"not within {ALLOWED_ERROR:.0%}")
+    return 0
 
 
 def measure(recipe: str, *overrides: str) -> dict[str, Any]:
@@ -136,8 +139,8 @@ def add(path: Path, rows: list[dict[str, Any]]) -> None:
 
     keys = [key(row) for row in rows]
     kept = [row for row in old if key(row) not in keys]
-    path.write_text(json.dumps({"runs": [*kept, *rows]}, indent=1) + "\n")
+    write_results(path, {"runs": [*kept, *rows]})
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -9,7 +9,6 @@ docs/gate.md quotes the table.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from tests.gate_decisions import SEED, answers, simulated
 
 from gmpo.statistics import wilson_interval
@@ -54,11 +54,12 @@ def cases() -> list[Case]:
     ]
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=results_file, required=True)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "scripts.gate_simulation", *sys.argv[1:]]),
         "made_with": provenance(),
@@ -74,7 +75,7 @@ def main() -> int:
     report["usual_rule"] = usual_rule(arguments.repeats)
     for name, found in report["usual_rule"].items():
         print("usual rule,", name, shown(found))
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(arguments.json, report)
     return 0
 
 

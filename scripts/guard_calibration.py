@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from scripts.tiny_policy import sums_recipe, warm_policy
 from tests.guard_traces import healthy, steady
 from tests.models import save_tiny
@@ -52,7 +53,8 @@ NORM = "update/gradient_norm"
 Trace = Sequence[Mapping[str, float | None]]
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/guard"), help="folder of the runs")
@@ -62,7 +64,7 @@ def main() -> int:
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every alarm here too"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # another number would round sums otherwise
 
@@ -98,7 +100,7 @@ def main() -> int:
     for name, other in report["others"].items():
         print(f"{name}: {len(other['alarms'])} alarms in {len(other['rounds'])} rounds")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_results(arguments.json, report)
     return 0
 
 

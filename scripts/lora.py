@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.results import write_results
 from torch import Tensor
 
 from gmpo.assembly import build_sampler
@@ -172,7 +173,7 @@ def main() -> None:
     for part in arguments.parts or PARTS:
         found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
         found |= {"model": MODEL, "rank": RANK, part: PARTS[part]()}
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_results(RESULT, found)
         print(part, json.dumps(found[part]), flush=True)
 
 

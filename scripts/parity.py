@@ -9,10 +9,9 @@ the repository's root, where the tiny model of the tests is found too:
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 from scripts.replay import (
     LIMITS,
     STEPS_PER_ROUND,
@@ -69,13 +69,14 @@ class Subject:
     settings: tuple[Setting, ...]
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=["tiny", "smollm2-135m"])
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every figure here too"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     subjects = {"tiny": tiny, "smollm2-135m": smollm2}
     rows: list[dict[str, Any]] = []
     for name in arguments.models or subjects:
@@ -90,7 +91,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     """After every row: the real model's take minutes each."""
     file.parent.mkdir(parents=True, exist_ok=True)
     report = {"made_with": made_with(), "comparisons": rows}
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(file, report)
 
 
 def tiny() -> Subject:

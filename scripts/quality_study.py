@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 
 from gmpo.cli import app
 from gmpo.continual.serving import served_process
@@ -33,6 +34,7 @@ LARGEST = 12
 _START_SECONDS = 300.0
 
 
+@ends_clearly
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
@@ -66,8 +68,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "seed": options.seed,
         "calibration": calibration,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_results(options.json, report)
     return 0
 
 

@@ -6,14 +6,15 @@ python -m scripts.safety_sets smollm2-135m --json docs/results/safety.json
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
+from benchmarks.results import write_results
 
 from gmpo.gate import decide_gate
 from gmpo.gate.policy import GatePolicy
@@ -24,12 +25,13 @@ from gmpo.safety_runs import ask_safety_sets
 from gmpo.tracking import provenance
 
 
-def main() -> None:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     """Ask each model all sets, and print and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="names or folders of models")
     parser.add_argument("--json", type=results_file, help="file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     told: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "scripts.safety_sets", *sys.argv[1:]]),
         "made_with": provenance(),
@@ -46,7 +48,8 @@ def main() -> None:
         seconds = round(time.monotonic() - began)
         told["models"].append({"model": Path(model).name, "seconds": seconds, "sets": sets})
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        write_results(arguments.json, told)
+    return 0
 
 
 def bounds(count: SafetyCount) -> tuple[float, float]:
@@ -61,4 +64,4 @@ def bounds(count: SafetyCount) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.options import plotted_results_file
+from benchmarks.options import ends_clearly, plotted_results_file
 from scripts.arithmetic import KINDS, Kind, circumstances, enter, of_this_process
 from scripts.moe_policy import WarmUp, warmed_up_policy
 from scripts.stability_figures import collapse_round, log_digest, run_figures
@@ -226,8 +226,9 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def main() -> int:
-    arguments = parsed(sys.argv[1:])
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parsed(argv)
     enter(arguments.arithmetic, module=__spec__.name)
     torch.set_num_threads(1)  # the warm-up's sums too
     study = Study()
@@ -248,7 +249,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def parsed(words: Sequence[str]) -> argparse.Namespace:
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--json", type=plotted_results_file, required=True, help="results file; a plot beside it"

@@ -17,23 +17,25 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.options import results_file
+from benchmarks.options import ends_clearly, results_file
 from scripts.tiny_policy import sums_recipe, warm_policy
 
 from gmpo.recipe import dump_recipe
 
 
-def main() -> int:
+@ends_clearly
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=results_file, required=True, help="the report goes here")
     parser.add_argument("--runs", type=Path, default=Path("runs/tuning_study"))
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the tuned recipe")
     parser.add_argument("--processes", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # another number would round sums otherwise
     arguments.runs.mkdir(parents=True, exist_ok=True)
     recipe = arguments.runs / "sums.toml"
