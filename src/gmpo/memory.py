@@ -34,8 +34,6 @@ _ROWS_OF_A_SHAPE = 32
 """As in kernels/shapes.py, which this file must not import: it is read without torch."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
-_FEWEST_PREPARED_ROWS = 16
-"""Rows from which on the sampler lays weights out anew."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
 _ROLLOUT, _KEPT_TOKEN = 2500, 17
@@ -241,21 +239,21 @@ def cache_bytes(
 def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
     """What sampling takes beside the cache while rows run: prefilled prompts, logits, weights.
 
-    The weights are laid out anew for many rows on a CPU, without adapters; logits exist once as
-    they came and once joined with those of new rows.
+    The weights are laid out anew on a CPU, without adapters, for many rows at once and for few
+    after some steps; logits exist once as they came and once joined with those of new rows.
     """
     prefill = max(_PREFILL_TOKENS, prompt_tokens) * shape.key_value_bytes * shape.layers
-    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape, rows)
+    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape)
 
 
-def _prepared_bytes(shape: ModelShape, rows: int) -> int:
-    """Of linear layers in the CPU library's own order; in bf16 of the head too."""
-    if not (shape.is_fast and shape.on_cpu and shape.trains_all and rows >= _FEWEST_PREPARED_ROWS):
+def _prepared_bytes(shape: ModelShape) -> int:
+    """Of linear layers in the CPU library's own order; MKL's leaves out the head, counted here."""
+    if not (shape.is_fast and shape.on_cpu and shape.trains_all):
         return 0
     queries = shape.heads * shape.head_size
     keys = 2 * shape.key_value_heads * shape.head_size
     layer = shape.hidden * (2 * queries + keys + 3 * shape.feed_forward)
-    head = shape.vocabulary * shape.hidden if shape.width < _FLOAT else 0
+    head = shape.vocabulary * shape.hidden
     return (shape.layers * layer + head) * shape.width
 
 

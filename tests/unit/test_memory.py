@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,14 +309,14 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
-def test_weights_laid_out_for_many_rows_are_counted():
+def test_weights_laid_out_for_decoding_are_counted():
     shape = shape_of(llama())
-    few = sampling_bytes(shape, rows=15, prompt_tokens=8)
-    many = sampling_bytes(shape, rows=16, prompt_tokens=8)
+    sampled = partial(sampling_bytes, rows=15, prompt_tokens=8)
     # Two layers: queries and output 2 x 32 x 32, keys and values 2 x 32 x 16, feed-forward
-    # 3 x 32 x 48; and another row's logits, twice
+    # 3 x 32 x 48; and the head
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
-    assert many - few == (2 * layer + 2 * VOCABULARY) * 4
+    for without in (replace(shape, adapter_parameters=1), replace(shape, is_fast=False)):
+        assert sampled(shape) - sampled(without) == (2 * layer + 32 * VOCABULARY) * 4
 
 
 def test_the_head_holds_tiles_or_all_logits():

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.prefix import extend
+from gmpo.sampler import prepared
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.prefilling import prepared_layer_run
-from gmpo.sampler.prepared import gated_projection, prepare_body, projection
+from gmpo.sampler.prepared import Projection, gated_projection, prepare_body, projection
 from gmpo.sampler.requests import Completion, SampleRequest, complete
 
 # bf16 keeps 8 bits; a difference of rounding order is a few of their last.
@@ -24,10 +25,28 @@ every_precision = pytest.mark.parametrize("dtype", list(TOLERANCE))
 every_llama = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
 
 
+def told_of(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str]) -> None:
+    """torch says this of the processor, and is asked each time."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(prepared, "_is_intels", prepared._is_intels.__wrapped__)
+
+
+@pytest.fixture(params=["Intel Xeon", "AMD EPYC"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the processor, as torch would name it: it decides whose order fp32 takes."""
+    name: str = request.param
+    told_of(monkeypatch, {"cpu_name": name})
+    return name
+
+
+every_maker = pytest.mark.usefixtures("maker")
+
+
 def linear(inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
 
 
+@every_maker
 @every_precision
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
 @pytest.mark.parametrize("rows", [1, 15, 16, 31, 32, 33, 64, 70])
@@ -44,6 +63,7 @@ def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int, prep
         torch.testing.assert_close(outputs, expected, rtol=tolerance, atol=tolerance)
 
 
+@every_maker
 @every_precision
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 33, 70])
@@ -63,10 +83,41 @@ def test_the_gated_half_is_no_farther_from_exact_than_the_modules(dtype, bias, r
     assert error(outputs) <= 1.05 * error(by_modules.double()) + 1e-7
 
 
+def product(run: Projection, inputs: torch.Tensor) -> set[str]:
+    """Of which library an operation ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(inputs)
+    of_libraries = ("mkl::_mkl_linear", "mkldnn::_linear_pointwise")
+    return {event.key for event in profile.key_averages()} & set(of_libraries)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "is_reordered"), [(torch.bfloat16, True), (torch.float32, False)]
+    ("capabilities", "expected"),
+    [
+        ({"cpu_name": "Intel Xeon"}, "mkl::_mkl_linear"),
+        ({"cpu_name": "Intel(R) Core(TM) i7"}, "mkl::_mkl_linear"),
+        ({"cpu_name": "AMD EPYC"}, "mkldnn::_linear_pointwise"),
+        ({}, "mkl::_mkl_linear"),
+    ],
 )
-def test_few_rows_are_run_on_reordered_bf16_weights_after_some_steps(dtype, is_reordered: bool):
+def test_the_maker_of_the_processor_decides_whose_order_fp32_takes(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str], expected: str
+):
+    told_of(monkeypatch, capabilities)
+    module, inputs = linear(64, 96, bias=False, dtype=torch.float32), torch.randn(32, 64)
+    assert product(projection(module, rows=32), inputs) == {expected}
+    body = LlamaBody(tiny_model(dtype=torch.float32))
+    head = prepare_body(body, rows=32).head
+    width = body.model.lm_head.in_features
+    of_head = product(head, torch.randn(32, width))
+    # MKL's order gains nothing for so many outputs.
+    assert of_head == ({expected} if expected.startswith("mkldnn") else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_few_rows_are_run_on_weights_in_onednns_order_after_some_steps(dtype, maker: str):
+    has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    is_reordered = has_units if dtype == torch.bfloat16 else maker == "AMD EPYC"
     model = tiny_model(dtype=dtype)
     decoder = LlamaDecoder(LlamaBody(model), max_rows=3)
     (prefill,) = decoder.prefill([[5, 6, 7]], all_logits=False)
@@ -80,6 +131,7 @@ def test_few_rows_are_run_on_reordered_bf16_weights_after_some_steps(dtype, is_r
     assert decoder._prepared is None
 
 
+@every_maker
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_prepared_anew_follow_changed_weights(dtype):
     module = linear(64, 96, bias=False, dtype=dtype)
@@ -137,6 +189,7 @@ def check_against_the_full_forward(
     assert len(differences) == 3 * num_completions
 
 
+@every_maker
 @every_llama
 @every_precision
 def test_decoding_many_rows_follows_the_full_forward(family: str, dtype):
@@ -152,6 +205,7 @@ def test_decoding_few_rows_follows_the_full_forward_once_reordered(family: str):
     check_against_the_full_forward(sampler_over(model, max_rows=20), model, num_completions=2)
 
 
+@every_maker
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weights_that_changed_are_decoded_from(dtype):
     model = tiny_model(dtype=dtype)
@@ -176,6 +230,7 @@ def test_adapters_are_run_and_not_merged():
     check_against_the_full_forward(sampler_over(model, max_rows=20), model)
 
 
+@every_maker
 @every_llama
 @every_precision
 @pytest.mark.parametrize("with_past", [False, True])
