@@ -31,6 +31,7 @@ from gmpo.policy.llama import why_unsupported
 from gmpo.policy.load import model_folder
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.records import Prompt
+from gmpo.sampler.prepared import order_of
 from gmpo.tasks import few_shot_prompt
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+"""By their width; any other is fp64's."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 """What families call the number of attention heads; a model without any counts as one head."""
 
@@ -206,14 +209,14 @@ def model_shape(
         runs_compiled=is_fast and device == "cpu" and _runs_compiled(width),
         is_fast=is_fast,
         on_cpu=device == "cpu",
+        weight_order=order_of(_DTYPES.get(width, torch.float64), device) if is_fast else None,
         recomputes_layers=recomputes_layers,
     )
 
 
 def _runs_compiled(width: int) -> bool:
     """Whether the fast engine's attention is the compiled function in that precision."""
-    dtype = {2: torch.bfloat16, 4: torch.float32}.get(width, torch.float64)
-    return attention.is_compiled(torch.empty(0, dtype=dtype))
+    return attention.is_compiled(torch.empty(0, dtype=_DTYPES.get(width, torch.float64)))
 
 
 def _shape_of_run(inputs: RunInputs) -> ModelShape:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -43,18 +43,23 @@ from gmpo.policy.lora import add_adapters
 from gmpo.policy.packed import scored_hidden_states
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
+from gmpo.sampler.prepared import order_of
 from gmpo.update import PolicyOptimizer
 
 VOCABULARY = 101
 
 
 def shape_of(
-    model: PreTrainedModel, *, engine: str = "fast", recomputes_layers: bool = False
+    model: PreTrainedModel,
+    *,
+    device: str = "cpu",
+    engine: str = "fast",
+    recomputes_layers: bool = False,
 ) -> ModelShape:
     return model_shape(
         model,
         width=model.dtype.itemsize,
-        device="cpu",
+        device=device,
         engine=engine,
         recomputes_layers=recomputes_layers,
     )
@@ -309,14 +314,38 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
+def laid_out(order: Literal["onednn", "mkl"] | None, *, rows: int, adapted: str = "") -> int:
+    shape = replace(shape_of(llama()), weight_order=order, adapted=frozenset(adapted.split()))
+    without = replace(shape, weight_order=None)
+    sampled = partial(sampling_bytes, rows=rows, prompt_tokens=8)
+    return sampled(shape) - sampled(without)
+
+
 def test_weights_laid_out_for_decoding_are_counted():
-    shape = shape_of(llama())
-    sampled = partial(sampling_bytes, rows=15, prompt_tokens=8)
-    # Two layers: queries and output 2 x 32 x 32, keys and values 2 x 32 x 16, feed-forward
-    # 3 x 32 x 48; and the head
-    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
-    for without in (replace(shape, adapter_parameters=1), replace(shape, is_fast=False)):
-        assert sampled(shape) - sampled(without) == (2 * layer + 32 * VOCABULARY) * 4
+    # Of two layers queries and output 32 x 32, keys and values 2 x 32 x 16, feed-forward
+    # 3 x 32 x 48, each of 4 bytes
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) * 4
+    head = 32 * VOCABULARY * 4
+    assert laid_out("onednn", rows=1) == laid_out("onednn", rows=64) == layers + head
+    assert (laid_out("mkl", rows=15), laid_out("mkl", rows=16)) == (0, layers)
+
+
+@pytest.mark.parametrize(
+    ("adapted", "outputs"),
+    [("k_proj", 32 + 3 * 48), ("up_proj down_proj", 64 + 32), ("o_proj", 64 + 3 * 48)],
+)
+def test_layers_beside_adapters_are_not_laid_out_nor_what_they_would_be_fused_with(
+    adapted: str, outputs: int
+):
+    expected = (2 * 32 * outputs + 32 * VOCABULARY) * 4
+    assert laid_out("onednn", rows=4, adapted=adapted) == expected
+
+
+def test_no_order_is_forecast_where_none_is_taken():
+    assert shape_of(llama(), device="cuda").weight_order is None
+    assert shape_of(llama(), engine="plain").weight_order is None
+    assert shape_of(llama().double()).weight_order is None
+    assert shape_of(llama()).weight_order == order_of(torch.float32, "cpu")
 
 
 def test_the_head_holds_tiles_or_all_logits():

@@ -25,8 +25,15 @@ every_precision = pytest.mark.parametrize("dtype", list(TOLERANCE))
 every_llama = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
 
 
+needs_both = pytest.mark.skipif(
+    not (prepared._mkl_reorders() and prepared._onednn_reorders()),
+    reason="this build of torch has not both libraries' orders",
+)
+
+
 def told_of(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str]) -> None:
     """torch says this of the processor, and is asked each time."""
+    monkeypatch.setattr(torch.cpu, "__all__", ["get_capabilities"])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(prepared, "_is_intels", prepared._is_intels.__wrapped__)
 
@@ -91,6 +98,7 @@ def product(run: Projection, inputs: torch.Tensor) -> set[str]:
     return {event.key for event in profile.key_averages()} & set(of_libraries)
 
 
+@needs_both
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
@@ -98,6 +106,7 @@ def product(run: Projection, inputs: torch.Tensor) -> set[str]:
         ({"cpu_name": "Intel(R) Core(TM) i7"}, "mkl::_mkl_linear"),
         ({"cpu_name": "AMD EPYC"}, "mkldnn::_linear_pointwise"),
         ({}, "mkl::_mkl_linear"),
+        ({"cpu_name": ""}, "mkl::_mkl_linear"),
     ],
 )
 def test_the_maker_of_the_processor_decides_whose_order_fp32_takes(
@@ -114,6 +123,14 @@ def test_the_maker_of_the_processor_decides_whose_order_fp32_takes(
     assert of_head == ({expected} if expected.startswith("mkldnn") else set())
 
 
+def test_a_torch_that_does_not_tell_the_maker_counts_as_on_intels(monkeypatch: pytest.MonkeyPatch):
+    told_of(monkeypatch, {"cpu_name": "AMD EPYC"})
+    assert not prepared._is_intels()
+    monkeypatch.setattr(torch.cpu, "__all__", [])
+    assert prepared._is_intels()
+
+
+@needs_both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_few_rows_are_run_on_weights_in_onednns_order_after_some_steps(dtype, maker: str):
     has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -198,10 +215,12 @@ def test_decoding_many_rows_follows_the_full_forward(family: str, dtype):
     check_against_the_full_forward(sampler_over(model, max_rows=20), model)
 
 
+@every_maker
 @every_llama
-def test_decoding_few_rows_follows_the_full_forward_once_reordered(family: str):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decoding_few_rows_follows_the_full_forward_once_reordered(family: str, dtype: torch.dtype):
     # The longest of the three answers, nine tokens, outlasts the steps without reordered weights.
-    model = tiny_model(family, dtype=torch.bfloat16)
+    model = tiny_model(family, dtype=dtype)
     check_against_the_full_forward(sampler_over(model, max_rows=20), model, num_completions=2)
 
 
@@ -221,6 +240,7 @@ def test_weights_that_changed_are_decoded_from(dtype):
         check_against_the_full_forward(sampler, model)
 
 
+@every_maker
 def test_adapters_are_run_and_not_merged():
     model = tiny_model()
     add_adapters(model, rank=3, alpha=6.0)

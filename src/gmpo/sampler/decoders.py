@@ -30,18 +30,13 @@ from gmpo.sampler.cache import PromptState, SharedCache, power_of_two
 from gmpo.sampler.forward import step_logits
 from gmpo.sampler.graphed import Capture, FixedSteps
 from gmpo.sampler.prefilling import prepared_layer_run
-from gmpo.sampler.prepared import (
-    PreparedBody,
-    prepare_body,
-    reorders_for_few_rows,
-    unprepared_body,
-)
+from gmpo.sampler.prepared import Order, PreparedBody, order_of, prepare_body, unprepared_body
 
 __all__ = ["ENOUGH_ROWS", "Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
 ENOUGH_ROWS = 16
 """Rows running at once from which reordered weights earn the time it takes to reorder them: on two
-cores about 90 ms in bf16 and 150 ms in fp32, for 15 and 30 ms a step of 64 rows."""
+cores about 90 ms in bf16, for 15 ms a step of 64 rows; in fp32 150 ms for 30 by MKL."""
 _ENOUGH_STEPS = 6
 """Steps of fewer rows after which weights are reordered too: what those took longer then makes up
 for it, so that a short answer never costs much more than it must, and a long one neither. MKL's
@@ -204,7 +199,6 @@ class LlamaDecoder:
     def __init__(self, body: LlamaBody, *, max_rows: int, capture: Capture | None = None) -> None:
         self.body = body
         self._plain = unprepared_body(body)
-        self._gains_by_few_rows = reorders_for_few_rows(body)
         self._prepared: PreparedBody | None = None
         self._unprepared_steps = 0
         self._beginning: Beginning | None = None
@@ -295,11 +289,14 @@ class LlamaDecoder:
     def _linear(self, rows: int) -> PreparedBody:
         """The model's linear layers for a step of so many rows, reordered where that pays."""
         if self._prepared is None:
-            is_worth_it = self._unprepared_steps >= _ENOUGH_STEPS and self._gains_by_few_rows
-            if rows >= ENOUGH_ROWS or is_worth_it:
+            is_long = self._unprepared_steps >= _ENOUGH_STEPS
+            if rows >= ENOUGH_ROWS or (is_long and self._order() == "onednn"):
                 self._prepared = prepare_body(self.body, rows=rows)
         self._unprepared_steps += 1
         return self._prepared or self._plain
+
+    def _order(self) -> Order | None:
+        return order_of(self.body.model.dtype, self.device.type)
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""

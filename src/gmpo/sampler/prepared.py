@@ -2,9 +2,9 @@
 
 A decoding step reads every weight for few rows, so the order in which weights lie in memory decides
 its time. torch's CPU builds carry two operations that take a weight reordered once, oneDNN's and
-MKL's. oneDNN's is taken for bf16, which needs bf16 units, and for fp32 on processors that are not
-Intel's, for which MKL is no faster with its own order than without it; MKL's for fp32 on Intel's.
-Where they are missing, or on another device or precision, the modules run as they are.
+MKL's. oneDNN's is taken for bf16, which needs bf16 units, and for fp32 where MKL is there and the
+processor is not Intel's (on AMD's with AVX2 alone MKL's order gains next to nothing); MKL's for
+fp32 on Intel's. Elsewhere, and on other devices and in fp64, the modules run as they are.
 
 The reordered weights are a copy of those of the layers, in oneDNN's order of the head too: for the
 default model 270 MB in bf16, and in fp32 540 MB, or 425 in MKL's. The decoder holds it only while
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,13 +28,14 @@ from torch.nn import functional
 from gmpo.policy.llama import LlamaBody
 
 __all__ = [
+    "Order",
     "PreparedBody",
     "PreparedLayer",
     "Projection",
     "gated_projection",
+    "order_of",
     "prepare_body",
     "projection",
-    "reorders_for_few_rows",
     "unprepared_body",
 ]
 
@@ -43,6 +45,8 @@ than half of one by the modules themselves."""
 _TYPICAL_ROWS = 64
 """A hint for oneDNN's choice of order; any number of rows is correct."""
 
+Order = Literal["onednn", "mkl"]
+"""The library in whose order a weight lies."""
 Projection = Callable[[Float[Tensor, "N I"]], Float[Tensor, "N O"]]
 """One or several linear layers over the same input; their outputs side by side."""
 
@@ -84,13 +88,33 @@ def prepare_body(body: LlamaBody, *, rows: int) -> PreparedBody:
         prepare,
         partial(gated_projection, rows=rows),
         # Joining the pieces of so many outputs costs what MKL's order gains.
-        head=_as_they_are(head) if _takes_mkl(head.weight) else prepare(head),
+        head=_as_they_are(head) if _order_of(head.weight) == "mkl" else prepare(head),
     )
 
 
-def reorders_for_few_rows(body: LlamaBody) -> bool:
-    """Whether the order that is taken for this model makes steps of fewer than 16 rows faster."""
-    return _takes_onednn(body.model.lm_head.weight)
+def order_of(dtype: torch.dtype, device: str) -> Order | None:
+    """Whose order decoding takes; None where the modules run as they are.
+
+    The processor's maker decides and not a trial: the same machine has to draw the same bits in
+    every process.
+
+    Args:
+        dtype: of the weights.
+        device: where they lie: "cpu" or another.
+    """
+    if device != "cpu":
+        return None
+    if dtype == torch.bfloat16:
+        has_units = _onednn_reorders() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "onednn" if has_units else None
+    # A processor for which torch is built without MKL is of another kind: none was measured.
+    if dtype != torch.float32 or not _mkl_reorders():
+        return None
+    return "mkl" if _is_intels() or not _onednn_reorders() else "onednn"
+
+
+def _order_of(weight: Tensor) -> Order | None:
+    return order_of(weight.dtype, weight.device.type)
 
 
 def _with_each(
@@ -121,10 +145,10 @@ def projection(*modules: nn.Module, rows: int) -> Projection:
     """
     linears = [module for module in modules if type(module) is nn.Linear]
     if len(linears) == len(modules):
-        weight = linears[0].weight
-        if _takes_onednn(weight):
+        order = _order_of(linears[0].weight)
+        if order == "onednn":
             return _with_onednn(linears)
-        if _takes_mkl(weight):
+        if order == "mkl":
             return _with_mkl(linears, min(_MKL_ROWS, -(-rows // 32) * 32))
     return _as_they_are(*modules)
 
@@ -135,7 +159,11 @@ def gated_projection(gate: nn.Module, up: nn.Module, *, rows: int) -> Projection
     In bf16 and oneDNN's order both are taken of the sums in fp32 and rounded once, not thrice. In
     fp32, where nothing is rounded between, one product for both is faster than that.
     """
-    if type(gate) is type(up) is nn.Linear and _takes_onednn_in_bf16(gate.weight):
+    if (
+        type(gate) is type(up) is nn.Linear
+        and gate.weight.dtype == torch.bfloat16
+        and _order_of(gate.weight) == "onednn"
+    ):
         return _gated_with_onednn(gate, up)
     joined = projection(gate, up, rows=rows)
 
@@ -156,30 +184,6 @@ def _as_they_are(*modules: nn.Module) -> Projection:
     return lambda inputs: torch.cat([module(inputs) for module in modules], dim=-1)
 
 
-def _takes_onednn(weight: Tensor) -> bool:
-    return _takes_onednn_in_bf16(weight) or (
-        # Without MKL's order it is another kind of processor, on which none was measured.
-        _is_single(weight) and _onednn_reorders() and _mkl_reorders() and not _is_intels()
-    )
-
-
-def _takes_onednn_in_bf16(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and _onednn_reorders()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def _takes_mkl(weight: Tensor) -> bool:
-    return _is_single(weight) and _mkl_reorders() and not _takes_onednn(weight)
-
-
-def _is_single(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
 def _onednn_reorders() -> bool:
     names = ("mkldnn::_reorder_linear_weight", "mkldnn::_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(map(_exists, names))
@@ -192,13 +196,10 @@ def _mkl_reorders() -> bool:
 
 @cache
 def _is_intels() -> bool:
-    """Whether Intel made the processor, as it says of itself; older torch does not tell: then yes.
-
-    By its maker and not by a trial: the same machine has to draw the same bits in every process.
-    """
+    """Whether Intel made the processor; if torch is too old to tell, or it has no name, yes."""
     if "get_capabilities" not in torch.cpu.__all__:
         return True
-    return "intel" in torch.cpu.get_capabilities().get("cpu_name", "intel").lower()
+    return "intel" in (torch.cpu.get_capabilities().get("cpu_name") or "intel").lower()
 
 
 def _exists(operation: str) -> bool:
