@@ -36,7 +36,7 @@ _ROWS_OF_A_SHAPE = 32
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
 _FEWEST_ROWS_OF_MKL = 16
-"""Rows from which on the sampler lays weights out in MKL's order; in oneDNN's also for fewer."""
+"""`ENOUGH_ROWS` of sampler/decoders.py, which counts for MKL's order; oneDNN's is for fewer too."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
 _ROLLOUT, _KEPT_TOKEN = 2500, 17

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ from gmpo.policy.lora import add_adapters
 from gmpo.policy.packed import scored_hidden_states
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
-from gmpo.sampler.prepared import order_of
+from gmpo.sampler.prepared import Order, order_of
 from gmpo.update import PolicyOptimizer
 
 VOCABULARY = 101
@@ -314,7 +314,7 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
-def laid_out(order: Literal["onednn", "mkl"] | None, *, rows: int, adapted: str = "") -> int:
+def laid_out(order: Order | None, *, rows: int, adapted: str = "") -> int:
     shape = replace(shape_of(llama()), weight_order=order, adapted=frozenset(adapted.split()))
     without = replace(shape, weight_order=None)
     sampled = partial(sampling_bytes, rows=rows, prompt_tokens=8)
