@@ -4,17 +4,19 @@
 #ifndef GMPO_DECODING_H
 #define GMPO_DECODING_H
 
+#include "products.h"
+
 /* The largest head, and the query heads of a key head that are worked out together. */
 #define MAX_DIM 256
 #define MAX_QUERIES 4
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* Sixteen numbers, in as many registers as the processor needs for them. */
-#define DOT_LANES 16
-typedef float dot_lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float half_lanes __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float quarter_lanes __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float four_lanes __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* Positions whose scores, and registers of features whose sums, are made at a time for n queries:
+   as many sums as there are registers for, beside what they are made of. */
+#define AT_ONCE(n) (LANES == 8 && (n) > 3 ? 2 : 4)
 
 /* What all layers of a step have in common; `decoding.py` has the same fields.
    A part of the cache is [keys or values, row or slot, key head, position, dim]. */
@@ -26,48 +28,82 @@ typedef struct {
     int64_t prompt_slots, prompt_capacity, own_rows, own_capacity;
 } attention_step;
 
-ALWAYS_INLINE float sum_of(const dot_lanes *x) {
-    half_lanes h = *(const half_lanes *)x + *((const half_lanes *)x + 1);
-    quarter_lanes q = *(const quarter_lanes *)&h + *((const quarter_lanes *)&h + 1);
-    return (q[0] + q[2]) + (q[1] + q[3]);
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#endif
+#endif
+#ifndef PICK
+typedef int four_places __attribute__((vector_size(16)));
+#define PICK(x, y, ...) __builtin_shuffle(x, y, (four_places){__VA_ARGS__})
+#endif
+
+ALWAYS_INLINE four_lanes fours_of(const lanes *x) {
+    const four_lanes *parts = (const four_lanes *)x;
+    four_lanes sum = parts[0] + parts[1];
+#if LANES == 16
+    sum += parts[2] + parts[3];
+#endif
+    return sum;
 }
 
-/* scores[query][position] = scale * query . key. */
-ALWAYS_INLINE void score_keys(
-    const float *keys, int64_t count, int64_t dim, const float (*queries)[MAX_DIM], const int n,
+/* Each register's sum over its lanes. */
+ALWAYS_INLINE four_lanes sums_of(const lanes *a, const lanes *b, const lanes *c, const lanes *d) {
+    four_lanes w = fours_of(a), x = fours_of(b), y = fours_of(c), z = fours_of(d);
+    four_lanes first = PICK(w, x, 0, 4, 1, 5) + PICK(w, x, 2, 6, 3, 7);
+    four_lanes second = PICK(y, z, 0, 4, 1, 5) + PICK(y, z, 2, 6, 3, 7);
+    return PICK(first, second, 0, 1, 4, 5) + PICK(first, second, 2, 3, 6, 7);
+}
+
+/* scores[query][position] = scale * query . key, for `count` positions, at most AT_ONCE(n). */
+ALWAYS_INLINE void score_some(
+    const float *keys, const int count, int64_t dim, const float (*queries)[MAX_DIM], const int n,
     float scale, float *scores, int64_t stride
 ) {
-    int64_t whole = dim / DOT_LANES * DOT_LANES;
-    for (int64_t p = 0; p < count; p++) {
-        const float *key = keys + p * dim;
-        dot_lanes sums[MAX_QUERIES] = {{0}};
-        for (int64_t i = 0; i < whole; i += DOT_LANES) {
-            dot_lanes part = *(const dot_lanes *)(key + i);
-            for (int q = 0; q < n; q++) sums[q] += part * *(const dot_lanes *)(queries[q] + i);
+    int64_t whole = dim / LANES * LANES;
+    lanes sums[MAX_QUERIES][4];
+    for (int q = 0; q < n; q++)
+        for (int p = 0; p < 4; p++) sums[q][p] = (lanes){0};
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int p = 0; p < count; p++) {
+            lanes part = *(const lanes *)(keys + p * dim + i);
+            for (int q = 0; q < n; q++) sums[q][p] += part * *(const lanes *)(queries[q] + i);
         }
-        for (int q = 0; q < n; q++) {
-            float sum = sum_of(&sums[q]);
-            for (int64_t i = whole; i < dim; i++) sum += key[i] * queries[q][i];
+    for (int q = 0; q < n; q++) {
+        four_lanes totals = sums_of(&sums[q][0], &sums[q][1], &sums[q][2], &sums[q][3]);
+        for (int p = 0; p < count; p++) {
+            float sum = totals[p];
+            for (int64_t i = whole; i < dim; i++) sum += keys[p * dim + i] * queries[q][i];
             scores[q * stride + p] = sum * scale;
         }
     }
 }
 
-/* attended[query] += sum over positions of weight * value, for `blocks` times DOT_LANES features. */
+ALWAYS_INLINE void score_keys(
+    const float *keys, int64_t count, int64_t dim, const float (*queries)[MAX_DIM], const int n,
+    float scale, float *scores, int64_t stride
+) {
+    int64_t p = 0;
+    for (; p + AT_ONCE(n) <= count; p += AT_ONCE(n))
+        score_some(keys + p * dim, AT_ONCE(n), dim, queries, n, scale, scores + p, stride);
+    for (; p < count; p++) score_some(keys + p * dim, 1, dim, queries, n, scale, scores + p, stride);
+}
+
+/* attended[query] += sum over positions of weight * value, for `blocks` times LANES features. */
 ALWAYS_INLINE void weigh_features(
     const float *values, int64_t count, int64_t dim, const float *weights, int64_t stride,
     const int n, const int blocks, float (*attended)[MAX_DIM]
 ) {
-    dot_lanes sums[MAX_QUERIES][4];
+    lanes sums[MAX_QUERIES][4];
     for (int q = 0; q < n; q++)
-        for (int b = 0; b < blocks; b++) sums[q][b] = *(const dot_lanes *)(attended[q] + b * DOT_LANES);
+        for (int b = 0; b < blocks; b++) sums[q][b] = *(const lanes *)(attended[q] + b * LANES);
     for (int64_t p = 0; p < count; p++)
         for (int b = 0; b < blocks; b++) {
-            dot_lanes value = *(const dot_lanes *)(values + p * dim + b * DOT_LANES);
+            lanes value = *(const lanes *)(values + p * dim + b * LANES);
             for (int q = 0; q < n; q++) sums[q][b] += weights[q * stride + p] * value;
         }
     for (int q = 0; q < n; q++)
-        for (int b = 0; b < blocks; b++) *(dot_lanes *)(attended[q] + b * DOT_LANES) = sums[q][b];
+        for (int b = 0; b < blocks; b++) *(lanes *)(attended[q] + b * LANES) = sums[q][b];
 }
 
 ALWAYS_INLINE void weigh_values(
@@ -75,11 +111,12 @@ ALWAYS_INLINE void weigh_values(
     const int n, float (*attended)[MAX_DIM]
 ) {
     int64_t i = 0;
-    for (; i + 4 * DOT_LANES <= dim; i += 4 * DOT_LANES)
+    for (; i + AT_ONCE(n) * LANES <= dim; i += AT_ONCE(n) * LANES)
         weigh_features(
-            values + i, count, dim, weights, stride, n, 4, (float(*)[MAX_DIM])(attended[0] + i)
+            values + i, count, dim, weights, stride, n, AT_ONCE(n),
+            (float(*)[MAX_DIM])(attended[0] + i)
         );
-    for (; i + DOT_LANES <= dim; i += DOT_LANES)
+    for (; i + LANES <= dim; i += LANES)
         weigh_features(
             values + i, count, dim, weights, stride, n, 1, (float(*)[MAX_DIM])(attended[0] + i)
         );
