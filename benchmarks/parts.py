@@ -2,18 +2,22 @@
 
 torch's profiler gives each operator's own time with the sizes of its inputs, and a part is told by
 operator and size: that needs nothing inside the measured code, so it stays right when that changes,
-but an operator no rule names is counted as "norms and elementwise".
+but an operator no rule names is counted as "norms and elementwise". Products over panels are
+compiled functions, which the profiler sees where `panels_named` gives them names.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from gmpo.policy.head import TOKENS_PER_TILE
+from gmpo.sampler import prepared
 
 PARTS = (
     "projections",
@@ -35,8 +39,8 @@ _PRODUCTS = (
     "_mkldnn_linear",
     "mkl_linear",
     "mkldnn::_linear_pointwise",
-    "mkl::_mkl_linear",
 )
+_PANELS, _PANELS_OF_HEAD = "panel_linear", "panel_linear, head"
 _DRAWING = (
     "cumsum",
     "searchsorted",
@@ -50,6 +54,8 @@ _DRAWING = (
 _OWN = {
     "_Attend": "attention",
     "_ChunkedTokenLogprobs": "softmax over the vocabulary",
+    _PANELS: "projections",
+    _PANELS_OF_HEAD: "head",
 }
 """Passes of gmpo's own that are not norms and elementwise; compiled functions run in their time."""
 _CACHE = ("index_put_", "_index_put_impl_", "baddbmm", "bmm")
@@ -62,6 +68,28 @@ class Operator:
     name: str
     shapes: tuple[tuple[int, ...], ...]
     seconds: float
+
+
+@contextlib.contextmanager
+def panels_named(vocabulary: int) -> Iterator[None]:
+    """Weights laid out inside show their products to the profiler, as torch's operators do."""
+    right = prepared.panel_linear
+
+    def named(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        run = right(weight, bias)
+        name = _PANELS_OF_HEAD if len(weight) == vocabulary else _PANELS
+
+        def recorded(inputs: Tensor) -> Tensor:
+            with record_function(name):
+                return run(inputs)
+
+        return recorded
+
+    prepared.panel_linear = named
+    try:
+        yield
+    finally:
+        prepared.panel_linear = right
 
 
 def profiled(run: Callable[[], object]) -> list[Operator]:

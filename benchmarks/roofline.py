@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import flops
 from benchmarks.circumstances import busy_warning, circumstances
 from benchmarks.options import add_threads, ends_clearly, require_threads, results_file
-from benchmarks.parts import profiled, shares
+from benchmarks.parts import panels_named, profiled, shares
 from benchmarks.peaks import DTYPES, bound_seconds, copy_rates, product_rates, products
 from benchmarks.results import write_results
 from benchmarks.roofline_report import (
@@ -296,9 +296,10 @@ def decode_report(
     bounds = [bound_in(one, dtype, operations=operations, traffic=traffic) for one in cycles]
     seconds = [one["decode"] for one in cycles]
     steps = 8
-    start_decoding(measured)
-    measured.sampler.step()  # which orders the weights anew, once after each publication
-    operators = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
+    with panels_named(shape.vocabulary):
+        start_decoding(measured)
+        measured.sampler.step()  # which orders the weights anew, once after each publication
+        operators = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
     while not measured.sampler.is_idle:
         measured.sampler.step()
     typical = spread(seconds).median * steps

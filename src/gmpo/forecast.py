@@ -209,9 +209,13 @@ def model_shape(
         runs_compiled=is_fast and device == "cpu" and _runs_compiled(width),
         is_fast=is_fast,
         on_cpu=device == "cpu",
-        weight_order=order_of(_DTYPES.get(width, torch.float64), device) if is_fast else None,
+        reorders_weights=is_fast and _has_order(width, device),
         recomputes_layers=recomputes_layers,
     )
+
+
+def _has_order(width: int, device: str) -> bool:
+    return order_of(_DTYPES.get(width, torch.float64), device) is not None
 
 
 def _runs_compiled(width: int) -> bool:

@@ -7,7 +7,6 @@ Dimensions: **M** hidden size, **F** feed-forward size, **H** query heads, **K**
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 __all__ = [
     "GIB",
@@ -35,8 +34,6 @@ _ROWS_OF_A_SHAPE = 32
 """As in kernels/shapes.py, which this file must not import: it is read without torch."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
-_FEWEST_ROWS_OF_MKL = 16
-"""`ENOUGH_ROWS` of sampler/decoders.py, which counts for MKL's order; oneDNN's is for fewer too."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
 _ROLLOUT, _KEPT_TOKEN = 2500, 17
@@ -68,7 +65,7 @@ class ModelShape:
         runs_compiled: attention and the head are compiled functions, which pad and widen nothing.
         is_fast: prompts are run once for their completions, and logits exist in tiles.
         on_cpu: where the model runs.
-        weight_order: the library in whose order decoding lays weights out; None where in none.
+        reorders_weights: decoding lays them out anew.
         recomputes_layers: layers keep their inputs and run again in the backward pass.
     """
 
@@ -89,7 +86,7 @@ class ModelShape:
     runs_compiled: bool = False
     is_fast: bool
     on_cpu: bool
-    weight_order: Literal["onednn", "mkl"] | None = None
+    reorders_weights: bool = False
     recomputes_layers: bool = False
 
     @property
@@ -244,17 +241,16 @@ def cache_bytes(
 def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
     """What sampling takes beside the cache while rows run: prefilled prompts, logits, weights.
 
-    On a CPU weights are laid out anew where no adapter is beside them, in MKL's order for many rows
-    alone; logits exist once as they came and once joined with those of new rows.
+    On a CPU weights are laid out anew where no adapter is beside them; logits exist once as they
+    came and once joined with those of new rows.
     """
     prefill = max(_PREFILL_TOKENS, prompt_tokens) * shape.key_value_bytes * shape.layers
-    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape, rows)
+    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape)
 
 
-def _prepared_bytes(shape: ModelShape, rows: int) -> int:
-    """Of linear layers in a CPU library's own order, and in oneDNN's of the head."""
-    is_mkls = shape.weight_order == "mkl"
-    if shape.weight_order is None or (is_mkls and rows < _FEWEST_ROWS_OF_MKL):
+def _prepared_bytes(shape: ModelShape) -> int:
+    """Of linear layers and the head in the order in which decoding reads them."""
+    if not shape.reorders_weights:
         return 0
     queries = shape.heads * shape.head_size
     keys = 2 * shape.key_value_heads * shape.head_size
@@ -266,8 +262,7 @@ def _prepared_bytes(shape: ModelShape, rows: int) -> int:
         ("down_proj",): shape.feed_forward,
     }
     outputs = sum(size for names, size in together.items() if shape.adapted.isdisjoint(names))
-    head = 0 if is_mkls else shape.vocabulary
-    return (shape.layers * outputs + head) * shape.hidden * shape.width
+    return (shape.layers * outputs + shape.vocabulary) * shape.hidden * shape.width
 
 
 def rollout_bytes(rollouts: int, *, completion_tokens: int, on_cpu: bool) -> int:

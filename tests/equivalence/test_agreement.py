@@ -98,9 +98,7 @@ def wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_order_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     right = decoders.prepare_body
-    monkeypatch.setattr(
-        decoders, "prepare_body", lambda body, rows: exchanged(right(body, rows=rows))
-    )
+    monkeypatch.setattr(decoders, "prepare_body", lambda body: exchanged(right(body)))
 
 
 def wrong_prompts_beside_running_rows(monkeypatch: pytest.MonkeyPatch) -> None:

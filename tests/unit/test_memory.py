@@ -43,7 +43,7 @@ from gmpo.policy.lora import add_adapters
 from gmpo.policy.packed import scored_hidden_states
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
-from gmpo.sampler.prepared import Order, order_of
+from gmpo.sampler.prepared import order_of
 from gmpo.update import PolicyOptimizer
 
 VOCABULARY = 101
@@ -314,9 +314,9 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
-def laid_out(order: Order | None, *, rows: int, adapted: str = "") -> int:
-    shape = replace(shape_of(llama()), weight_order=order, adapted=frozenset(adapted.split()))
-    without = replace(shape, weight_order=None)
+def laid_out(*, rows: int, adapted: str = "") -> int:
+    shape = replace(shape_of(llama()), reorders_weights=True, adapted=frozenset(adapted.split()))
+    without = replace(shape, reorders_weights=False)
     sampled = partial(sampling_bytes, rows=rows, prompt_tokens=8)
     return sampled(shape) - sampled(without)
 
@@ -326,8 +326,7 @@ def test_weights_laid_out_for_decoding_are_counted():
     # 3 x 32 x 48, each of 4 bytes
     layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) * 4
     head = 32 * VOCABULARY * 4
-    assert laid_out("onednn", rows=1) == laid_out("onednn", rows=64) == layers + head
-    assert (laid_out("mkl", rows=15), laid_out("mkl", rows=16)) == (0, layers)
+    assert laid_out(rows=1) == laid_out(rows=64) == layers + head
 
 
 @pytest.mark.parametrize(
@@ -338,14 +337,15 @@ def test_layers_beside_adapters_are_not_laid_out_nor_what_they_would_be_fused_wi
     adapted: str, outputs: int
 ):
     expected = (2 * 32 * outputs + 32 * VOCABULARY) * 4
-    assert laid_out("onednn", rows=4, adapted=adapted) == expected
+    assert laid_out(rows=4, adapted=adapted) == expected
 
 
 def test_no_order_is_forecast_where_none_is_taken():
-    assert shape_of(llama(), device="cuda").weight_order is None
-    assert shape_of(llama(), engine="plain").weight_order is None
-    assert shape_of(llama().double()).weight_order is None
-    assert shape_of(llama()).weight_order == order_of(torch.float32, "cpu")
+    assert not shape_of(llama(), device="cuda").reorders_weights
+    assert not shape_of(llama(), engine="plain").reorders_weights
+    assert not shape_of(llama().double()).reorders_weights
+    is_reordered = order_of(torch.float32, "cpu") is not None
+    assert shape_of(llama()).reorders_weights == is_reordered
 
 
 def test_the_head_holds_tiles_or_all_logits():

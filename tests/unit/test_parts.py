@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.flops import model_of
-from benchmarks.parts import OVERHEAD, Operator, part_of, profiled, shares
+from benchmarks.parts import OVERHEAD, Operator, panels_named, part_of, profiled, shares
 from benchmarks.peaks import bound_seconds, copy_rates, fastest, product_rates, products
 from benchmarks.spread import Spread, paired_ratios, spread
 from tests.models import tiny_model
+
+from gmpo.kernels.linear import has_panels
+from gmpo.policy.llama import LlamaBody
+from gmpo.sampler.prepared import PreparedBody, prepare_body
 
 VOCABULARY = 49152
 
@@ -51,6 +55,24 @@ def test_passes_over_the_vocabulary_are_drawing_only_where_tokens_are_drawn():
 def test_a_pass_of_our_own_belongs_to_what_its_compiled_functions_do(name: str, part: str):
     operator = Operator(name=name, shapes=((16, 32),), seconds=1.0)
     assert part_of(operator, vocabulary=VOCABULARY, draws=False) == part
+
+
+@pytest.mark.skipif(not has_panels(torch.empty(0)), reason="there are no compiled functions")
+def test_products_over_panels_are_told_by_name():
+    body = LlamaBody(tiny_model(dtype=torch.float32))
+    vocabulary = body.head_weight.shape[0]
+    with panels_named(vocabulary):
+        named = prepare_body(body)
+    unnamed = prepare_body(body)
+    inputs = torch.randn(3, body.head_weight.shape[1])
+
+    def parts(of: PreparedBody) -> list[str]:
+        operators = profiled(lambda: [of.head(inputs), of.layers[0].output(inputs)])
+        found = [part_of(one, vocabulary=vocabulary, draws=True) for one in operators]
+        return sorted({"head", "projections"} & set(found))
+
+    assert parts(named) == ["head", "projections"]
+    assert parts(unnamed) == []
 
 
 def test_what_operators_do_not_account_for_is_overhead():

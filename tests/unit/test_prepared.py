@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tests.models import FAMILIES, tiny_model
@@ -9,14 +13,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from gmpo.kernels.library import kernels_off, loaded
+from gmpo.kernels.linear import has_panels
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.policy.prefix import extend
-from gmpo.sampler import prepared
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
 from gmpo.sampler.prefilling import prepared_layer_run
-from gmpo.sampler.prepared import Projection, gated_projection, prepare_body, projection
+from gmpo.sampler.prepared import gated_projection, order_of, prepare_body, projection
 from gmpo.sampler.requests import Completion, SampleRequest, complete
 
 # bf16 keeps 8 bits; a difference of rounding order is a few of their last.
@@ -25,52 +30,40 @@ every_precision = pytest.mark.parametrize("dtype", list(TOLERANCE))
 every_llama = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
 
 
-needs_both = pytest.mark.skipif(
-    not (prepared._mkl_reorders() and prepared._onednn_reorders()),
-    reason="this build of torch has not both libraries' orders",
-)
+@pytest.fixture(params=["panels", "onednn"])
+def order(request: pytest.FixtureRequest) -> Iterator[str]:
+    """That fp32 takes: the compiled function's, or the one that is taken without a compiler."""
+    wanted: str = request.param
+    with kernels_off() if wanted == "onednn" else contextlib.nullcontext():
+        if order_of(torch.float32, "cpu") != wanted:
+            pytest.skip(f"{wanted} is not taken on this machine")
+        yield wanted
 
 
-def told_of(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str]) -> None:
-    """torch says this of the processor, and is asked each time."""
-    monkeypatch.setattr(torch.cpu, "__all__", ["get_capabilities"])
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(prepared, "_is_intels", prepared._is_intels.__wrapped__)
-
-
-@pytest.fixture(params=["Intel Xeon", "AMD EPYC"])
-def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of the processor, as torch would name it: it decides whose order fp32 takes."""
-    name: str = request.param
-    told_of(monkeypatch, {"cpu_name": name})
-    return name
-
-
-every_maker = pytest.mark.usefixtures("maker")
+every_order = pytest.mark.usefixtures("order")
 
 
 def linear(inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
 
 
-@every_maker
+@every_order
 @every_precision
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
 @pytest.mark.parametrize("rows", [1, 15, 16, 31, 32, 33, 64, 70])
-@pytest.mark.parametrize("prepared_rows", [16, 64])
-def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int, prepared_rows: int):
+def test_prepared_layers_give_the_modules_outputs(dtype, biases, rows: int):
     torch.manual_seed(rows)
     sizes = zip((96, 32, 48), biases, strict=True)
     modules = [linear(64, size, bias=bias, dtype=dtype) for size, bias in sizes]
     inputs = torch.randn(rows, 64, dtype=dtype)
     for chosen in (modules, modules[:1]):
         tolerance = TOLERANCE[dtype]
-        outputs = projection(*chosen, rows=prepared_rows)(inputs)
+        outputs = projection(*chosen)(inputs)
         expected = torch.cat([module(inputs) for module in chosen], dim=-1)
         torch.testing.assert_close(outputs, expected, rtol=tolerance, atol=tolerance)
 
 
-@every_maker
+@every_order
 @every_precision
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 33, 70])
@@ -78,7 +71,7 @@ def test_the_gated_half_is_no_farther_from_exact_than_the_modules(dtype, bias, r
     torch.manual_seed(rows)
     gate, up = (linear(64, 96, bias=bias, dtype=dtype) for _ in range(2))
     inputs = torch.randn(rows, 64, dtype=dtype)
-    outputs = gated_projection(gate, up, rows=64)(inputs)
+    outputs = gated_projection(gate, up)(inputs)
     by_modules = functional.silu(gate(inputs)) * up(inputs)
     gate, up = gate.double(), up.double()  # in place
     exact = functional.silu(gate(inputs.double())) * up(inputs.double())
@@ -90,51 +83,10 @@ def test_the_gated_half_is_no_farther_from_exact_than_the_modules(dtype, bias, r
     assert error(outputs) <= 1.05 * error(by_modules.double()) + 1e-7
 
 
-def product(run: Projection, inputs: torch.Tensor) -> set[str]:
-    """Of which library an operation ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(inputs)
-    of_libraries = ("mkl::_mkl_linear", "mkldnn::_linear_pointwise")
-    return {event.key for event in profile.key_averages()} & set(of_libraries)
-
-
-@needs_both
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"cpu_name": "Intel Xeon"}, "mkl::_mkl_linear"),
-        ({"cpu_name": "Intel(R) Core(TM) i7"}, "mkl::_mkl_linear"),
-        ({"cpu_name": "AMD EPYC"}, "mkldnn::_linear_pointwise"),
-        ({}, "mkl::_mkl_linear"),
-        ({"cpu_name": ""}, "mkl::_mkl_linear"),
-    ],
-)
-def test_the_maker_of_the_processor_decides_whose_order_fp32_takes(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str], expected: str
-):
-    told_of(monkeypatch, capabilities)
-    module, inputs = linear(64, 96, bias=False, dtype=torch.float32), torch.randn(32, 64)
-    assert product(projection(module, rows=32), inputs) == {expected}
-    body = LlamaBody(tiny_model(dtype=torch.float32))
-    head = prepare_body(body, rows=32).head
-    width = body.model.lm_head.in_features
-    of_head = product(head, torch.randn(32, width))
-    # MKL's order gains nothing for so many outputs.
-    assert of_head == ({expected} if expected.startswith("mkldnn") else set())
-
-
-def test_a_torch_that_does_not_tell_the_maker_counts_as_on_intels(monkeypatch: pytest.MonkeyPatch):
-    told_of(monkeypatch, {"cpu_name": "AMD EPYC"})
-    assert not prepared._is_intels()
-    monkeypatch.setattr(torch.cpu, "__all__", [])
-    assert prepared._is_intels()
-
-
-@needs_both
+@every_order
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_few_rows_are_run_on_weights_in_onednns_order_after_some_steps(dtype, maker: str):
-    has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    is_reordered = has_units if dtype == torch.bfloat16 else maker == "AMD EPYC"
+def test_few_rows_are_run_on_reordered_weights_after_some_steps(dtype):
+    is_reordered = order_of(dtype, "cpu") is not None
     model = tiny_model(dtype=dtype)
     decoder = LlamaDecoder(LlamaBody(model), max_rows=3)
     (prefill,) = decoder.prefill([[5, 6, 7]], all_logits=False)
@@ -148,17 +100,37 @@ def test_few_rows_are_run_on_weights_in_onednns_order_after_some_steps(dtype, ma
     assert decoder._prepared is None
 
 
-@every_maker
+def test_what_order_is_taken():
+    assert order_of(torch.float64, "cpu") is None
+    assert order_of(torch.float32, "cuda") is None
+    assert order_of(torch.bfloat16, "cuda") is None
+    has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert order_of(torch.bfloat16, "cpu") == ("onednn" if has_units else None)
+    with kernels_off():
+        assert order_of(torch.float32, "cpu") in ("onednn", None)
+
+
+def test_only_processors_on_which_it_was_measured_take_panels(monkeypatch: pytest.MonkeyPatch):
+    like = torch.empty(0)
+    for name in ("arm64", "aarch64"):
+        monkeypatch.setattr(platform, "machine", lambda name=name: name)
+        assert not has_panels(like)
+    for name in ("x86_64", "AMD64"):
+        monkeypatch.setattr(platform, "machine", lambda name=name: name)
+        assert has_panels(like) == (loaded() is not None)
+
+
+@every_order
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_prepared_anew_follow_changed_weights(dtype):
     module = linear(64, 96, bias=False, dtype=dtype)
     inputs = torch.randn(32, 64, dtype=dtype)
-    run, before = projection(module, rows=32), module(inputs)
+    run, before = projection(module), module(inputs)
     same = run(inputs)
     torch.testing.assert_close(same, before, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     with torch.no_grad():
         module.weight.mul_(2)
-    again = projection(module, rows=32)(inputs)
+    again = projection(module)(inputs)
     torch.testing.assert_close(again, 2 * before, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
@@ -206,7 +178,7 @@ def check_against_the_full_forward(
     assert len(differences) == 3 * num_completions
 
 
-@every_maker
+@every_order
 @every_llama
 @every_precision
 def test_decoding_many_rows_follows_the_full_forward(family: str, dtype):
@@ -215,7 +187,7 @@ def test_decoding_many_rows_follows_the_full_forward(family: str, dtype):
     check_against_the_full_forward(sampler_over(model, max_rows=20), model)
 
 
-@every_maker
+@every_order
 @every_llama
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_decoding_few_rows_follows_the_full_forward_once_reordered(family: str, dtype: torch.dtype):
@@ -224,7 +196,7 @@ def test_decoding_few_rows_follows_the_full_forward_once_reordered(family: str, 
     check_against_the_full_forward(sampler_over(model, max_rows=20), model, num_completions=2)
 
 
-@every_maker
+@every_order
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weights_that_changed_are_decoded_from(dtype):
     model = tiny_model(dtype=dtype)
@@ -240,7 +212,7 @@ def test_weights_that_changed_are_decoded_from(dtype):
         check_against_the_full_forward(sampler, model)
 
 
-@every_maker
+@every_order
 def test_adapters_are_run_and_not_merged():
     model = tiny_model()
     add_adapters(model, rank=3, alpha=6.0)
@@ -250,7 +222,7 @@ def test_adapters_are_run_and_not_merged():
     check_against_the_full_forward(sampler_over(model, max_rows=20), model)
 
 
-@every_maker
+@every_order
 @every_llama
 @every_precision
 @pytest.mark.parametrize("with_past", [False, True])
@@ -259,7 +231,7 @@ def test_prompts_run_with_reordered_weights_as_with_the_modules(
     family: str, dtype: torch.dtype, with_past: bool
 ):
     body = LlamaBody(tiny_model(family, dtype=dtype))
-    run = prepared_layer_run(body, prepare_body(body, rows=64))
+    run = prepared_layer_run(body, prepare_body(body))
     beginning = torch.tensor([[5, 6, 7], [8, 9, 10]])
     past = extend(body, beginning, torch.tensor([3, 2]))[1] if with_past else None
     asked = torch.tensor([[11, 12, 13, 14], [20, 21, 0, 0]]), torch.tensor([4, 2])

@@ -1,6 +1,7 @@
 /* All kernels in one unit; each source is written once for bf16 and once for float. */
 #include "common.h"
 #include "transposed.h"
+#include "linear.h"
 
 #define T bf16
 #define WIDE wide_bf16

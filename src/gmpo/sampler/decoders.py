@@ -30,17 +30,16 @@ from gmpo.sampler.cache import PromptState, SharedCache, power_of_two
 from gmpo.sampler.forward import step_logits
 from gmpo.sampler.graphed import Capture, FixedSteps
 from gmpo.sampler.prefilling import prepared_layer_run
-from gmpo.sampler.prepared import Order, PreparedBody, order_of, prepare_body, unprepared_body
+from gmpo.sampler.prepared import PreparedBody, order_of, prepare_body, unprepared_body
 
 __all__ = ["ENOUGH_ROWS", "Decoder", "LlamaDecoder", "Prefill", "TransformersDecoder"]
 
 ENOUGH_ROWS = 16
 """Rows running at once from which reordered weights earn the time it takes to reorder them: on two
-cores about 90 ms in bf16, for 15 ms a step of 64 rows; in fp32 150 ms for 30 by MKL."""
+cores about 90 ms in bf16, for 15 ms a step of 64 rows."""
 _ENOUGH_STEPS = 6
 """Steps of fewer rows after which weights are reordered too: what those took longer then makes up
-for it, so that a short answer never costs much more than it must, and a long one neither. MKL's
-order is for `ENOUGH_ROWS` and more."""
+for it, so that a short answer never costs much more than it must, and a long one neither."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,15 +287,14 @@ class LlamaDecoder:
 
     def _linear(self, rows: int) -> PreparedBody:
         """The model's linear layers for a step of so many rows, reordered where that pays."""
-        if self._prepared is None:
-            is_long = self._unprepared_steps >= _ENOUGH_STEPS
-            if rows >= ENOUGH_ROWS or (is_long and self._order() == "onednn"):
-                self._prepared = prepare_body(self.body, rows=rows)
+        pays = rows >= ENOUGH_ROWS or self._unprepared_steps >= _ENOUGH_STEPS
+        if self._prepared is None and pays and self._has_order():
+            self._prepared = prepare_body(self.body)
         self._unprepared_steps += 1
         return self._prepared or self._plain
 
-    def _order(self) -> Order | None:
-        return order_of(self.body.model.dtype, self.device.type)
+    def _has_order(self) -> bool:
+        return order_of(self.body.model.dtype, self.device.type) is not None
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""

@@ -1,14 +1,13 @@
-"""A model's linear layers laid out for decoding: fused, and in the CPU library's own order.
+"""A model's linear layers laid out for decoding: fused, and in an order that is read end to end.
 
 A decoding step reads every weight for few rows, so the order in which weights lie in memory decides
-its time. torch's CPU builds carry two operations that take a weight reordered once, oneDNN's and
-MKL's. oneDNN's is taken for bf16, which needs bf16 units, and for fp32 where MKL is there and the
-processor is not Intel's: on an AMD with AVX2 it was faster than MKL's. MKL's is taken for fp32 on
-Intel's. Elsewhere, and on other devices and in fp64, the modules run as they are.
+its time. In fp32 they are laid out in panels for a compiled function. In bf16, where the processor
+has units for it, and in fp32 where no function is compiled, they take oneDNN's order: torch's CPU
+builds for x86 have an operation that takes a weight reordered once. Elsewhere, on other devices and
+in fp64, the modules run as they are.
 
-The reordered weights are a copy of those of the layers, in oneDNN's order of the head too: for the
-default model 270 MB in bf16, and in fp32 540 MB, or 425 in MKL's. The decoder holds it only while
-rows run.
+The reordered weights are a copy of those of the layers and of the head: for the default model 270
+MB in bf16 and 540 MB in fp32. The decoder holds it only while rows run.
 
 Dimensions: **N** rows, **I** inputs and **O** outputs of a layer, **M** hidden size.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -25,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmpo.kernels.linear import has_panels, panel_linear
+from gmpo.kernels.training import gated
 from gmpo.policy.llama import LlamaBody
 
 __all__ = [
@@ -39,14 +39,11 @@ __all__ = [
     "unprepared_body",
 ]
 
-_MKL_ROWS = 64
-"""MKL reorders for a fixed number of rows, 32 or 64; other numbers are run in such pieces, and less
-than half of one by the modules themselves."""
 _TYPICAL_ROWS = 64
 """A hint for oneDNN's choice of order; any number of rows is correct."""
 
-Order = Literal["onednn", "mkl"]
-"""The library in whose order a weight lies."""
+Order = Literal["panels", "onednn"]
+"""The compiled function's or oneDNN's."""
 Projection = Callable[[Float[Tensor, "N I"]], Float[Tensor, "N O"]]
 """One or several linear layers over the same input; their outputs side by side."""
 
@@ -79,24 +76,14 @@ def unprepared_body(body: LlamaBody) -> PreparedBody:
 
 
 @torch.no_grad()
-def prepare_body(body: LlamaBody, *, rows: int) -> PreparedBody:
-    """Every linear layer of the model, for weights as they are now and about so many rows."""
-    head = body.model.lm_head
-    prepare = partial(projection, rows=rows)
-    return _with_each(
-        body,
-        prepare,
-        partial(gated_projection, rows=rows),
-        # Joining the pieces of so many outputs costs what MKL's order gains.
-        head=_as_they_are(head) if _order_of(head.weight) == "mkl" else prepare(head),
-    )
+def prepare_body(body: LlamaBody) -> PreparedBody:
+    """Every linear layer of the model, for weights as they are now."""
+    head = projection(body.model.lm_head)
+    return _with_each(body, projection, gated_projection, head=head)
 
 
 def order_of(dtype: torch.dtype, device: str) -> Order | None:
-    """Whose order decoding takes; None where the modules run as they are.
-
-    The processor's maker decides and not a trial: the same machine has to draw the same bits in
-    every process.
+    """The order that decoding takes; None where the modules run as they are.
 
     Args:
         dtype: of the weights.
@@ -107,10 +94,11 @@ def order_of(dtype: torch.dtype, device: str) -> Order | None:
     if dtype == torch.bfloat16:
         has_units = _onednn_reorders() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return "onednn" if has_units else None
+    if has_panels(torch.empty(0, dtype=dtype)):
+        return "panels"
     # A processor for which torch is built without MKL is of another kind: none was measured.
-    if dtype != torch.float32 or not _mkl_reorders():
-        return None
-    return "mkl" if _is_intels() or not _onednn_reorders() else "onednn"
+    is_x86 = torch.backends.mkl.is_available()
+    return "onednn" if dtype == torch.float32 and is_x86 and _onednn_reorders() else None
 
 
 def _order_of(weight: Tensor) -> Order | None:
@@ -138,34 +126,34 @@ def _with_each(
     return PreparedBody(layers=tuple(layers), head=head)
 
 
-def projection(*modules: nn.Module, rows: int) -> Projection:
-    """The modules as one product with reordered weights where torch can, else one by one.
+def projection(*modules: nn.Module) -> Projection:
+    """The modules as one product with reordered weights where there is one, else one by one.
 
     Adapted layers run one by one: merging their factors into a bf16 weight would round them away.
     """
     linears = [module for module in modules if type(module) is nn.Linear]
     if len(linears) == len(modules):
         order = _order_of(linears[0].weight)
+        if order == "panels":
+            return panel_linear(*_fused(linears))
         if order == "onednn":
             return _with_onednn(linears)
-        if order == "mkl":
-            return _with_mkl(linears, min(_MKL_ROWS, -(-rows // 32) * 32))
     return _as_they_are(*modules)
 
 
-def gated_projection(gate: nn.Module, up: nn.Module, *, rows: int) -> Projection:
+def gated_projection(gate: nn.Module, up: nn.Module) -> Projection:
     """silu(gate) times up of one input.
 
-    In bf16 and oneDNN's order both are taken of the sums in fp32 and rounded once, not thrice. In
-    fp32, where nothing is rounded between, one product for both is faster than that.
+    In bf16 and oneDNN's order both are taken of the sums in fp32 and rounded once, not thrice.
     """
-    if (
-        type(gate) is type(up) is nn.Linear
-        and gate.weight.dtype == torch.bfloat16
-        and _order_of(gate.weight) == "onednn"
-    ):
-        return _gated_with_onednn(gate, up)
-    joined = projection(gate, up, rows=rows)
+    if type(gate) is type(up) is nn.Linear:
+        order = _order_of(gate.weight)
+        if order == "panels":
+            of_gate, of_up = projection(gate), projection(up)
+            return lambda inputs: gated(of_gate(inputs), of_up(inputs))
+        if order == "onednn" and gate.weight.dtype == torch.bfloat16:
+            return _gated_with_onednn(gate, up)
+    joined = projection(gate, up)
 
     def run(inputs: Tensor) -> Tensor:
         of_gate, of_up = joined(inputs).chunk(2, dim=-1)
@@ -187,19 +175,6 @@ def _as_they_are(*modules: nn.Module) -> Projection:
 def _onednn_reorders() -> bool:
     names = ("mkldnn::_reorder_linear_weight", "mkldnn::_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(map(_exists, names))
-
-
-def _mkl_reorders() -> bool:
-    names = ("mkl::_mkl_reorder_linear_weight", "mkl::_mkl_linear")
-    return torch.backends.mkl.is_available() and all(map(_exists, names))
-
-
-@cache
-def _is_intels() -> bool:
-    """Whether Intel made the processor; if torch is too old to tell, or it has no name, yes."""
-    if "get_capabilities" not in torch.cpu.__all__:
-        return True
-    return "intel" in (torch.cpu.get_capabilities().get("cpu_name") or "intel").lower()
 
 
 def _exists(operation: str) -> bool:
@@ -227,30 +202,6 @@ def _gated_with_onednn(gate: nn.Linear, up: nn.Linear) -> Projection:
         activated = linear(inputs, of_gate, gate_bias, "swish", [], "")
         outputs: Tensor = linear.binary(inputs, activated, of_up, up_bias, "mul")
         return outputs
-
-    return run
-
-
-def _with_mkl(linears: Sequence[nn.Linear], piece_rows: int) -> Projection:
-    weight, bias = _fused(linears)
-    ordered = torch.ops.mkl._mkl_reorder_linear_weight(weight, piece_rows)
-    # Of the weight itself only the shape is read, so that it need not be kept.
-    shape = weight.new_zeros(1, 1).expand_as(weight)
-    alone = _as_they_are(*linears)
-
-    def run(inputs: Tensor) -> Tensor:
-        rows = len(inputs)
-        if 2 * rows < piece_rows:
-            return alone(inputs)
-        missing = -rows % piece_rows
-        padded = functional.pad(inputs, (0, 0, 0, missing)) if missing else inputs
-        # With any other number of rows the operation ignores the reordered weight.
-        pieces = [
-            torch.ops.mkl._mkl_linear(piece, ordered, shape, bias, piece_rows)
-            for piece in padded.split(piece_rows)
-        ]
-        outputs = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return outputs[:rows]
 
     return run
 
