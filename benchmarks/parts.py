@@ -37,7 +37,6 @@ _PRODUCTS = (
     "linear",
     "mkldnn_linear",
     "_mkldnn_linear",
-    "mkl_linear",
     "mkldnn::_linear_pointwise",
 )
 _PANELS, _PANELS_OF_HEAD = "panel_linear", "panel_linear, head"
@@ -140,9 +139,9 @@ def shares(
     """Each part's seconds and share of `seconds`, which were taken without the profiler.
 
     A compiled function counts as the pass of autograd that calls it. What is not accounted for is
-    Python, dispatch, and compiled functions that no pass of autograd calls, as in decoding: the
-    profiler does not see them. It lengthens every operator by about a microsecond, so that this is
-    a little less than the truth.
+    Python, dispatch, and compiled functions that no pass of autograd calls, as in decoding (but for
+    the products that `panels_named` names): the profiler does not see them. It lengthens every
+    operator by about a microsecond, so that this is a little less than the truth.
     """
     totals: dict[str, float] = defaultdict(float)
     for operator in operators:

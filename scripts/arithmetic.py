@@ -48,9 +48,9 @@ VARIABLES = {
 }
 """What is told to whom. The C library's exp, log and pow need nothing: it has one version of each
 for all processors with AVX2 and FMA. Of numpy a run takes integers, uniforms made of them, and
-roots. Nothing is told to `gmpo.sampler.prepared`, which takes one library's order of weights on
-one maker's processors and another's on others: it decodes the Llama family alone, so what is
-portable are models of other families."""
+roots. Where the C functions are off, `gmpo.sampler.prepared` takes oneDNN's order of weights for
+fp32. That it rounds alike on all processors was not tried: it decodes the Llama family alone, so
+what is portable are models of other families."""
 _REPLACED: list[torch.library.Library] = []
 """Operations of torch that this process does otherwise; they last as long as this does."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmpo.kernels import library
 from gmpo.kernels.library import kernels_off
 from gmpo.kernels.linear import has_panels, panel_linear
 
@@ -30,8 +34,8 @@ def check(rows: int, outputs: int, size: int, *, with_bias: bool) -> None:
     expected = inputs.double() @ weight.double().T + (0 if bias is None else bias.double())
     results = panel_linear(weight, bias)(inputs)
     assert results.shape == (rows, outputs) and results.dtype == torch.float32
-    # A sum of n products of normal numbers is about sqrt(n), and each addition rounds.
-    close = 2e-6 * size**0.5
+    # A sum of n products of normal numbers is about sqrt(n); n additions round it to 24 bits each.
+    close = max(2e-6 * size**0.5, 1e-7 * size)
     torch.testing.assert_close(results.double(), expected, rtol=close, atol=close)
 
 
@@ -77,6 +81,7 @@ def test_a_row_depends_neither_on_others_nor_on_threads():
 
 
 def test_what_is_no_number_stays_in_its_row_and_output():
+    torch.manual_seed(2)
     weight, inputs = torch.randn(40, 24), torch.randn(9, 24)
     weight[7], inputs[2] = torch.nan, torch.inf
     results = panel_linear(weight, None)(inputs)
@@ -91,6 +96,30 @@ def test_what_lies_turned_or_apart_is_read_as_it_is():
     weight, inputs = torch.randn(24, 40).t(), torch.randn(24, 18).t()[::2]
     expected = inputs @ weight.T
     torch.testing.assert_close(panel_linear(weight, None)(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.ones(2, 4, dtype=torch.float64), torch.ones(2, 3), torch.ones(2, 2, 4), torch.ones(4)],
+)
+def test_what_are_not_its_inputs_is_refused(inputs: torch.Tensor):
+    with pytest.raises(AssertionError, match="not its inputs"):
+        panel_linear(torch.ones(3, 4), None)(inputs)
+
+
+def test_without_inputs_the_bias_is_left():
+    linear = panel_linear(torch.empty(3, 0), torch.tensor([1.0, 2.0, 3.0]))
+    assert linear(torch.empty(2, 0)).tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+@pytest.mark.parametrize("flags", [library._ATTEMPTS[2], library._ATTEMPTS[3]])
+def test_functions_for_one_thread_or_without_avx2_have_no_panels(flags: tuple[str, ...]):
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    assert compiler is not None
+    number = ctypes.c_int64(-1)
+    made = ctypes.CDLL(str(library._object_for(compiler, flags)))
+    made.panel_outputs_float(ctypes.byref(number))
+    assert number.value == 0
 
 
 def test_no_rows():

@@ -314,7 +314,7 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     assert decoder._cache.num_bytes == foretold
 
 
-def laid_out(*, rows: int, adapted: str = "") -> int:
+def laid_out(adapted: str = "", *, rows: int = 4) -> int:
     shape = replace(shape_of(llama()), reorders_weights=True, adapted=frozenset(adapted.split()))
     without = replace(shape, reorders_weights=False)
     sampled = partial(sampling_bytes, rows=rows, prompt_tokens=8)
@@ -337,7 +337,7 @@ def test_layers_beside_adapters_are_not_laid_out_nor_what_they_would_be_fused_wi
     adapted: str, outputs: int
 ):
     expected = (2 * 32 * outputs + 32 * VOCABULARY) * 4
-    assert laid_out(rows=4, adapted=adapted) == expected
+    assert laid_out(adapted) == expected
 
 
 def test_no_order_is_forecast_where_none_is_taken():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from gmpo.kernels.library import kernels_off, loaded
+from gmpo.kernels.library import kernels_off
 from gmpo.kernels.linear import has_panels
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, add_adapters
@@ -106,18 +105,10 @@ def test_what_order_is_taken():
     assert order_of(torch.bfloat16, "cuda") is None
     has_units = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert order_of(torch.bfloat16, "cpu") == ("onednn" if has_units else None)
+    if has_panels(torch.empty(0)):
+        assert order_of(torch.float32, "cpu") == "panels"
     with kernels_off():
         assert order_of(torch.float32, "cpu") in ("onednn", None)
-
-
-def test_only_processors_on_which_it_was_measured_take_panels(monkeypatch: pytest.MonkeyPatch):
-    like = torch.empty(0)
-    for name in ("arm64", "aarch64"):
-        monkeypatch.setattr(platform, "machine", lambda name=name: name)
-        assert not has_panels(like)
-    for name in ("x86_64", "AMD64"):
-        monkeypatch.setattr(platform, "machine", lambda name=name: name)
-        assert has_panels(like) == (loaded() is not None)
 
 
 @every_order

@@ -1,1 +1,1 @@
-"""Element-wise work of the model's layers as C functions, where a C compiler is installed."""
+"""What a model's layers do on a CPU as C functions, where a C compiler is installed."""

@@ -1,4 +1,4 @@
-/* All kernels in one unit; each source is written once for bf16 and once for float. */
+/* All kernels in one unit; those below are written once for bf16 and once for float. */
 #include "common.h"
 #include "transposed.h"
 #include "linear.h"

@@ -74,6 +74,16 @@ static some_rows_of *const rows_by_number[MOST_ROWS] = {
 #endif
 };
 
+/* Outputs of a panel; 0 where a library's products may be faster than these: on one thread, and with
+   fewer or narrower registers than AVX2's. */
+void panel_outputs_float(int64_t *outputs) {
+#if defined(_OPENMP) && defined(__AVX2__) && defined(__FMA__)
+    *outputs = PANEL_OUTPUTS;
+#else
+    *outputs = 0;
+#endif
+}
+
 /* weight [outputs, inputs] into panels; outputs that the last one lacks are 0. */
 void panels_float(const float *restrict weight, float *restrict packed, int64_t outputs, int64_t inputs) {
 #pragma omp parallel for if (outputs * inputs > MIN_PARALLEL) schedule(static)
@@ -89,7 +99,8 @@ static void one_panel(
     const float *inputs, const float *panel, const float *bias, float *results, int64_t result_row,
     int64_t rows, int64_t size
 ) {
-    int64_t blocks = (size + MOST_INPUTS - 1) / MOST_INPUTS, tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t blocks = size > MOST_INPUTS ? (size + MOST_INPUTS - 1) / MOST_INPUTS : 1;
+    int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = size * block / blocks, count = size * (block + 1) / blocks - first;
         for (int64_t tile = 0; tile < tiles; tile++) {

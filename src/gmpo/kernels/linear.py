@@ -7,7 +7,7 @@ Dimensions: **N** rows, **I** inputs and **O** outputs of a layer.
 
 from __future__ import annotations
 
-import platform
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -19,18 +19,14 @@ from gmpo.kernels.calls import address, kernel
 
 __all__ = ["has_panels", "panel_linear"]
 
-_MOST_PANEL_OUTPUTS = 32
-"""Of linear.h on any processor: what lies in panels is filled up to a multiple of it."""
-
 
 def has_panels(like: Tensor) -> bool:
     """Whether `panel_linear` covers a weight like this one.
 
-    On processors of other kinds than x86 nothing was measured; Apple's libraries have units for
-    products there that C functions cannot use.
+    It lies on the CPU in fp32, and the functions are compiled for AVX2 and several threads. What
+    other processors have for products of fp32 was not measured.
     """
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and like.dtype == torch.float32 and _linear(like) is not None
+    return like.dtype == torch.float32 and _outputs_of_panel(like) > 0
 
 
 def panel_linear(
@@ -42,9 +38,11 @@ def panel_linear(
     on the number of threads.
     """
     outputs, size = weight.shape
-    run, lay_out = _linear(weight), kernel("panels", "ppii", weight)
-    assert run is not None and lay_out is not None, "`has_panels` must be asked first"
-    spare = -outputs % _MOST_PANEL_OUTPUTS
+    assert has_panels(weight), "`has_panels` must be asked first"
+    run, lay_out = kernel("linear", "pppppiii", weight), kernel("panels", "ppii", weight)
+    assert run is not None and lay_out is not None, "the functions are compiled together"
+    panel = _outputs_of_panel(weight)
+    spare = -outputs % panel
     weight = weight.contiguous()
     packed = weight.new_empty(outputs + spare, size)
     lay_out(address(weight), address(packed), outputs, size)
@@ -52,10 +50,10 @@ def panel_linear(
     start = start.contiguous()
 
     def linear(inputs: Tensor) -> Tensor:
-        inputs = inputs.contiguous()
-        rows = len(inputs)
+        assert inputs.dtype == torch.float32 and inputs.shape[1:] == (size,), "not its inputs"
+        inputs, rows = inputs.contiguous(), len(inputs)
         results = inputs.new_empty(rows, outputs)
-        room = inputs.new_empty(rows, _MOST_PANEL_OUTPUTS) if spare else None
+        room = inputs.new_empty(rows, panel) if spare else None
         tensors = (inputs, packed, start, results, room)
         run(*(address(tensor) for tensor in tensors), rows, size, outputs)
         return results
@@ -63,5 +61,9 @@ def panel_linear(
     return linear
 
 
-def _linear(like: Tensor) -> Callable[..., None] | None:
-    return kernel("linear", "pppppiii", like) if like.dtype == torch.float32 else None
+def _outputs_of_panel(like: Tensor) -> int:
+    """0 where nothing is compiled, or not for this."""
+    ask, number = kernel("panel_outputs", "p", like), ctypes.c_int64()
+    if ask is not None:
+        ask(ctypes.addressof(number))
+    return number.value

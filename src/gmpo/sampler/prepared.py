@@ -149,6 +149,7 @@ def gated_projection(gate: nn.Module, up: nn.Module) -> Projection:
     if type(gate) is type(up) is nn.Linear:
         order = _order_of(gate.weight)
         if order == "panels":
+            # Two products: the halves of one would have to be copied for `gated`.
             of_gate, of_up = projection(gate), projection(up)
             return lambda inputs: gated(of_gate(inputs), of_up(inputs))
         if order == "onednn" and gate.weight.dtype == torch.bfloat16:
