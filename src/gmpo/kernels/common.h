@@ -13,6 +13,9 @@
 
 typedef uint16_t bf16;
 
+/* For functions whose sizes are constants where they are called: code of its own for each. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 /* Elements below which starting a second thread costs more than it saves. */
 #define MIN_PARALLEL (1 << 15)
 

@@ -10,8 +10,6 @@
 #define MAX_DIM 256
 #define MAX_QUERIES 4
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
 typedef float four_lanes __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* Positions whose scores, and registers of features whose sums, are made at a time for n queries:

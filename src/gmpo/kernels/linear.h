@@ -1,6 +1,6 @@
-/* A linear layer of few rows in fp32 whose weight lies in panels: for PANEL_OUTPUTS outputs at a time,
-   the weights of one input after the other's, so that a step reads them end to end. Each result is
-   one sum in the order of the inputs, whatever the number of rows or threads. */
+/* A linear layer of few rows in fp32, a GEMM whose weight is packed into panels: for PANEL_OUTPUTS
+   outputs at a time, the weights of one input after the other's, so that a step reads them end to
+   end. Each result is one sum in the order of the inputs, whatever the number of rows or threads. */
 #ifndef GMPO_LINEAR_H
 #define GMPO_LINEAR_H
 
@@ -16,8 +16,8 @@
 /* Inputs whose panel stays in the second cache while all rows pass. */
 #define MOST_INPUTS 2048
 
-/* results = start + inputs * panel, for n rows; start is one row for all where `start_row` is 0. */
-static inline __attribute__((always_inline)) void some_rows(
+/* The micro-kernel: results = start + inputs * panel, for n rows; start is one row for all where `start_row` is 0. */
+ALWAYS_INLINE void some_rows(
     const float *inputs, int64_t input_row, const float *panel, const float *start, int64_t start_row,
     float *results, int64_t result_row, int64_t count, const int n
 ) {

@@ -1,4 +1,4 @@
-"""Linear layers of few rows in fp32, their weights laid out once in panels and read end to end.
+"""Linear layers of few rows in fp32: a GEMM whose weights are packed into panels once.
 
 The formulas stand in `linear.h`.
 
@@ -26,7 +26,7 @@ def has_panels(like: Tensor) -> bool:
     It lies on the CPU in fp32, and the functions are compiled for AVX2 and several threads. What
     other processors have for products of fp32 was not measured.
     """
-    return like.dtype == torch.float32 and _outputs_of_panel(like) > 0
+    return _outputs_of_panel(like) > 0
 
 
 def panel_linear(
@@ -38,10 +38,10 @@ def panel_linear(
     on the number of threads.
     """
     outputs, size = weight.shape
-    assert has_panels(weight), "`has_panels` must be asked first"
+    panel = _outputs_of_panel(weight)
+    assert panel, "`has_panels` must be asked first"
     run, lay_out = kernel("linear", "pppppiii", weight), kernel("panels", "ppii", weight)
     assert run is not None and lay_out is not None, "the functions are compiled together"
-    panel = _outputs_of_panel(weight)
     spare = -outputs % panel
     weight = weight.contiguous()
     packed = weight.new_empty(outputs + spare, size)
@@ -63,7 +63,8 @@ def panel_linear(
 
 def _outputs_of_panel(like: Tensor) -> int:
     """0 where nothing is compiled, or not for this."""
-    ask, number = kernel("panel_outputs", "p", like), ctypes.c_int64()
+    number = ctypes.c_int64()
+    ask = kernel("panel_outputs", "p", like) if like.dtype == torch.float32 else None
     if ask is not None:
         ask(ctypes.addressof(number))
     return number.value
