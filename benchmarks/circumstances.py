@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from gmpo.kernels.library import build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 BUSY_LOAD = 0.5
 """Runnable processes, one-minute mean, from which on a warning is printed."""
 
@@ -19,7 +22,7 @@ BUSY_LOAD = 0.5
 def circumstances(*packages: str) -> dict[str, Any]:
     """Processor, cores, load, versions of Python and the named packages, and gmpo's commit."""
     return {
-        "processor": processor(),
+        "processor": str(processor()),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -39,13 +42,48 @@ def busy_warning(load: float) -> str | None:
     )
 
 
-def processor() -> str:
-    """The processor's name with what matters for matrix products in bf16."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """What the kernel's list says of a processor.
+
+    Attributes:
+        name: the maker's.
+        family: and `model`, by which processors of one name are told apart; "" if not known.
+        model: within the family.
+        units: vectors and products that it has, of `UNITS`.
+    """
+
+    name: str
+    family: str
+    model: str
+    units: tuple[str, ...]
+
+    def __str__(self) -> str:
+        bf16 = [unit for unit in self.units if unit.endswith("bf16")]
+        return f"{self.name} ({', '.join(bf16) or 'no bf16 units'})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As results files hold it."""
+        return {
+            "processor": self.name,
+            "processor_family": f"{self.family}/{self.model}",
+            **{unit: unit in self.units for unit in UNITS},
+        }
+
+
+def processor(cpuinfo: str | None = None) -> Processor:
+    """This machine's, or that of a text as `/proc/cpuinfo` has it."""
+    if cpuinfo is None:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
-    units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in named.get("flags", "").split()]
-    return f"{named.get('model name', platform.machine())} ({', '.join(units) or 'no bf16 units'})"
+    flags = named.get("flags", "").split()
+    return Processor(
+        name=named.get("model name", platform.machine()),
+        family=named.get("cpu family", ""),
+        model=named.get("model", ""),
+        units=tuple(unit for unit in UNITS if unit in flags),
+    )
 
 
 def commit() -> str:
@@ -54,6 +92,17 @@ def commit() -> str:
     if head is None:
         return "unknown"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def changes() -> str | None:
+    """A digest of how files of the repository differ from the commit; None where they do not.
+
+    Two commits with "+" may be of different files.
+    """
+    if not commit().endswith("+"):
+        return None
+    text = git("diff", "HEAD") or ""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def git(*arguments: str) -> str | None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import require_trl
+from benchmarks.comparison import add_trl_setup, require_trl, trl_setup_of
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
 from benchmarks.options import (
@@ -110,10 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "base": asdict(points[0].workload) | {"group_size": None},
         "quick": arguments.quick,
         "dtype": arguments.dtype,
+        "trl_setup": trl_setup_of(arguments),
         "stages": STAGES,
         "made_with": made_with(threads=arguments.threads),
     }
     results = Results(arguments.json, setting)
+    results.note_load()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Scratch(folder=Path(folder))
         write_start(arguments.model, scratch.start)
@@ -139,6 +141,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"TRL too at group sizes 4, 8 and 16, {TRL_REPEATS} round a point: some 20 minutes",
     )
     parser.add_argument("--quick", action="store_true", help="only the smallest sizes")
+    add_trl_setup(parser)
     add_threads(parser)
     arguments = parser.parse_args(argv)
     require_at_least_one(parser, repeats=arguments.repeats)
@@ -162,8 +165,8 @@ def measure(
     if side == "gmpo":
         settings["dtype"] = arguments.dtype
     else:
-        precision = "fp32" if arguments.dtype == "fp32" else "bf16_autocast"
-        settings["setup"] = {"precision": precision, "rollouts": "generate"}
+        precision, _, rollouts = trl_setup_of(arguments).partition("/")
+        settings["setup"] = {"precision": precision, "rollouts": rollouts}
     with Worker(f"benchmarks.{side}_side", settings) as worker:
         rounds = [
             worker.ask("round", number=number, live_groups=NUM_PROMPTS)

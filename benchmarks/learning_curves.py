@@ -40,7 +40,7 @@ from benchmarks.options import (
     plotted_results_file,
     require_at_least_one,
 )
-from benchmarks.results import Results, write_figure
+from benchmarks.results import Results, made_here, write_figure
 from gmpo.tracking import builds_of, provenance, read_lines
 
 ENGINES = ("fast", "plain")
@@ -63,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "widest": arguments.widest,
         **({} if arguments.control is None else {"control": arguments.control}),
-        "made_with": provenance(),
+        "made_with": made_here(),
     }
     results = Results(arguments.json, setting)
+    results.note_load()
     curves: dict[str, Any] = results.content.setdefault("rewards", {})
     # Not the report's: a finished run may be older.
     commits: dict[str, str | None] = results.content.setdefault("commits", {})

@@ -56,7 +56,7 @@ def run_live_shares(bench: Bench, sides: Sides, results: Results, *, wanted: int
 
 
 def replayed(sides: Sides, *, number: int, live: int) -> dict[str, Any]:
-    """Seconds of TRL's update in a round of its own, and of gmpo's on TRL's completions."""
+    """Seconds of TRL's update in a round of its own, then of gmpo's on TRL's completions."""
     theirs = sides.trl.ask("round", number=number, live_groups=live)
     ours = sides.gmpo.ask("replay", number=number)
     return {

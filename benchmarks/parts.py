@@ -9,8 +9,9 @@ compiled functions, which the profiler sees where `panels_named` gives them name
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -91,18 +92,29 @@ def panels_named(vocabulary: int) -> Iterator[None]:
         prepared.panel_linear = right
 
 
-def profiled(run: Callable[[], object]) -> list[Operator]:
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A run's operators, and its seconds from beginning to end, both under the profiler."""
+
+    operators: tuple[Operator, ...]
+    seconds: float
+
+
+def profiled(run: Callable[[], object]) -> Profile:
     """Own seconds of each operator that `run` calls, on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        start = time.perf_counter()
         run()
-    return [
+        seconds = time.perf_counter() - start
+    operators = tuple(
         Operator(
             name=event.key.removeprefix("aten::"),
             shapes=tuple(tuple(shape) for shape in event.input_shapes if shape),
             seconds=event.self_cpu_time_total / 1e6,
         )
         for event in recorded.key_averages(group_by_input_shape=True)
-    ]
+    )
+    return Profile(operators=operators, seconds=seconds)
 
 
 def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
@@ -134,24 +146,24 @@ def part_of(operator: Operator, *, vocabulary: int, draws: bool) -> str:
 
 
 def shares(
-    operators: Iterable[Operator], *, seconds: float, vocabulary: int, draws: bool
+    of: Profile, *, seconds: float, vocabulary: int, draws: bool
 ) -> dict[str, dict[str, float]]:
-    """Each part's seconds and share of `seconds`, which were taken without the profiler.
+    """Each part's share of the profiled run, and as much of `seconds`, those without the profiler.
+
+    Shares are of the profiled run's own seconds, because one run may fall into a slower moment of
+    the machine than those that were timed.
 
     A compiled function counts as the pass of autograd that calls it. What is not accounted for is
     Python, dispatch, and compiled functions that no pass of autograd calls, as in decoding (but for
-    the products that `panels_named` names): the profiler does not see them. It lengthens every
-    operator by about a microsecond, so that this is a little less than the truth.
+    the products that `panels_named` names): the profiler does not see them. What it takes itself,
+    some microseconds an operator, lies there too.
     """
     totals: dict[str, float] = defaultdict(float)
-    for operator in operators:
+    for operator in of.operators:
         totals[part_of(operator, vocabulary=vocabulary, draws=draws)] += operator.seconds
-    totals[OVERHEAD] = seconds - sum(totals.values())
-    return {
-        part: {"seconds": totals[part], "share": totals[part] / seconds}
-        for part in (*PARTS, OVERHEAD)
-        if part in totals
-    }
+    totals[OVERHEAD] = of.seconds - sum(totals.values())
+    found = {part: totals[part] / of.seconds for part in (*PARTS, OVERHEAD) if part in totals}
+    return {part: {"seconds": share * seconds, "share": share} for part, share in found.items()}
 
 
 def parts_table(

@@ -44,8 +44,7 @@ class Bounds:
 
 FP32_BOUNDS = Bounds(
     gradient_cosine=0.9999,
-    # A weight of a large model has few places below an SGD step left, see scripts/parity.py.
-    sgd_difference=1e-3,
+    sgd_difference=1e-4,
     sgd_cosine=None,
     adamw_difference=1e-2,
     adamw_cosine=None,

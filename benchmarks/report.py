@@ -219,8 +219,9 @@ def draw(contents: Sequence[Content], path: Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.axhline(1.0, color="black", linewidth=0.8)
     labels = [
-        f"{name}\n{trl_setup(content)}\ngmpo {content['gmpo_setup']['dtype']}"
-        for name, content, _ in shown
+        f"{name}\n{trl_setup(content)}\ngmpo {content['gmpo_setup']['dtype']}\n"
+        f"{figures['num_pairs']} pair{'s' * (figures['num_pairs'] > 1)}"
+        for name, content, figures in shown
     ]
     axis.set_xticks(range(len(shown)), labels, fontsize=8)
     axis.set_ylabel("times as fast as TRL without vLLM")

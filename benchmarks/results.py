@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.circumstances import busy_warning, changes, processor
 from benchmarks.devices import device_name
 from benchmarks.options import BenchmarkError
 from gmpo.tracking import provenance
@@ -21,25 +21,18 @@ if TYPE_CHECKING:
 def made_with(*, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Machine, device, versions, commit and threads: what must not change within one file."""
     return {
-        **provenance(),
+        **made_here(),
         "trl": version("trl"),
         "accelerate": version("accelerate"),
         "threads": threads,
         "device": device_name(device),
-        **processor(Path("/proc/cpuinfo").read_text()),
     }
 
 
-def processor(cpuinfo: str) -> dict[str, Any]:
-    """The processor's name, and whether it has units for bf16 products."""
-    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    known = set(flags[1].split()) if flags else set()
-    return {
-        "processor": name[1].strip() if name else "unknown",
-        "avx512_bf16": "avx512_bf16" in known,
-        "amx_bf16": "amx_bf16" in known,
-    }
+def made_here() -> dict[str, Any]:
+    """Versions, commit, and uncommitted changes if there are any; and the processor."""
+    found = {**provenance(), **processor().as_dict()}
+    return found if (changed := changes()) is None else found | {"changes": changed}
 
 
 class OtherBenchmark(BenchmarkError):
@@ -78,6 +71,13 @@ class Results:
                 f"{path} was made with something else: {'; '.join(changed)}; name a new file, "
                 "or remove it"
             )
+
+    def note_load(self) -> None:
+        """Store what ran on the machine when this call began, and warn where it was busy."""
+        load = os.getloadavg()[0]
+        self.content.setdefault("loads_before", []).append(load)
+        if warning := busy_warning(load):
+            print(warning, flush=True)
 
     def save(self) -> None:
         """Whole or not at all.

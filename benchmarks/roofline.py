@@ -299,11 +299,11 @@ def decode_report(
     with panels_named(shape.vocabulary):
         start_decoding(measured)
         measured.sampler.step()  # which orders the weights anew, once after each publication
-        operators = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
+        profile = profiled(lambda: [measured.sampler.step() for _ in range(steps)])
     while not measured.sampler.is_idle:
         measured.sampler.step()
     typical = spread(seconds).median * steps
-    parts = shares(operators, seconds=typical, vocabulary=shape.vocabulary, draws=True)
+    parts = shares(profile, seconds=typical, vocabulary=shape.vocabulary, draws=True)
     layers = shape.layers * shape.layer_weights
     keys = traffic - shape.product_weights * measured.element
     by_part = {

@@ -1,8 +1,9 @@
 """Seconds of training until a given held-out accuracy on the quick start's task, gmpo against TRL.
 
 Both sides get the same model, prompts in the same order, rewards, group size, completion limit,
-temperature, optimizer steps a round and step size of every step; TRL runs in bf16 autocast with
-`generate` and without gradient checkpointing, which a trial finds best (see vs_trl.py). Each side
+temperature, optimizer steps a round and step size of every step; TRL runs without gradient
+checkpointing, as `--trl` says: unless given, in the setting that trials find best (see vs_trl.py),
+and with a round's rows in the order of its prompts, not shuffled, as in vs_trl.py. Each side
 and seed is a process of its own. Every few rounds its weights answer the same held-out items at
 temperature 0, through one and the same evaluator, whose time does not count. A run ends when it
 reaches the target, or after the recipe's rounds: then its whole time stands for a longer one. An
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy_report import SIDES, draw, print_table, summary
-from benchmarks.comparison import require_trl
+from benchmarks.comparison import add_trl_setup, require_trl, trl_setup_of
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe": RECIPE,
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "trl_setup": trl_setup_of(arguments),
         "target": arguments.target,
         "items": arguments.items,
         "every_rounds": arguments.every_rounds,
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "made_with": made_with(threads=arguments.threads),
     }
     results = Results(arguments.json, setting)
+    results.note_load()
     run_study(arguments, recipe, results)
     print_table(results.content)
     draw(results.content, arguments.json.with_suffix(".png"))
@@ -82,6 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=24, help="most, and the schedule's length")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="on both sides")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
+    add_trl_setup(parser)
     add_threads(parser)
     arguments = parser.parse_args(argv)
     if not 0 < arguments.target <= 1:
@@ -126,6 +130,7 @@ class Study:
     """What every run of the study is made with."""
 
     recipe: RunConfig
+    trl_setup: str
     target: float
     every_rounds: int
     threads: int
@@ -145,6 +150,7 @@ def run_study(arguments: argparse.Namespace, recipe: RunConfig, results: Results
         write_start(recipe.model.name, scratch.start)
         study = Study(
             recipe=recipe,
+            trl_setup=trl_setup_of(arguments),
             target=arguments.target,
             every_rounds=arguments.every_rounds,
             threads=arguments.threads,
@@ -230,8 +236,8 @@ def learner(study: Study, side: str, seed: int) -> Worker:
             "sampling": {"max_rows": recipe.sampling.max_rows},
         }
     else:
-        precision = "fp32" if recipe.model.dtype == "fp32" else "bf16_autocast"
-        settings["setup"] = {"precision": precision, "rollouts": "generate"}
+        precision, _, rollouts = study.trl_setup.partition("/")
+        settings["setup"] = {"precision": precision, "rollouts": rollouts}
     return Worker(f"benchmarks.{side}_side", settings)
 
 

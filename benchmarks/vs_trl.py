@@ -47,11 +47,12 @@ from benchmarks.options import (
     require_threads,
 )
 from benchmarks.ratios import PEAKS, STAGES, UpdatesDiffer
-from benchmarks.report import draw, print_table
+from benchmarks.report import draw, entries, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.workloads import SEED, WORKLOADS, Workload
 from gmpo.policy.load import choose_device
 
+MEASURED = ("variants", "live_shares")
 REFUSED = 3
 """Exit code where the updates differ."""
 
@@ -71,14 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "made_with": made_with(threads=arguments.threads, device=arguments.device),
     }
     results = Results(arguments.json, setting, section=section_of(arguments.dtype))
+    results.note_load()
     try:
         compare(arguments, workload, results)
     except UpdatesDiffer as refusal:
-        # Ratios of unequal work must not lie about as results.
-        results.content.pop("variants", None)
-        results.content.pop("live_shares", None)
-        results.content["refused"] = str(refusal)
-        results.save()
+        refuse(results, arguments, str(refusal))
         print(f"refused: {refusal}", file=sys.stderr)
         return REFUSED
     print_table([results.whole])
@@ -87,6 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_live_shares(points)
         draw_live_shares(points, plot_of_shares(arguments))
     return 0
+
+
+def refuse(results: Results, arguments: argparse.Namespace, reason: str) -> None:
+    """Put away what was measured before, so that no ratio of unequal work lies about as a result.
+
+    A later call on the same file goes on with it.
+    """
+    measured = {name: results.content.pop(name, {}) for name in MEASURED}
+    results.content["before_refusal"] = measured
+    results.content["refused"] = reason
+    results.save()
+    for plot in (arguments.json.with_suffix(".png"), plot_of_shares(arguments)):
+        plot.unlink(missing_ok=True)
+    if list(entries([results.whole])):  # of the file's other precision
+        draw([results.whole], arguments.json.with_suffix(".png"))
 
 
 def section_of(dtype: str) -> str | None:
@@ -198,6 +211,7 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
 def compare(arguments: argparse.Namespace, workload: Workload, results: Results) -> None:
     """Trial, warm-up and pairs, as far as they are not in the file yet."""
     results.content.pop("refused", None)
+    results.content |= results.content.pop("before_refusal", {})
 
     def say(line: str) -> None:
         print(line, flush=True)

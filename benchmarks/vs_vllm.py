@@ -170,13 +170,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of prompts")
     add_threads(parser, what="on both sides; all cores unless given")
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        default=32,
-        help="positions of a block of vLLM's cache; only full blocks are shared",
-    )
-    add_venv(parser)
+    add_vllm(parser)
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every figure here too"
     )
@@ -187,8 +181,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def add_venv(parser: argparse.ArgumentParser) -> None:
-    """The options about vLLM's environment."""
+def add_vllm(parser: argparse.ArgumentParser) -> None:
+    """The options about vLLM's environment and cache."""
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=32,
+        help="positions of a block of vLLM's cache; only full blocks are shared",
+    )
     parser.add_argument(
         "--venv",
         type=Path,

@@ -40,7 +40,7 @@ from benchmarks.options import (
 from benchmarks.results import write_results
 from benchmarks.spread import Spread, paired_ratios, spread
 from benchmarks.vllm_environment import python_of
-from benchmarks.vs_vllm import LEAST_PAIRS, add_venv, require_vllm, vllm_environment
+from benchmarks.vs_vllm import LEAST_PAIRS, add_vllm, require_vllm, vllm_environment
 from gmpo.continual.serving import served_process
 from gmpo.leash import end_process
 from gmpo.policy.load import model_folder
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "clients": options.clients,
         "seconds": options.seconds,
         "max_tokens": options.max_tokens,
+        "vllm_block_size": options.block_size,
         **summary(rows),
     }
     print(table(report))
@@ -91,7 +92,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15.0, help="of one server's turn")
     parser.add_argument("--max-tokens", type=int, default=64, help="of an answer")
     add_threads(parser, what="of the model's server; all cores unless given")
-    add_venv(parser)
+    add_vllm(parser)
     parser.add_argument(
         "--json", type=results_file, metavar="FILE", help="write every figure here too"
     )
@@ -145,6 +146,7 @@ def vllm_server(model: str, options: argparse.Namespace) -> Iterator[str]:
     command += ["--host", "127.0.0.1"]
     command += ["--port", str(port), "--max-model-len", str(_CACHE_POSITIONS)]
     command += ["--dtype", {"fp32": "float32", "bf16": "bfloat16"}[options.dtype]]
+    command += ["--block-size", str(options.block_size), "--enable-prefix-caching"]
     environment = {**os.environ, **vllm_environment(options)}
     environment["PATH"] = f"{python.parent}:{os.environ['PATH']}"
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "made_with": made_with(threads=arguments.threads),
     }
     results = Results(arguments.json, setting)
+    results.note_load()
     measure_all(workload, arguments, results)
     print(table(results.content))
     draw(results.content["precisions"], arguments.json.with_suffix(".png"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from benchmarks import time_to_accuracy
 from benchmarks.accuracy_report import draw, print_table, summary
+from benchmarks.comparison import trl_setup_of
 from benchmarks.exchange import Scratch, load_weights, write_start
 from benchmarks.time_to_accuracy import learner, parse, recipe_of, request
 from benchmarks.workloads import patterned_rewards
@@ -81,6 +82,7 @@ def test_both_sides_get_the_recipes_step_sizes_and_go_on_from_their_own_weights(
     write_start(model, scratch.start)
     study = time_to_accuracy.Study(
         recipe=recipe,
+        trl_setup="fp32/generate",
         target=0.5,
         every_rounds=1,
         threads=1,
@@ -149,6 +151,18 @@ def test_a_study_saves_each_run_says_what_was_not_reached_and_goes_on(
         assert entry["seconds"] == entry["rounds"][0]["round_seconds"]
     assert content["summary"]["num_censored"] == 1
     assert path.with_suffix(".png").is_file()
+
+
+def test_trl_runs_in_the_setting_that_is_named_or_its_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["--json", str(tmp_path / "x.json"), "--threads", "1"]
+    assert trl_setup_of(parse([*command, "--dtype", "fp32"])) == "fp32/static_cache"
+    assert trl_setup_of(parse(command)) == "bf16_autocast/generate"
+    named = [*command, "--trl", "bf16_weights/generate"]
+    assert trl_setup_of(parse(named)) == "bf16_weights/generate"
+    assert time_to_accuracy.main([*named, "--dtype", "fp32"]) == 1
+    assert "is not compared with --dtype fp32; choose from fp32/gen" in capsys.readouterr().err
 
 
 def test_more_items_than_are_held_out_are_refused(

@@ -361,17 +361,24 @@ def test_a_refused_comparison_ends_with_3_and_keeps_no_ratio(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "short.json"
+    measured = {"no_dead": {"pairs": [{"trl": {}, "gmpo": {}}]}}
 
     def differs(_: object, __: object, results: Results) -> None:
-        results.content["variants"] = {"no_dead": {"pairs": []}}
+        results.content["variants"] = measured
         raise UpdatesDiffer("the updates differ by 0.5")
 
     monkeypatch.setattr(vs_trl, "compare", differs)
     command = ["--workload", "short", "--json", str(path), "--threads", "1"]
+    plots = [path.with_suffix(".png"), tmp_path / "short-live_shares.png"]
+    for plot in plots:
+        plot.touch()  # of pairs that were accepted before
     assert vs_trl.main(command) == vs_trl.REFUSED == 3
     assert "refused: the updates differ by 0.5" in capsys.readouterr().err
     content = json.loads(path.read_text())
     assert content["refused"] == "the updates differ by 0.5" and "variants" not in content
+    assert not any(plot.exists() for plot in plots)
+    # What hours of pairs gave is put away, and taken up by the next call.
+    assert content["before_refusal"] == {"variants": measured, "live_shares": {}}
 
 
 @pytest.mark.parametrize(

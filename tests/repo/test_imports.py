@@ -99,6 +99,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "callbacks",
         "trainer",
         "leash",
+        "own_servers",
         "shared_cores",
         "locks",
         "run_process",

@@ -67,6 +67,21 @@ def test_a_candidate_answers_what_users_ask_and_no_cycle_while_it_is_called_for(
         assert len(users_answers(made.store, "v1", since=0.0)) == 5
 
 
+def test_the_candidates_server_gets_one_key_of_several(path: Path, monkeypatch: pytest.MonkeyPatch):
+    with (
+        served(path, {"a": says("4", fingerprint="v1")}, follow="bot") as made,
+        running_upstream(says("4", fingerprint="v2")) as candidate,
+    ):
+        # After the gateway has begun, which would want one of them itself.
+        monkeypatch.setenv("GMPO_API_KEYS", " sk-a, sk-b")
+        with called(made.store, call_for(candidate.url)):
+            until_told(made, "answers users' requests too")
+            made.ask(**UNIT)
+            made.events("shadow", count=1)
+        sent = [head.lower() for head in candidate.headers]
+        assert sent and all("authorization: bearer sk-a\r\n" in head for head in sent)
+
+
 def test_a_candidate_that_fails_is_counted_and_users_see_nothing_of_it(path: Path):
     with (
         served(path, {"a": says("4", fingerprint="v1")}, follow="bot") as made,

@@ -52,6 +52,13 @@ def test_an_anchor_that_is_no_version_is_refused(anchor: str):
         plan_of({**kept, "anchor": anchor})
 
 
+def test_checks_that_say_nothing_of_rejected_rows_keep_a_cycles_limit():
+    assert plan().checks.most_rejected == 0.5
+    kept = plan().model_dump(mode="json")
+    for checks, most in (({}, 0.5), ({"near_overlap": 0.7}, 0.5), ({"most_rejected": 0.9}, 0.9)):
+        assert plan_of({**kept, "checks": checks}).checks.most_rejected == most
+
+
 def test_half_of_the_rows_are_earlier_ones():
     mixed = mixed_rows(rows(6), rows(20, "2"), replay_share=0.5, seed=1)
     assert [row["answer"] for row in mixed] == ["1"] * 6 + ["2"] * 6

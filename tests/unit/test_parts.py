@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.flops import model_of
-from benchmarks.parts import OVERHEAD, Operator, panels_named, part_of, profiled, shares
+from benchmarks.parts import (
+    OVERHEAD,
+    Operator,
+    Profile,
+    panels_named,
+    part_of,
+    profiled,
+    shares,
+)
 from benchmarks.peaks import bound_seconds, copy_rates, fastest, product_rates, products
 from benchmarks.spread import Spread, paired_ratios, spread
 from tests.models import tiny_model
@@ -67,8 +75,8 @@ def test_products_over_panels_are_told_by_name():
     inputs = torch.randn(3, body.head_weight.shape[1])
 
     def parts(of: PreparedBody) -> list[str]:
-        operators = profiled(lambda: [of.head(inputs), of.layers[0].output(inputs)])
-        found = [part_of(one, vocabulary=vocabulary, draws=True) for one in operators]
+        profile = profiled(lambda: [of.head(inputs), of.layers[0].output(inputs)])
+        found = [part_of(one, vocabulary=vocabulary, draws=True) for one in profile.operators]
         return sorted({"head", "projections"} & set(found))
 
     assert parts(named) == ["head", "projections"]
@@ -76,12 +84,14 @@ def test_products_over_panels_are_told_by_name():
 
 
 def test_what_operators_do_not_account_for_is_overhead():
-    operators = [
-        Operator(name="mm", shapes=((2, 3), (3, 4)), seconds=0.5),
-        Operator(name="mm", shapes=((2, 3), (3, 7)), seconds=0.25),
-        Operator(name="mul", shapes=((2, 3),), seconds=1.0),
-    ]
-    parts = shares(operators, seconds=2.0, vocabulary=7, draws=True)
+    operators = (
+        Operator(name="mm", shapes=((2, 3), (3, 4)), seconds=1.0),
+        Operator(name="mm", shapes=((2, 3), (3, 7)), seconds=0.5),
+        Operator(name="mul", shapes=((2, 3),), seconds=2.0),
+    )
+    # The profiled run was half as fast as those that were timed: its own time decides the shares.
+    profile = Profile(operators=operators, seconds=4.0)
+    parts = shares(profile, seconds=2.0, vocabulary=7, draws=True)
     assert parts == {
         "projections": {"seconds": 0.5, "share": 0.25},
         "head": {"seconds": 0.25, "share": 0.125},
@@ -92,9 +102,10 @@ def test_what_operators_do_not_account_for_is_overhead():
 
 def test_a_profile_names_the_operators_with_their_sizes():
     left, right = torch.ones(3, 5), torch.ones(5, 11)
-    (product,) = [one for one in profiled(lambda: left @ right) if one.name == "mm"]
+    profile = profiled(lambda: left @ right)
+    (product,) = [one for one in profile.operators if one.name == "mm"]
     assert product.shapes == ((3, 5), (5, 11))
-    assert product.seconds > 0
+    assert 0 < product.seconds < profile.seconds
 
 
 def test_the_bound_is_the_slower_of_products_and_copying():

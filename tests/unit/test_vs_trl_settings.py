@@ -104,6 +104,16 @@ def test_a_file_with_a_trial_gets_no_pairs_of_another_best(comparing: Comparing)
     assert comparing.stored() == first
 
 
+def test_what_a_refusal_put_away_is_taken_up_by_the_next_call(comparing: Comparing):
+    results = Results(comparing.path, {})
+    pairs = {"no_dead": {"pairs": [1, 2]}}
+    results.content |= {"refused": "why", "before_refusal": {"variants": pairs, "live_shares": {}}}
+    results.save()
+    content = comparing("--trl", "fp32/generate")
+    assert content["variants"] == pairs and content["live_shares"] == {}
+    assert not {"refused", "before_refusal"} & content.keys()
+
+
 def test_a_file_whose_gmpo_took_bf16_gets_no_pairs_in_fp32(comparing: Comparing):
     first = comparing()
     comparing.dtype = "fp32"

@@ -26,6 +26,7 @@ class Trial:
 
     Attributes:
         seconds: of a setting's round; a setting without any fails.
+        again: of its second round, where that is another.
         compared: of gmpo's replay with that round.
         to_fp32: cosines of the setting to TRL in fp32.
         rounds: setting and number of prompts of each round that was asked for.
@@ -33,6 +34,7 @@ class Trial:
     """
 
     seconds: dict[str, float]
+    again: dict[str, float] = field(default_factory=dict)
     compared: dict[str, dict[str, float]] = field(default_factory=dict)
     to_fp32: dict[str, dict[str, float]] = field(default_factory=dict)
     rounds: list[tuple[str, int]] = field(default_factory=list)
@@ -49,10 +51,12 @@ class StubSide:
         if command == "about":
             return {"dtype": "bf16"}
         if command == "round":
-            trial.rounds.append((self.what, arguments["live_groups"]))
-            if self.what not in trial.seconds:
+            asked = (self.what, arguments["live_groups"])
+            seconds_of = trial.seconds | (trial.again if asked in trial.rounds else {})
+            trial.rounds.append(asked)
+            if self.what not in seconds_of:
                 raise WorkerFailed("its log ends:\nRuntimeError: no such cache")
-            seconds = trial.seconds[self.what]
+            seconds = seconds_of[self.what]
             return {"round_seconds": seconds, "rollout_seconds": 1.0, "update_seconds": 1.0}
         last = trial.rounds[-1][0]
         if self.what == "gmpo":
@@ -114,6 +118,27 @@ def test_a_setting_that_fails_is_left_out_and_the_others_are_tried(tmp_path: Pat
     assert choose(Trial(seconds), tmp_path / "x.json", said) == "bf16_weights/static_cache"
     failed = [line for line in said if "bf16_weights/continuous_batching" in line]
     assert failed[0].endswith("excluded: it failed: RuntimeError: no such cache")
+
+
+def test_settings_close_to_the_fastest_do_another_round_and_the_faster_one_counts(tmp_path: Path):
+    seconds = {"fp32/generate": 10.0, "fp32/static_cache": 12.0, "bf16_autocast/generate": 12.1}
+    trial = Trial(seconds, again={"fp32/generate": 11.0, "fp32/static_cache": 9.0})
+    path = tmp_path / "x.json"
+    assert choose(trial, path) == "fp32/static_cache"
+    assert trial.rounds[len(setups_of("auto")) :] == [
+        ("fp32/generate", 4),
+        ("fp32/static_cache", 4),
+    ]
+    # Both rounds are in the file, so that nothing but what failed is asked again.
+    later = Trial({})
+    assert choose(later, path) == "fp32/static_cache"
+    assert {name for name, _ in later.rounds} == set(setups_of("auto")) - set(seconds)
+
+
+def test_a_setting_that_failed_is_tried_again_when_the_trial_goes_on(tmp_path: Path):
+    path = tmp_path / "x.json"
+    assert choose(Trial({"fp32/generate": 10.0}), path) == "fp32/generate"
+    assert choose(Trial({"fp32/static_cache": 5.0}), path) == "fp32/static_cache"
 
 
 @pytest.mark.parametrize(

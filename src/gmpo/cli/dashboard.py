@@ -14,6 +14,7 @@ import typer
 
 from gmpo.cli.conventions import ending_quietly, is_loopback, refuses_clearly, warn
 from gmpo.errors import ConfigError, DashboardError
+from gmpo.own_servers import require_serving
 
 __all__ = ["dashboard"]
 
@@ -46,8 +47,10 @@ def dashboard(
     from gmpo.dashboard.serving_page import dashboard_process, free_port
     from gmpo.dashboard.settings import DashboardSettings
 
-    if serve is not None and store is None:
-        raise ConfigError("--serve records its answers; say where with --store")
+    if serve is not None:
+        require_serving("--serve")
+        if store is None:
+            raise ConfigError("--serve records its answers; say where with --store")
     folders = tuple(map(str, runs or []))
     settings = DashboardSettings(store=store, runs=folders, every_seconds=every)
     _refuse_what_is_not_there(store, runs or [], is_made=serve is not None)

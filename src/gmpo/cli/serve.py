@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,8 @@ import typer
 
 from gmpo.cli.conventions import is_given, is_loopback, refuses_clearly, warn
 from gmpo.cli.serve_backends import Asked, Behind, Recorder, build_behind, wanted
-from gmpo.errors import ConfigError, DependencyError
+from gmpo.errors import ConfigError
+from gmpo.own_servers import require_serving
 from gmpo.shared_cores import share_cores
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Longest body.")] = 1 << 20,
 ) -> None:
     """Serve models to OpenAI's clients until SIGTERM or Ctrl-C; SIGHUP loads them anew."""
-    _require_packages()
+    require_serving("gmpo serve")
     from gmpo.serving.admission import AdmissionLimits
     from gmpo.serving.server import ServerSettings, bound_socket
 
@@ -200,14 +200,6 @@ def _limits(
 
     entrance = EntranceLimits(max_body_bytes=max_body_bytes)
     return GatewayLimits(entrance=entrance, admission=admission, request_seconds=request_seconds)
-
-
-def _require_packages() -> None:
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise DependencyError(
-                f"gmpo serve needs {package}; install it with pip install 'gmpo[serve]'"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

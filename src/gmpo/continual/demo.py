@@ -19,6 +19,7 @@ from gmpo.continual.serving import served_process
 from gmpo.continual.traffic import ServerClient, open_client
 from gmpo.continual.work import RealWork, cycle_request
 from gmpo.errors import ConfigError
+from gmpo.own_servers import require_serving
 from gmpo.recipe import load_recipe
 from gmpo.records import Prompt
 from gmpo.registry import Registry
@@ -148,7 +149,7 @@ def default_settings() -> DemoSettings:
             "live_users": 2,
             "live_seconds": 20.0,
             "live_least": 2,
-            "checks": {"reject_always_solved": False},
+            "checks": {"reject_always_solved": False, "most_rejected": 1.0},
         },
         serve=("--max-rows", "64", "--max-queued", "512"),
     )
@@ -178,9 +179,11 @@ def run_demo(
 
     Raises:
         ConfigError: the folder holds a demonstration already.
+        DependencyError: the extra `serve` is not installed.
         gmpo.errors.RunStopped: `should_stop` said so.
         gmpo.errors.GmpoError: the model cannot be had, or a step cannot be done.
     """
+    require_serving("the demonstration")
     if (folder / "store.db").exists():
         raise ConfigError(f"{folder} holds a demonstration already; choose another --folder")
     settings = settings or default_settings()

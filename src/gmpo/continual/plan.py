@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gmpo.config import RunConfig
 from gmpo.data_checks.quality import DataChecks
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _LEAST_REQUESTS = 2
+_MOST_REJECTED = 0.5
 
 _FEEDBACK = "feedback-"
 """A file of this beginning holds confirmed answers."""
@@ -62,8 +63,8 @@ class LearnPlan(Table):
     """Share of earlier rows among those trained on, as far as there are so many."""
     min_rows: int = Field(default=20, ge=2)
     """Accepted rows that a batch needs."""
-    checks: DataChecks = DataChecks(most_rejected=0.5)
-    """Limits that new rows are held against."""
+    checks: DataChecks = DataChecks(most_rejected=_MOST_REJECTED)
+    """Limits that new rows are held against; `most_rejected` is a half where it is left out."""
     check_samples: int = Field(default=8, ge=0)
     """Completions of each new row that the champion is asked for, to find rows that are too hard,
     too easy or wrong; 0 asks for none."""
@@ -116,6 +117,13 @@ class LearnPlan(Table):
             growth_limits=self.growth_limits,
             safety_limits=self.safety_limits,
         )
+
+    @field_validator("checks", mode="before")
+    @classmethod
+    def _what_checks_leave_out_stays(cls, checks: Any) -> Any:
+        if isinstance(checks, Mapping):
+            return {"most_rejected": _MOST_REJECTED, **checks}
+        return checks
 
     @model_validator(mode="after")
     def _limits_are_the_gates(self) -> LearnPlan:

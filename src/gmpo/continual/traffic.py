@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import httpx2
 
 from gmpo.errors import ConfigError, ServerUnreachable
 from gmpo.grading import Grader
+from gmpo.own_servers import own_api_key
 from gmpo.records import Prompt
 
 __all__ = ["Answered", "ServerClient", "open_client"]
@@ -164,8 +164,8 @@ def open_client(
     """
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"the server's address is {url!r}; give http://HOST:PORT/v1")
-    key = os.environ.get("GMPO_API_KEYS", "").split(",")[0].strip()
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    key = own_api_key()
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
     if session is not None:
         headers["x-gmpo-session"] = session
     with (

@@ -53,6 +53,7 @@ from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.gate import decide_gate
 from gmpo.gate.records import Guardrail, PairedSuite, SafetyCount
 from gmpo.outcomes import SuiteOutcomes
+from gmpo.own_servers import require_serving
 from gmpo.registry import Registry, commands_for
 from gmpo.run_process import drop_weights
 from gmpo.store import Store
@@ -75,6 +76,7 @@ def cycle_request(plan: LearnPlan, data: Sequence[str], *, trigger: str) -> dict
         ConfigError: the suites are too small for the margin, or share an item.
         DataError: a file is missing or unreadable, there is no new row, a row of a suite is not
             usable, or `traffic` has too few.
+        DependencyError: there is a gateway, and the extra `serve` is not installed.
     """
     _checked_files(plan)
     # A cycle that has begun has to be brought to its end, so nothing begins with nothing, nor with
@@ -111,6 +113,7 @@ def dry_run(
             an item.
         DataError: a file is missing or unreadable, the batch is empty, or `traffic` has too few
             rows.
+        DependencyError: there is a gateway, and the extra `serve` is not installed.
         ModelError: the champion's files are damaged.
     """
     champion = learning_champion(work.store, name)
@@ -153,6 +156,8 @@ def _checked_files(plan: LearnPlan) -> tuple[dict[str, int], Mapping[str, int]]:
     suites = suites_of(plan)
     require_apart(suites)
     require_traffic(plan)
+    if plan.gateway is not None:
+        require_serving("the live test, which serves the candidate,")
     sizes = {suite: len(items) for suite, items in suites.items()}
     return sizes, require_decidable(sizes, policy=plan.gate_policy(), samples=plan.samples)
 

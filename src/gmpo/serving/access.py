@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gmpo.errors import ConfigError
+from gmpo.own_servers import API_KEYS
 
 __all__ = ["ApiKeys", "WrongKeys", "read_api_keys"]
-
-_VARIABLE = "GMPO_API_KEYS"
 
 
 class ApiKeys:
@@ -101,18 +100,18 @@ def read_api_keys(file: Path | None) -> ApiKeys:
     Raises:
         ConfigError: both are given, the file cannot be read, or there is no key in what is given.
     """
-    variable = os.environ.get(_VARIABLE)
+    variable = os.environ.get(API_KEYS)
     if file is None:
         keys = [key.strip() for key in (variable or "").split(",")]
         if variable and not any(keys):
             # Whoever sets it wants keys; serving everybody would be the opposite.
             raise ConfigError(
-                f"{_VARIABLE} is {variable!r}, which holds no key; separate keys by commas, or "
+                f"{API_KEYS} is {variable!r}, which holds no key; separate keys by commas, or "
                 "unset it to let everybody ask"
             )
         return ApiKeys(key for key in keys if key)
     if variable:
-        raise ConfigError(f"keys come from {_VARIABLE} or from --api-keys, not from both; take one")
+        raise ConfigError(f"keys come from {API_KEYS} or from --api-keys, not from both; take one")
     try:
         # Some editors begin a file with a mark, which would become part of the first key.
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
 from gmpo.errors import StoreError
 from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, standing_call
+from gmpo.own_servers import own_api_key
 from gmpo.serving.backend import AnswerReport, GenerationRequest
 from gmpo.serving.judging import AnswerJudge
 from gmpo.serving.router import Route, Shadowing
@@ -19,7 +19,6 @@ from gmpo.store import Event, Store
 
 __all__ = ["CandidateShadow"]
 
-_KEYS = "GMPO_API_KEYS"
 _NAME = "candidate"
 
 
@@ -106,15 +105,14 @@ class CandidateShadow:
             await self._beside.close()
 
     async def _begin_with(self, call: ShadowCall) -> None:
-        has_key = bool(os.environ.get(_KEYS, "").strip())
         settings = UpstreamSettings(
             url=call.url,
             model=self._name,
             version=call.candidate,
-            api_key_env=_KEYS if has_key else None,
             retries=0,
         )
-        backend = UpstreamBackend(_NAME, settings)
+        # The candidate's server has the keys of this environment, or of one that was set alike.
+        backend = UpstreamBackend(_NAME, settings, api_key=own_api_key())
         if not await backend.ready():
             await backend.close()
             self._tell(

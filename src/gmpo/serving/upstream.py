@@ -79,6 +79,7 @@ class UpstreamBackend:
     Args:
         name: of the backend.
         settings: where it is, and time limits.
+        api_key: that it wants, in place of the one in the settings' variable.
         random_source: of the pauses before it is asked again.
 
     Raises:
@@ -86,14 +87,21 @@ class UpstreamBackend:
     """
 
     def __init__(
-        self, name: str, settings: UpstreamSettings, *, random_source: random.Random | None = None
+        self,
+        name: str,
+        settings: UpstreamSettings,
+        *,
+        api_key: str | None = None,
+        random_source: random.Random | None = None,
     ) -> None:
         self._name = name
         self._settings = settings
         self._random = random_source or random.Random()
+        key = _key_of(name, settings) if api_key is None else api_key
+        authorization = {} if key is None else {"authorization": f"Bearer {key}"}
         self._client = httpx2.AsyncClient(
             base_url=settings.url.rstrip("/") + "/",
-            headers={"accept-encoding": "identity", **_authorization(name, settings)},
+            headers={"accept-encoding": "identity", **authorization},
             timeout=httpx2.Timeout(None, connect=settings.connect_seconds),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
         )
@@ -286,17 +294,17 @@ class UpstreamBackend:
         )
 
 
-def _authorization(name: str, settings: UpstreamSettings) -> dict[str, str]:
+def _key_of(name: str, settings: UpstreamSettings) -> str | None:
     variable = settings.api_key_env
     if variable is None:
-        return {}
+        return None
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ConfigError(
             f"backend {name!r} takes its API key from {variable}, which is not set; set it, or "
             "leave api_key_env out"
         )
-    return {"authorization": f"Bearer {key}"}
+    return key
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:
