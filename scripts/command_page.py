@@ -55,20 +55,22 @@ written by `python -m scripts.command_page`. In all commands:
 * `MODEL` is a name that `gmpo models` lists, a hub name, a folder, or a run folder, which stands
   for its newest checkpoint.
 * `RECIPE` is a bundled name or the path of a TOML file ([configuration.md](configuration.md)).
-* `--set table.key=value` changes one key of the recipe, and can be repeated.
-* `--store` is a SQLite file or a PostgreSQL URL ([store.md](store.md)). `serve`, `learn`,
-  `ab start` and `registry add` make the file; the others want it to be there.
+* `--set table.key=value` changes one key of the recipe (of the experiment in `ab start`, of the
+  checks in `data check`, of the policy in `data collect`), and can be repeated.
+* `--store` is a SQLite file or a PostgreSQL URL ([store.md](store.md)). `serve`,
+  `dashboard --serve`, `ab start` and `registry add` make the file; the others want it to be there.
 * `gmpo --version` prints the releases of gmpo, torch, transformers and Python.
 * What is refused is one line on stderr that begins with `error:`.
 
 | exit code | |
 | --- | --- |
 | 0 | done |
-| 1 | `compare`, `tune`: some runs could not be brought to an end |
+| 1 | `compare`, `tune`: some runs did not end; `registry rollback`: servers did not follow |
 | 2 | a mistake or a failure; the line says which and what to do |
 | 3 | a run diverged or the guard stopped it; `gate` did not pass; `data check` refused the batch |
 | 4 | `compare`, `tune`: other calls on the study hold what it waited for; the line says what |
 | 130 | stopped by Ctrl-C; a second command, which is named, goes on |
+| 143 | `serve`: ended by a second SIGTERM, before requests were done |
 """
 
 

@@ -42,7 +42,14 @@ from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
 from gmpo.rewards import RewardFunctions, ScoredGroups, score_groups
 from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
-from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings, decode_text, sample_groups
+from gmpo.rollouts import (
+    GroupSampler,
+    PromptRenderer,
+    SamplingSettings,
+    decode_text,
+    hidden_tokens,
+    sample_groups,
+)
 from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.graphed import capture_for
@@ -265,6 +272,7 @@ def build_sampler(
         context_length=context_length(policy.model),
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
+        hidden_tokens=hidden_tokens(tokenizer),
     )
 
 
@@ -276,15 +284,15 @@ def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
     """
     if policy.body is None:
         return TransformersDecoder(policy.model)
+    capture = capture_for(policy.device)
     problem = why_not_alike(
         "decoding",
-        difference=decoded_difference(policy.body),
+        difference=decoded_difference(policy.body, over_fixed_buffers=capture is not None),
         allowed=LARGEST_OVER_POSITIONS[policy.dtype],
     )
     if problem:
         policy.warn(f"{problem}; the model decodes by its own forward: same results, slower")
         return TransformersDecoder(policy.model)
-    capture = capture_for(policy.device)
     return LlamaDecoder(policy.body, max_rows=max_rows, capture=capture)
 
 

@@ -73,11 +73,19 @@ class StepBatch:
     dead_batches: tuple[MicroBatch, ...] = ()
 
 
+_PromptKey = tuple[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     prompt: Prompt
     rollout: Rollout
     advantage: float
+
+    @property
+    def key(self) -> _PromptKey:
+        """What tells its prompt from others: groups of several data sets may share ids."""
+        return self.prompt.id, self.prompt.token_ids or ()
 
 
 def reward_table(
@@ -170,13 +178,10 @@ def _usable_rows(groups: Sequence[Group], advantages: Float[Tensor, "P G"]) -> l
 
 def _pack(rows: list[_Row], *, max_tokens: int, shares_prompts: bool) -> list[list[_Row]]:
     """Rows cut into runs whose padded size fits the budget; equal lengths lie together."""
-    longest: dict[str, int] = {}
+    longest: dict[_PromptKey, int] = {}
     for row in rows:
-        key = row.prompt.id
-        longest[key] = max(longest.get(key, 0), row.rollout.num_tokens)
-    ordered = sorted(
-        rows, key=lambda row: (longest[row.prompt.id], row.prompt.id, row.rollout.num_tokens)
-    )
+        longest[row.key] = max(longest.get(row.key, 0), row.rollout.num_tokens)
+    ordered = sorted(rows, key=lambda row: (longest[row.key], row.key, row.rollout.num_tokens))
     packs: list[list[_Row]] = []
     for row in ordered:
         candidate = [*packs[-1], row] if packs else [row]
@@ -188,23 +193,23 @@ def _pack(rows: list[_Row], *, max_tokens: int, shares_prompts: bool) -> list[li
 
 
 def _padded_tokens(rows: list[_Row], *, shares_prompts: bool) -> int:
-    prompts = {row.prompt.id: len(row.prompt.token_ids or ()) for row in rows}
+    prompts = {row.key: len(row.prompt.token_ids or ()) for row in rows}
     copies = len(prompts) if shares_prompts else len(rows)
     longest_completion = max(row.rollout.num_tokens for row in rows)
     return copies * max(prompts.values()) + len(rows) * longest_completion
 
 
 def _collate(rows: list[_Row], *, device: torch.device) -> MicroBatch:
-    prompts = list({row.prompt.id: row.prompt for row in rows}.values())
-    place = {prompt.id: index for index, prompt in enumerate(prompts)}
-    prompt_ids = [np.asarray(prompt.token_ids, dtype=np.int64) for prompt in prompts]
+    prompts = {row.key: row.prompt for row in rows}
+    place = {key: index for index, key in enumerate(prompts)}
+    prompt_ids = [np.asarray(prompt.token_ids, dtype=np.int64) for prompt in prompts.values()]
     rollouts = [row.rollout for row in rows]
     dtype = torch.float64 if rollouts[0].sampler_logprobs.dtype == np.float64 else torch.float32
     sampler_logprobs = _pad([r.sampler_logprobs for r in rollouts], device=device).to(dtype)
     return MicroBatch(
         prompt_ids=_pad(prompt_ids, device=device),
         prompt_lengths=torch.tensor([len(ids) for ids in prompt_ids], device=device),
-        prompt_of_row=torch.tensor([place[row.prompt.id] for row in rows], device=device),
+        prompt_of_row=torch.tensor([place[row.key] for row in rows], device=device),
         completion_ids=_pad([r.token_ids for r in rollouts], device=device),
         completion_lengths=torch.tensor([r.num_tokens for r in rollouts], device=device),
         mask=_pad([r.from_policy for r in rollouts], device=device),

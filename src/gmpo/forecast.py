@@ -285,9 +285,8 @@ def _memory(
     longest = max(lengths.trained, lengths.evaluated)
     completion = max(sampling.max_new_tokens, evaluation.max_new_tokens or 0)
     rows = sampling.max_rows
-    # A prompt of the round may be partly done while the next ones run; evaluations ask each once.
-    in_round = min(sampling.prompts_per_round, rows // sampling.group_size + 2)
-    prompts = max(in_round, min(rows, lengths.num_evaluated))
+    # One long completion may be what is left of each prompt; evaluations ask each once.
+    prompts = min(rows, max(sampling.prompts_per_round, lengths.num_evaluated))
     if sampling.rollout is not None:
         # What tools put in is run as a prompt is, together with all that came before it.
         longest, prompts = sampling.max_length, rows

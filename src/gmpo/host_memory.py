@@ -71,6 +71,9 @@ def keep_freed_memory() -> bool:
         return False
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if any(f"glibc.malloc.{name}_threshold=" in tunables for name in ("trim", "mmap")):
+        return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_PIECE) and mallopt(_M_TRIM_THRESHOLD, _KEPT_TOTAL))
 

@@ -36,6 +36,8 @@ _CACHE_STEP = 32
 """Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
 _PREFILL_TOKENS = 2048
 """Prompt tokens that the sampler runs at once."""
+_MASKS_AT_ONCE = 2**24
+"""Entries of a mask that a prefill lays out at once, as in policy/llama.py."""
 _ROLLOUT, _KEPT_TOKEN = 2500, 17
 """Of a rollout in Python (Linux, CPython 3.11, as its round is saved), and of each of its tokens:
 id, mask and log-probability, and four letters of text."""
@@ -241,11 +243,24 @@ def cache_bytes(
 def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
     """What sampling takes beside the cache while rows run: prefilled prompts, logits, weights.
 
-    On a CPU weights are laid out anew where no adapter is beside them; logits exist once as they
-    came and once joined with those of new rows.
+    On a CPU weights are laid out anew where no adapter is beside them. Keys and values of prompts
+    with a common beginning exist once in two parts and once joined. Logits exist once as they came
+    and once joined with those of new rows, in fp32 if not wider, and elsewhere in fp32 besides.
     """
-    prefill = max(_PREFILL_TOKENS, prompt_tokens) * shape.key_value_bytes * shape.layers
-    return prefill + 2 * rows * shape.vocabulary * shape.width + _prepared_bytes(shape)
+    tokens = max(_PREFILL_TOKENS, prompt_tokens)
+    wide = max(_FLOAT, shape.width)
+    logits = rows * shape.vocabulary * (shape.width + wide + (not shape.on_cpu) * _FLOAT)
+    prefill = 2 * tokens * shape.key_value_bytes * shape.layers
+    masks = _prefill_mask_bytes(shape, tokens * prompt_tokens)
+    return prefill + masks + logits + _prepared_bytes(shape)
+
+
+def _prefill_mask_bytes(shape: ModelShape, seen: int) -> int:
+    """What each token may see, for each of a key head's query heads, and that in the precision."""
+    if not shape.is_fast:
+        return 0
+    shared = shape.heads // shape.key_value_heads
+    return seen + min(shared * seen, _MASKS_AT_ONCE) * (1 + shape.width)
 
 
 def _prepared_bytes(shape: ModelShape) -> int:

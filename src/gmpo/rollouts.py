@@ -19,6 +19,7 @@ __all__ = [
     "PromptRenderer",
     "SamplingSettings",
     "decode_text",
+    "hidden_tokens",
     "prompt_keys",
     "sample_groups",
 ]
@@ -232,6 +233,12 @@ def prompt_keys(
 def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The text of a completion, without end tokens."""
     return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the special tokens, which `decode_text` leaves out, by their own texts."""
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+    return {text: id for text, id in special.items() if not decode_text(tokenizer, [id])}
 
 
 def _rollout(completion: Completion, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Rollout:

@@ -162,6 +162,7 @@ class GMPOTrainer:
         self._warn = warn
         self._own_loop: TrainingParts | None = None
         self._own_steps = 0
+        self._own_samples = 0
         self._own_mismatch_is_small = True
         self._own_norms = NormHistory()
         self._recipe(rounds=1)  # refuses settings that do not fit together now, not in train()
@@ -232,17 +233,16 @@ class GMPOTrainer:
         )
 
     def sample(self, rows: Rows) -> list[Group]:
-        """For a loop of your own: a group of completions for each row, by the current weights.
+        """For a loop of your own: a group for each row by the current weights, drawn anew.
 
         Args:
             rows: of the form of `train_dataset`, but none needs an answer.
         """
         parts = self._own_loop_parts()
-        prompts = [
-            parts.evaluator.renderer.render(prompt)
-            for prompt in _prompts(rows, "rows", needs_answer=False).prompts
-        ]
-        key = (parts.config.training.seed, "own loop", self._own_steps)
+        asked = _prompts(rows, "rows", needs_answer=False).prompts
+        prompts = [parts.evaluator.renderer.render(prompt) for prompt in asked]
+        key = (parts.config.training.seed, "own loop", self._own_samples)
+        self._own_samples += 1
         return parts.sample(prompts, settings=parts.sampling, key=key)
 
     def score(self, groups: Sequence[Group]) -> list[Group]:

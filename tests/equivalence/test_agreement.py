@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.models import FAMILIES, character_tokenizer, tiny_model
 
+from gmpo import assembly
 from gmpo.assembly import build_decoder, build_sampler
 from gmpo.errors import ModelError
 from gmpo.policy import agreement, prefix
@@ -22,7 +23,7 @@ from gmpo.policy.agreement import (
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.load import load_policy, model_folder
 from gmpo.policy.score import Policy
-from gmpo.sampler import decoders
+from gmpo.sampler import decoders, graphed
 from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import LlamaDecoder, TransformersDecoder
 from gmpo.sampler.prepared import PreparedBody
@@ -137,6 +138,19 @@ def test_decoding_that_is_wrong_is_not_used_and_results_are_the_same(
     found = complete(sampler, [request])
     drawn = [[list(c.token_ids) for c in answers["one"]] for answers in (found, expected)]
     assert drawn[0] == drawn[1]
+
+
+def test_steps_over_fixed_buffers_are_checked_where_they_are_what_decodes(
+    policy: Policy, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        assembly, "capture_for", lambda device: lambda step, rows: lambda: step(rows)
+    )
+    assert isinstance(build_decoder(policy, max_rows=4), LlamaDecoder) and not said
+    monkeypatch.setattr(graphed, "step_logits", backwards(graphed.step_logits))
+    assert isinstance(build_decoder(policy, max_rows=4), TransformersDecoder)
+    (warning,) = said
+    assert "the fast path's logits (decoding) differ" in warning
 
 
 @pytest.mark.real_model

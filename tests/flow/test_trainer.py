@@ -136,6 +136,26 @@ def test_a_loop_of_ones_own_moves_the_policy(llama: str, tmp_path: Path):
     assert not (tmp_path / "unused").exists()
 
 
+def test_calls_of_sample_draw_anew_and_their_groups_are_trained_together(
+    llama: str, tmp_path: Path
+):
+    ours = trainer(llama, tmp_path / "unused")
+    first, second = ours.sample(ROWS[:4]), ours.sample(ROWS[:4])
+    assert [g.prompt.token_ids for g in first] == [g.prompt.token_ids for g in second]
+    drawn = [
+        [r.token_ids.tolist() for g in groups for r in g.rollouts] for groups in (first, second)
+    ]
+    assert drawn[0] != drawn[1]
+    # Other rows, numbered alike: each completion is trained after its own prompt, so that the
+    # sampler's log-probabilities are the trainer's.
+    apart = ours.score([*first, *ours.sample(ROWS[4:8])])
+    assert [g.prompt.id for g in apart[:4]] == [g.prompt.id for g in apart[4:]]
+    steps = ours.update_policy(apart, learning_rate=0.0)
+    assert ours._own_mismatch_is_small
+    assert all(step.get("ratio/max", 1.0) == pytest.approx(1, abs=1e-4) for step in steps)
+    ours.close()
+
+
 def test_groups_without_rewards_are_refused(llama: str, tmp_path: Path):
     ours = trainer(llama, tmp_path / "unused")
     with pytest.raises(DataError, match="none of the 8 groups has a rollout with a reward"):

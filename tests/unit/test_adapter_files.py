@@ -104,6 +104,20 @@ def test_in_bf16_the_merged_weight_is_rounded_once(tmp_path: Path):
     assert torch.equal(merged.model.get_parameter(f"{name}.weight"), expected)
 
 
+def test_in_bf16_masters_have_the_merged_weights_digits(tmp_path: Path):
+    policy, adapter = saved(tmp_path)
+    said: list[str] = []
+    merged = load_policy(str(adapter), device="cpu", dtype="bf16", warn=said.append)
+    masters = dict(merged.named_weights())
+    base = dict(tiny_model().named_parameters())
+    for name, layer in policy.adapters.items():
+        rounded = base[f"{name}.weight"].detach().bfloat16().float()
+        expected = rounded + layer.scale * (layer.lora_B @ layer.lora_A)
+        assert torch.equal(masters[f"{name}.weight"], expected)
+        assert not torch.equal(expected, expected.bfloat16().float())
+    assert said == []
+
+
 @every_family
 def test_an_adapter_that_peft_wrote_is_read(family: str, tmp_path: Path):
     policy, _ = saved(tmp_path, family)

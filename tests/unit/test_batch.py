@@ -164,6 +164,21 @@ def test_every_row_keeps_its_own_tokens_in_any_packing():
                 assert batch.advantages[row] == (number + 1) * (-1) ** index
 
 
+def test_prompts_of_one_id_keep_their_own_tokens():
+    # Rows without ids are numbered anew in each call that samples them.
+    pair = [group([5, 6, 7], [rollout([9, 9])]), group([8, 8], [rollout([3, 3])])]
+    assert len({one.prompt.id for one in pair}) == 1
+    for shares_prompts in (True, False):
+        step = one_step(pair, [[1.0], [-1.0]], max_tokens=1000, shares_prompts=shares_prompts)
+        (batch,) = step.micro_batches
+        prompts = [
+            batch.prompt_ids[place, : batch.prompt_lengths[place]].tolist()
+            for place in batch.prompt_of_row.tolist()
+        ]
+        found = dict(zip(map(tuple, prompts), batch.completion_ids.tolist(), strict=True))
+        assert found == {(5, 6, 7): [9, 9], (8, 8): [3, 3]}
+
+
 def test_shared_prompts_let_more_rows_into_the_same_budget():
     groups = random_groups([[5] * 40], [[4] * 6])
     shared = one_step(groups, [[1.0] * 6], max_tokens=64, shares_prompts=True)

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gmpo import memory
 from gmpo.batch import MicroBatch
 from gmpo.forecast import forecast, model_shape
 from gmpo.kernels.library import kernels_off, loaded
@@ -38,6 +39,7 @@ from gmpo.memory import (
     sampling_bytes,
     weight_bytes,
 )
+from gmpo.policy import llama as llama_body
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import add_adapters
 from gmpo.policy.packed import scored_hidden_states
@@ -312,6 +314,32 @@ def test_the_cache_of_a_gpu_is_as_large_as_the_samplers():
     # Room for four prompts of 128 positions and eight rows of 32.
     assert foretold == (4 * 128 + 8 * 32) * 2 * 16 * 2 * 4
     assert decoder._cache.num_bytes == foretold
+
+
+def prefill_peak(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
+    decoder = LlamaDecoder(LlamaBody(model), max_rows=4)
+    with LiveMemory() as live:
+        decoder.prefill(prompts, all_logits=False)
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masks_at_once", [2**24, 2**19])
+def test_a_long_prompts_prefill_is_foretold(
+    dtype: torch.dtype, masks_at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gmpo.memory._MASKS_AT_ONCE", masks_at_once)
+    monkeypatch.setattr("gmpo.policy.llama._MASKS_AT_ONCE", masks_at_once)
+    # Four query heads a key head, as long as the model is small: masks are nearly all there is.
+    model = llama(key_value_heads=1, layers=1, hidden=16, feed_forward=16, dtype=dtype)
+    shape = replace(shape_of(model), reorders_weights=False)
+    foretold = sampling_bytes(shape, rows=1, prompt_tokens=3000)
+    peak = prefill_peak(model, [[number % VOCABULARY for number in range(3000)]])
+    assert 0.8 * foretold < peak < 1.1 * foretold
+
+
+def test_masks_are_laid_out_in_the_parts_that_the_forecast_counts():
+    assert memory._MASKS_AT_ONCE == llama_body._MASKS_AT_ONCE
 
 
 def laid_out(adapted: str = "", *, rows: int = 4) -> int:

@@ -151,6 +151,11 @@ class LlamaBody:
         return widened(self.model.lm_head(self.final_norm(hidden)))
 
 
+_MASKS_AT_ONCE = 2**24
+"""Most entries of a mask that are laid out for `attend` at a time: what a prefill of 2,048 tokens
+takes with four query heads a key head."""
+
+
 def attend(
     queries: Float[Tensor, "B H T D"],
     keys: Float[Tensor, "B K S D"],
@@ -161,10 +166,16 @@ def attend(
     """Softmax attention where the mask is True; H / K query heads share each key head.
 
     The query heads of a key head are laid side by side along T, so keys are never copied per head.
+    The mask is, and in the queries' precision besides: of a long prompt a part of the queries has
+    its turn after the other.
     """
     batch, num_heads, length, head_dim = queries.shape
     num_key_heads = keys.shape[1]
     shared = num_heads // num_key_heads
+    at_once = max(1, _MASKS_AT_ONCE // (len(mask) * shared * keys.shape[2]))
+    if length > at_once:
+        parts = zip(queries.split(at_once, dim=2), mask.split(at_once, dim=2), strict=True)
+        return torch.cat([attend(some, keys, values, mask=of) for some, of in parts], dim=2)
     packed = queries.reshape(batch, num_key_heads, shared * length, head_dim)
     attended = functional.scaled_dot_product_attention(
         packed, keys, values, attn_mask=mask.repeat(1, 1, shared, 1)

@@ -132,13 +132,26 @@ def restore_stored_digits(policy: Policy, name: str, *, warn: Callable[[str], No
     """
     if not policy.has_narrow_weights or policy.adapters or _stored_dtype(name) == torch.bfloat16:
         return
-    stored = load_model(name, device="cpu", dtype="fp32").named_parameters()
-    if not policy.restore_masters(stored):
+    if not policy.restore_masters(_stored_model(name).named_parameters()):
         warn(
             f"the model has none of the weights that are stored as {name!r}, so it is trained from "
             "digits that bf16 rounded, and small steps take longer to show; give the folder that "
             "holds its weights, or train in fp32"
         )
+
+
+def _stored_model(name: str) -> PreTrainedModel:
+    """The named model in fp32, as it is stored; an adapter merged with its base as in bf16.
+
+    An adapter that was trained in bf16 was trained beside its base's rounded weights, and those are
+    what `load_model` merges it with in that precision.
+    """
+    if not is_adapter_folder(name):
+        return load_model(name, device="cpu", dtype="fp32")
+    adapter = read_adapter(name)
+    model: PreTrainedModel = load_model(adapter.base, device="cpu", dtype="bf16").float()
+    merge_adapter(model, adapter)
+    return model
 
 
 def _stored_dtype(name: str) -> torch.dtype | None:
@@ -371,7 +384,7 @@ def model_folder(name: str) -> str:
         return name
     gguf = default_model_file()
     folder = cache_folder() / f"{_SMOLLM2}-{gguf.stat().st_size}"
-    if not (folder / "config.json").is_file():
+    if not _is_whole(folder):
         _convert_smollm2(gguf, folder)
     return str(folder)
 
@@ -410,9 +423,24 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    _give_name(partial, folder)
+
+
+def _give_name(partial: Path, folder: Path) -> None:
+    """Let a finished folder take its name; one that another process finished before stays."""
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not _is_whole(folder):
+            raise
+        shutil.rmtree(partial)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there: a folder takes its name once all files are written."""
+    return (folder / "config.json").is_file()
 
 
 def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -76,6 +77,8 @@ class LocalSampler:
         context_length: longest prompt plus completion the model takes, in tokens.
         max_rows: completions decoded together.
         decode: token ids to text; needed for stop strings only.
+        hidden_tokens: ids of the tokens that `decode` leaves out, by their own text. A stop string
+            that is such a text stops at the token.
     """
 
     def __init__(
@@ -85,11 +88,13 @@ class LocalSampler:
         context_length: int,
         max_rows: int,
         decode: Callable[[Sequence[int]], str] | None = None,
+        hidden_tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._decoder = decoder
         self.context_length = context_length
         self._max_rows = max_rows
         self._decode = decode
+        self._hidden_tokens = hidden_tokens
         self._version = 0
         self._queue: deque[_Pending] = deque()
         self._rows: list[_Row] = []
@@ -116,6 +121,8 @@ class LocalSampler:
         problem = self._problem_with(request)
         if problem:
             raise ConfigError(f"request {request.id!r}: {problem}")
+        hidden = [self._hidden_tokens[s] for s in request.stop_strings if s in self._hidden_tokens]
+        request = replace(request, stop_ids=(*request.stop_ids, *hidden))
         self._queue.append(_Pending(request=request))
 
     def cancel(self, request_id: str) -> None:
@@ -124,7 +131,7 @@ class LocalSampler:
             self._cancelled.add(request_id)
 
     def forget(self) -> None:
-        """Drop every request, unanswered: what is left to do after `step` has raised."""
+        """Drop every request, unanswered: what is left to do where submitting or a step raised."""
         self._queue.clear()
         self._cancelled.clear()
         self._drop(list(range(len(self._rows))))
@@ -168,6 +175,7 @@ class LocalSampler:
 
     def _problem_with(self, request: SampleRequest) -> str | None:
         length, known = len(request.token_ids), self._decoder.vocabulary_size
+        hidden = self._hidden_tokens
         unknown = [token for token in request.token_ids if not 0 <= token < known]
         checks = (
             (request.id in self._ids_in_flight(), "its id is already in flight; use another"),
@@ -204,6 +212,11 @@ class LocalSampler:
                 f"top_logprobs {request.top_logprobs} must be 0 to {known}, the vocabulary",
             ),
             ("" in request.stop_strings, "a stop string is empty; every text contains it"),
+            (
+                any(token in stop != token for token in hidden for stop in request.stop_strings),
+                "a stop string holds a special token and more, which no text does; make the token "
+                "a stop string by itself",
+            ),
             (bool(request.media), "media are given, and this sampler takes text only"),
             (
                 bool(request.stop_strings) and self._decode is None,

@@ -113,6 +113,9 @@ class Sampler(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request; its completions so far come back with finish reason "cancelled"."""
 
+    def forget(self) -> None:
+        """Drop every request, unanswered: what is left to do where submitting or a step raised."""
+
     def step(self) -> list[SampledToken | Completion]:
         """Draw one token of every running completion; empty when nothing is left to do."""
 
@@ -129,15 +132,22 @@ class Sampler(Protocol):
 
 
 def complete(sampler: Sampler, requests: Iterable[SampleRequest]) -> dict[str, list[Completion]]:
-    """Run requests to their end; completions by request id, in order of their index."""
+    """Run requests to their end; completions by request id, in order of their index.
+
+    Whatever is raised, a refusal of a request or Ctrl-C, the idle sampler is left idle.
+    """
     finished: dict[str, list[Completion]] = {}
-    for request in requests:
-        sampler.submit(request)
-        finished[request.id] = []
-    while not sampler.is_idle:
-        for event in sampler.step():
-            if isinstance(event, Completion):
-                finished[event.request_id].append(event)
+    try:
+        for request in requests:
+            sampler.submit(request)
+            finished[request.id] = []
+        while not sampler.is_idle:
+            for event in sampler.step():
+                if isinstance(event, Completion):
+                    finished[event.request_id].append(event)
+    finally:
+        if not sampler.is_idle:
+            sampler.forget()
     for completions in finished.values():
         completions.sort(key=lambda completion: completion.index)
     return finished
