@@ -39,7 +39,7 @@ def test_no_prompt_comes_twice():
 
 def test_real_servers_are_asked_in_alternating_order(tmp_path: Path):
     options = parsed(
-        [*("--turns", "5", "--clients", "2", "--seconds", "0.4", "--max-tokens", "4"), "--no-build"]
+        [*("--turns", "5", "--clients", "2", "--seconds", "1", "--max-tokens", "4"), "--no-build"]
     )
     folder = save_tiny(tmp_path / "tiny")
     named = ("--name", NAME, "--dtype", "fp32")
