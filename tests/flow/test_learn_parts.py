@@ -126,8 +126,8 @@ def test_a_server_gives_the_outcomes_that_the_evaluation_finds(
         name, version = client.served()
         assert name == "tiny"
         answers = client.ask(prompts, max_tokens=3)
-        assert client.wait_for(version, seconds=0.1)
-        assert not client.wait_for("another", seconds=0.1)
+        assert client.behind(version, seconds=0.1) is None
+        assert client.behind("another", seconds=0.1) == f"it serves version {version}"
     assert [answer.item for answer in answers] == [prompt.id for prompt in prompts]
     assert [float(answer.is_correct) for answer in answers] == list(expected)
     assert {answer.version for answer in answers} == {version}
