@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,29 @@ def test_a_cycle_is_moved_only_from_where_it_was_read(store: Store):
         store.move_cycle(replace(ended), state="promoted", payload={}, ends=True)
     assert store.begin_cycle(NAME, state="validate", payload={}).number == 2
     assert store.begin_cycle("other", state="validate", payload={}).number == 1
+
+
+def test_all_that_a_step_wrote_is_on_the_disk_before_the_cycle_moves(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: set[int] = set()
+    fsync = os.fsync
+
+    def told(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def require(step: str, moment: str, _) -> None:
+        if moment == "written":
+            folder = tmp_path / "cycle-000001"
+            kept = [folder / step, *(folder / step).iterdir(), folder, tmp_path]
+            assert {path.stat().st_ino for path in kept} <= flushed
+            seen.append({path.name for path in (folder / step).iterdir()})
+
+    seen: list[set[str]] = []
+    monkeypatch.setattr(os, "fsync", told)
+    run(store, ScriptedWork(store=store), tmp_path, tell=require)
+    assert seen == [{"half", "whole", "report.json"}] * len(STEPS)
 
 
 def test_a_damaged_report_is_named(store: Store, tmp_path: Path):

@@ -9,7 +9,6 @@ step's folder, or does the step again, and goes on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from gmpo.continual.records import (
     result_of,
 )
 from gmpo.errors import ConfigError, RunFolderError, RunStopped, StoreError
+from gmpo.flushing import move_whole
 from gmpo.store import Champion, Cycle, Store
 
 __all__ = [
@@ -351,16 +351,10 @@ def _next(step: str, report: StepReport) -> tuple[str, Outcome | None]:
 def _keep(report: StepReport, partial: Path, kept: Path) -> None:
     """Write the report and give the step's folder its name, so that it is there whole or not."""
     try:
-        with (partial / _REPORT).open("w", encoding="utf-8") as file:
-            json.dump(report.as_dict(), file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(kept)
-        descriptor = os.open(kept.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        told = json.dumps(report.as_dict(), allow_nan=False)
+        (partial / _REPORT).write_text(told, encoding="utf-8")
+        # What the step wrote beside its report is what the next steps go by.
+        move_whole(partial, kept)
     except OSError as error:
         raise RunFolderError(
             f"cycle folder {kept} cannot be written: {error.strerror}; free space, then give the "
