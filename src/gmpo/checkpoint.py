@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gmpo.errors import CheckpointError, DamagedCheckpointError, RunFolderError
+from gmpo.flushing import flush_folder, flush_names
 from gmpo.policy.adapter_files import ADAPTER_WEIGHTS, load_adapter_weights, save_adapter
 from gmpo.policy.score import Policy
 
@@ -28,7 +28,6 @@ __all__ = [
     "checkpoint_model",
     "checkpoint_round",
     "checkpoints_newest_first",
-    "flush_folder",
     "latest_checkpoint",
     "load_checkpoint",
     "load_newest_checkpoint",
@@ -127,7 +126,7 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _flush_one(folder)
+        flush_names(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFolderError(
@@ -302,7 +301,7 @@ def begin_attempt(path: Path, *, attempt: int) -> None:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         flush_folder(path)
         partial.replace(file)
-        _flush_one(path)
+        flush_names(path)
     except OSError as error:
         raise RunFolderError(
             f"{file} cannot be written: {error.strerror}; free space, then continue with --resume"
@@ -415,22 +414,3 @@ def _restore_moments(
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-
-def flush_folder(folder: Path) -> None:
-    """Make sure that everything in a folder is on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_one(path)
-    _flush_one(folder)
-
-
-def _flush_one(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

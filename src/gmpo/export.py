@@ -17,11 +17,11 @@ from gmpo.checkpoint import (
     checkpoint_model,
     checkpoint_round,
     checkpoints_newest_first,
-    flush_folder,
     save_tokenizer,
     verified_content,
 )
 from gmpo.errors import CheckpointError, ConfigError, ExportError
+from gmpo.flushing import flush_folder
 from gmpo.policy.adapter_files import is_adapter_folder, read_adapter, write_adapter
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.tracking import no_checkpoint, provenance

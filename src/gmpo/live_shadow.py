@@ -23,10 +23,10 @@ __all__ = [
     "LONGEST_ANSWER_SECONDS",
     "ShadowCall",
     "UsersPairs",
+    "UsersShadows",
     "called",
     "standing_call",
     "users_answers",
-    "users_pairs",
 ]
 
 CONTROLLER_SESSION = "gmpo-learn"
@@ -113,65 +113,88 @@ def standing_call(store: Store, name: str, *, now: float | None = None) -> Shado
     return ShadowCall(candidate=found[0].model_version or "", **found[0].payload)
 
 
-def users_answers(store: Store, version: str, *, since: float) -> list[Event]:
+def users_answers(
+    store: Store, version: str, *, since: float, after_id: int | None = None
+) -> list[Event]:
     """What users asked of a version, oldest first: "answer" events but those of cycles.
 
     Args:
         store: of the gateway.
-        version: that answered.
+        version: that answered, or was asked and failed.
         since: unix seconds.
+        after_id: of an event; only those that were recorded later. None takes all.
     """
-    return [
-        event
-        for event in store.events(kinds=["answer"], since=since, model_version=version)
-        if event.payload.get("session") != CONTROLLER_SESSION
-    ]
+    found = store.events(kinds=["answer"], since=since, model_version=version, after_id=after_id)
+    return [event for event in found if event.payload.get("session") != CONTROLLER_SESSION]
 
 
-def users_pairs(
-    store: Store, call: ShadowCall, *, champion: str, trained_on: Set[str] = frozenset()
-) -> UsersPairs:
-    """What came of a call so far; what an earlier process of the same cycle gathered counts too.
+class UsersShadows:
+    """What comes of a call: users' requests that the candidate answered too.
 
-    Requests of one user are evidence together, so each user is one pair of means.
+    What an earlier process of the same cycle gathered counts as well. A look reads what was
+    recorded since the one before, and of users' answers those to the same requests alone.
 
     Args:
         store: of the gateway.
         call: for the candidate.
         champion: version that users are served.
-        trained_on: ids of requests that ask what the candidate was trained on: whether it answers
-            them is counted, what it answers is not compared.
     """
-    shadows = store.events(
-        kinds=["shadow"], experiment=call.experiment, model_version=call.candidate
-    )
-    failed = sum(event.payload.get("fault") not in (None, "bad_request") for event in shadows)
-    compared = [
-        event
-        for event in shadows
-        if event.request_id not in trained_on or event.payload.get("fault") is not None
-    ]
-    wanted = {event.request_id for event in shadows}
-    # A shadow begins once its request was answered, which took a while.
-    since = min((event.time for event in shadows), default=call.until)
-    since -= LONGEST_ANSWER_SECONDS
-    answers = [
-        event for event in users_answers(store, champion, since=since) if event.request_id in wanted
-    ]
-    by_unit: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for pair in read_records([*compared, *answers]).shadow_pairs:
-        if (both := _qualities(pair)) is not None:
-            by_unit[pair.unit].append(both)
-    num_pairs = sum(map(len, by_unit.values()))
-    means = np.array([np.mean(pairs, axis=0) for pairs in by_unit.values()]).reshape(-1, 2)
-    return UsersPairs(
-        served=means[:, 0],
-        shadow=means[:, 1],
-        num_shadows=len(shadows),
-        num_failed=failed,
-        num_trained_on=len(shadows) - len(compared),
-        num_unpaired=len(compared) - failed - num_pairs,
-    )
+
+    def __init__(self, store: Store, call: ShadowCall, *, champion: str) -> None:
+        self._store = store
+        self._call = call
+        self._champion = champion
+        self._shadows: list[Event] = []
+        self._answers: dict[str, Event] = {}
+
+    def look(self, *, trained_on: Set[str] = frozenset()) -> UsersPairs:
+        """The pairs so far. Requests of one user are evidence together: one pair of means.
+
+        Args:
+            trained_on: ids of requests that ask what the candidate was trained on: whether it
+                answers them is counted, what it answers is not compared.
+        """
+        self._read()
+        shadows = self._shadows
+        failed = sum(event.payload.get("fault") not in (None, "bad_request") for event in shadows)
+        compared = [
+            event
+            for event in shadows
+            if event.request_id not in trained_on or event.payload.get("fault") is not None
+        ]
+        by_unit: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for pair in read_records([*compared, *self._answers.values()]).shadow_pairs:
+            if (both := _qualities(pair)) is not None:
+                by_unit[pair.unit].append(both)
+        num_pairs = sum(map(len, by_unit.values()))
+        means = np.array([np.mean(pairs, axis=0) for pairs in by_unit.values()]).reshape(-1, 2)
+        return UsersPairs(
+            served=means[:, 0],
+            shadow=means[:, 1],
+            num_shadows=len(shadows),
+            num_failed=failed,
+            num_trained_on=len(shadows) - len(compared),
+            num_unpaired=len(compared) - failed - num_pairs,
+        )
+
+    def _read(self) -> None:
+        self._shadows += self._store.events(
+            kinds=["shadow"],
+            experiment=self._call.experiment,
+            model_version=self._call.candidate,
+            after_id=self._shadows[-1].id if self._shadows else None,
+        )
+        # A gateway's events are written in their order, so nearly all of these are there by now.
+        for shadow in self._shadows:
+            if shadow.request_id is not None and shadow.request_id not in self._answers:
+                for event in self._store.events(request_id=shadow.request_id):
+                    if self._is_users(event):
+                        self._answers[shadow.request_id] = event
+
+    def _is_users(self, event: Event) -> bool:
+        """Whether it is what the champion answered a user."""
+        is_champions = event.kind == "answer" and event.model_version == self._champion
+        return is_champions and event.payload.get("session") != CONTROLLER_SESSION
 
 
 def _qualities(pair: ShadowPair) -> tuple[float, float] | None:

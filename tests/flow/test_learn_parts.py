@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -90,13 +91,27 @@ def test_a_run_that_diverges_says_so_and_data_that_cannot_be_trained_on_are_refu
         train_run(tmp_path / "refused", recipe(model, str(tmp_path / "none.jsonl")), threads=1)
 
 
-def test_outcomes_are_asked_once_for_each_version_and_items(model: str, items: str, tmp_path: Path):
+def test_outcomes_are_asked_once_for_each_version_and_items(
+    model: str, items: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: set[int] = set()
+    fsync = os.fsync
+
+    def told(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", told)
     config = tiny_recipe(model)
     asked = ModelAsked(tmp_path / "outcomes", config, samples=1, warn=print)
     prompts = suite_prompts(items)
     gone = tmp_path / "gone"
     shutil.copytree(model, gone)
     first = asked.outcomes("v1", gone, {"old": prompts})
+    # They count for good, so that they are on the disk.
+    kept = list((tmp_path / "outcomes").rglob("*"))
+    assert len(kept) == 3
+    assert {path.stat().st_ino for path in kept} <= flushed
     shutil.rmtree(gone)
     again = asked.outcomes("v1", gone, {"old": prompts})
     assert again == first
@@ -126,8 +141,8 @@ def test_a_server_gives_the_outcomes_that_the_evaluation_finds(
         name, version = client.served()
         assert name == "tiny"
         answers = client.ask(prompts, max_tokens=3)
-        assert client.wait_for(version, seconds=0.1)
-        assert not client.wait_for("another", seconds=0.1)
+        assert client.behind(version, seconds=0.1) is None
+        assert client.behind("another", seconds=0.1) == f"it serves version {version}"
     assert [answer.item for answer in answers] == [prompt.id for prompt in prompts]
     assert [float(answer.is_correct) for answer in answers] == list(expected)
     assert {answer.version for answer in answers} == {version}

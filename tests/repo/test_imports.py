@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "recipe",
         "named_functions",
         "store",
+        "flushing",
     ),
     "mathematics": (
         "geometric",

@@ -10,7 +10,7 @@ import pytest
 from tests.routed_gateways import ASKED, Served, served
 from tests.upstreams import refuses, running_upstream, says
 
-from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, called, users_answers, users_pairs
+from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, UsersShadows, called, users_answers
 
 UNIT = {"x-gmpo-unit": "ann"}
 
@@ -59,7 +59,7 @@ def test_a_candidate_answers_what_users_ask_and_no_cycle_while_it_is_called_for(
         assert {event.model_version for event in events} == {"v2"}
         assert {event.payload["variant"] for event in events} == {"candidate"}
         assert all(body["model"] == "bot" for body in candidate.bodies)
-        pairs = users_pairs(made.store, call, champion="v1")
+        pairs = UsersShadows(made.store, call, champion="v1").look()
         # All of one user, so one pair of means.
         assert len(pairs.served) == len(pairs.shadow) == 1
         assert pairs.shadow[0] < pairs.served[0]
@@ -94,7 +94,7 @@ def test_a_candidate_that_fails_is_counted_and_users_see_nothing_of_it(path: Pat
                 candidate.behave = refuses(status)
                 assert made.ask(**UNIT)["choices"][0]["text"] == "4"
                 made.events("shadow", count=1 if status == 500 else 2)
-            pairs = users_pairs(made.store, call, champion="v1")
+            pairs = UsersShadows(made.store, call, champion="v1").look()
         # What its server does not allow says nothing against the model.
         assert (pairs.num_shadows, pairs.num_failed, pairs.num_unpaired) == (2, 1, 1)
         assert len(pairs.served) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +156,45 @@ def test_an_unfinished_cycle_can_be_abandoned_before_its_candidate_serves(
         abandon_cycle(store, NAME, reason="too late")
 
 
+def test_a_candidate_that_a_person_promoted_meanwhile_is_not_left_unwatched(
+    store: Store, tmp_path: Path
+):
+    work = ScriptedWork(store=store, waits=True)
+    run(store, work, tmp_path)
+    store.set_champion(NAME, expected=START, version="v1", reason={"why": "a person"})
+    with pytest.raises(ConfigError, match="serves already, because somebody promoted it; run the"):
+        abandon_cycle(store, NAME, reason="forgotten")
+    work.waits = False
+    assert run(store, work, tmp_path).outcome == "promoted"
+    assert work.done[-1] == "watch"
+    # Another version in its place is no reason to go on.
+    run(store, ScriptedWork(store=store, waits=True), tmp_path)
+    store.set_champion(NAME, expected="v1", version=START, reason={"why": "a person"})
+    result = abandon_cycle(store, NAME, reason="forgotten")
+    assert result is not None
+    assert result.outcome == "abandoned"
+
+
+def test_a_lease_that_cannot_be_given_back_is_told_and_the_result_stands(
+    store: Store, tmp_path: Path
+):
+    other = sqlite3.connect(store.where, isolation_level=None)
+
+    def lock(step: str, moment: str, _) -> None:
+        if (step, moment) == ("watch", "moved"):
+            other.execute("BEGIN IMMEDIATE")
+
+    told: list[str] = []
+    with open_store(store.where, timeout_seconds=0.1) as opened:
+        result = run(opened, ScriptedWork(store=opened), tmp_path, tell=lock, warn=told.append)
+    other.close()
+    assert result.outcome == "promoted"
+    (said,) = told
+    assert said.startswith("lease 'learn/bot' could not be given back (")
+    assert said.endswith("it ends by itself, within 30 seconds")
+    assert store.lease(lease_name(NAME)) is not None
+
+
 def test_a_model_without_champion_has_nothing_to_learn_from(tmp_path: Path):
     with open_store(str(tmp_path / "store.db")) as store:
         with pytest.raises(ConfigError, match="no champion to learn from"):
@@ -196,6 +237,29 @@ def test_a_cycle_is_moved_only_from_where_it_was_read(store: Store):
         store.move_cycle(replace(ended), state="promoted", payload={}, ends=True)
     assert store.begin_cycle(NAME, state="validate", payload={}).number == 2
     assert store.begin_cycle("other", state="validate", payload={}).number == 1
+
+
+def test_all_that_a_step_wrote_is_on_the_disk_before_the_cycle_moves(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: set[int] = set()
+    fsync = os.fsync
+
+    def told(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def require(step: str, moment: str, _) -> None:
+        if moment == "written":
+            folder = tmp_path / "cycle-000001"
+            kept = [folder / step, *(folder / step).iterdir(), folder, tmp_path]
+            assert {path.stat().st_ino for path in kept} <= flushed
+            seen.append({path.name for path in (folder / step).iterdir()})
+
+    seen: list[set[str]] = []
+    monkeypatch.setattr(os, "fsync", told)
+    run(store, ScriptedWork(store=store), tmp_path, tell=require)
+    assert seen == [{"half", "whole", "report.json"}] * len(STEPS)
 
 
 def test_a_damaged_report_is_named(store: Store, tmp_path: Path):

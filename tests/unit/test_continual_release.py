@@ -29,7 +29,7 @@ from gmpo.continual.release import (
     write_compared,
 )
 from gmpo.continual.work import RealWork
-from gmpo.errors import ConfigError, PromotionRefused
+from gmpo.errors import ConfigError, DataError, PromotionRefused
 from gmpo.gate.policy import GatePolicy
 from gmpo.gate.records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
 from gmpo.recipe import load_recipe
@@ -119,6 +119,12 @@ def test_what_was_compared_comes_back(tmp_path: Path):
         assert vars(before).keys() == vars(after).keys()
         for name, value in vars(before).items():
             assert np.array_equal(value, vars(after)[name])
+
+
+def test_damaged_outcomes_are_named(tmp_path: Path):
+    (tmp_path / "compared.json").write_text("")
+    with pytest.raises(DataError, match=r"compared\.json cannot be read \(JSONDecodeError"):
+        read_compared(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from gmpo.errors import RunStopped
 from gmpo.live_shadow import (
     CONTROLLER_SESSION,
     ShadowCall,
+    UsersShadows,
     called,
     standing_call,
-    users_pairs,
 )
 from gmpo.store import Event, ModelVersion, Store, open_store
 
@@ -70,7 +70,7 @@ def answer(
     number: int,
     quality: float | None = 0.9,
     *,
-    version: str = CHAMPION,
+    version: str | None = CHAMPION,
     status: int = 200,
     session: str | None = None,
     unit: str | None = None,
@@ -144,12 +144,94 @@ def test_pairs_by_hand(store: Store):
             shadow(6, None, fault="bad_request"),
         ]
     )
-    pairs = users_pairs(store, call, champion=CHAMPION)
+    pairs = UsersShadows(store, call, champion=CHAMPION).look()
     # ann: (.8 + .6) / 2 and (.4 + .6) / 2; bob as he is.
     assert pairs.served == pytest.approx([0.7, 0.5])
     assert pairs.shadow == pytest.approx([0.5, 0.7])
     # 4 has no quality, 5 is no user's, 6 is not allowed there.
     assert (pairs.num_shadows, pairs.num_failed, pairs.num_unpaired) == (7, 1, 3)
+
+
+def test_each_answer_is_read_once_whatever_else_users_ask(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that is asked much: what a look costs goes by the shadows, not by the requests."""
+    call = ShadowCall(name=NAME, cycle=1, candidate=CANDIDATE, url=URL, until=time.time() + 60)
+    store.add_events([answer(number) for number in range(500)])
+    shadows = UsersShadows(store, call, champion=CHAMPION)
+    read: list[int] = []
+    events = store.events
+
+    def counted(**filters: Any) -> list[Event]:
+        found = events(**filters)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(store, "events", counted)
+    assert shadows.look().num_shadows == 0
+    store.add_events([shadow(0, 0.5), shadow(1, 0.5), shadow(500, 0.5)])
+    first = shadows.look()
+    assert (first.num_shadows, first.num_compared, first.num_unpaired) == (3, 2, 1)
+    # Three shadows, and what there is of the requests: 2 + 2 + 1.
+    assert sum(read) == 3 + 5
+    # What was recorded late is found by the next look, which reads nothing twice.
+    read.clear()
+    store.add_events([answer(500), shadow(2, 0.5)])
+    second = shadows.look()
+    assert (second.num_shadows, second.num_compared, second.num_unpaired) == (4, 4, 0)
+    assert sum(read) == 1 + 2 + 2
+
+
+def test_a_watch_reads_each_answer_once_while_it_waits(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    promote_candidate(store)
+    store.add_events([answer(number, version=CANDIDATE) for number in range(20)])
+    read: list[int] = []
+    events = store.events
+
+    def counted(**filters: Any) -> list[Event]:
+        found = events(**filters)
+        read.append(len(found) if filters.get("model_version") == CANDIDATE else 0)
+        return found
+
+    def asked_on() -> bool:
+        store.add_events([answer(len(read) + 100, version=CANDIDATE)])
+        return False
+
+    monkeypatch.setattr(store, "events", counted)
+    live = StepReport(passed=True, sentence="fine", details={"users": {"source": "users"}})
+    cycle, settings = facts(folder, live_test=live), plan(live_users=22, live_seconds=30.0)
+    found = users_watch(cycle, settings, store, should_stop=asked_on)
+    assert found is not None
+    assert found.details["answers"] == sum(read) == 22
+
+
+def test_requests_that_reached_no_version_are_told_and_held_against_none(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gmpo.continual.users._PAGE_EVENTS", 7)
+    store.add_events([answer(number) for number in range(40)])
+    store.add_events([answer(number, None, version=None, status=503) for number in range(2)])
+    promote_candidate(store)
+    store.add_events([answer(number, version=CANDIDATE) for number in range(40)])
+    store.add_events([answer(number, None, version=None, status=503) for number in range(9)])
+    # No failure is the refusal of what is not allowed, no user's what a cycle asked.
+    store.add_events([answer(9, None, version=None, status=400)])
+    store.add_events([answer(10, None, version=None, status=503, session=CONTROLLER_SESSION)])
+    live = StepReport(passed=True, sentence="fine", details={"users": {"source": "users"}})
+    cycle = facts(folder, live_test=live)
+    found = users_watch(cycle, plan(), store, should_stop=lambda: False)
+    assert found is not None
+    assert found.passed
+    assert found.sentence.endswith(
+        "; 9 requests failed before any version was asked (2 before the promotion)"
+    )
+    counted = {key: found.details[key] for key in ("failed", "without_version")}
+    assert (counted, found.details["without_version_before"]) == (
+        {"failed": 0, "without_version": 9},
+        2,
+    )
 
 
 def test_a_call_stands_until_it_ends_or_its_time_is_over(store: Store):

@@ -13,6 +13,7 @@ import pytest
 from gmpo.abtest.assignment import assign
 from gmpo.abtest.records import read_records
 from gmpo.errors import ConfigError
+from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import AnswerReport, GenerationRequest
 from gmpo.serving.splitting import TrafficSplit, outcome_event
@@ -49,9 +50,11 @@ class Split:
             clock=lambda: self.now,
         )
 
-    def assign(self, unit: str):
+    def assign(self, unit: str, session: str | None = None):
         return self.split.assign(
-            GenerationRequest(id="r", route="chat", model="bot", prompt="a", unit=unit)
+            GenerationRequest(
+                id="r", route="chat", model="bot", prompt="a", unit=unit, session=session
+            )
         )
 
 
@@ -124,6 +127,15 @@ def test_once_its_hours_are_over_everybody_gets_control_and_it_is_told_once(stor
     (said,) = made.told[1:]
     assert said.startswith("the 0.5 hours of experiment 'e' are over: everybody gets control (old)")
     assert "gmpo ab report e" in said
+
+
+def test_requests_of_a_cycle_are_in_no_arm_and_get_what_is_served(store: Store):
+    change(store, end_after_hours=0.5)
+    made = Split(store)
+    for made.now in (1.0, 1801.0):  # once its hours are over, too
+        assert made.assign(CONTROLLER_SESSION, CONTROLLER_SESSION) is None
+    assert made.events == []
+    assert made.split.counts == {"not_split": 2}
 
 
 def test_an_experiment_that_nobody_asks_is_over_too(store: Store):

@@ -323,6 +323,7 @@ class _Learner:
             goes_on=_goes_on,
             tell=_tell,
             should_stop=self.work.should_stop,
+            warn=warn,
         )
 
 

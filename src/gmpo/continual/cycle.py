@@ -9,7 +9,6 @@ step's folder, or does the step again, and goes on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from gmpo.continual.records import (
     result_of,
 )
 from gmpo.errors import ConfigError, RunFolderError, RunStopped, StoreError
+from gmpo.flushing import move_whole
 from gmpo.store import Champion, Cycle, Store
 
 __all__ = [
@@ -128,6 +128,7 @@ class ControllerSettings:
         goes_on: told an unfinished cycle before it goes on, under the lease.
         tell: told a step, its moment, and its report once there is one.
         should_stop: asked between steps; once it says so, the next call goes on from there.
+        warn: told in one sentence what is not as expected and does no harm.
     """
 
     holder: str = field(default_factory=new_holder)
@@ -136,6 +137,7 @@ class ControllerSettings:
     goes_on: Callable[[Cycle], None] = lambda _: None
     tell: _Tell = lambda *_: None
     should_stop: Callable[[], bool] = lambda: False
+    warn: Callable[[str], None] = lambda _: None
 
     def held(self, store: Store, name: str) -> AbstractContextManager[HeldLease]:
         """The lease of a model's cycles, held while the block runs."""
@@ -145,6 +147,7 @@ class ControllerSettings:
             holder=self.holder,
             seconds=self.lease_seconds,
             patience_seconds=self.patience_seconds,
+            warn=self.warn,
         )
 
 
@@ -218,6 +221,12 @@ def abandon_cycle(
         cycle = open_cycle(store, name)
         if cycle is None:
             return None
+        if _is_promoted_already(store, cycle):
+            raise ConfigError(
+                f"cycle {cycle.number} of {name!r} waits for approval, and its candidate serves "
+                "already, because somebody promoted it; run the cycle to its end, so that it is "
+                "watched"
+            )
         if cycle.state in ("promote", "watch", ROLL_BACK):
             raise ConfigError(
                 f"cycle {cycle.number} of {name!r} is at {cycle.state!r}, where its candidate may "
@@ -229,6 +238,14 @@ def abandon_cycle(
         payload = {**cycle.payload, "result": result.as_dict()}
         store.move_cycle(cycle, state="abandoned", payload=payload, ends=True, lease=lease.lease)
         return result
+
+
+def _is_promoted_already(store: Store, cycle: Cycle) -> bool:
+    """Whether a person promoted the candidate that waits for approval."""
+    champion = store.champion(cycle.name)
+    if cycle.state != "approve" or champion is None:
+        return False
+    return champion.version == facts_of(cycle, folder=Path()).candidate
 
 
 def learning_champion(store: Store, name: str) -> Champion:
@@ -351,16 +368,10 @@ def _next(step: str, report: StepReport) -> tuple[str, Outcome | None]:
 def _keep(report: StepReport, partial: Path, kept: Path) -> None:
     """Write the report and give the step's folder its name, so that it is there whole or not."""
     try:
-        with (partial / _REPORT).open("w", encoding="utf-8") as file:
-            json.dump(report.as_dict(), file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(kept)
-        descriptor = os.open(kept.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        told = json.dumps(report.as_dict(), allow_nan=False)
+        (partial / _REPORT).write_text(told, encoding="utf-8")
+        # What the step wrote beside its report is what the next steps go by.
+        move_whole(partial, kept)
     except OSError as error:
         raise RunFolderError(
             f"cycle folder {kept} cannot be written: {error.strerror}; free space, then give the "

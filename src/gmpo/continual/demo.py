@@ -281,7 +281,9 @@ class _Demo:
             self.work,
             folder=self.folder / "learn" / _NAME,
             request=lambda: request,
-            settings=ControllerSettings(tell=tell, should_stop=self.work.should_stop),
+            settings=ControllerSettings(
+                tell=tell, should_stop=self.work.should_stop, warn=self.work.warn
+            ),
         )
 
     def _plan(self, number: int) -> LearnPlan:

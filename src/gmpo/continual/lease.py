@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gmpo.errors import LeaseHeld, StoreError
@@ -31,7 +31,8 @@ class HeldLease:
 
     Attributes:
         lease: as it was taken.
-        num_failures: heartbeats that did not reach the store; a later one may.
+        num_failures: times that the store was not reached: heartbeats, of which a later one may,
+            and the return.
     """
 
     def __init__(self, store: Store, lease: Lease, *, seconds: float) -> None:
@@ -77,9 +78,17 @@ class HeldLease:
 
 @contextmanager
 def held_lease(
-    store: Store, name: str, *, holder: str, seconds: float, patience_seconds: float = 0.0
+    store: Store,
+    name: str,
+    *,
+    holder: str,
+    seconds: float,
+    patience_seconds: float = 0.0,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Iterator[HeldLease]:
     """Take a lease, renew it while the block runs, and give it back.
+
+    One that cannot be given back ends by itself, so what the block did counts all the same.
 
     Args:
         store: of the lease.
@@ -87,6 +96,7 @@ def held_lease(
         holder: who asks.
         seconds: that it outlives a process that was killed.
         patience_seconds: how long to wait for one that is held.
+        warn: told in one sentence if it cannot be given back, which counts as a failure too.
 
     Raises:
         LeaseHeld: another one holds it.
@@ -106,4 +116,11 @@ def held_lease(
         yield held
     finally:
         held.stop()
-        store.drop_lease(held.lease)
+        try:
+            store.drop_lease(held.lease)
+        except StoreError as error:
+            held.num_failures += 1
+            warn(
+                f"lease {name!r} could not be given back ({error}); it ends by itself, within "
+                f"{seconds:g} seconds"
+            )

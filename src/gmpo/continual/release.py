@@ -13,7 +13,8 @@ import numpy as np
 
 from gmpo.continual.cycle import CycleWaits, open_cycle
 from gmpo.continual.records import REASONS, CycleFacts, StepReport, facts_of
-from gmpo.errors import ChampionMoved, ConfigError, PromotionRefused, RunFolderError
+from gmpo.errors import ChampionMoved, ConfigError, DataError, PromotionRefused, RunFolderError
+from gmpo.flushing import flush_file
 from gmpo.gate import decide_gate, with_anchor
 from gmpo.gate.policy import GatePolicy
 from gmpo.gate.records import AnchorSuites, Guardrail, PairedSuite, SafetyCount
@@ -76,6 +77,7 @@ def write_compared(folder: Path, compared: Compared) -> None:
     try:
         partial = folder / f"{_COMPARED}.partial"
         partial.write_text(json.dumps(record), encoding="utf-8")
+        flush_file(partial)
         partial.rename(folder / _COMPARED)
     except OSError as error:
         raise RunFolderError(
@@ -90,8 +92,22 @@ def is_compared(folder: Path) -> bool:
 
 
 def read_compared(folder: Path) -> Compared:
-    """What `write_compared` wrote there."""
-    record = json.loads((folder / _COMPARED).read_text(encoding="utf-8"))
+    """What `write_compared` wrote there.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = folder / _COMPARED
+    try:
+        return _compared_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"outcomes {path} cannot be read ({type(error).__name__}: {error}); put the file back, "
+            "or end the cycle with gmpo learn --abandon and begin another"
+        ) from None
+
+
+def _compared_of(record: Mapping[str, Any]) -> Compared:
     anchor = record.get("anchor")
     return Compared(
         suites=[_suite_of(suite) for suite in record["suites"]],

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmpo.config import RunConfig
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, RunFolderError
+from gmpo.flushing import move_whole
 from gmpo.outcomes import SuiteOutcomes, Way, prompt_digest, stored_outcomes, write_outcomes
 from gmpo.records import Prompt
 from gmpo.suites import SuiteItems
@@ -105,7 +106,7 @@ class ModelAsked:
             partial = place.with_name(f"{place.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             write_outcomes(partial, outcomes, place=0)
-            partial.rename(place)
+            _keep(partial, place)
 
     def _place(self, version: str, name: str, items: Sequence[Prompt]) -> Path:
         """A folder that other items, or items asked another way, do not share."""
@@ -123,6 +124,16 @@ class ModelAsked:
         }
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         return self._folder / version / f"{name}-{digest}"
+
+
+def _keep(partial: Path, place: Path) -> None:
+    try:
+        move_whole(partial, place)
+    except OSError as error:
+        raise RunFolderError(
+            f"outcomes cannot be kept at {place}: {error.strerror}; free space, then give the same "
+            "command again"
+        ) from None
 
 
 def require_apart(suites: Mapping[str, Sequence[Prompt]]) -> None:

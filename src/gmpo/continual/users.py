@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from gmpo.continual.records import CycleFacts, StepReport
 from gmpo.continual.trained_on import TrainedRequests
 from gmpo.errors import RunStopped
 from gmpo.live_shadow import (
+    CONTROLLER_SESSION,
     LONGEST_ANSWER_SECONDS,
     ShadowCall,
     UsersPairs,
+    UsersShadows,
     called,
     users_answers,
-    users_pairs,
 )
 from gmpo.store import Event, Store
 
@@ -33,6 +34,8 @@ _GRACE_SECONDS = 60.0
 """A call stands so much longer than it is waited for, should its process be killed."""
 _FAILED = 500
 """Statuses from here on are the server's failures."""
+_PAGE_EVENTS = 1000
+"""Events that are in memory at once where they are only counted."""
 _LEAST_USERS = 5
 """Fewer that all say the same prove nothing at level 0.05: 1 in 2^4 would by chance."""
 
@@ -84,8 +87,10 @@ def users_shadow(
         store, facts.files("update"), since=min(began, now) - LONGEST_ANSWER_SECONDS
     )
 
+    shadows = UsersShadows(store, call, champion=facts.champion)
+
     def pairs() -> UsersPairs:
-        return users_pairs(store, call, champion=facts.champion, trained_on=trained.look())
+        return shadows.look(trained_on=trained.look())
 
     with called(store, call):
         _wait(
@@ -139,7 +144,8 @@ def users_watch(
 ) -> StepReport | None:
     """Hold what users got since the candidate serves against what they got before.
 
-    On neither side does the quality of answers to what the candidate was trained on count.
+    On neither side does the quality of answers to what the candidate was trained on count. Requests
+    that failed before any version was asked are told and held against none.
 
     Args:
         facts: of the cycle, whose live test was on users' requests; else None is returned.
@@ -160,18 +166,56 @@ def users_watch(
     before = users_answers(store, facts.champion, since=earliest)
     trained = TrainedRequests(store, facts.files("update"), since=earliest)
 
+    after: list[Event] = []
+
+    def look() -> None:
+        # Each answer is read once, however long users are waited for.
+        last = after[-1].id if after else None
+        after.extend(users_answers(store, facts.candidate, since=since, after_id=last))
+
     def enough() -> bool:
-        answers = users_answers(store, facts.candidate, since=since)
+        look()
         known = trained.look()
-        return sum(event.request_id not in known for event in answers) >= plan.live_users
+        return sum(event.request_id not in known for event in after) >= plan.live_users
 
     _wait(enough, plan.live_seconds, facts, should_stop)
-    after = users_answers(store, facts.candidate, since=since)
-    return _watch_report(before, after, plan, trained_on=trained.look())
+    look()
+    without_version = {
+        "without_version": _num_without_version(store, since=since),
+        "without_version_before": _num_without_version(store, since=earliest, until=since),
+    }
+    return _watch_report(
+        before, after, plan, trained_on=trained.look(), without_version=without_version
+    )
+
+
+def _num_without_version(store: Store, *, since: float, until: float | None = None) -> int:
+    """Users' requests that failed before any version was asked, of whatever model they were."""
+    count, last = 0, None
+    while True:
+        page = store.events(
+            kinds=["answer"], since=since, until=until, after_id=last, limit=_PAGE_EVENTS
+        )
+        count += _num_failed(
+            [
+                event
+                for event in page
+                if event.model_version is None
+                and event.payload.get("session") != CONTROLLER_SESSION
+            ]
+        )
+        if len(page) < _PAGE_EVENTS:
+            return count
+        last = page[-1].id
 
 
 def _watch_report(
-    before: Sequence[Event], after: Sequence[Event], plan: LearnPlan, *, trained_on: Set[str]
+    before: Sequence[Event],
+    after: Sequence[Event],
+    plan: LearnPlan,
+    *,
+    trained_on: Set[str],
+    without_version: Mapping[str, int],
 ) -> StepReport:
     num_known, num_known_before = (
         sum(event.request_id in trained_on for event in events) for events in (after, before)
@@ -185,6 +229,7 @@ def _watch_report(
         "failed_before": failed_before,
         "trained_on": num_known,
         "trained_on_before": num_known_before,
+        **without_version,
     }
     # As many failures as the champion's share would give, and one or a hundredth more.
     borne = failed_before * len(after) / max(len(before), 1) + max(1, len(after) // 100)
@@ -196,6 +241,10 @@ def _watch_report(
         is_worse = fell_by_more(was, now, margin=plan.degradation_limit, alpha=plan.alpha)
     if is_worse:
         sentence += f": a drop of more than {100 * plan.degradation_limit:g} points is shown"
+    if any(without_version.values()):
+        # A store may be that of gateways of other models too, so nobody is blamed for these.
+        sentence += f"; {without_version['without_version']} requests failed before any version "
+        sentence += f"was asked ({without_version['without_version_before']} before the promotion)"
     return StepReport(
         passed=failed <= borne and not is_worse,
         sentence=sentence,

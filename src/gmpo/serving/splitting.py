@@ -12,6 +12,7 @@ from gmpo.abtest.assignment import assign
 from gmpo.abtest.plan import ExperimentPlan, plan_of
 from gmpo.abtest.records import PRESUMED
 from gmpo.errors import ConfigError, GmpoError, StoreError
+from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import GenerationRequest
 from gmpo.serving.router import Route
@@ -68,7 +69,8 @@ class TrafficSplit:
         self._ends: float | None = None
         self._is_end_told = False
         self.counts: Counter[str] = Counter()
-        """Requests that got control because the hours were over (`after_experiment`)."""
+        """Requests that got control because the hours were over (`after_experiment`), and those of
+        cycles of continual learning, which are in no arm (`not_split`)."""
         self._exposed: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.num_failures = 0
         """Looks at which the store could not be read; the next one may."""
@@ -80,9 +82,15 @@ class TrafficSplit:
         return self._plan
 
     def assign(self, request: GenerationRequest) -> Route | None:
-        """The request's route, by its unit; a unit that is seen first is recorded as exposed."""
+        """The request's route, by its unit; a unit that is seen first is recorded as exposed.
+
+        Requests of a cycle of continual learning are no unit's: they ask the model that is served.
+        """
         plan = self._plan
         if plan is None:
+            return None
+        if request.session == CONTROLLER_SESSION:
+            self.counts["not_split"] += 1
             return None
         if self.is_over:
             self._tell_end(plan)
