@@ -211,7 +211,8 @@ class AnswerReport:
 
     Attributes:
         backend: name of the backend that answered, or at least began to; empty if none did.
-        model_version: of the weights that answered.
+        model_version: of the weights that answered; where none did, of the backend that was asked
+            first; None of a request that is not allowed, or that nobody was asked yet.
         experiment: running experiment that the request is part of.
         assigned_variant: what the request's unit was assigned to.
         served_variant: what answered; another one after a fallback.
@@ -236,6 +237,11 @@ class AnswerReport:
     quality_components: dict[str, float] = field(default_factory=dict)
     mean_logprob: float | None = None
     stability: float | None = None
+
+    @property
+    def answering_version(self) -> str | None:
+        """Of the weights that at least began to answer; None where none did."""
+        return self.model_version if self.backend else None
 
 
 @runtime_checkable

@@ -74,7 +74,7 @@ class GatewayFigures(Collector):
 
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
-        version = self.versions.counted(record.report.model_version)
+        version = self.versions.counted(record.report.answering_version)
         self._answers.answered(record.payload(), model_version=version)
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens

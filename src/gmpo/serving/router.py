@@ -201,6 +201,8 @@ class VariantRouter:
         route = self._route_of(request)
         report.experiment, report.assigned_variant = route.experiment, route.variant
         order = [route.backend, *(name for name in self._order if name != route.backend)]
+        # A plain answer of the engine is one chunk: what fails before it is of this version too.
+        report.model_version = self._lanes[route.backend].backend.model_version
         failures: dict[str, BackendError] = {}
         best: _Attempt | None = None
         reason: str | None = None
@@ -214,6 +216,7 @@ class VariantRouter:
             except BackendError as failure:
                 if failure.fault == "bad_request":
                     if best is None and not failures:
+                        report.model_version = None  # it says nothing about the version
                         raise
                     self.counts["refused_later"] += 1
                     continue
