@@ -240,7 +240,9 @@ def build_behind(
     if candidates is not None:
         router.shadowing = candidates
 
-    counts = _joined_counts((router, judge, shadow, candidates, split), [*upstreams.values()])
+    counts = _joined_counts(
+        (router, judge, shadow, candidates, split), [*upstreams.values()], [*engines.values()]
+    )
     beside: list[Callable[[], Awaitable[None]]] = [] if split is None else [split.run]
     if candidates is not None:
         beside.append(candidates.run)
@@ -256,15 +258,21 @@ class _Counting(Protocol):
 
 
 def _joined_counts(
-    counting: Sequence[_Counting | None], upstreams: Sequence[UpstreamBackend]
+    counting: Sequence[_Counting | None],
+    upstreams: Sequence[UpstreamBackend],
+    engines: Sequence[EmbeddedBackend],
 ) -> Callable[[], Mapping[str, int]]:
-    """What all that are there count by the time it is called, and the servers' retries."""
+    """What all that are there count by the time it is called, servers' retries, engines' faults."""
 
     def counts() -> Mapping[str, int]:
         found = {
             name: count for one in counting if one is not None for name, count in one.counts.items()
         }
-        return {**found, "retries": sum(one.num_retries for one in upstreams)}
+        return {
+            **found,
+            "retries": sum(one.num_retries for one in upstreams),
+            "engine_failures": sum(one.num_failures for one in engines),
+        }
 
     return counts
 

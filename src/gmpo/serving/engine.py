@@ -203,7 +203,7 @@ class EmbeddedBackend:
 
     @property
     def num_failures(self) -> int:
-        """Times the sampler broke and was made anew; its requests got an error each time."""
+        """Times the sampler broke, or could not be made anew; its requests got an error."""
         return self._thread.num_failures
 
     async def ready(self) -> bool:
@@ -213,8 +213,9 @@ class EmbeddedBackend:
     async def close(self) -> None:
         """End the thread; running requests end with an error."""
         await asyncio.to_thread(self._thread.close)
-        self._encoding.shutdown()
-        self._loading.shutdown()
+        # A model that is being loaded is waited for elsewhere: the event loop takes signals.
+        for work in (self._encoding, self._loading):
+            await asyncio.to_thread(work.shutdown, cancel_futures=True)
 
     async def swap(self, load: Callable[[], ServedModel]) -> Swap:
         """Load other weights beside the ones that serve, then give them to all new requests.
