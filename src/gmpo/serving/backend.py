@@ -6,6 +6,7 @@ the router hands on; it tells how they came about in an `AnswerReport`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -257,13 +258,15 @@ class Router(Protocol):
         """Of the model that answers unless something else is decided for a request."""
 
     async def route(
-        self, request: GenerationRequest, report: AnswerReport
+        self, request: GenerationRequest, report: AnswerReport, *, deadline: float = math.inf
     ) -> AsyncGenerator[Chunk, None]:
         """Start an answer; returns once its first chunk is there, or all of one that is held back.
 
         Args:
             request: what is asked.
             report: filled on the way, also of an answer that fails.
+            deadline: in the event loop's time, when the caller waits no more and cancels: that is
+                a backend's fault, and not that of a client who left.
 
         Returns:
             All chunks, the first included; to be read to the end or closed (`aclose`).
