@@ -54,6 +54,14 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "a model's own code may raise anything; each request is told, and it is counted",
     (
+        "src/gmpo/serving/lasting.py",
+        "except Exception",
+    ): "work beside the gateway begins anew after whatever ended it, which is told and counted",
+    (
+        "src/gmpo/serving/engine.py",
+        "except Exception",
+    ): "a model's own code may raise anything as it is loaded; it goes on as an error that says so",
+    (
         "src/gmpo/cli/conventions.py",
         "**kwargs passed along",
     ): "a decorator typed by ParamSpec drops nothing",

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.gateways import ENGINE_LIMITS, router_of, running_gateway, served
 from tests.models import save_tiny
+from torch import nn
 
+from gmpo.errors import ModelError
 from gmpo.live_shadow import users_answers
 from gmpo.sampler.requests import Sampler
 from gmpo.serving.backend import BackendError, GenerationRequest
@@ -194,5 +197,21 @@ def test_an_engine_that_closes_while_it_loads_leaves_the_event_loop_free(folder:
             assert not closing.done()
             go_on.set()
             await asyncio.gather(swap, closing)
+
+    run(work)
+
+
+def test_a_swap_that_fails_for_whatever_reason_is_a_models_error_and_changes_nothing(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    def short(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    async def work() -> None:
+        async with engine_of(folder) as engine:
+            monkeypatch.setattr(nn.Module, "to", short)
+            with pytest.raises(ModelError, match=r"OutOfMemoryError: tried to allocate 2.00 GiB"):
+                await engine.backend.swap(lambda: served(folder))
+            assert await engine.answer()
 
     run(work)
