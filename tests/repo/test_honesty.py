@@ -58,6 +58,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "work beside the gateway begins anew after whatever ended it, which is told and counted",
     (
+        "src/gmpo/serving/recording.py",
+        "except Exception",
+    ): "an event or a sample that fails in any way is counted, and the others are written",
+    (
         "src/gmpo/serving/engine.py",
         "except Exception",
     ): "a model's own code may raise anything as it is loaded; it goes on as an error that says so",
