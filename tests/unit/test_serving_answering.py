@@ -31,13 +31,17 @@ def test_a_client_that_reads_slowly_keeps_its_turn_no_longer_than_an_answer_may_
             num_closed += 1
 
     async def read() -> None:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + 0.2
         answer = RunningAnswer(
             [at_once() for _ in range(num_prompts)],
             books=[AnswerBook(request) for _ in range(num_prompts)],
-            deadline=asyncio.get_running_loop().time() + 0.2,
+            deadline=deadline,
             end=lambda status, _: ends.append(status),
         )
         async for _ in answer.pieces():
+            # Two prompts would last for more than a second: their chunks wait in a queue.
+            assert clock() < deadline + 0.5
             await asyncio.sleep(0.03)
 
     with pytest.raises(ApiError, match="longer than this server allows"):
