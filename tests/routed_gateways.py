@@ -148,7 +148,11 @@ def served(
             router.shadowing = candidates
         figures = GatewayFigures(events=writer.counts)
         figures.watch_routing(
-            lambda: {**router.counts, **({} if split is None else split.counts)},
+            lambda: {
+                **router.counts,
+                **({} if split is None else split.counts),
+                **({} if candidates is None else candidates.counts),
+            },
             lambda: router.phases,
             lambda: None if split is None else split.state(),
         )

@@ -75,8 +75,8 @@ class Upstream:
 
 
 @contextmanager
-def running_upstream(behave: Behaviour) -> Iterator[Upstream]:
-    """Serve on a thread of its own until the block ends."""
+def running_upstream(behave: Behaviour, *, port: int = 0) -> Iterator[Upstream]:
+    """Serve on a thread of its own until the block ends; port 0 takes a free one."""
     loop = asyncio.new_event_loop()
     upstream = Upstream("", behave)
     tasks: set[asyncio.Task[None]] = set()
@@ -94,7 +94,7 @@ def running_upstream(behave: Behaviour) -> Iterator[Upstream]:
             writer.close()
             tasks.discard(task)
 
-    server = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", 0))
+    server = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", port))
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

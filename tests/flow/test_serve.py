@@ -120,6 +120,12 @@ def test_the_stores_champion_is_served_and_a_damaged_one_is_not(folder: str, tmp
         store.set_champion("tiny", expected=versions[0], version=versions[1], reason={})
         said = next(line for line in lines if line.startswith("error"))
         assert f"champion {versions[1]}" in said and "somebody changed them" in said
+        health = client.get(str(client.base_url).replace("/v1/", "/health")).json()
+        (following,) = health["following"]
+        assert "somebody changed them" in following.pop("reason")
+        assert following == {"name": "tiny", "wanted": versions[1], "served": versions[0]}
+        assert health["routing"]["champion_not_served"] == 1
+        assert health["routing"]["beside_failures"] == 0
         assert client.get("/models").json()["data"][0]["model_version"] == versions[0]
         until = time.monotonic() + 30
         while not store.alerts("firing") and time.monotonic() < until:

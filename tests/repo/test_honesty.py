@@ -50,6 +50,22 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "whatever third-party code raises is counted and said, and never stops training",
     (
+        "src/gmpo/serving/sampling_thread.py",
+        "except Exception",
+    ): "a model's own code may raise anything; each request is told, and it is counted",
+    (
+        "src/gmpo/serving/lasting.py",
+        "except Exception",
+    ): "work beside the gateway begins anew after whatever ended it, which is told and counted",
+    (
+        "src/gmpo/serving/recording.py",
+        "except Exception",
+    ): "an event or a sample that fails in any way is counted, and the others are written",
+    (
+        "src/gmpo/serving/engine.py",
+        "except Exception",
+    ): "a model's own code may raise anything as it is loaded; it goes on as an error that says so",
+    (
         "src/gmpo/cli/conventions.py",
         "**kwargs passed along",
     ): "a decorator typed by ParamSpec drops nothing",

@@ -11,6 +11,7 @@ from tests.routed_gateways import ASKED, Served, served
 from tests.upstreams import refuses, running_upstream, says
 
 from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, UsersShadows, called, users_answers
+from gmpo.serving.server import bound_socket
 
 UNIT = {"x-gmpo-unit": "ann"}
 
@@ -108,6 +109,21 @@ def test_a_candidate_that_cannot_be_reached_is_told_once(path: Path):
             time.sleep(0.2)
         assert len(made.told) == 1
         assert not made.store.events(kinds=["shadow"])
+
+
+def test_a_candidate_that_answers_late_is_shadowed_from_then_on(path: Path):
+    with bound_socket("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with served(path, {"a": says("4")}, follow="bot") as made:
+        with called(made.store, call_for(f"http://127.0.0.1:{port}/v1")):
+            until_told(made, "does not answer here")
+            with running_upstream(says("4"), port=port):
+                until_told(made, "answers users' requests too")
+                made.ask(**UNIT)
+                made.events("shadow", count=1)
+        until_told(made, "answers no more")
+        assert len(made.told) == 3
+        assert made.health()["routing"]["candidate_unreached"] >= 1
 
 
 def test_a_call_ends_by_itself_should_its_process_be_killed(path: Path):

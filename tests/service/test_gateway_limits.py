@@ -13,15 +13,24 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.gateways import RunningGateway, running_gateway, served, tiny_backend
+from tests.gateways import (
+    BreakingBackend,
+    RunningGateway,
+    running_gateway,
+    served,
+    tiny_backend,
+)
 from tests.models import save_tiny
 
 from gmpo.serving.admission import AdmissionLimits
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.app import GatewayLimits
-from gmpo.serving.backend import BackendError, Chunk, GenerationRequest, Usage
+from gmpo.serving.backend import Backend, BackendError, Chunk, GenerationRequest, Usage
+from gmpo.serving.breaker import BreakerRules
 from gmpo.serving.engine import EmbeddedBackend
 from gmpo.serving.entrance import EntranceLimits
+from gmpo.serving.judging import AnswerJudge, QualityRules
+from gmpo.serving.router import VariantRouter
 from gmpo.serving.server import ServerSettings
 
 KEYS = ["sk-one", "sk-two"]
@@ -316,6 +325,29 @@ def test_an_answer_that_takes_too_long_is_ended():
         assert streamed.status_code == 200 and '"timeout_error"' in streamed.text
         assert "[DONE]" not in streamed.text
         assert backend.num_running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_backend_that_lets_the_time_run_out_has_failed(stream: bool):
+    slow, other = Slow(), BreakingBackend()
+    other.name, other.model_version = "other", "w"
+    backends: dict[str, Backend] = {"tiny": slow, "other": other}
+    rules = BreakerRules(failures=2, open_seconds=60)
+    judge = AnswerJudge(QualityRules())
+    router = VariantRouter("tiny", backends, order=list(backends), judge=judge, rules=rules)
+    limits = GatewayLimits(request_seconds=0.2)
+    asked = {**ASKED, "prompt": ["1", "2"], "stream": stream}
+    with running_gateway(router=router, limits=limits) as gateway, gateway.client() as client:
+        # Who leaves says nothing about it.
+        for _ in range(3):
+            with pytest.raises(httpx2.ReadTimeout):
+                client.post("/v1/completions", json=asked, timeout=0.1)
+        wait_for(lambda: slow.num_running == 0)
+        assert router.phases == {"tiny": "closed", "other": "closed"}
+        assert "took longer" in client.post("/v1/completions", json=asked).text or not stream
+        assert router.phases["tiny"] == "open"
+        answer = client.post("/v1/completions", json={**asked, "stream": False}).json()
+        assert answer["choices"][0]["text"] == "five"
 
 
 def test_a_cut_stream_is_never_passed_off_as_a_finished_answer():

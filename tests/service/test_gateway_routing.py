@@ -95,6 +95,7 @@ def test_both_down_is_one_clear_error(path: Path):
         assert "b: backend 'b' answered with status 502" in error["message"]
         (event,) = made.events("answer", count=1)
         assert event.payload["status"] == 503 and event.payload["backend"] is None
+        assert event.model_version == "a-model", "of the one that was asked first"
 
 
 def test_an_open_breaker_spares_the_backend_and_half_open_lets_it_come_back(path: Path):

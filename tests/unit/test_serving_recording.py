@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 from gmpo.serving.answer_record import AnswerBook
 from gmpo.serving.backend import AnswerReport, Chunk, GenerationRequest, Usage
@@ -47,6 +50,7 @@ def test_what_was_put_before_the_end_is_written_in_order(tmp_path: Path):
         "lost": 1,
         "refused": 0,
         "failed_writes": 0,
+        "failed_samples": 0,
     }
 
 
@@ -129,6 +133,94 @@ def test_figures_of_the_process_are_sampled(tmp_path: Path):
     store.close()
     assert [one.payload for one in samples[:2]] == [{"memory_bytes": 5.0}] * 2
     assert samples[1].time > samples[0].time
+
+
+def test_a_sample_that_cannot_be_taken_ends_nothing(tmp_path: Path):
+    store = open_store(str(tmp_path / "store.db"))
+    left = [OSError(24, "Too many open files"), ValueError("no such page")]
+
+    def sample() -> dict[str, float]:
+        if left:
+            raise left.pop()
+        return {"memory_bytes": 5.0}
+
+    writer = EventWriter(store, sample=sample, sample_seconds=0.02)
+    wait_for(lambda: writer.num_failed_samples == 2)
+    writer.put(event(0))
+    wait_for(lambda: writer.num_written >= 2)
+    writer.close()
+    store.close()
+    assert numbers(tmp_path / "store.db") == [0] and writer.num_failed_samples == 2
+
+
+def test_whatever_a_store_raises_the_other_events_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store(str(tmp_path / "store.db"))
+    add, gate = store.add_events, threading.Event()
+    short: list[Exception] = [MemoryError(), OSError(24, "Too many open files")]
+
+    def odd(events: Sequence[Event]) -> None:
+        assert gate.wait(5)
+        if short:
+            raise short.pop()
+        if any(one.payload.get("number") == 1 for one in events):
+            raise RecursionError("too deep")
+        add(events)
+
+    monkeypatch.setattr(store, "add_events", odd)
+    writer = EventWriter(store)
+    for number in range(4):
+        writer.put(event(number))
+    gate.set()
+    wait_for(lambda: writer.num_written == 3)
+    writer.close()
+    store.close()
+    assert (writer.num_failures, writer.num_refused, writer.num_lost) == (2, 1, 0)
+    assert numbers(tmp_path / "store.db") == [0, 2, 3]
+
+
+def test_closing_waits_no_longer_than_it_was_told_and_counts_what_is_left(tmp_path: Path):
+    path = tmp_path / "store.db"
+    store = open_store(str(path), timeout_seconds=20)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writer = EventWriter(store)
+    for number in range(300):
+        writer.put(event(number))
+    began = time.perf_counter()
+    writer.close(timeout_seconds=0.2)
+    assert time.perf_counter() - began < 2
+    assert writer.num_lost == 300 and writer.counts()["waiting"] == 0
+    # A write that still ran may come through; nothing is counted twice, and no more is written.
+    other.execute("ROLLBACK")
+    other.close()
+    wait_for(lambda: not writer._thread.is_alive())
+    store.close()
+    assert (writer.num_lost, writer.num_written, writer.num_failures) == (300, 0, 0)
+    assert len(numbers(path)) <= 256
+
+
+def test_between_two_batches_the_time_for_closing_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store(str(tmp_path / "store.db"))
+    add = store.add_events
+
+    def slow(events: Sequence[Event]) -> None:
+        time.sleep(0.2)
+        add(events)
+
+    monkeypatch.setattr(store, "add_events", slow)
+    writer = EventWriter(store)
+    for number in range(2560):
+        writer.put(event(number))
+    writer.close(timeout_seconds=0.5)
+    wait_for(lambda: not writer._thread.is_alive())
+    written = len(numbers(tmp_path / "store.db"))
+    store.close()
+    assert writer.num_lost + writer.num_written == 2560
+    assert writer.num_written <= written <= writer.num_written + 256 and written < 2560
 
 
 def test_an_answers_event_has_every_field_of_its_kind(tmp_path: Path):

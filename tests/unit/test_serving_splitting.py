@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,20 @@ def test_while_the_store_cannot_be_read_the_split_goes_on(tmp_path: Path, store:
     assert made.split.num_failures == 2
     assert made.assign("0") is not None
     assert sum("cannot be read" in one for one in made.told) == 1
+
+
+def test_each_outage_of_the_store_is_told_as_it_begins_and_as_it_ends(tmp_path: Path, store: Store):
+    made = Split(store)
+    begun = len(made.told)
+    with closing(sqlite3.connect(tmp_path / "store.db")) as other:
+        for _ in range(2):
+            other.execute("ALTER TABLE gmpo_experiments RENAME TO elsewhere")
+            asyncio.run(made.split.look())
+            asyncio.run(made.split.look())
+            other.execute("ALTER TABLE elsewhere RENAME TO gmpo_experiments")
+            asyncio.run(made.split.look())
+    assert ["can be read again" in one for one in made.told[begun:]] == [False, True] * 2
+    assert made.split.counts["experiment_unread"] == made.split.num_failures == 4
 
 
 def test_units_beyond_those_remembered_are_exposed_again(store: Store):

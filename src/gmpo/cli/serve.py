@@ -150,7 +150,7 @@ def serve(
         _refuse_unused(context, found.config)
         engine_limits = partial(_engine_limits, max_rows, max_prompt_tokens, max_tokens)
         behind = build_behind(found, engine_limits, records.recorder)
-        behind.beside.append(records.watch.run)
+        behind.lasts("watching for anomalies", records.watch.run)
         admission = AdmissionLimits(
             max_running=max_running, max_queued=max_queued, queue_seconds=queue_seconds
         )
@@ -259,7 +259,10 @@ def _gateway(behind: Behind, limits: GatewayLimits, keys: ApiKeys, records: _Rec
     desk = None if recorder is None else FeedbackDesk(recorder.store, recorder.events.put)
     observers = [] if recorder is None or desk is None else _observers(recorder, desk)
     records.figures.watch_routing(
-        behind.counts, lambda: behind.router.phases, lambda: behind.experiment
+        behind.counts,
+        lambda: behind.router.phases,
+        lambda: behind.experiment,
+        behind.following,
     )
     return build_gateway(
         behind.router,
@@ -292,7 +295,7 @@ def _run(gateway: Entrance, bound: socket.socket, behind: Behind, settings: Serv
         settings=settings,
         reload=behind.reload,
         started=lambda: _announce(behind.router, bound),
-        beside=behind.beside,
+        beside=[work.run for work in behind.beside],
     )
     with asyncio.Runner(loop_factory=server.new_loop) as runner:
         runner.run(server.serve(sockets=[bound]))

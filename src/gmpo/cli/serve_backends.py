@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gmpo.cli.conventions import model_name, say, warn
-from gmpo.config import ModelConfig
-from gmpo.errors import ConfigError, GmpoError, ModelError
-from gmpo.recipe import load_recipe
+from gmpo.cli.conventions import warn
+from gmpo.cli.serve_weights import EngineChanges, first_weights, follower_of, model_config
+from gmpo.errors import ConfigError
+from gmpo.serving.lasting import LastingWork
 
 if TYPE_CHECKING:
+    from gmpo.config import ModelConfig
     from gmpo.serving.backend import Backend
     from gmpo.serving.candidate_shadow import CandidateShadow
-    from gmpo.serving.engine import EmbeddedBackend, EngineLimits, ServedModel
+    from gmpo.serving.engine import EmbeddedBackend, EngineLimits
     from gmpo.serving.following import ChampionFollower
     from gmpo.serving.judging import AnswerJudge
     from gmpo.serving.recording import EventWriter
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from gmpo.serving.shadowing import ShadowTraffic
     from gmpo.serving.splitting import TrafficSplit
     from gmpo.serving.upstream import UpstreamBackend
-    from gmpo.store import ModelVersion, Store
+    from gmpo.store import Store
 
-__all__ = ["Asked", "Behind", "EngineChanges", "Recorder", "Wanted", "build_behind", "wanted"]
+__all__ = ["Asked", "Behind", "Recorder", "Wanted", "build_behind", "wanted"]
 
 _UPSTREAM_KEY = "GMPO_UPSTREAM_API_KEY"
 
@@ -161,23 +162,55 @@ def _other_arms(asked: Asked, recorder: Recorder | None) -> list[str]:
     return [model for model in models if model != asked.model]
 
 
+class _Counting(Protocol):
+    """Something that counts what happens on the way to a backend."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """By name."""
+
+
 @dataclass(kw_only=True)
 class Behind:
     """What is behind the gateway.
 
     Attributes:
         router: chooses who answers.
+        counting: what counts things on the way to the backends.
+        upstreams: servers among them.
+        engines: models of this process among them.
+        split: assigns requests to the arms of an experiment, if there is one.
         beside: work that runs while it serves.
         reloads: what SIGHUP does.
-        counts: what happened on the way to the backends, by name.
-        split: assigns requests to the arms of an experiment, if there is one.
+        followers: of champions.
     """
 
     router: VariantRouter
-    counts: Callable[[], Mapping[str, int]]
+    counting: list[_Counting]
+    upstreams: Sequence[UpstreamBackend] = ()
+    engines: Sequence[EmbeddedBackend] = ()
     split: TrafficSplit | None = None
-    beside: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    beside: list[LastingWork] = field(default_factory=list)
     reloads: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    followers: list[ChampionFollower] = field(default_factory=list)
+
+    def counts(self) -> Mapping[str, int]:
+        """What happened on the way to the backends and beside it, by name."""
+        found: Counter[str] = Counter()
+        for one in self.counting:
+            found.update(one.counts)
+        found["retries"] = sum(one.num_retries for one in self.upstreams)
+        found["engine_failures"] = sum(one.num_failures for one in self.engines)
+        found["beside_failures"] = sum(one.num_failures for one in self.beside)
+        return found
+
+    def lasts(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Have work go on beside the gateway, whatever happens to it."""
+        self.beside.append(LastingWork(name, work, tell=warn))
+
+    def following(self) -> list[Mapping[str, object]]:
+        """Of each champion that is followed, the version wanted and the one served."""
+        return [one.state() for one in self.followers]
 
     @property
     def experiment(self) -> Mapping[str, object] | None:
@@ -219,12 +252,15 @@ def build_behind(
     }
     split = _split(found, recorder)
     models = {
-        name: _model_config(one.engine, one.dtype)
+        name: (one, model_config(one.engine, one.dtype))
         for name, one in config.backends.items()
         if isinstance(one, EngineSettings)
     }
     rules = QualityRules.of(config.quality)
-    engines = {name: _engine(name, model, engine_limits()) for name, model in models.items()}
+    engines = {
+        name: _engine(name, model, settings, engine_limits(), recorder)
+        for name, (settings, model) in models.items()
+    }
     backends: dict[str, Backend] = {**upstreams, **engines}
     judge = AnswerJudge(rules)
     router = VariantRouter(
@@ -240,33 +276,20 @@ def build_behind(
     if candidates is not None:
         router.shadowing = candidates
 
-    counts = _joined_counts((router, judge, shadow, candidates, split), [*upstreams.values()])
-    beside: list[Callable[[], Awaitable[None]]] = [] if split is None else [split.run]
+    behind = Behind(
+        router=router,
+        counting=[one for one in (router, judge, shadow, candidates, split) if one is not None],
+        upstreams=[*upstreams.values()],
+        engines=[*engines.values()],
+        split=split,
+    )
+    if split is not None:
+        behind.lasts(f"looking at experiment {config.experiment!r}", split.run)
     if candidates is not None:
-        beside.append(candidates.run)
-    behind = Behind(router=router, counts=counts, split=split, beside=beside)
+        behind.lasts("looking for candidates to shadow", candidates.run)
     for engine in engines.values():
         _change(behind, config, engine, engine_limits(), recorder)
     return behind
-
-
-class _Counting(Protocol):
-    @property
-    def counts(self) -> Mapping[str, int]: ...
-
-
-def _joined_counts(
-    counting: Sequence[_Counting | None], upstreams: Sequence[UpstreamBackend]
-) -> Callable[[], Mapping[str, int]]:
-    """What all that are there count by the time it is called, and the servers' retries."""
-
-    def counts() -> Mapping[str, int]:
-        found = {
-            name: count for one in counting if one is not None for name, count in one.counts.items()
-        }
-        return {**found, "retries": sum(one.num_retries for one in upstreams)}
-
-    return counts
 
 
 def _shadow(
@@ -325,10 +348,17 @@ def _split(found: Wanted, recorder: Recorder | None) -> TrafficSplit | None:
     )
 
 
-def _engine(name: str, model: ModelConfig, limits: EngineLimits) -> EmbeddedBackend:
-    from gmpo.serving.engine import EmbeddedBackend, load_served_model
+def _engine(
+    name: str,
+    model: ModelConfig,
+    settings: EngineSettings,
+    limits: EngineLimits,
+    recorder: Recorder | None,
+) -> EmbeddedBackend:
+    from gmpo.serving.engine import EmbeddedBackend
 
-    loaded = load_served_model(model, max_rows=limits.max_rows, warn=warn)
+    store = None if recorder is None else recorder.store
+    loaded = first_weights(model, store, settings.follow, max_rows=limits.max_rows)
     return EmbeddedBackend(loaded, name=name, limits=limits)
 
 
@@ -353,93 +383,11 @@ def _change(
     if settings.follow is None or recorder is None:
         behind.reloads.append(changes.reload)
         return
-    follower = _follower(recorder.store, settings.follow, changes)
+    follower = follower_of(recorder.store, settings.follow, changes)
+    behind.followers.append(follower)
+    behind.counting.append(follower)
     behind.reloads.append(follower.look_again)
-    behind.beside.append(follower.run)
-
-
-def _follower(store: Store, name: str, changes: EngineChanges) -> ChampionFollower:
-    from gmpo.registry import Registry
-    from gmpo.serving.following import ChampionFollower
-
-    registry = Registry(store, Path("models"))  # only asked; versions lie where their rows say
-
-    return ChampionFollower(
-        store,
-        name,
-        serve=changes.serve,
-        served=lambda: changes.backend.model_version,
-        tell=changes.complain,
-        instead=lambda: registry.servable(name),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineChanges:
-    """Changes of the weights that an engine serves."""
-
-    backend: EmbeddedBackend
-    settings: EngineSettings
-    max_rows: int
-    events: EventWriter | None
-
-    async def reload(self) -> None:
-        """Load the model anew; if that fails, the old one goes on serving."""
-        before = self.backend.model_version
-        try:
-            await self._swap(
-                lambda: self._load(_model_config(self.settings.engine, self.settings.dtype))
-            )
-        except GmpoError as error:
-            self.complain(f"{error}; version {before} goes on serving")
-            return
-        if self.backend.model_version == before:
-            warn(f"the weights are still version {before}; nothing changed")
-
-    async def serve(self, version: ModelVersion) -> None:
-        """Serve a registered version, prompted as the model is."""
-
-        def load() -> ServedModel:
-            config = _model_config(self.settings.engine, self.settings.dtype)
-            loaded = self._load(config.model_copy(update={"name": version.path}))
-            if loaded.version == version.version:
-                return loaded
-            raise ModelError(
-                f"the weights at {version.path} are version {loaded.version}; somebody changed "
-                "them: restore them, or register them as what they are"
-            )
-
-        await self._swap(load)
-
-    def complain(self, message: str) -> None:
-        """Say on stderr what could not be done."""
-        say("error", message, style="red")
-
-    def _load(self, config: ModelConfig) -> ServedModel:
-        from gmpo.serving.engine import load_served_model
-
-        return load_served_model(config, max_rows=self.max_rows)
-
-    async def _swap(self, load: Callable[[], ServedModel]) -> None:
-        swap = await self.backend.swap(load)
-        if swap.version == swap.previous:
-            return
-        warn(f"version {swap.version} serves in place of {swap.previous}")
-        if self.events is not None:
-            from gmpo.store import Event
-
-            payload = {"previous": swap.previous, "version": swap.version, "seconds": swap.seconds}
-            self.events.put(
-                Event(kind="swap", time=time.time(), payload=payload, model_version=swap.version)
-            )
-
-
-def _model_config(model: str, dtype: str | None) -> ModelConfig:
-    """A run's newest checkpoint, prompted as in training, or a model by name."""
-    recipe = Path(model) / "recipe.toml"
-    trained = load_recipe(recipe).model if recipe.is_file() else ModelConfig()
-    changed = {"name": model_name(model), **({} if dtype is None else {"dtype": dtype})}
-    return trained.model_copy(update=changed)
+    behind.lasts(f"following the champion of {settings.follow!r}", follower.run)
 
 
 def _last_part(model: str) -> str:

@@ -46,7 +46,7 @@ class AnomalyWatch:
 
     def observe(self, record: AnswerRecord) -> None:
         """Note an answer that is over."""
-        version = self._figures.versions.label(record.report.model_version)
+        version = self._figures.versions.label(record.report.answering_version)
         judgement = self._monitor.observe(
             record.payload(), model_version=version, now=time.monotonic()
         )

@@ -82,9 +82,13 @@ class RunningAnswer:
         """
         firsts = list(accumulate((book.request.n for book in self._books), initial=0))
         status, error = 500, "the server failed"
+        clock = asyncio.get_running_loop().time
         try:
             async with aclosing(self._merged()) as merged:
                 async for place, chunk in merged:
+                    # Chunks that are there already come without a wait that a timer could end.
+                    if clock() >= self._deadline:
+                        raise _took_too_long()
                     self._books[place].add(chunk)
                     yield firsts[place] + chunk.index, chunk
             if not all(book.is_whole for book in self._books):
@@ -157,12 +161,15 @@ class RunningAnswer:
                     return
                 yield chunk
         except TimeoutError:
-            raise BackendError(
-                "the answer took longer than this server allows; ask for fewer tokens",
-                fault="timeout",
-            ) from None
+            raise _took_too_long() from None
         finally:
             await chunks.aclose()
+
+
+def _took_too_long() -> BackendError:
+    return BackendError(
+        "the answer took longer than this server allows; ask for fewer tokens", fault="timeout"
+    )
 
 
 class Answering:
@@ -227,9 +234,9 @@ class Answering:
         try:
             async with asyncio.timeout_at(deadline):
                 if len(books) > 1:
-                    return await self._all_routed(books)
+                    return await self._all_routed(books, deadline)
                 (book,) = books
-                return [await self._router.route(book.request, book.report)]
+                return [await self._router.route(book.request, book.report, deadline=deadline)]
         except TimeoutError:
             raise BackendError(
                 "no answer was there within the time that this server allows; ask for fewer "
@@ -237,10 +244,13 @@ class Answering:
                 fault="timeout",
             ) from None
 
-    async def _all_routed(self, books: Sequence[AnswerBook]) -> list[AsyncGenerator[Chunk, None]]:
+    async def _all_routed(
+        self, books: Sequence[AnswerBook], deadline: float
+    ) -> list[AsyncGenerator[Chunk, None]]:
         """Several prompts' answers, asked for at once."""
         tasks = [
-            asyncio.create_task(self._router.route(book.request, book.report)) for book in books
+            asyncio.create_task(self._router.route(book.request, book.report, deadline=deadline))
+            for book in books
         ]
         is_begun = False
         try:

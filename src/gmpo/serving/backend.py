@@ -6,6 +6,7 @@ the router hands on; it tells how they came about in an `AnswerReport`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -211,7 +212,8 @@ class AnswerReport:
 
     Attributes:
         backend: name of the backend that answered, or at least began to; empty if none did.
-        model_version: of the weights that answered.
+        model_version: of the weights that answered; where none did, of the backend that was asked
+            first; None of a request that is not allowed, or that nobody was asked yet.
         experiment: running experiment that the request is part of.
         assigned_variant: what the request's unit was assigned to.
         served_variant: what answered; another one after a fallback.
@@ -237,6 +239,11 @@ class AnswerReport:
     mean_logprob: float | None = None
     stability: float | None = None
 
+    @property
+    def answering_version(self) -> str | None:
+        """Of the weights that at least began to answer; None where none did."""
+        return self.model_version if self.backend else None
+
 
 @runtime_checkable
 class Router(Protocol):
@@ -251,13 +258,15 @@ class Router(Protocol):
         """Of the model that answers unless something else is decided for a request."""
 
     async def route(
-        self, request: GenerationRequest, report: AnswerReport
+        self, request: GenerationRequest, report: AnswerReport, *, deadline: float = math.inf
     ) -> AsyncGenerator[Chunk, None]:
         """Start an answer; returns once its first chunk is there, or all of one that is held back.
 
         Args:
             request: what is asked.
             report: filled on the way, also of an answer that fails.
+            deadline: in the event loop's time, when the caller waits no more and cancels: that is
+                a backend's fault, and not that of a client who left.
 
         Returns:
             All chunks, the first included; to be read to the end or closed (`aclose`).

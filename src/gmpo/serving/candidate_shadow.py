@@ -12,6 +12,7 @@ from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, standing_call
 from gmpo.own_servers import own_api_key
 from gmpo.serving.backend import AnswerReport, GenerationRequest
 from gmpo.serving.judging import AnswerJudge
+from gmpo.serving.lasting import Outage
 from gmpo.serving.router import Route, Shadowing
 from gmpo.serving.shadowing import ShadowSettings, ShadowTraffic
 from gmpo.serving.upstream import UpstreamBackend, UpstreamSettings
@@ -57,14 +58,27 @@ class CandidateShadow:
         self._backend: UpstreamBackend | None = None
         self._traffic: ShadowTraffic | None = None
         self._before: Counter[str] = Counter()
-        self.num_failures = 0
+        self._outage = Outage(tell)
+        self._num_unreached = 0
+
+    @property
+    def num_failures(self) -> int:
         """Looks at which the store could not be read; the next one may."""
+        return self._outage.num_failures
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Of all candidates: `candidate_shadows`, those that failed and were skipped."""
+        """Of all candidates: `candidate_shadows`, those that failed and were skipped.
+
+        `candidate_unread` and `candidate_unreached` are looks at which the store could not be read,
+        and at which the candidate's server did not answer.
+        """
         now = Counter() if self._traffic is None else self._traffic.counts
-        return {f"candidate_{name}": count for name, count in (self._before + now).items()}
+        return {
+            **{f"candidate_{name}": count for name, count in (self._before + now).items()},
+            "candidate_unread": self.num_failures,
+            "candidate_unreached": self._num_unreached,
+        }
 
     def begin(self, request: GenerationRequest, report: AnswerReport, route: Route) -> None:
         """Have a user's request answered by the candidate, if there is one."""
@@ -85,18 +99,22 @@ class CandidateShadow:
         try:
             wanted = await asyncio.to_thread(standing_call, self._store, self._name)
         except StoreError as error:
-            if not self.num_failures:
-                self._tell(f"what is to be shadowed of {self._name!r} cannot be read: {error}")
-            self.num_failures += 1
+            self._outage.goes_on(
+                f"what is to be shadowed of {self._name!r} cannot be read: {error}"
+            )
             return
+        self._outage.is_over(f"what is to be shadowed of {self._name!r} can be read again")
         if wanted == self._call:
+            # A server that did not answer at one look may at the next.
+            if wanted is not None and self._traffic is None:
+                await self._begin_with(wanted, is_told=True)
             return
         if self._traffic is not None and self._call is not None:
             self._tell(f"candidate {self._call.candidate} answers no more of users' requests")
         await self._end()
         self._call = wanted
         if wanted is not None:
-            await self._begin_with(wanted)
+            await self._begin_with(wanted, is_told=False)
 
     async def close(self) -> None:
         """End what runs, and the shadow beside it."""
@@ -104,7 +122,8 @@ class CandidateShadow:
         if self._beside is not None:
             await self._beside.close()
 
-    async def _begin_with(self, call: ShadowCall) -> None:
+    async def _begin_with(self, call: ShadowCall, *, is_told: bool) -> None:
+        """Ask the candidate's server, if it answers; `is_told` is whether it was said not to."""
         settings = UpstreamSettings(
             url=call.url,
             model=self._name,
@@ -115,10 +134,12 @@ class CandidateShadow:
         backend = UpstreamBackend(_NAME, settings, api_key=own_api_key())
         if not await backend.ready():
             await backend.close()
-            self._tell(
-                f"candidate {call.candidate} of cycle {call.cycle} is not shadowed: its server at "
-                f"{call.url} does not answer here"
-            )
+            self._num_unreached += 1
+            if not is_told:
+                self._tell(
+                    f"candidate {call.candidate} of cycle {call.cycle} is not shadowed while its "
+                    f"server at {call.url} does not answer here"
+                )
             return
         self._backend = backend
         self._traffic = ShadowTraffic(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
-from gmpo.errors import DataError, ModelError
+from gmpo.errors import DataError, GmpoError, ModelError, what_was_raised
 from gmpo.inputs import resolve_model
 from gmpo.model_files import holds_weights, weights_version
 from gmpo.policy.load import (
@@ -110,10 +110,19 @@ def load_served_model(
     then sleep between any two operations: on two cores a step takes twice as long.
 
     Raises:
-        gmpo.errors.GmpoError: there is no such model, or it cannot be used.
+        gmpo.errors.GmpoError: there is no such model, or it cannot be used: memory for it is short,
+            or whatever else its own code or a library raised.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmpo-loading") as passing:
-        return passing.submit(_load, config, max_rows, warn).result()
+        try:
+            return passing.submit(_load, config, max_rows, warn).result()
+        except GmpoError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"cannot load model {config.name!r}: {what_was_raised(error)}; if memory is short, "
+                "free some or take a smaller model"
+            ) from error
 
 
 def _load(config: ModelConfig, max_rows: int, warn: Callable[[str], None]) -> ServedModel:
@@ -203,7 +212,7 @@ class EmbeddedBackend:
 
     @property
     def num_failures(self) -> int:
-        """Times the sampler broke and was made anew; its requests got an error each time."""
+        """Times the sampler broke, or could not be made anew; its requests got an error."""
         return self._thread.num_failures
 
     async def ready(self) -> bool:
@@ -213,8 +222,9 @@ class EmbeddedBackend:
     async def close(self) -> None:
         """End the thread; running requests end with an error."""
         await asyncio.to_thread(self._thread.close)
-        self._encoding.shutdown()
-        self._loading.shutdown()
+        # A model that is being loaded is waited for elsewhere: the event loop takes signals.
+        for work in (self._encoding, self._loading):
+            await asyncio.to_thread(work.shutdown, cancel_futures=True)
 
     async def swap(self, load: Callable[[], ServedModel]) -> Swap:
         """Load other weights beside the ones that serve, then give them to all new requests.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -49,6 +49,7 @@ class GatewayFigures(Collector):
         self._routing: Callable[[], Mapping[str, int]] = dict
         self._breakers: Callable[[], Mapping[str, str]] = dict
         self._experiment: Callable[[], Mapping[str, object] | None] = lambda: None
+        self._following: Callable[[], Sequence[Mapping[str, object]]] = list
         self._registry.register(self)
         self._answers = ServingMetrics(self._registry)
         self._anomalies = AnomalyMetrics(self._registry)
@@ -62,6 +63,7 @@ class GatewayFigures(Collector):
         counts: Callable[[], Mapping[str, int]],
         breakers: Callable[[], Mapping[str, str]],
         experiment: Callable[[], Mapping[str, object] | None] = lambda: None,
+        following: Callable[[], Sequence[Mapping[str, object]]] = list,
     ) -> None:
         """Tell of these.
 
@@ -69,12 +71,14 @@ class GatewayFigures(Collector):
             counts: what happened on the way to a backend, by name.
             breakers: phase of each backend's breaker, by the backend's name.
             experiment: how the one that splits the traffic stands; None where none does.
+            following: of each champion that is followed, the version wanted and the one served.
         """
-        self._routing, self._breakers, self._experiment = counts, breakers, experiment
+        self._routing, self._breakers = counts, breakers
+        self._experiment, self._following = experiment, following
 
     def observe(self, record: AnswerRecord) -> None:
         """Count an answer that is over."""
-        version = self.versions.counted(record.report.model_version)
+        version = self.versions.counted(record.report.answering_version)
         self._answers.answered(record.payload(), model_version=version)
         if record.usage is not None:
             self._tokens["prompt"] += record.usage.prompt_tokens
@@ -97,6 +101,7 @@ class GatewayFigures(Collector):
             "routing": dict(self._routing()),
             "breakers": dict(self._breakers()),
             "experiment": self._experiment(),
+            "following": [dict(one) for one in self._following()],
             "folded_versions": self.versions.num_folded,
             "forgotten_addresses": (
                 0 if self._entrance is None else self._entrance.wrong_keys.num_forgotten

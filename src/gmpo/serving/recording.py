@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gmpo.errors import DataError, StoreError
+from gmpo.errors import StoreError
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.store import Event, Store
 
@@ -51,6 +51,7 @@ class EventWriter:
         self._queue: deque[Event] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None
+        self._is_over = False
         self.num_written = 0
         """Events in the store."""
         self.num_lost = 0
@@ -59,6 +60,8 @@ class EventWriter:
         """Events that no store could hold."""
         self.num_failures = 0
         """Attempts at writing that failed; the same events were tried again."""
+        self.num_failed_samples = 0
+        """Samples that could not be taken."""
         self._thread = threading.Thread(target=self._run, name="gmpo-events", daemon=True)
         self._thread.start()
 
@@ -70,6 +73,7 @@ class EventWriter:
             "lost": self.num_lost,
             "refused": self.num_refused,
             "failed_writes": self.num_failures,
+            "failed_samples": self.num_failed_samples,
         }
 
     def observe(self, record: AnswerRecord) -> None:
@@ -89,65 +93,91 @@ class EventWriter:
             self._changed.notify()
 
     def close(self, *, timeout_seconds: float = 10.0) -> None:
-        """Write what is waiting, for at most so long, and end."""
+        """Write what is waiting, for at most so long, and end.
+
+        What is left then is lost, a write that has not returned among it.
+        """
         with self._changed:
             self._deadline = time.monotonic() + timeout_seconds
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout_seconds)
+        with self._changed:
+            self._is_over = True
+            self.num_lost += len(self._queue)
+            self._queue.clear()
+            self._changed.notify()
 
     def _run(self) -> None:
         next_sample = time.monotonic() + self._sample_seconds
-        while True:
+        while not self._is_over:
             with self._changed:
                 while not self._queue and self._deadline is None:
                     if not self._changed.wait(max(0.0, next_sample - time.monotonic())):
                         break
                 batch = [self._queue[place] for place in range(min(_BATCH, len(self._queue)))]
-            if self._sample is not None and time.monotonic() >= next_sample:
-                sampled = dict(self._sample())
-                self.put(Event(kind="metric", time=time.time(), payload=sampled))
+            if time.monotonic() >= next_sample:
+                self._put_sample()
             while next_sample <= time.monotonic():
                 next_sample += self._sample_seconds
-            if batch:
+            if batch and not self._is_late():
                 self._write(batch)
             elif self._deadline is not None:
                 return
 
+    def _put_sample(self) -> None:
+        if self._sample is None:
+            return
+        try:
+            sampled = dict(self._sample())
+        except Exception:  # noqa: BLE001  (counted; the events go on without a sample)
+            self.num_failed_samples += 1
+            return
+        self.put(Event(kind="metric", time=time.time(), payload=sampled))
+
     def _write(self, batch: list[Event]) -> None:
         """Write events that stay in the queue until they are in the store."""
         delay = _FIRST_RETRY_SECONDS
-        while True:
+        while not self._is_over:
             try:
                 self._store.add_events(batch)
-            except DataError:
-                if len(batch) > 1:
-                    for event in batch:
-                        self._write([event])
-                    return
-                self._take(1)
-                self.num_refused += 1
-                return
-            except StoreError:
+            except (StoreError, OSError, MemoryError):
                 self.num_failures += 1
                 if self._is_late():
-                    self._take(len(batch))
-                    self.num_lost += len(batch)
                     return
                 with self._changed:
                     self._changed.wait(delay)
                 delay = min(2 * delay, _LAST_RETRY_SECONDS)
-            else:
-                self._take(len(batch))
-                self.num_written += len(batch)
+            except Exception:  # noqa: BLE001  (each event is tried alone, and counted as refused)
+                self._write_each(batch)
                 return
+            else:
+                self.num_written += self._taken(len(batch))
+                return
+
+    def _write_each(self, batch: list[Event]) -> None:
+        """Write one by one what could not be written together, and leave out what no store holds.
+
+        A store names such an event by a DataError; any other error would come again as well.
+        """
+        if len(batch) == 1:
+            self.num_refused += self._taken(1)
+            return
+        for event in batch:
+            if self._is_over or self._is_late():
+                return
+            self._write([event])
 
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
 
-    def _take(self, count: int) -> None:
+    def _taken(self, count: int) -> int:
+        """Take so many events out of the queue; none once all were counted as lost."""
         with self._changed:
+            if self._is_over:
+                return 0
             for _ in range(count):
                 self._queue.popleft()
+            return count
 
 
 def _event_of(record: AnswerRecord, kind: str, payload: dict[str, Any]) -> Event:

@@ -8,6 +8,7 @@ unit is assigned never depends on which backends are healthy.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,9 @@ from gmpo.serving.quality import QualityScore
 __all__ = ["Lane", "Route", "Shadowing", "Splitting", "VariantRouter"]
 
 _Value = TypeVar("_Value")
+
+_TIMER_SECONDS = 0.005
+"""So much before its time a timer may fire: uvloop's count whole milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +192,7 @@ class VariantRouter:
         return {name: lane.state.phase for name, lane in self._lanes.items()}
 
     async def route(
-        self, request: GenerationRequest, report: AnswerReport
+        self, request: GenerationRequest, report: AnswerReport, *, deadline: float = math.inf
     ) -> AsyncGenerator[Chunk, None]:
         """Ask backends in order until one answers.
 
@@ -201,12 +205,14 @@ class VariantRouter:
         route = self._route_of(request)
         report.experiment, report.assigned_variant = route.experiment, route.variant
         order = [route.backend, *(name for name in self._order if name != route.backend)]
+        # A plain answer of the engine is one chunk: what fails before it is of this version too.
+        report.model_version = self._lanes[route.backend].backend.model_version
         failures: dict[str, BackendError] = {}
         best: _Attempt | None = None
         reason: str | None = None
         for name in order:
             try:
-                found = await self._begun(self._lanes[name], request)
+                found = await self._begun(self._lanes[name], request, deadline)
                 found.reason = reason
                 self._tell(found, report, route)
                 if self._judge.rules.is_buffered or not request.stream:
@@ -214,6 +220,7 @@ class VariantRouter:
             except BackendError as failure:
                 if failure.fault == "bad_request":
                     if best is None and not failures:
+                        report.model_version = None  # it says nothing about the version
                         raise
                     self.counts["refused_later"] += 1
                     continue
@@ -252,7 +259,7 @@ class VariantRouter:
         found = None if self.splitting is None else self.splitting.assign(request)
         return found or Route(backend=self._order[0])
 
-    async def _begun(self, lane: Lane, request: GenerationRequest) -> _Attempt:
+    async def _begun(self, lane: Lane, request: GenerationRequest, deadline: float) -> _Attempt:
         """Ask one backend for its first chunk.
 
         Raises:
@@ -267,7 +274,7 @@ class VariantRouter:
                 retry_after_seconds=lane.retry_after_seconds,
             )
         tally = Tally(request)
-        chunks = _watched(lane, ticket, request, tally)
+        chunks = _watched(lane, ticket, request, tally, deadline=deadline)
         first = await anext(chunks, None)
         assert first is not None, "an answer without a chunk is not whole"
         return _Attempt(lane=lane, first=first, rest=chunks, tally=tally)
@@ -340,7 +347,7 @@ class VariantRouter:
 
 
 async def _watched(
-    lane: Lane, ticket: Ticket, request: GenerationRequest, tally: Tally
+    lane: Lane, ticket: Ticket, request: GenerationRequest, tally: Tally, *, deadline: float
 ) -> AsyncGenerator[Chunk, None]:
     """A backend's chunks, tallied; the breaker learns how they ended."""
     settle = partial(lane.settle, ticket, "failed")
@@ -357,7 +364,15 @@ async def _watched(
     except BackendError as failure:
         settle = partial(lane.settle, ticket, failure.fault)
         raise
-    except (asyncio.CancelledError, GeneratorExit):
+    except asyncio.CancelledError:
+        # Whoever waits for a chunk when the time is over waits for the backend; a client that left
+        # says nothing about it.
+        if asyncio.get_running_loop().time() >= deadline - _TIMER_SECONDS:
+            settle = partial(lane.settle, ticket, "timeout")
+        else:
+            settle = partial(lane.withdraw, ticket)
+        raise
+    except GeneratorExit:
         settle = partial(lane.withdraw, ticket)
         raise
     finally:

@@ -15,6 +15,7 @@ from gmpo.errors import ConfigError, GmpoError, StoreError
 from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import GenerationRequest
+from gmpo.serving.lasting import Outage
 from gmpo.serving.router import Route
 from gmpo.store import Event, Experiment, Store
 
@@ -69,12 +70,17 @@ class TrafficSplit:
         self._ends: float | None = None
         self._is_end_told = False
         self.counts: Counter[str] = Counter()
-        """Requests that got control because the hours were over (`after_experiment`), and those of
-        cycles of continual learning, which are in no arm (`not_split`)."""
+        """Requests that got control because the hours were over (`after_experiment`), those of
+        cycles of continual learning, which are in no arm (`not_split`), and looks at which the
+        experiment could not be read (`experiment_unread`)."""
         self._exposed: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self.num_failures = 0
-        """Looks at which the store could not be read; the next one may."""
+        self._outage = Outage(tell)
         self._take(self._read())
+
+    @property
+    def num_failures(self) -> int:
+        """Looks at which the experiment could not be read; the next one may."""
+        return self._outage.num_failures
 
     @property
     def plan(self) -> ExperimentPlan | None:
@@ -134,11 +140,12 @@ class TrafficSplit:
         """Take over what has changed in the store."""
         try:
             found = await asyncio.to_thread(self._read)
-        except StoreError as error:
-            if not self.num_failures:
-                self._tell(f"experiment {self._name!r} cannot be read, and goes on as is: {error}")
-            self.num_failures += 1
+        except (StoreError, ConfigError) as error:
+            reason = f"experiment {self._name!r} cannot be read, and goes on as is: {error}"
+            self._outage.goes_on(reason)
+            self.counts["experiment_unread"] += 1
             return
+        self._outage.is_over(f"experiment {self._name!r} can be read again")
         if found == self._seen:
             if self._plan is not None and self.is_over:
                 self._tell_end(self._plan)
