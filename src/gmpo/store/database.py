@@ -46,6 +46,7 @@ from gmpo.store.tables import (
     to_event,
     to_model_version,
 )
+from gmpo.store.write_ahead_log import empty_write_ahead_log
 
 __all__ = ["DELETABLE", "EVENT_LOCK", "Store"]
 
@@ -175,8 +176,8 @@ class Store:
     ) -> int:
         """Delete events that hold what people wrote; all others are kept for good.
 
-        A "purge" event says how many went. Being the newest, it keeps their ids from being used
-        again, so that whoever reads by `after_id` misses nothing.
+        A "purge" event says how many went. It has an id after every other, theirs too, so that
+        whoever reads by `after_id` misses nothing. `overwrite_deleted` makes them unreadable.
 
         Args:
             kinds: of "text" and "verdict".
@@ -200,12 +201,30 @@ class Store:
         if dry_run:
             return self.count_events(kinds=kinds, until=until, request_id=request_id)
         with self._writing() as connection:
+            newest = connection.execute(select(func.max(EVENTS.c.id))).scalar() or 0
             deleted = connection.execute(delete(EVENTS).where(*conditions)).rowcount
             if deleted:
                 payload = {"deleted": deleted, "until": until}
                 told = Event(kind="purge", time=time.time(), payload=payload, request_id=request_id)
-                connection.execute(insert(EVENTS), row_of(told))
+                row = row_of(told)
+                if connection.dialect.name == "sqlite":
+                    # It gives the id of a deleted row again where that was the newest.
+                    row["id"] = newest + 1
+                _append(connection, [row])
             return deleted
+
+    def overwrite_deleted(self) -> None:
+        """Leave nothing readable of what was deleted; SQLite's log and file would keep it a while.
+
+        PostgreSQL keeps it until its vacuum, and nothing is done there.
+
+        Raises:
+            StoreLocked: other processes used the file all the while; what was deleted stays so.
+        """
+        self._refuse_misuse()
+        if self._engine.dialect.name == "sqlite":
+            with faults_named(self.where):
+                empty_write_ahead_log(self._engine, self.where)
 
     def put_model_version(self, version: ModelVersion) -> None:
         """Register a version; registering the same again changes nothing.
