@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, Thread
@@ -206,6 +207,36 @@ def test_evidence_counts_no_more_once_another_champion_served_meanwhile(
             NAME, expected=old, expected_revision=1, version=waiting, reason={"why": "late"}
         )
     assert len(registry.history(NAME)) == 3
+
+
+def test_a_pass_promotes_nothing_once_the_gate_answered_otherwise(
+    registry: Registry, store: Store, tmp_path: Path
+):
+    (old,) = serving(registry, tmp_path, 1.0)
+    new = added(registry, tmp_path, 2.0).version
+    passed = decision(old, new)
+    registry.submit(NAME, passed)
+    registry.withdraw(NAME, passed, reason="slow")
+    registry.submit(NAME, replace(passed, outcome="inconclusive"))
+    # Nor does a decision about another time of serving hide what was last said about this one.
+    registry.submit(NAME, decision(old, new, revision=7))
+    with pytest.raises(PromotionRefused, match="answered 'inconclusive' since"):
+        registry.promote(NAME, expected_champion=old, candidate=new, evidence=passed)
+    assert store.champion(NAME).version == old
+    registry.submit(NAME, passed)
+    assert registry.promote(
+        NAME, expected_champion=old, candidate=new, evidence=passed
+    ) == store.champion(NAME)
+
+
+def test_a_candidate_is_known_where_the_clock_was_set_back(
+    registry: Registry, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (old,) = serving(registry, tmp_path, 1.0)
+    new = added(registry, tmp_path, 2.0).version
+    monkeypatch.setattr(time, "time", lambda: store.champion(NAME).since - 3600.0)
+    registry.submit(NAME, decision(old, new))
+    assert [candidate.version for candidate in registry.candidates(NAME)] == [new]
 
 
 def test_evidence_that_does_not_say_when_its_champion_served_is_refused(

@@ -229,14 +229,16 @@ class Registry:
             by: who decided, for the history.
 
         Raises:
-            PromotionRefused: the evidence did not pass, was withdrawn, is about others or older
-                than the champion, or the candidate's files are damaged.
+            PromotionRefused: the evidence did not pass, was withdrawn or decided otherwise since,
+                is about others or older than the champion, or the candidate's files are damaged.
             ChampionMoved: another version serves by now.
             DataError: the candidate is not registered under this name.
         """
         found = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
         told = json.loads(json.dumps(found))  # what is returned is what the store will give
-        newest = self.newest_decision(name, candidate)
+        newest = newest_decision(
+            self._store, name, candidate, revision=told.get("champion_revision")
+        )
         revision = require_evidence(
             told, champion=expected_champion, candidate=candidate, newest=newest
         )
