@@ -28,7 +28,8 @@ from gmpo.errors import (
 )
 from gmpo.store import AlertRow, Event, Experiment, ModelVersion, open_store
 from gmpo.store.cycles import _alone
-from gmpo.store.database import DELETABLE, _append
+from gmpo.store.database import DELETABLE
+from gmpo.store.event_rows import append_events
 from gmpo.store.tables import row_of
 
 
@@ -428,7 +429,7 @@ def test_a_purge_waits_for_whoever_numbers_events(store_url: str):
     with open_store(store_url) as holder, open_store(store_url, timeout_seconds=0.3) as store:
         store.add_events([event(1, kind="text")])
         with holder._writing() as connection:
-            _append(connection, [row_of(event(2))])
+            append_events(connection, [row_of(event(2))])
             with pytest.raises(StoreLocked):
                 store.delete_events(["text"])
         assert store.delete_events(["text"]) == 1

@@ -26,7 +26,8 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
 
 from gmpo.errors import ConfigError, DependencyError, StoreError
-from gmpo.store.database import EVENT_LOCK, Store
+from gmpo.store.database import Store
+from gmpo.store.event_rows import EVENT_LOCK
 from gmpo.store.faults import faults_named
 from gmpo.store.tables import SCHEMA, SCHEMA_VERSION, TABLES
 from gmpo.store.write_ahead_log import use_write_ahead_log
