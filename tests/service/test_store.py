@@ -379,6 +379,9 @@ def test_a_server_that_is_not_there_is_named_without_its_password():
     with pytest.raises(StoreError, match="cannot be reached") as refused:
         open_store("postgresql://me:secret@127.0.0.1:9/none", timeout_seconds=2.0)
     assert "secret" not in str(refused.value)
+    with pytest.raises(StoreError, match=r"password=\*\*\*") as refused:
+        open_store("postgresql://me@127.0.0.1:9/none?password=secret", timeout_seconds=2.0)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_limit_and_kinds_are_checked(path: Path):

@@ -64,7 +64,7 @@ def open_store(url: str, *, read_only: bool = False, timeout_seconds: float = 10
         where = str(target)
         engine = _sqlite_engine(target, read_only=read_only, timeout_seconds=timeout_seconds)
     else:
-        where = target.render_as_string(hide_password=True)
+        where = _without_passwords(target)
         engine = _postgres_engine(target, read_only=read_only, timeout_seconds=timeout_seconds)
     with ExitStack() as on_failure:
         on_failure.callback(engine.dispose)
@@ -100,6 +100,13 @@ def _target(url: str) -> Path | URL:
             f"it must be {allowed}"
         )
     return Path(path)
+
+
+def _without_passwords(url: URL) -> str:
+    """A URL to show; parameters such as `sslpassword` are left out as its password is."""
+    hidden = {name: "***" for name in url.query if "password" in name}
+    shown = url.update_query_dict(hidden).render_as_string(hide_password=True)
+    return shown.replace("%2A%2A%2A", "***")
 
 
 def _sqlite_engine(path: Path, *, read_only: bool, timeout_seconds: float) -> Engine:
