@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from gmpo.gate import decide_gate
 from gmpo.gate.policy import GatePolicy
 from gmpo.gate.records import GateDecision, PairedSuite
 from gmpo.registry import Registry
-from gmpo.store import ModelVersion
+from gmpo.store import Champion, ModelVersion
 
 NAME = "bot"
 
@@ -43,3 +44,22 @@ def decision(
     suite = PairedSuite(suite="sums", champion=right.astype(float), candidate=moved.astype(float))
     decided = decide_gate([suite], policy=GatePolicy(), champion=champion, candidate=candidate)
     return decided.bound_to(revision)
+
+
+def promoted(registry: Registry, old: str, new: str) -> Champion:
+    evidence = decision(old, new, revision=registry.history(NAME)[-1].revision)
+    return registry.promote(NAME, expected_champion=old, candidate=new, evidence=evidence)
+
+
+def serving(registry: Registry, tmp_path: Path, *values: float) -> list[str]:
+    """Versions that became champion one after the other."""
+    versions = [added(registry, tmp_path, value).version for value in values]
+    registry.adopt(NAME, versions[0], reason="the first one")
+    for old, new in pairwise(versions):
+        promoted(registry, old, new)
+    return versions
+
+
+def damage(version: ModelVersion) -> None:
+    file = Path(version.path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")

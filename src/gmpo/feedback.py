@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from gmpo.data_checks.duplicates import text_digest
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, StoreLocked
 from gmpo.grading.answers import extract_answer, marked_answer, parse_number
 from gmpo.recipe import settings_of
 from gmpo.store import Event, Store
@@ -226,9 +226,23 @@ def purge_texts(
 
     Raises:
         ConfigError: nothing says which.
+        StoreLocked: the store stayed in use, so that deleted texts may still lie in its file; the
+            same call again goes on.
     """
     if before is None and unit is None and request_id is None:
         raise ConfigError("nothing says which texts to delete; name an age, a unit or a request")
+    count = _purged(store, before=before, unit=unit, request_id=request_id, dry_run=dry_run)
+    if not dry_run:
+        try:
+            store.overwrite_deleted()
+        except StoreLocked as error:
+            raise StoreLocked(f"{count} recorded texts and verdicts are deleted; {error}") from None
+    return count
+
+
+def _purged(
+    store: Store, *, before: float | None, unit: str | None, request_id: str | None, dry_run: bool
+) -> int:
     if unit is None:
         return store.delete_events(TEXT_KINDS, until=before, request_id=request_id, dry_run=dry_run)
     requests = {

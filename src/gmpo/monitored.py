@@ -62,17 +62,22 @@ class Monitored:
             found.append(unusable_store(self._store.where, fault))
         return found
 
-    def keep(self, told: Sequence[Notification]) -> None:
+    def keep(self, told: Sequence[Notification], *, firing: Sequence[Mapping[str, str]]) -> None:
         """Write what was told into the store, if there is one; it waits where that cannot be.
 
         What the registry wrote there is there already.
+
+        Args:
+            told: at this look.
+            firing: labels, severity included, of every alert that lasts, told now or before.
         """
         if self._book is None:
             return
         told = [one for one in told if one.labels["alertname"] != CHAMPION_DAMAGED]
         try:
             if self._is_first:
-                self._book.end_all_but([one.labels for one in told])
+                # A store that was locked at the first look ends them at a later one.
+                self._book.end_all_but(firing)
                 self._is_first = False
         except StoreError as error:
             self._fault = error

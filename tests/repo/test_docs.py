@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from gmpo.abtest.plan import ExperimentPlan, GuardrailMetric, MeanMetric
 from gmpo.recipe import recipe_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,6 +69,13 @@ def test_every_recipe_key_is_in_the_configuration_page():
     named = backticked((DOCS / "configuration.md").read_text())
     missing = [key for key in recipe_keys() if key not in named]
     assert not missing, f"docs/configuration.md does not name {missing}"
+
+
+def test_every_setting_and_metric_of_an_experiment_is_in_its_page():
+    named = backticked((DOCS / "abtest.md").read_text())
+    metrics = get_args(MeanMetric) + get_args(GuardrailMetric)
+    missing = [name for name in (*ExperimentPlan.model_fields, *metrics) if name not in named]
+    assert not missing, f"docs/abtest.md does not name {missing}"
 
 
 def test_the_configuration_page_names_no_key_that_is_gone():

@@ -66,6 +66,11 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "a model's own code may raise anything as it is loaded; it goes on as an error that says so",
     (
+        "src/gmpo/monitoring/delivery.py",
+        "except Exception",
+    ): "a sink, apprise's services among them, may raise anything; it is counted, said, and the "
+    "thread delivers what comes next",
+    (
         "src/gmpo/cli/conventions.py",
         "**kwargs passed along",
     ): "a decorator typed by ParamSpec drops nothing",

@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "config",
         "recipe",
         "named_functions",
+        "shown_urls",
         "store",
         "flushing",
     ),

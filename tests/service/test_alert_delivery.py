@@ -58,6 +58,7 @@ class Receiver(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.bodies: list[Any] = []
         self.statuses: list[int] = []
+        self.encoding = ""
         self.held = threading.Event()
         self.held.set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -72,9 +73,13 @@ class _Handler(BaseHTTPRequestHandler):
         status = self.server.statuses.pop(0) if self.server.statuses else 200
         if status == 200:
             self.server.bodies.append(body)
+        answer = b"answered " + self.path.encode()
         self.send_response(status)
-        self.send_header("Content-Length", "0")
+        if self.server.encoding:
+            self.send_header("Content-Encoding", self.server.encoding)
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
+        self.wfile.write(answer)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -215,11 +220,52 @@ def test_apprise_delivers_a_sentence_or_says_that_it_could_not(receiver: Receive
         apprise_sink([])
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:9093", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:9093", "ftp://host/secret", "http://", "http://a:secret/@host"]
+)
 def test_addresses_that_are_none_are_refused(url: str):
     for sink in (alertmanager_sink, webhook_sink):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError) as refused:
             sink(url)
+        assert "secret" not in str(refused.value)
+
+
+def test_a_receivers_path_and_password_are_not_repeated(receiver: Receiver):
+    receiver.statuses = [400]
+    host = receiver.url.removeprefix("http://")
+    for url, said in (
+        (f"http://ann:secret@{host}/services/secret", f"{receiver.url} answered 400"),
+        ("http://ann:secret@127.0.0.1:1/services/secret?key=secret", "127.0.0.1:1 was not reached"),
+    ):
+        with pytest.raises(DeliveryError, match=said) as refused:
+            webhook_sink(url)([notification()])
+        assert "secret" not in str(refused.value)
+
+
+def test_an_answer_that_cannot_be_decoded_may_pass(receiver: Receiver):
+    receiver.encoding = "gzip"
+    with pytest.raises(DeliveryError, match="was not read") as failed:
+        webhook_sink(receiver.url)([notification()])
+    assert failed.value.may_pass
+
+
+def test_a_sink_that_raises_what_it_should_not_loses_one_message_and_no_more():
+    taken: list[str] = []
+    told: list[str] = []
+
+    def sink(news: Any) -> None:
+        if news[0].labels["alertname"] == "First":
+            raise KeyError("http://host/secret")
+        taken.append(news[0].labels["alertname"])
+
+    delivery = Delivery({"odd": sink}, tell=told.append)
+    delivery.send([notification(name="First"), notification(name="Second")])
+    delivery.close()
+    assert taken == ["Second"]
+    assert delivery.counts()["odd"] == {"dropped_broken": 1, "sent": 1, "dropped_closed": 0}
+    assert told == [f"a message for odd is dropped: {delivery.last_errors()['odd']}"]
+    assert "its sink failed with KeyError" in told[0]
+    assert "secret" not in told[0]
 
 
 def test_a_delivery_without_receivers_or_places_is_refused():

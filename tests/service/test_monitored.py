@@ -13,7 +13,15 @@ from tests.commands import gmpo, jsonl, refusal
 from tests.registries import decision, model_folder
 
 from gmpo.monitored import Monitored
-from gmpo.monitoring.alerts import Alert, AlertTimes, Condition, Notification, Now, advance
+from gmpo.monitoring.alerts import (
+    Alert,
+    AlertTimes,
+    Condition,
+    Notification,
+    Now,
+    advance,
+    firing_labels,
+)
 from gmpo.registry import Registry
 from gmpo.store import Event, Store, open_store
 
@@ -56,7 +64,7 @@ class Monitor:
     def look(self, now: float) -> list[Notification]:
         at = Now(monotonic=now, unix=now)
         self.alerts, told = advance(self.alerts, self.seen.look(now), now=at, times=TIMES)
-        self.seen.keep(told)
+        self.seen.keep(told, firing=firing_labels(self.alerts))
         return told
 
 
@@ -107,14 +115,14 @@ def test_a_monitor_that_starts_ends_what_another_left_firing_and_no_more(store: 
     Monitor(Monitored([], store)).look(110.0)
     other = {"alertname": "GmpoRewardDrop", "run": "/another/run", "severity": "critical"}
     monitor = Monitor(Monitored([], store))
-    monitor.seen.keep([])
+    monitor.seen.keep([], firing=[])
     assert [row.status for row in store.alerts()] == ["resolved"]
     Monitor(Monitored([], store)).look(110.0)
     assert [row.status for row in store.alerts()] == ["firing"]
     kept = Notification(
         status="firing", labels=other, annotations={}, starts_at=0.0, ends_at=None, valid_until=9e9
     )
-    monitor.seen.keep([kept])
+    monitor.seen.keep([kept], firing=[other])
     Monitor(Monitored([], store)).look(1000.0)
     left = {row.payload["labels"]["alertname"]: row.status for row in store.alerts()}
     assert left == {"GmpoRewardDrop": "firing", "GmpoServingAnomaly": "resolved"}
@@ -137,6 +145,24 @@ def test_a_locked_store_loses_no_change(store: Store, tmp_path: Path):
     assert monitor.seen.num_unwritten == 0
     assert [row.status for row in store.alerts()] == ["firing"]
     assert labelled(monitor.seen.look(121.0)) == [("GmpoServingAnomaly", "critical")]
+
+
+def test_what_lasts_fires_on_where_the_store_was_locked_at_the_first_look(
+    store: Store, tmp_path: Path
+):
+    store.add_events([anomaly("critical", 100.0), anomaly("warning", 100.0, variant="other")])
+    Monitor(Monitored([], store)).look(110.0)
+    store.add_events([anomaly("ok", 115.0, variant="other")])
+    monitor = Monitor(Monitored([], store))
+    with sqlite3.connect(tmp_path / "store.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monitor.look(120.0)
+        other.execute("ROLLBACK")
+    other.close()
+    monitor.look(130.0)
+    left = {row.payload["labels"].get("variant"): row.status for row in store.alerts()}
+    # None is the store's own, which was unusable at the first look.
+    assert left == {"control": "firing", "other": "resolved", None: "firing"}
 
 
 def test_a_runs_level_is_an_event_when_it_changes(store: Store, tmp_path: Path):

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
-from tests.forks import FORKS
-from tests.registries import NAME, added, decision, model_folder
+from tests.registries import NAME, added, damage, decision, model_folder, promoted, serving
 
 from gmpo.errors import (
     ChampionMoved,
     DataError,
     ModelError,
     PromotionRefused,
-    RunFolderError,
-    StoreLocked,
 )
 from gmpo.registry import Registry, serving_line
-from gmpo.registry.files import FolderLock, copied_model
-from gmpo.store import Champion, Event, Experiment, ModelVersion, Store, open_store
-
-
-def promoted(registry: Registry, old: str, new: str) -> Champion:
-    evidence = decision(old, new, revision=registry.history(NAME)[-1].revision)
-    return registry.promote(NAME, expected_champion=old, candidate=new, evidence=evidence)
-
-
-def serving(registry: Registry, tmp_path: Path, *values: float) -> list[str]:
-    """Versions that became champion one after the other."""
-    versions = [added(registry, tmp_path, value).version for value in values]
-    registry.adopt(NAME, versions[0], reason="the first one")
-    for old, new in pairwise(versions):
-        promoted(registry, old, new)
-    return versions
-
-
-def damage(version: ModelVersion) -> None:
-    file = Path(version.path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+from gmpo.registry.files import copied_model
+from gmpo.store import Champion, Event, ModelVersion, Store, open_store
 
 
 def test_a_version_is_a_copy_under_its_digest(registry: Registry, store: Store, tmp_path: Path):
@@ -208,6 +184,36 @@ def test_evidence_counts_no_more_once_another_champion_served_meanwhile(
     assert len(registry.history(NAME)) == 3
 
 
+def test_a_pass_promotes_nothing_once_the_gate_answered_otherwise(
+    registry: Registry, store: Store, tmp_path: Path
+):
+    (old,) = serving(registry, tmp_path, 1.0)
+    new = added(registry, tmp_path, 2.0).version
+    passed = decision(old, new)
+    registry.submit(NAME, passed)
+    registry.withdraw(NAME, passed, reason="slow")
+    registry.submit(NAME, replace(passed, outcome="inconclusive"))
+    # Nor does a decision about another time of serving hide what was last said about this one.
+    registry.submit(NAME, decision(old, new, revision=7))
+    with pytest.raises(PromotionRefused, match="answered 'inconclusive' since"):
+        registry.promote(NAME, expected_champion=old, candidate=new, evidence=passed)
+    assert store.champion(NAME).version == old
+    registry.submit(NAME, passed)
+    assert registry.promote(
+        NAME, expected_champion=old, candidate=new, evidence=passed
+    ) == store.champion(NAME)
+
+
+def test_a_candidate_is_known_where_the_clock_was_set_back(
+    registry: Registry, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (old,) = serving(registry, tmp_path, 1.0)
+    new = added(registry, tmp_path, 2.0).version
+    monkeypatch.setattr(time, "time", lambda: store.champion(NAME).since - 3600.0)
+    registry.submit(NAME, decision(old, new))
+    assert [candidate.version for candidate in registry.candidates(NAME)] == [new]
+
+
 def test_evidence_that_does_not_say_when_its_champion_served_is_refused(
     registry: Registry, store: Store, tmp_path: Path
 ):
@@ -339,121 +345,6 @@ def test_a_version_registered_elsewhere_is_checked_by_its_weights(
     assert registry.verify(digest).changed == ("its weights",)
 
 
-def test_garbage_spares_what_serves_could_serve_or_is_tried(
-    registry: Registry, store: Store, tmp_path: Path
-):
-    first, second, third = serving(registry, tmp_path, 1.0, 2.0, 3.0)
-    tried, learned, waiting, loose, new = (
-        added(registry, tmp_path, value).version for value in (4.0, 5.0, 6.0, 7.0, 8.0)
-    )
-    experiment = Experiment(
-        name="ab",
-        created=0.0,
-        status="running",
-        config={"models": {"control": third, "candidate": store.model_version(tried).path}},
-    )
-    store.put_experiment(experiment, expected=None)
-    store.begin_cycle(NAME, state="gate", payload={"reports": {"update": {"new": learned}}})
-    registry.submit(NAME, decision(third, waiting, revision=3))
-    foreign = registry.add(model_folder(tmp_path / "other", 9.0), name="other").version
-
-    planned = registry.collect_garbage(NAME, keep=1, dry_run=True)
-    assert set(planned.removed) == {first, loose} and planned.num_bytes > 0
-    assert all(registry.verify(version).is_whole for version in planned.removed)
-    assert planned.kept == {
-        third: "champion",
-        second: "predecessor",
-        waiting: "candidate",
-        tried: "in a running experiment or cycle",
-        learned: "in a running experiment or cycle",
-        new: "one of the newest 1",
-    }
-    done = registry.collect_garbage(NAME, keep=1)
-    assert done.removed == planned.removed
-    assert not registry.verify(loose).is_whole
-    assert all(registry.verify(version).is_whole for version in (*planned.kept, foreign))
-    assert store.count_events(kinds=["removed"]) == 2
-    assert registry.collect_garbage(NAME, keep=1).removed == ()
-    # What was cleared away can be added again.
-    assert added(registry, tmp_path, 7.0).version == loose
-    assert registry.verify(loose).is_whole
-
-
-def test_after_a_rollback_the_version_taken_back_may_go_and_its_predecessors_may_not(
-    registry: Registry, tmp_path: Path
-):
-    first, second, third = serving(registry, tmp_path, 1.0, 2.0, 3.0)
-    registry.rollback(NAME, expected_champion=third, reason="worse")
-    assert registry.collect_garbage(NAME, keep=0).removed == (third,)
-    assert registry.verify(first).is_whole and registry.verify(second).is_whole
-
-
-def test_leftovers_go_once_they_are_old(registry: Registry, tmp_path: Path):
-    added(registry, tmp_path, 1.0)
-    orphan = model_folder(tmp_path / "models" / "0123456789abcdef", 2.0)
-    killed = model_folder(tmp_path / "models" / ".partial-1-x", 3.0)
-    assert registry.collect_garbage(NAME).leftovers == ()
-    hours_ago = time.time() - 7200
-    for folder in (orphan, killed):
-        for path in (folder, *folder.iterdir()):
-            os.utime(path, (hours_ago, hours_ago))
-    assert set(registry.collect_garbage(NAME).leftovers) == {orphan.name, killed.name}
-    assert not orphan.exists() and not killed.exists()
-
-
-def test_versions_are_not_cleared_away_while_they_are_used(tmp_path: Path):
-    folder = tmp_path / "models"
-    with (
-        FolderLock(folder).shared(),
-        FolderLock(folder, patience_seconds=0.1).shared(),
-        pytest.raises(StoreLocked, match="in use"),
-        FolderLock(folder, patience_seconds=0.1).alone(),
-    ):
-        pass
-    with FolderLock(folder, patience_seconds=0.1).alone():
-        pass
-
-
-def _add_and_die(url: str, folder: Path, source: Path, moment: str) -> None:
-    """A process that is killed in the midst of registering a version."""
-
-    def die(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with open_store(url) as store:
-        registry = Registry(store, folder)
-        if moment == "before the row":
-            store.put_model_version = die  # type: ignore[method-assign]
-        else:
-            registry._keep = die  # type: ignore[method-assign]
-        registry.add(source, name=NAME)
-
-
-@pytest.mark.parametrize("moment", ["before the name", "before the row"])
-def test_a_process_killed_while_it_registers_leaves_no_version(
-    moment: str, store_url: str, tmp_path: Path
-):
-    source = model_folder(tmp_path / "run", 1.0)
-    process = FORKS.Process(
-        target=_add_and_die, args=(store_url, tmp_path / "models", source, moment)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    with open_store(store_url) as store:
-        assert store.model_versions() == []
-        registry = Registry(store, tmp_path / "models")
-        version = registry.add(source, name=NAME)
-        assert registry.verify(version.version).is_whole
-        assert store.model_versions() == [version]
-
-
-def test_a_folder_that_cannot_be_written_is_named(store: Store, tmp_path: Path):
-    (tmp_path / "models").write_text("a file")
-    with pytest.raises(RunFolderError, match="cannot be written"):
-        added(Registry(store, tmp_path / "models"), tmp_path, 1.0)
-
-
 def test_mirrors_are_told_after_each_change(store: Store, tmp_path: Path):
     told: list[str | None] = []
 
@@ -466,6 +357,30 @@ def test_mirrors_are_told_after_each_change(store: Store, tmp_path: Path):
     taken = registry.rollback(NAME, expected_champion=new, reason={"why": "slow", "cycle": 3})
     assert taken.reason == {"kind": "rollback", "why": "slow", "cycle": 3, "damaged": []}
     assert told == [None, None, old, new, old]
+
+
+def test_a_change_of_the_champion_and_its_event_are_one(
+    registry: Registry, store: Store, tmp_path: Path
+):
+    old, new = serving(registry, tmp_path, 1.0, 2.0)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # Nothing that comes after the pointer has moved is needed for the event.
+    store.add_events = store.alerts = killed  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt):
+        registry.rollback(NAME, expected_champion=new, reason="slow")
+    told = store.events(kinds=["promotion", "rollback"])
+    assert [(one.kind, one.model_version, one.payload["revision"]) for one in told] == [
+        ("promotion", old, 1),
+        ("promotion", new, 2),
+        ("rollback", old, 3),
+    ]
+    assert told[-1].payload["reason"] == registry.history(NAME)[-1].reason
+    with pytest.raises(ChampionMoved):
+        store.set_champion(NAME, expected=new, version=old, reason={}, event_kind="rollback")
+    assert store.count_events(kinds=["rollback"]) == 1
 
 
 def test_other_gate_events_are_no_evidence(registry: Registry, store: Store, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -26,6 +27,10 @@ from gmpo.errors import (
     StoreLocked,
 )
 from gmpo.store import AlertRow, Event, Experiment, ModelVersion, open_store
+from gmpo.store.cycles import _alone
+from gmpo.store.database import DELETABLE
+from gmpo.store.event_rows import append_events
+from gmpo.store.tables import row_of
 
 
 def event(number: int, kind: str = "answer", **fields) -> Event:
@@ -374,6 +379,9 @@ def test_a_server_that_is_not_there_is_named_without_its_password():
     with pytest.raises(StoreError, match="cannot be reached") as refused:
         open_store("postgresql://me:secret@127.0.0.1:9/none", timeout_seconds=2.0)
     assert "secret" not in str(refused.value)
+    with pytest.raises(StoreError, match=r"password=\*\*\*") as refused:
+        open_store("postgresql://me@127.0.0.1:9/none?password=secret", timeout_seconds=2.0)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_limit_and_kinds_are_checked(path: Path):
@@ -408,3 +416,69 @@ def test_texts_can_be_deleted_and_nothing_else_can(store_url: str):
         # Whoever had read all of them before the newest went still misses nothing.
         store.add_events([event(6)])
         assert numbers(store.events(after_id=newest, kinds=["answer"])) == [6]
+
+
+def test_a_purge_of_the_newest_events_hides_nothing_from_who_had_read_them(store_url: str):
+    with open_store(store_url) as store:
+        of_one = [event(number, kind, request_id="a") for number, kind in enumerate(DELETABLE)]
+        store.add_events([event(9), *of_one])
+        newest = store.events()[-1].id
+        assert store.delete_events(DELETABLE, request_id="a") == 2
+        store.add_events([event(10)])
+        assert [one.kind for one in store.events(after_id=newest)] == ["purge", "answer"]
+
+
+def test_a_purge_waits_for_whoever_numbers_events(store_url: str):
+    with open_store(store_url) as holder, open_store(store_url, timeout_seconds=0.3) as store:
+        store.add_events([event(1, kind="text")])
+        with holder._writing() as connection:
+            append_events(connection, [row_of(event(2))])
+            with pytest.raises(StoreLocked):
+                store.delete_events(["text"])
+        assert store.delete_events(["text"]) == 1
+        assert [one.kind for one in store.events()] == ["answer", "purge"]
+
+
+# Only PostgreSQL
+
+
+def test_a_server_that_went_away_is_noticed_by_both_ends(postgres_url: str):
+    limits = "SELECT name, setting FROM pg_settings WHERE name = ANY(%s)"
+    names = ["statement_timeout", "idle_in_transaction_session_timeout", "tcp_user_timeout"]
+    with open_store(postgres_url, timeout_seconds=6.0) as store, store._reading() as connection:
+        found = connection.exec_driver_sql(limits, (names,)).all()
+        assert {name: int(value) for name, value in found} == dict(
+            zip(names, (600_000, 600_000, 6000), strict=True)
+        )
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        with socket.socket(fileno=os.dup(driver.fileno())) as wire:
+            assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 6000
+            assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 2
+
+
+def test_limits_that_the_url_sets_stay(postgres_url: str):
+    url = f"{postgres_url}?tcp_user_timeout=9000&options=-cstatement_timeout%3D50"
+    with open_store(url) as store:
+        with store._reading() as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            with socket.socket(fileno=os.dup(driver.fileno())) as wire:
+                assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 9000
+        with (
+            pytest.raises(StoreError, match=r"ended a statement \(.*statement timeout"),
+            store._reading() as connection,
+        ):
+            connection.exec_driver_sql("SELECT pg_sleep(5)")
+
+
+def test_a_lease_is_not_given_back_while_another_takes_it(postgres_url: str):
+    with open_store(postgres_url) as holder, open_store(postgres_url, timeout_seconds=0.3) as store:
+        lease = store.take_lease("cycle", holder="a", seconds=60.0)
+        with holder._writing() as connection:
+            _alone(connection)  # as whoever takes one does before it looks whether it is there
+            with pytest.raises(StoreLocked):
+                store.drop_lease(lease)
+        store.drop_lease(lease)
+        assert store.lease("cycle") is None

@@ -176,6 +176,30 @@ def test_wrong_shares_block_every_decision():
     assert "Decide nothing" in found.recommendation
 
 
+@pytest.mark.parametrize(("num_later", "is_blocked"), [(0, False), (1, False), (3, True)])
+def test_an_arm_whose_model_changed_blocks_every_decision(num_later: int, is_blocked: bool):
+    exposures, outcomes = traffic((0.3, 0.7))  # 200 units an arm
+    answered = [
+        replace(one, served_variant=exposure.variant, model_version=f"{exposure.variant}-1")
+        for exposure, one in zip(exposures, outcomes, strict=True)
+    ]
+    for place in range(1, 2 * num_later, 2):
+        answered[place] = replace(answered[place], model_version="candidate-2")
+    # The other arm's model after a fallback, and what nobody answered, are no change of this one.
+    answered[-1] = replace(answered[-1], served_variant="control", model_version="control-1")
+    answered[-3] = replace(answered[-3], latency_seconds=None, model_version="unknown")
+    found = analyse(experiment(), exposures, answered)
+    assert found.versions["control"] == {"control-1": 200}
+    assert sum(found.versions["candidate"].values()) == 198
+    told = [one for one in found.warnings if "candidate was answered by 2 model versions" in one]
+    assert len(told) == (1 if num_later else 0)
+    assert (found.decision.rule == "versions_changed") == is_blocked
+    assert found.decision.action == ("blocked" if is_blocked else "promote")
+    assert ("an arm's model changed meanwhile" in found.recommendation) == is_blocked
+    before = analyse(experiment(), exposures, answered, now=0.6)
+    assert before.versions == {"control": {"control-1": 1}, "candidate": {}}
+
+
 def test_the_unit_counts_where_it_was_assigned_whoever_served_it():
     exposures, outcomes = traffic((0.5, 0.5))
     # Later exposures to the other arm, and outcomes of strangers, change nothing but the counts.
@@ -268,6 +292,7 @@ def test_the_hours_counted_begin_with_the_present_shares_and_end_with_the_experi
     ("evidence", "action"),
     [
         ({"ratio_alarm": True, "primary": "better"}, "blocked"),
+        ({"versions_alarm": True, "guardrails": {"latency": "harmed"}}, "blocked"),
         ({"primary": "better", "guardrails": {"latency": "harmed"}}, "roll_back"),
         ({"primary": "worse", "guardrails": {"latency": "safe"}}, "roll_back"),
         ({"primary": "better", "guardrails": {"latency": "unclear"}}, "promote"),
@@ -276,7 +301,15 @@ def test_the_hours_counted_begin_with_the_present_shares_and_end_with_the_experi
     ],
 )
 def test_the_table_of_decisions(evidence, action):
-    settings = {"ratio_alarm": False, "guardrails": {}, "num_units": 10, "hours": 1.0, **evidence}
+    settings = {
+        "ratio_alarm": False,
+        "versions_alarm": False,
+        "primary": "unclear",
+        "guardrails": {},
+        "num_units": 10,
+        "hours": 1.0,
+        **evidence,
+    }
     assert decide(Evidence(**settings), plan=plan_of(CONFIG)).action == action
 
 

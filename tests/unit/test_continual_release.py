@@ -232,6 +232,16 @@ def test_a_champion_that_moved_meanwhile_stays(make_place, tmp_path: Path):
     assert place.champions() == [place.champion, other]
 
 
+def test_a_candidate_that_failed_since_its_cycle_was_gated_is_not_promoted(make_place):
+    place = make_place(0.5)
+    known = place.gated()
+    place.registry.submit(NAME, decision(place.champion, place.candidate, gain=-0.2))
+    report = promote_step(known, place.store, place.registry)
+    assert (report.passed, report.reason) == (False, "Promotion refused")
+    assert "was answered 'fail' since" in report.sentence
+    assert place.champions() == [place.champion]
+
+
 def test_a_candidate_whose_files_are_damaged_is_not_promoted(make_place):
     place = make_place(0.5)
     known = place.gated()

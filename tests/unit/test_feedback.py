@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 from tests.commands import gmpo, refusal
 
 from gmpo.data_checks.quality import validate_batch
-from gmpo.errors import ConfigError
+from gmpo.errors import ConfigError, StoreLocked
 from gmpo.feedback import (
     FeedbackPolicy,
     policy_of,
@@ -23,6 +24,7 @@ from gmpo.feedback import (
     verdict_event,
 )
 from gmpo.store import Event, Experiment, Store, open_store
+from gmpo.store.tables import EVENTS
 
 DAY = 86_400.0
 NOW = 100 * DAY
@@ -291,6 +293,25 @@ def test_what_was_purged_is_not_in_the_file_any_more(tmp_path: Path):
     with open_store(str(path)) as store:
         assert purge_texts(store, before=NOW) == 50
     assert b"very secret" not in path.read_bytes()
+
+
+def test_what_was_purged_is_not_in_the_file_nor_its_log_while_a_gateway_has_them_open(
+    tmp_path: Path, store: Store
+):
+    path = tmp_path / "store.db"
+    store.add_events([served(f"r{n}", f"very secret {n}", "1") for n in range(50)])
+
+    def still_there() -> list[str]:
+        return [one.name for one in tmp_path.iterdir() if b"very secret" in one.read_bytes()]
+
+    assert still_there()
+    with open_store(str(path), timeout_seconds=0.2) as purging:
+        with store._reading() as connection:
+            connection.execute(select(EVENTS.c.id)).fetchone()
+            with pytest.raises(StoreLocked, match=r"50 .* are deleted; .* delete again"):
+                purge_texts(purging, before=NOW)
+        assert purge_texts(purging, before=NOW) == 0
+        assert still_there() == []
 
 
 def test_rows_are_collected_checked_and_purged_from_the_command_line(tmp_path: Path):

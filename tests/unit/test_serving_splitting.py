@@ -232,7 +232,13 @@ def record(status: int, *, experiment: str | None = "e", **report: Any) -> Answe
         request=GenerationRequest(
             id="r", route="chat", model="m", prompt="a", unit="u", session="s"
         ),
-        report=AnswerReport(experiment=experiment, assigned_variant="candidate", **report),
+        report=AnswerReport(
+            experiment=experiment,
+            assigned_variant="candidate",
+            served_variant="candidate",
+            model_version="v2",
+            **report,
+        ),
         time=100.0,
         status=status,
         finish_reason=None,
@@ -272,6 +278,7 @@ def test_an_answers_outcome_is_that_of_the_assigned_variant(
     (read,) = read_records([event]).outcomes
     assert (read.success, read.quality, read.session) == (success, answer.report.quality, "s")
     assert read.judged_by == judged_by
+    assert (read.served_variant, read.model_version) == ("candidate", "v2")
 
 
 def test_outside_of_an_experiment_there_is_no_outcome():

@@ -13,12 +13,20 @@ from gmpo.abtest.plan import ExperimentPlan, plan_of
 from gmpo.abtest.ratio import check_ratio
 from gmpo.abtest.records import Exposure, Outcome, Records, ShadowPair
 from gmpo.abtest.report import ExperimentReport, MetricResult, PathPoint
-from gmpo.abtest.traffic import Traffic, collect, judgements, look_at
-from gmpo.abtest.wording import recommendation, warnings_about, warnings_of_presumed
+from gmpo.abtest.traffic import Traffic, answering_versions, collect, judgements, look_at
+from gmpo.abtest.wording import (
+    recommendation,
+    warnings_about,
+    warnings_of_presumed,
+    warnings_of_versions,
+)
 
 __all__ = ["Registered", "analyse", "analyse_records"]
 
 _PATH_POINTS = 60
+_OTHER_VERSIONS = 0.01
+"""Share of an arm's answers above which another version's block a decision; as many move a success
+rate by at most a point."""
 
 
 class Registered(Protocol):
@@ -91,8 +99,10 @@ def analyse(
     primary = primary_result(look, plan)
     guardrails = tuple(guardrail_result(look, plan, one) for one in plan.guardrails)
     hours = _hours_of_traffic(experiment, plan, now)
+    versions = answering_versions(traffic, time=now)
     evidence = Evidence(
         ratio_alarm=ratio.alarm,
+        versions_alarm=any(_is_mixed(counts) for counts in versions.values()),
         primary=_primary_state(primary),
         guardrails={result.metric: _guardrail_state(result) for result in guardrails},
         num_units=len(look.arms),
@@ -114,16 +124,23 @@ def analyse(
         shadow=shadow_results(list(shadow_pairs), plan),
         path=_path(traffic, plan, now=now),
         judgements=judged,
+        versions=versions,
         counts={name: count for name, count in found.items() if count},
         warnings=(
             *warnings_about([*results.values()], found, _hours_counted(experiment, plan, hours)),
             *warnings_of_presumed(results, judged),
+            *warnings_of_versions(versions),
         ),
         decision=decision,
         recommendation=recommendation(
             decision, results, ratio, plan, is_stopped=experiment.status == "stopped"
         ),
     )
+
+
+def _is_mixed(versions: Mapping[str, int]) -> bool:
+    total = sum(versions.values())
+    return total - max(versions.values(), default=0) > _OTHER_VERSIONS * total
 
 
 def _hours_of_traffic(experiment: Registered, plan: ExperimentPlan, now: float) -> float:

@@ -21,6 +21,7 @@ class Evidence:
 
     Attributes:
         ratio_alarm: whether the arms' shares are not those that were asked for.
+        versions_alarm: whether one of the arms was answered by more than one model.
         primary: better or worse where the sequence excludes no difference.
         guardrails: by metric: harmed where the sequence lies beyond the margin, safe where within.
         num_units: exposed units of both arms.
@@ -28,6 +29,7 @@ class Evidence:
     """
 
     ratio_alarm: bool
+    versions_alarm: bool
     primary: PrimaryState
     guardrails: Mapping[str, GuardrailState]
     num_units: int
@@ -41,8 +43,8 @@ class Decision:
     Attributes:
         action: promote the candidate, roll_back to control, keep_running, stop_for_futility, or
             blocked: no decision is to be taken from this data.
-        rule: name of the row of the table: ratio_mismatch, guardrail_harmed, primary_worse,
-            primary_better, all_units_seen, time_is_up, guardrails_open or undecided.
+        rule: name of the row of the table: ratio_mismatch, versions_changed, guardrail_harmed,
+            primary_worse, primary_better, all_units_seen, time_is_up, guardrails_open or undecided.
         because: the guardrails that the rule speaks of; empty for the other rules.
     """
 
@@ -55,15 +57,18 @@ def decide(evidence: Evidence, *, plan: ExperimentPlan) -> Decision:
     """The first row that applies.
 
     1. The shares are wrong: blocked, because whatever moved units may have chosen which.
-    2. A guardrail is harmed beyond its margin: roll back.
-    3. The primary metric is worse: roll back.
-    4. It is better, and no guardrail is in the way: promote. With `guardrails_proven` each has to
+    2. An arm's model changed: blocked, because what was seen is about neither of the two.
+    3. A guardrail is harmed beyond its margin: roll back.
+    4. The primary metric is worse: roll back.
+    5. It is better, and no guardrail is in the way: promote. With `guardrails_proven` each has to
        be shown safe.
-    5. All units were seen, or the time is up: stop for futility.
-    6. Otherwise keep running.
+    6. All units were seen, or the time is up: stop for futility.
+    7. Otherwise keep running.
     """
     if evidence.ratio_alarm:
         return Decision(action="blocked", rule="ratio_mismatch")
+    if evidence.versions_alarm:
+        return Decision(action="blocked", rule="versions_changed")
     harmed = tuple(name for name, state in evidence.guardrails.items() if state == "harmed")
     if harmed:
         return Decision(action="roll_back", rule="guardrail_harmed", because=harmed)

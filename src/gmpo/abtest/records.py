@@ -52,6 +52,10 @@ class Recorded(Protocol):
     def request_id(self) -> str | None:
         """The request concerned."""
 
+    @property
+    def model_version(self) -> str | None:
+        """Of the weights that answered."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exposure:
@@ -85,6 +89,9 @@ class Outcome:
         session: the conversation that it belongs to; None if unknown.
         request_id: None if unknown.
         judged_by: one of `JUDGES`, from which `success` comes; None if it is not on record.
+        served_variant: whose answer it was; another one than the unit's after a fallback. None if
+            it is not on record.
+        model_version: of the weights that answered; None if unknown.
     """
 
     time: float
@@ -95,6 +102,8 @@ class Outcome:
     session: str | None = None
     request_id: str | None = None
     judged_by: str | None = None
+    served_variant: str | None = None
+    model_version: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +206,7 @@ def _exposure(event: Recorded) -> Exposure:
 def _outcome(event: Recorded) -> Outcome:
     success = _number(event, "success", high=1.0)
     judged_by = event.payload.get("judged_by")
+    served = event.payload.get("served_variant")
     if success not in (None, 0, 1) or judged_by not in (None, *JUDGES):
         raise _MalformedEvent
     return replace(
@@ -204,6 +214,8 @@ def _outcome(event: Recorded) -> Outcome:
         unit=_unit(event),
         success=None if success is None else int(success),
         judged_by=None if success is None else judged_by,
+        served_variant=None if served is None else str(served),
+        model_version=event.model_version,
     )
 
 
@@ -263,6 +275,8 @@ def _updated(before: Outcome, after: Outcome) -> Outcome:
             before.latency_seconds if after.latency_seconds is None else after.latency_seconds
         ),
         session=before.session or after.session,
+        served_variant=before.served_variant or after.served_variant,
+        model_version=before.model_version or after.model_version,
     )
 
 

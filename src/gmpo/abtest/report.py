@@ -103,6 +103,8 @@ class ExperimentReport:
         path: the primary sequence over time, oldest first; empty during the burn-in.
         judgements: of each arm, how many requests' success comes from what: a name of `JUDGES`,
             or "unknown"; zeros are left out.
+        versions: of each arm, how many requests each model version of its own answered, the most
+            frequent one first.
         counts: of what was left out, merged or filled in, by name; zeros are left out.
         warnings: sentences about data that may mislead.
         decision: what the table of `decide` says.
@@ -120,6 +122,7 @@ class ExperimentReport:
     shadow: tuple[MetricResult, ...]
     path: tuple[PathPoint, ...]
     judgements: dict[str, dict[str, int]]
+    versions: dict[str, dict[str, int]]
     counts: dict[str, int]
     warnings: tuple[str, ...]
     decision: Decision

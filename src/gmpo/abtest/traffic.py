@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from gmpo.abtest.plan import ARMS, ExperimentPlan
 from gmpo.abtest.records import JUDGES, Exposure, Outcome
 
-__all__ = ["Look", "Traffic", "collect", "judgements", "look_at"]
+__all__ = ["Look", "Traffic", "answering_versions", "collect", "judgements", "look_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Traffic:
         values: of each request, by metric; see `Look`.
         judges: of each request, the place in `JUDGES` of what its success comes from; -1 where
             that is not known.
+        versions: of each request, the model version of its unit's own variant that answered it
+            whole; empty where another variant did, nobody, or it is not known.
         counts: what was left out or stands out, by name.
     """
 
@@ -64,6 +66,7 @@ class Traffic:
     times: Float[np.ndarray, " requests"]
     values: dict[str, Float[np.ndarray, " requests"]]
     judges: Int[np.ndarray, " requests"]
+    versions: list[str]
     counts: dict[str, int]
 
 
@@ -102,6 +105,7 @@ def collect(
             "latency": _floats([_log_latency(one) for one in known]),
         },
         judges=np.array([_judge(one) for one in known], dtype=int),
+        versions=[_version(one, ARMS[arms[place[one.unit]]]) for one in known],
         counts=dict(counts),
     )
 
@@ -147,6 +151,18 @@ def judgements(traffic: Traffic, *, time: float) -> dict[str, dict[str, int]]:
         counts = Counter(names[judge] for judge in of_arm)
         found[arm] = {name: counts[name] for name in names if counts[name]}
     return found
+
+
+def answering_versions(traffic: Traffic, *, time: float) -> dict[str, dict[str, int]]:
+    """Of each arm, how many requests each model version answered, the most frequent one first.
+
+    Requests that another variant answered are left out: they say nothing of the arm's own model.
+    """
+    found: dict[str, Counter[str]] = {arm: Counter() for arm in ARMS}
+    for unit, at, version in zip(traffic.units, traffic.times, traffic.versions, strict=True):
+        if version and at <= time:
+            found[ARMS[traffic.arms[unit]]][version] += 1
+    return {arm: dict(counts.most_common()) for arm, counts in found.items()}
 
 
 def _first_exposures(
@@ -200,6 +216,11 @@ def _log_latency(outcome: Outcome) -> float | None:
 
 def _judge(outcome: Outcome) -> int:
     return -1 if outcome.judged_by is None else JUDGES.index(outcome.judged_by)
+
+
+def _version(outcome: Outcome, arm: str) -> str:
+    is_own = outcome.served_variant == arm and outcome.latency_seconds is not None
+    return (outcome.model_version or "") if is_own else ""
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:

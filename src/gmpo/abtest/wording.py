@@ -20,6 +20,7 @@ __all__ = [
     "value_words",
     "warnings_about",
     "warnings_of_presumed",
+    "warnings_of_versions",
 ]
 
 NAMES = {
@@ -61,7 +62,7 @@ def recommendation(
     models = plan.models
     candidate = f"the candidate ({models['candidate']})"
     if decision.action == "blocked":
-        return f"Decide nothing from this data: {_shares(ratio)}. Find what loses or moves units."
+        return f"Decide nothing from this data: {_why_blocked(decision, ratio)}."
     if decision.rule == "guardrail_harmed":
         harmed = "; ".join(_guardrail(results[name]) for name in decision.because)
         return f"Roll back to control ({models['control']}): {harmed}."
@@ -171,6 +172,18 @@ def warnings_of_presumed(
     ]
 
 
+def warnings_of_versions(versions: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """That an arm was answered by more than one model version, and how often by each."""
+    return [
+        f"{arm} was answered by {len(counts)} model versions: "
+        + ", ".join(f"{version} {count} times" for version, count in counts.items())
+        + "; its figures are of all of them. Where a server's fingerprint changes and its weights "
+        "do not, name them with backends.NAME.version"
+        for arm, counts in versions.items()
+        if len(counts) > 1
+    ]
+
+
 def _presumed_share(counts: Mapping[str, int]) -> float:
     total = sum(counts.values())
     return counts.get(PRESUMED, 0) / total if total else 0.0
@@ -197,6 +210,15 @@ def _open(results: Mapping[str, MetricResult], names: tuple[str, ...]) -> str:
         return ""
     listed = " and ".join(_guardrail(results[name]) for name in names)
     return f" Not harmed as far as is known, but not shown safe either: {listed}."
+
+
+def _why_blocked(decision: Decision, ratio: RatioCheck) -> str:
+    if decision.rule == "versions_changed":
+        return (
+            "an arm's model changed meanwhile (see the notes), so that what was seen is about "
+            "neither of its models. Begin another experiment (gmpo ab start) with models that stay"
+        )
+    return f"{_shares(ratio)}. Find what loses or moves units"
 
 
 def _shares(ratio: RatioCheck) -> str:

@@ -58,6 +58,7 @@ def start(
 ) -> None:
     """Begin an experiment: gmpo serve --experiment NAME splits its traffic by this plan."""
     from gmpo.abtest.plan import plan_of
+    from gmpo.shown_urls import store_option
     from gmpo.store import Experiment
 
     config = {
@@ -81,14 +82,15 @@ def start(
             ),
             expected=None,
         )
+        option = store_option(opened.where)
     if as_json:
         print(json.dumps({"name": name, "status": "running", "plan": plan.model_dump(mode="json")}))
         return
     Console().print(
         Text(
             f"{name} runs: {100 * share:g} % of the units get {candidate} wherever gmpo serve "
-            f"--experiment {name} splits traffic; look at it any time: gmpo ab report {name} "
-            f"--store {store}"
+            f"--experiment {name} splits traffic; look at it any time: gmpo ab report {name}"
+            f"{option}"
         ),
         soft_wrap=True,
     )

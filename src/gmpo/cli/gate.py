@@ -222,9 +222,10 @@ def _serving(store: str, name: str) -> Champion | None:
     with existing_store(store) as opened:
         names = sorted({version.name for version in opened.model_versions()})
         champion = opened.champion(name)
+        where = opened.where
     if name not in names:
         raise ConfigError(
-            f"store {store} has no model {name!r}, so --name is no place for a decision; it has "
+            f"store {where} has no model {name!r}, so --name is no place for a decision; it has "
             f"{', '.join(names) or 'none yet: gmpo registry add'}"
         )
     return champion

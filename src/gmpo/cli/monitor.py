@@ -48,7 +48,7 @@ def monitor(
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
 ) -> None:
     """Send alarms of runs and anomalies of answers as alerts until SIGTERM or Ctrl-C."""
-    from gmpo.monitoring.alerts import Alert, AlertTimes, Now, advance
+    from gmpo.monitoring.alerts import Alert, AlertTimes, Now, advance, firing_labels
 
     if not runs and store is None:
         raise ConfigError("there is nothing to monitor; name a run folder, or a store by --store")
@@ -66,7 +66,7 @@ def monitor(
             alerts, told = advance(alerts, seen.look(now.unix), now=now, times=times)
             if to is not None:
                 to.send(told)
-            seen.keep(told)
+            seen.keep(told, firing=firing_labels(alerts))
             _tell(told)  # last: who reads it may end this process
             if once:
                 if not told:
@@ -126,7 +126,7 @@ def _delivering(sinks: dict[str, Sink], is_once: bool) -> Iterator[Delivery | No
     if not sinks:
         yield None
         return
-    delivery = Delivery(sinks)
+    delivery = Delivery(sinks, tell=warn)
     try:
         yield delivery
     finally:

@@ -228,6 +228,8 @@ def promote(
     With servers named, the release stands once all of them report the version, else it is taken
     back; GMPO_FLEET_API_KEY is sent to them.
     """
+    from gmpo.shown_urls import store_option
+
     fleet = _fleet(gateways, vllm, patience)
     with _open_registry(store, folder, mlflow) as (opened, found):
         _require_known(opened, name)
@@ -241,8 +243,8 @@ def promote(
         if decision is None:
             raise ConfigError(
                 f"the store has no decision of the gate about {candidate}; have the gate decide, "
-                f"gmpo gate CHAMPION {candidate[:8]} --suite SUITE --store {store} --name {name}, "
-                "or give --evidence"
+                f"gmpo gate CHAMPION {candidate[:8]} --suite SUITE{store_option(opened.where)} "
+                f"--name {name}, or give --evidence"
             )
         champion = fleet.release(
             found,

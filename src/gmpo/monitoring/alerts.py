@@ -24,6 +24,7 @@ __all__ = [
     "Severity",
     "advance",
     "fingerprint",
+    "firing_labels",
 ]
 
 Severity = Literal["warning", "critical"]
@@ -190,6 +191,15 @@ def advance(
             else:
                 told.append(_notification(alert, "resolved", now=now, times=times))
     return after, told
+
+
+def firing_labels(alerts: Mapping[str, Alert]) -> list[dict[str, str]]:
+    """Labels, severity included, of the alerts that fire, as `advance` returned them."""
+    return [
+        {**alert.condition.labels, "severity": alert.condition.severity}
+        for alert in alerts.values()
+        if alert.status == "firing"
+    ]
 
 
 def _seen(

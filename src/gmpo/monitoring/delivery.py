@@ -17,6 +17,7 @@ import httpx2
 
 from gmpo.errors import ConfigError, DeliveryError, DependencyError
 from gmpo.monitoring.alerts import Notification, fingerprint
+from gmpo.shown_urls import shown_url, without_url
 
 __all__ = [
     "Delivery",
@@ -32,6 +33,7 @@ Sink = Callable[[Sequence[Notification]], None]
 """Delivers notifications of one `alertname`, or raises `DeliveryError`."""
 
 _LONGEST_PAUSE_SECONDS = 60.0
+_ADDRESS = "give an address such as http://127.0.0.1:9093"
 _NEVER = "0001-01-01T00:00:00Z"
 """How Alertmanager writes an end that has not come."""
 
@@ -160,6 +162,7 @@ class Delivery:
         queue_size: messages that wait for a receiver; more are dropped and counted.
         attempts: of one message, at least 1; the pause doubles from one to the next.
         first_pause_seconds: before the second attempt; at most 60 later on.
+        tell: told in one sentence, from a receiver's thread, that a sink raised what none should.
 
     Raises:
         ConfigError: there is no sink, or a number is out of its range.
@@ -172,6 +175,7 @@ class Delivery:
         queue_size: int = 256,
         attempts: int = 6,
         first_pause_seconds: float = 1.0,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not sinks or queue_size < 1 or attempts < 1 or not first_pause_seconds >= 0:
             raise ConfigError(
@@ -184,7 +188,7 @@ class Delivery:
             for attempt in range(attempts - 1)
         ]
         self._lines = {
-            name: _Line(name, sink, queue_size=queue_size, pauses=pauses)
+            name: _Line(name, sink, queue_size=queue_size, pauses=pauses, tell=tell)
             for name, sink in sinks.items()
         }
 
@@ -201,7 +205,8 @@ class Delivery:
         """Messages of each receiver: `sent`, `retried`, and dropped ones by reason.
 
         `dropped_full`: its queue was full. `dropped_failed`: every attempt failed, or the receiver
-        refused it. `dropped_closed`: sent or still undelivered when the delivery was closed.
+        refused it. `dropped_broken`: its sink raised what no sink should. `dropped_closed`: sent or
+        still undelivered when the delivery was closed.
         """
         return {name: line.counts() for name, line in self._lines.items()}
 
@@ -221,8 +226,17 @@ class Delivery:
 class _Line:
     """One receiver's queue and thread."""
 
-    def __init__(self, name: str, sink: Sink, *, queue_size: int, pauses: Sequence[float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        sink: Sink,
+        *,
+        queue_size: int,
+        pauses: Sequence[float],
+        tell: Callable[[str], None],
+    ) -> None:
         self.last_error = ""
+        self._name, self._tell = name, tell
         self._sink, self._queue_size, self._pauses = sink, queue_size, pauses
         self._counts: Counter[str] = Counter()
         self._waiting: deque[Sequence[Notification]] = deque()
@@ -269,23 +283,29 @@ class _Line:
                     return
                 message = self._waiting.popleft()
                 self._is_busy = True
-            fate = "sent" if self._deliver(message) else "dropped_failed"
+            fate = self._deliver(message)
             with self._changed:
                 # A message that was counted as dropped when closing ended is not counted twice.
                 if not self._is_closed:
                     self._counts[fate] += 1
                 self._is_busy = False
 
-    def _deliver(self, message: Sequence[Notification]) -> bool:
+    def _deliver(self, message: Sequence[Notification]) -> str:
+        """What became of it, a name of `Delivery.counts`."""
         for pause in (*self._pauses, None):
             try:
                 self._sink(message)
             except DeliveryError as error:
                 self.last_error = str(error)
                 if pause is None or not error.may_pass or self._closing.is_set():
-                    return False
+                    return "dropped_failed"
+            except Exception as error:  # noqa: BLE001 - the thread has to deliver what comes next
+                # What it says may hold a URL with its secrets.
+                self.last_error = f"its sink failed with {type(error).__name__}"
+                self._tell(f"a message for {self._name} is dropped: {self.last_error}")
+                return "dropped_broken"
             else:
-                return True
+                return "sent"
             self._closing.wait(pause)
             with self._changed:
                 self._counts["retried"] += 1
@@ -295,13 +315,14 @@ class _Line:
 def _post(url: str, body: object, *, timeout_seconds: float) -> None:
     try:
         response = httpx2.post(url, json=body, timeout=timeout_seconds)
-    except httpx2.TransportError as error:
-        raise DeliveryError(
-            f"{url} was not reached: {error or type(error).__name__}", may_pass=True
-        ) from None
+    except httpx2.RequestError as error:
+        said = without_url(str(error) or type(error).__name__, url)
+        what = "was not reached" if isinstance(error, httpx2.TransportError) else "was not read"
+        raise DeliveryError(f"{shown_url(url)} {what}: {said}", may_pass=True) from None
     if not response.is_success:
+        said = without_url(response.text, url)[:200]
         raise DeliveryError(
-            f"{url} answered {response.status_code}: {response.text[:200]}",
+            f"{shown_url(url)} answered {response.status_code}: {said}",
             # 408 and 429 ask to come again; other 4xx will be the same next time.
             may_pass=response.status_code in (408, 429) or response.status_code >= 500,
         )
@@ -310,12 +331,13 @@ def _post(url: str, body: object, *, timeout_seconds: float) -> None:
 def _checked(url: str) -> str:
     try:
         parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise ConfigError(f"the URL {url!r} cannot be read: {error}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    except httpx2.InvalidURL:
+        # What is wrong with it may be a part of a password.
         raise ConfigError(
-            f"alerts cannot be sent to {url!r}; give an address such as http://127.0.0.1:9093"
-        )
+            f"the URL of a receiver of alerts cannot be read; {_ADDRESS} (it is not repeated here)"
+        ) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"alerts cannot be sent to {shown_url(url)}; {_ADDRESS}")
     return url
 
 

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from gmpo.shown_urls import store_option
 from gmpo.store import Store
 
 __all__ = ["Commands", "commands_for", "way_out"]
@@ -36,7 +37,7 @@ def commands_for(store: Store, name: str) -> Commands:
         name: of the model.
     """
     model = shlex.quote(name)
-    options = _store_option(store)
+    options = store_option(store.where)
     versions = store.model_versions(name)
     folder = str(Path(versions[-1].path).parent) if versions else None
     if "://" in store.where:
@@ -66,10 +67,3 @@ def way_out(commands: Commands, *, instead: str | None) -> str:
         f"{restore}, or, where they are gone for good, put another version in its place "
         f"({commands.replace})"
     )
-
-
-def _store_option(store: Store) -> str:
-    """STORE stands for a URL whose password is not repeated."""
-    if "://" not in store.where:
-        return f" --store {shlex.quote(str(Path(store.where).resolve()))}"
-    return " --store " + ("STORE" if "***" in store.where else shlex.quote(store.where))

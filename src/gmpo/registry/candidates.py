@@ -32,7 +32,8 @@ def waiting(store: Store, name: str) -> list[Candidate]:
     if champion is None:
         return []
     found: dict[str, Candidate] = {}
-    for event in store.events(kinds=["gate"], since=champion.since):
+    # The revision says since when, not a time: clocks of machines differ, and are set back.
+    for event in store.events(kinds=["gate"]):
         keys = ("name", "champion", "champion_revision")
         about = tuple(event.payload.get(key) for key in keys)
         candidate = event.payload.get("candidate")
@@ -45,9 +46,19 @@ def waiting(store: Store, name: str) -> list[Candidate]:
     return list(found.values())
 
 
-def newest_decision(store: Store, name: str, candidate: str) -> dict[str, Any] | None:
-    """What the gate last said about a version, whatever it said; None if it was not asked."""
+def newest_decision(
+    store: Store, name: str, candidate: str, *, revision: int | None = None
+) -> dict[str, Any] | None:
+    """What the gate last said about a version, whatever it said; None if it was not asked.
+
+    Args:
+        store: with the decisions.
+        name: of the model.
+        candidate: version that they are about.
+        revision: of the champion that it was compared with; None takes any.
+    """
     for event in store.events(kinds=["gate"], model_version=candidate, newest_first=True):
-        if event.payload.get("name") == name:
-            return event.payload
+        told = event.payload
+        if told.get("name") == name and revision in (None, told.get("champion_revision")):
+            return told
     return None

@@ -27,7 +27,8 @@ def require_evidence(
         evidence: the gate's decision, as JSON.
         champion: version that it must have been compared with.
         candidate: version that it must be about.
-        newest: what the store last holds about the candidate, which may have been withdrawn.
+        newest: what the store last holds about the candidate against that champion; None if
+            nothing. It may have been withdrawn, or decided anew.
 
     Raises:
         PromotionRefused: it is something else; the message says what.
@@ -58,14 +59,21 @@ def require_evidence(
             "(champion_revision), so it may be older than a rollback; gate the candidate with "
             "gmpo gate ... --store STORE --name NAME"
         )
-    withdrawn = newest or {}
-    about = (withdrawn.get("outcome"), withdrawn.get("champion_revision"))
-    if about == (WITHDRAWN, revision):
-        raise PromotionRefused(
-            f"{candidate} passed the gate and was withdrawn since: {withdrawn['sentence']}; gate "
-            "it again if it is to serve all the same"
-        )
+    _refuse_outdated(candidate, newest)
     return revision
+
+
+def _refuse_outdated(candidate: str, newest: Mapping[str, Any] | None) -> None:
+    """Refuse a pass that was taken back, or that a later answer of the gate is not."""
+    if newest is None or newest.get("outcome") == "pass":
+        return
+    since = f"and was answered {newest.get('outcome')!r} since"
+    if newest.get("outcome") == WITHDRAWN:
+        since = "and was withdrawn since"
+    raise PromotionRefused(
+        f"{candidate} passed the gate {since}: {newest.get('sentence', 'no reason given')}; gate "
+        "it again if it is to serve all the same"
+    )
 
 
 def stale_reason(history: Sequence[Champion], *, revision: int, candidate: str) -> str | None:

@@ -171,7 +171,8 @@ def _flush(folder: Path) -> None:
 
 
 class FolderLock:
-    """Keeps the clearing away of versions apart from everything that uses them.
+    """Keeps the clearing away of versions apart from everything that uses them, and who names one
+    apart from who names another.
 
     Any number of processes may use versions at once; clearing away is done by one alone. The lock
     ends with its process, however that ends.
@@ -183,6 +184,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, patience_seconds: float = 30.0) -> None:
         self._path = folder / ".lock"
+        self._of_names = folder / ".names.lock"
         self._patience_seconds = patience_seconds
 
     @contextmanager
@@ -193,23 +195,32 @@ class FolderLock:
             StoreLocked: versions are cleared away for longer than one waits.
             RunFolderError: the folder cannot be written.
         """
-        with self._held(fcntl.LOCK_SH):
+        with self._held(self._path, fcntl.LOCK_SH):
             yield
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While versions are cleared away; raises as `shared` does."""
-        with self._held(fcntl.LOCK_EX):
+        with self._held(self._path, fcntl.LOCK_EX):
             yield
 
     @contextmanager
-    def _held(self, kind: int) -> Iterator[None]:
+    def naming(self) -> Iterator[None]:
+        """While a folder gets a version's name, within `shared`; raises as `shared` does.
+
+        A file of its own: two that hold the other lock together would wait for each other.
+        """
+        with self._held(self._of_names, fcntl.LOCK_EX):
+            yield
+
+    @contextmanager
+    def _held(self, path: Path, kind: int) -> Iterator[None]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise RunFolderError(
-                f"folder {self._path.parent} of the versions cannot be written: {error.strerror}; "
+                f"folder {path.parent} of the versions cannot be written: {error.strerror}; "
                 "mend its rights or name another one"
             ) from None
         with file:
@@ -221,7 +232,7 @@ class FolderLock:
                 except BlockingIOError:
                     if time.monotonic() >= until:
                         raise StoreLocked(
-                            f"folder {self._path.parent} of the versions is in use by another "
+                            f"folder {path.parent} of the versions is in use by another "
                             f"process for {self._patience_seconds:g} seconds; try again later"
                         ) from None
                 time.sleep(0.05)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gmpo.errors import ConfigError, DependencyError, StoreError
 from gmpo.registry.line import serving_line
+from gmpo.shown_urls import shown_url, without_url
 from gmpo.store import ModelVersion, Store
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def mirror_to_mlflow(store: Store, name: str, *, uri: str) -> int:
         return _mirror(client, store, name)
     except MlflowException as error:
         first_line = str(error).strip().splitlines()[0]
+        if not uri.startswith("sqlite:"):  # a file's path is no secret
+            first_line, uri = without_url(first_line, uri), shown_url(uri)
         raise StoreError(
             f"MLflow at {uri} does not take model {name!r}: {first_line}; the store is right: mend "
             "MLflow, then gmpo registry mirror"

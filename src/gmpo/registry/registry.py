@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from gmpo.errors import (
     GmpoError,
     ModelError,
     PromotionRefused,
-    RunFolderError,
 )
 from gmpo.gate.records import GateDecision
+from gmpo.registry.adding import keep, register
 from gmpo.registry.advice import commands_for, way_out
 from gmpo.registry.candidates import Candidate, newest_decision, waiting
 from gmpo.registry.damage import end_damage, tell_damage
@@ -94,26 +93,19 @@ class Registry:
             RunFolderError: the disk is full, or the folder cannot be written.
         """
         with self._lock.shared(), copied_model(Path(path), self._folder) as copy:
-            known = self._store.model_version(copy.version)
-            if known is not None:
-                return self._known(known, copy, name=name)
-            kept = self._keep(copy)
             version = ModelVersion(
                 version=copy.version,
                 created=time.time(),
                 name=name,
-                path=str(kept),
+                path=str(self._folder / copy.version),
                 parent=parent,
                 lineage={**(lineage or {}), FILES: copy.files},
                 metrics=dict(metrics or {}),
             )
-            try:
-                self._store.put_model_version(version)
-            except DataError:
-                # Another process registered the same weights a moment ago, with its own lineage.
-                known = self._store.model_version(copy.version)
-                if known is None:
-                    raise
+            known = self._store.model_version(copy.version)
+            if known is None:
+                known = register(version, copy, store=self._store, lock=self._lock)
+            if known is not None:
                 return self._known(known, copy, name=name)
         self._mirrored(name)
         return version
@@ -140,8 +132,9 @@ class Registry:
                 expected_revision=None if champion is None else champion.revision,
                 version=version,
                 reason={"kind": "adoption", "why": reason, **({"damaged": lost} if lost else {})},
+                event_kind="promotion",
             )
-        self._record("promotion", champion)
+        self._changed(champion)
         return champion
 
     def submit(
@@ -229,14 +222,16 @@ class Registry:
             by: who decided, for the history.
 
         Raises:
-            PromotionRefused: the evidence did not pass, was withdrawn, is about others or older
-                than the champion, or the candidate's files are damaged.
+            PromotionRefused: the evidence did not pass, was withdrawn or decided otherwise since,
+                is about others or older than the champion, or the candidate's files are damaged.
             ChampionMoved: another version serves by now.
             DataError: the candidate is not registered under this name.
         """
         found = evidence.as_dict() if isinstance(evidence, GateDecision) else dict(evidence)
         told = json.loads(json.dumps(found))  # what is returned is what the store will give
-        newest = self.newest_decision(name, candidate)
+        newest = newest_decision(
+            self._store, name, candidate, revision=told.get("champion_revision")
+        )
         revision = require_evidence(
             told, champion=expected_champion, candidate=candidate, newest=newest
         )
@@ -252,8 +247,9 @@ class Registry:
                 expected_revision=revision,
                 version=candidate,
                 reason={"kind": "promotion", "by": by, "evidence": told},
+                event_kind="promotion",
             )
-        self._record("promotion", champion)
+        self._changed(champion)
         return champion
 
     def rollback(
@@ -278,8 +274,9 @@ class Registry:
                 expected=expected_champion,
                 version=version,
                 reason={**why, "kind": ROLLBACK, "damaged": damaged},
+                event_kind=ROLLBACK,
             )
-        self._record(ROLLBACK, champion)
+        self._changed(champion)
         return champion
 
     def rollback_target(self, name: str, *, expected_champion: str | None) -> ModelVersion:
@@ -452,38 +449,15 @@ class Registry:
                     f"{check.sentence}, which is not in the registry's folder {self._folder}, so "
                     f"it is not restored; give --folder {Path(known.path).parent}"
                 )
-            self._keep(copy)
+            with self._lock.naming():
+                keep(copy, self._folder)
             self._tell(f"the files of version {known.version} were damaged and are restored")
             champion = self._store.champion(name)
             if champion is not None and champion.version == known.version:
                 end_damage(self._store, name, serving=known.version, summary="whole again")
         return known
 
-    def _keep(self, copy: ModelCopy) -> Path:
-        """Give a copy its version's name; what is there without a row, or damaged, makes room."""
-        kept = self._folder / copy.version
-        aside = copy.folder.with_name(f"{copy.folder.name}-replaced")
-        try:
-            if kept.exists():
-                kept.rename(aside)
-            copy.folder.rename(kept)
-        except OSError as error:
-            raise RunFolderError(
-                f"{kept} cannot be written: {error}; nothing was registered; try again"
-            ) from None
-        shutil.rmtree(aside, ignore_errors=True)
-        return kept
-
-    def _record(self, kind: str, champion: Champion) -> None:
-        payload = {
-            "name": champion.name,
-            "previous": champion.previous,
-            "revision": champion.revision,
-            "reason": champion.reason,
-        }
-        self._store.add_events(
-            [Event(kind=kind, time=champion.since, payload=payload, model_version=champion.version)]
-        )
+    def _changed(self, champion: Champion) -> None:
         # Whoever becomes the champion was found whole just before.
         summary = f"version {champion.version} is the champion since"
         end_damage(self._store, champion.name, serving=champion.version, summary=summary)

@@ -5,10 +5,21 @@ from __future__ import annotations
 from sqlalchemy import Connection, select
 
 from gmpo.errors import DataError
-from gmpo.store.records import Champion
+from gmpo.store.records import Champion, Event
 from gmpo.store.tables import CHAMPIONS, MODEL_VERSIONS, to_champion
 
-__all__ = ["champion_of", "champions_of", "refuse_other_models"]
+__all__ = ["champion_event", "champion_of", "champions_of", "refuse_other_models"]
+
+
+def champion_event(champion: Champion, *, kind: str) -> Event:
+    """An event that tells of a new champion."""
+    payload = {
+        "name": champion.name,
+        "previous": champion.previous,
+        "revision": champion.revision,
+        "reason": champion.reason,
+    }
+    return Event(kind=kind, time=champion.since, payload=payload, model_version=champion.version)
 
 
 def champion_of(connection: Connection, name: str) -> Champion | None:

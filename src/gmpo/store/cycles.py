@@ -103,6 +103,7 @@ def take_lease(connection: Connection, name: str, *, holder: str, seconds: float
 
 def drop_lease(connection: Connection, lease: Lease) -> None:
     """Remove the lease where its holder still has it."""
+    _alone(connection)
     mine = (LEASES.c.name == lease.name, LEASES.c.holder == lease.holder)
     connection.execute(delete(LEASES).where(*mine))
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Table, delete, func, insert, select
+from sqlalchemy import Connection, Engine, Table, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from gmpo.errors import ChampionMoved, ConfigError, DataError, StoreError
-from gmpo.store.champions import champion_of, champions_of, refuse_other_models
+from gmpo.store.champions import champion_event, champion_of, champions_of, refuse_other_models
 from gmpo.store.cycles import (
     begin_cycle,
     cycles_of,
@@ -23,6 +23,7 @@ from gmpo.store.cycles import (
     move_cycle,
     take_lease,
 )
+from gmpo.store.event_rows import append_events, purge_events
 from gmpo.store.experiments import all_experiments, experiment_by_name, write_experiment
 from gmpo.store.faults import faults_named
 from gmpo.store.filters import event_conditions
@@ -46,14 +47,12 @@ from gmpo.store.tables import (
     to_event,
     to_model_version,
 )
+from gmpo.store.write_ahead_log import empty_write_ahead_log
 
-__all__ = ["DELETABLE", "EVENT_LOCK", "Store"]
+__all__ = ["DELETABLE", "Store"]
 
 DELETABLE = ("text", "verdict")
 """Kinds of events that hold what people wrote."""
-
-EVENT_LOCK = 0x676D706F
-"""Key of the PostgreSQL lock under which events are numbered ("gmpo" in ASCII)."""
 
 
 class Store:
@@ -91,7 +90,7 @@ class Store:
         if not rows:
             return
         with self._writing() as connection:
-            _append(connection, rows)
+            append_events(connection, rows)
 
     def events(
         self,
@@ -175,8 +174,8 @@ class Store:
     ) -> int:
         """Delete events that hold what people wrote; all others are kept for good.
 
-        A "purge" event says how many went. Being the newest, it keeps their ids from being used
-        again, so that whoever reads by `after_id` misses nothing.
+        A "purge" event says how many went. It has an id after every other, theirs too, so that
+        whoever reads by `after_id` misses nothing. `overwrite_deleted` makes them unreadable.
 
         Args:
             kinds: of "text" and "verdict".
@@ -200,12 +199,20 @@ class Store:
         if dry_run:
             return self.count_events(kinds=kinds, until=until, request_id=request_id)
         with self._writing() as connection:
-            deleted = connection.execute(delete(EVENTS).where(*conditions)).rowcount
-            if deleted:
-                payload = {"deleted": deleted, "until": until}
-                told = Event(kind="purge", time=time.time(), payload=payload, request_id=request_id)
-                connection.execute(insert(EVENTS), row_of(told))
-            return deleted
+            return purge_events(connection, conditions, until=until, request_id=request_id)
+
+    def overwrite_deleted(self) -> None:
+        """Leave nothing readable of what was deleted; SQLite's log and file would keep it a while.
+
+        PostgreSQL keeps it until its vacuum, and nothing is done there.
+
+        Raises:
+            StoreLocked: other processes used the file all the while; what was deleted stays so.
+        """
+        self._refuse_misuse()
+        if self._engine.dialect.name == "sqlite":
+            with faults_named(self.where):
+                empty_write_ahead_log(self._engine, self.where)
 
     def put_model_version(self, version: ModelVersion) -> None:
         """Register a version; registering the same again changes nothing.
@@ -262,6 +269,7 @@ class Store:
         version: str,
         reason: dict[str, Any],
         expected_revision: int | None = None,
+        event_kind: str | None = None,
     ) -> Champion:
         """Make a version the champion, if the champion is still the expected one.
 
@@ -272,6 +280,7 @@ class Store:
             reason: kept in the history.
             expected_revision: of the champion that the caller believes to serve: a version that
                 was replaced and came back has another one. None takes any.
+            event_kind: kind of the event that tells of it, appended in the same transaction.
 
         Raises:
             ChampionMoved: another version serves, so that the caller decided on old knowledge.
@@ -298,6 +307,8 @@ class Store:
                 refuse_other_models(connection, name, version)
                 made = replace(wanted, revision=now.revision + 1 if now else 1)
                 connection.execute(insert(CHAMPIONS), row_of(made))
+                if event_kind is not None:
+                    append_events(connection, [row_of(champion_event(made, kind=event_kind))])
                 return made
         except IntegrityError:
             # PostgreSQL let another writer in between reading and inserting; that one has won.
@@ -322,7 +333,7 @@ class Store:
         with self._writing() as connection:
             write_experiment(connection, experiment, expected=expected)
             if rows:
-                _append(connection, rows)
+                append_events(connection, rows)
 
     def experiment(self, name: str) -> Experiment | None:
         """The experiment of that name, or None."""
@@ -466,11 +477,3 @@ class Store:
                 f"store {self.where} was opened by process {self._process}, not by this one, "
                 f"{os.getpid()}; open it again after the fork"
             )
-
-
-def _append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    if connection.dialect.name == "postgresql":
-        # It numbers rows when they are inserted and shows them when they are committed;
-        # without the lock a reader could pass a smaller id that is not yet there.
-        connection.execute(select(func.pg_advisory_xact_lock(EVENT_LOCK)))
-    connection.execute(insert(EVENTS), rows)

@@ -70,8 +70,9 @@ def _of_sqlite(where: str, fault: sqlite3.Error, said: str) -> StoreError:
 
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-_LOCKED_STATES = ("55P03", "40P01", "40001", "57014")
+_LOCKED_STATES = ("55P03", "40P01", "40001")
 _FULL_STATES = ("53100",)
+_CANCELED_STATES = ("57014",)
 
 
 def _of_postgres(where: str, state: str, said: str) -> StoreError:
@@ -79,6 +80,11 @@ def _of_postgres(where: str, state: str, said: str) -> StoreError:
         return _locked(where)
     if state in _FULL_STATES:
         return _full(where)
+    if state in _CANCELED_STATES:
+        return StoreError(
+            f"store {where}: the server ended a statement ({said}); nothing was written; try "
+            "again, with less at once, or raise the server's statement_timeout"
+        )
     if not state or state.startswith(("08", "28", "3D", "53", "57")):
         return StoreError(
             f"store {where} cannot be reached ({said}); check that the server runs, and the "

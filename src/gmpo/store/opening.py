@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sqlite3
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,20 @@ from sqlalchemy import make_url as parse_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import QueuePool
 
-from gmpo.errors import ConfigError, DependencyError, StoreError, StoreLocked
-from gmpo.store.database import EVENT_LOCK, Store
+from gmpo.errors import ConfigError, DependencyError, StoreError
+from gmpo.store.database import Store
+from gmpo.store.event_rows import EVENT_LOCK
 from gmpo.store.faults import faults_named
 from gmpo.store.tables import SCHEMA, SCHEMA_VERSION, TABLES
+from gmpo.store.write_ahead_log import use_write_ahead_log
 
 __all__ = ["open_store"]
 
 _CREATION_LOCK = EVENT_LOCK + 1
+
+_STATEMENT_SECONDS = 600
+"""A statement on PostgreSQL may take so long: a report that reads, or a purge that deletes, many
+millions of events needs minutes, and what takes longer hangs."""
 
 
 def open_store(url: str, *, read_only: bool = False, timeout_seconds: float = 10.0) -> Store:
@@ -59,7 +64,7 @@ def open_store(url: str, *, read_only: bool = False, timeout_seconds: float = 10
         where = str(target)
         engine = _sqlite_engine(target, read_only=read_only, timeout_seconds=timeout_seconds)
     else:
-        where = target.render_as_string(hide_password=True)
+        where = _without_passwords(target)
         engine = _postgres_engine(target, read_only=read_only, timeout_seconds=timeout_seconds)
     with ExitStack() as on_failure:
         on_failure.callback(engine.dispose)
@@ -95,6 +100,13 @@ def _target(url: str) -> Path | URL:
             f"it must be {allowed}"
         )
     return Path(path)
+
+
+def _without_passwords(url: URL) -> str:
+    """A URL to show; parameters such as `sslpassword` are left out as its password is."""
+    hidden = {name: "***" for name in url.query if "password" in name}
+    shown = url.update_query_dict(hidden).render_as_string(hide_password=True)
+    return shown.replace("%2A%2A%2A", "***")
 
 
 def _sqlite_engine(path: Path, *, read_only: bool, timeout_seconds: float) -> Engine:
@@ -146,21 +158,57 @@ def _begin(connection: Connection) -> None:
 
 
 def _postgres_engine(url: URL, *, read_only: bool, timeout_seconds: float) -> Engine:
+    seconds = max(2, round(timeout_seconds))
+    # Without these a call waits for a server that went away as long as TCP does: up to hours.
+    asked: dict[str, Any] = {
+        "connect_timeout": seconds,
+        "tcp_user_timeout": 1000 * seconds,
+        "keepalives": 1,
+        "keepalives_idle": max(1, seconds // 3),
+        "keepalives_interval": max(1, seconds // 3),
+        "keepalives_count": 3,
+    }
     engine = create_engine(
         url,
         pool_pre_ping=True,  # a server that was restarted is found again
         pool_timeout=timeout_seconds,
-        connect_args={"connect_timeout": max(2, round(timeout_seconds))},
+        connect_args={name: value for name, value in asked.items() if name not in url.query},
     )
 
     def set_up(connection: Any, _record: object) -> None:
         connection.execute(f"SET lock_timeout = {max(1, round(timeout_seconds * 1000))}")
+        for name, value in _session_limits(seconds).items():
+            # What the URL, the role or the server's administrator set stays.
+            connection.execute(
+                "SELECT set_config(%s, %s, false) FROM pg_settings "
+                "WHERE name = %s AND source = 'default'",
+                (name, value, name),
+            )
         if read_only:
             connection.execute("SET default_transaction_read_only = on")
         connection.commit()
 
     event.listen(engine, "connect", set_up)
     return engine
+
+
+def _session_limits(seconds: int) -> dict[str, str]:
+    """Settings by which the server ends what hangs, by name.
+
+    A gateway that went away inside a transaction keeps its locks until the server notices, and
+    nobody else could write until then.
+
+    Args:
+        seconds: of silence after which a connection is lost.
+    """
+    return {
+        "statement_timeout": f"{_STATEMENT_SECONDS}s",
+        "idle_in_transaction_session_timeout": f"{_STATEMENT_SECONDS}s",
+        "tcp_user_timeout": f"{seconds}s",
+        "tcp_keepalives_idle": str(max(1, seconds // 3)),
+        "tcp_keepalives_interval": str(max(1, seconds // 3)),
+        "tcp_keepalives_count": "3",
+    }
 
 
 def _prepare(engine: Engine, where: str, *, read_only: bool, timeout_seconds: float) -> None:
@@ -175,7 +223,7 @@ def _prepare(engine: Engine, where: str, *, read_only: bool, timeout_seconds: fl
             )
     else:
         if engine.dialect.name == "sqlite":
-            _use_write_ahead_log(engine, where, timeout_seconds=timeout_seconds)
+            use_write_ahead_log(engine, where, timeout_seconds=timeout_seconds)
         with engine.execution_options(writes=True).begin() as connection:
             if engine.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
@@ -201,28 +249,3 @@ def _schema_version(connection: Connection) -> int | None:
         return None
     version: int = connection.execute(select(SCHEMA.c.version)).scalar_one()
     return version
-
-
-def _use_write_ahead_log(engine: Engine, where: str, *, timeout_seconds: float) -> None:
-    """Let readers and one writer work at once; the file remembers it.
-
-    Raises:
-        StoreLocked: other processes kept the file in use.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        connection = engine.raw_connection()
-        try:
-            connection.cursor().execute("PRAGMA journal_mode = WAL").close()
-            return
-        except sqlite3.OperationalError as error:
-            # The change of mode is the one thing for which SQLite does not wait by itself.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
-            if time.monotonic() > deadline:
-                raise StoreLocked(
-                    f"store {where} is locked by another process; end whatever uses it"
-                ) from None
-            time.sleep(0.01)
-        finally:
-            connection.close()
