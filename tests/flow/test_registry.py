@@ -240,5 +240,18 @@ def test_a_mirror_that_fails_stops_nothing(store: str, tmp_path: Path):
             mirror_to_mlflow(opened, "a/b", uri="sqlite://")
 
 
+def test_a_mirror_that_is_not_there_is_named_without_its_password(
+    store: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    open_store(store).close()
+    with (
+        open_store(store) as opened,
+        pytest.raises(StoreError, match=r"at http://127\.0\.0\.1:1 does not") as refused,
+    ):
+        mirror_to_mlflow(opened, "bot", uri="http://ann:secret@127.0.0.1:1")
+    assert "secret" not in str(refused.value)
+
+
 def refuse(store: object, name: str) -> None:
     raise StoreError(f"no room for {name}")
