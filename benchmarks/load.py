@@ -163,7 +163,7 @@ def run_offline(model: ServedModel, load: Load, seconds: float) -> Offline:
                 place = int(event.request_id) % len(ids)
                 texts[place] = model.texts.of_completion(event.token_ids.tolist())
                 submit()
-    model.source.renew()  # leaves the rows that were not finished
+    sampler.forget()  # the rows that were not finished
     return Offline(tokens_per_second=num_tokens / last, texts=texts)
 
 
@@ -275,11 +275,11 @@ def measure(model: str, dtype: str, load: Load) -> dict[str, Any]:
     with gateway(backend, AdmissionLimits()) as (url, loop):
         through = run_clients(url, load, before)
         added = added_latency(backend, url, loop, load.latency_pairs)
-    served.source.renew()
+    served.source.sampler.forget()
     backend = EmbeddedBackend(served, name=NAME, limits=limits)
     with gateway(backend, half_the_room(load)) as (url, _):
         overloaded = run_clients(url, replace(load, seconds=load.overload_seconds), before)
-    served.source.renew()
+    served.source.sampler.forget()
     after = on_passing_thread(run_offline, served, load, load.seconds / 2)
     upstream = added_to_upstream(
         model,

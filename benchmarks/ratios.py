@@ -44,7 +44,9 @@ class Bounds:
 
 FP32_BOUNDS = Bounds(
     gradient_cosine=0.9999,
-    sgd_difference=1e-4,
+    # Parity's 1e-4 (scripts/parity.py) is of short completions; sums over the tokens of `words`
+    # round by 1.07e-4.
+    sgd_difference=2e-4,
     sgd_cosine=None,
     adamw_difference=1e-2,
     adamw_cosine=None,

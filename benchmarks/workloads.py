@@ -18,9 +18,9 @@ SEED = 0
 SGD_LEARNING_RATES = {"fp32": 1e-2, "bf16": 2e-4}
 """Of the rounds that compare gradients: one of AdamW's steps, from moments of zero, has nearly the
 same size for every weight, also where the gradient is nothing but rounding. In fp32 a step of 2e-3
-is so near the last place of a large weight that it is rounded by more than the 1e-4 by which
-updates may differ (scripts/parity.py). In bf16, whose gradients agree to a cosine of 0.998, four
-steps of that rate move the policies apart: 0.983 was measured."""
+is so near the last place of a large weight that rounding takes more than the 1e-4 by which updates
+are to differ (scripts/parity.py). In bf16, whose gradients agree to a cosine of 0.998, four steps
+of that rate move the policies apart: 0.983 was measured."""
 
 FILLER_WORDS = ("apple", "river", "stone", "cloud", "green", "house", "paper", "light")
 """Each is one token of most vocabularies, so that a prompt has as many tokens as words, and those

@@ -42,7 +42,12 @@ def answer(
 ) -> AnswerRecord:
     return AnswerRecord(
         request=GenerationRequest(id="1", route="chat", model="m", prompt="1+1=", stream=False),
-        report=AnswerReport(model_version=version, served_variant="control", fell_back=fell_back),
+        report=AnswerReport(
+            backend="" if version is None else "here",
+            model_version=version,
+            served_variant="control",
+            fell_back=fell_back,
+        ),
         time=time.time(),
         status=status,
         finish_reason=finish_reason,
