@@ -121,14 +121,29 @@ def setups_of(dtype: str) -> list[str]:
     return ["/".join(pair) for pair in product(ALLOWED_PRECISIONS[dtype], ROLLOUTS)]
 
 
-def add_trl_setup(parser: argparse.ArgumentParser) -> None:
-    """How TRL is run where no trial is held, to be read by `trl_setup_of`."""
+def add_trl_setup(parser: argparse.ArgumentParser, *, otherwise: str | None = None) -> None:
+    """`--trl`, how TRL is run; where no trial is held, to be read by `trl_setup_of`.
+
+    Args:
+        parser: of the benchmark.
+        otherwise: what happens where it is not given; None takes the best of trials.
+    """
     best = ", ".join(f"{setup} in {dtype}" for dtype, setup in BEST_SETUPS.items())
     parser.add_argument(
         "--trl",
         choices=setups_of("auto"),
         metavar="SETTING",
-        help=f"one of {', '.join(setups_of('auto'))}; unless given {best}",
+        help=f"one of {', '.join(setups_of('auto'))}; unless given, {otherwise or best}",
+    )
+
+
+def why_not_compared(setup: str, dtype: str) -> str | None:
+    """Why TRL in this setting does not meet gmpo in this dtype; None if it does."""
+    if setup in setups_of(dtype):
+        return None
+    return (
+        f"--trl {setup} is not compared with --dtype {dtype}; choose from "
+        f"{', '.join(setups_of(dtype))}"
     )
 
 
@@ -139,11 +154,8 @@ def trl_setup_of(arguments: argparse.Namespace) -> str:
         BenchmarkError: it is not compared with the dtype.
     """
     setup: str = arguments.trl or BEST_SETUPS[arguments.dtype]
-    if setup not in setups_of(arguments.dtype):
-        raise BenchmarkError(
-            f"--trl {setup} is not compared with --dtype {arguments.dtype}; choose from "
-            f"{', '.join(setups_of(arguments.dtype))}"
-        )
+    if why := why_not_compared(setup, arguments.dtype):
+        raise BenchmarkError(why)
     return setup
 
 

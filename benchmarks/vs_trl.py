@@ -29,12 +29,13 @@ from benchmarks.comparison import (
     VARIANTS,
     Bench,
     Sides,
+    add_trl_setup,
     choose_setup,
     is_fp32,
     require_trl,
     run_pairs,
-    setups_of,
     warm_up,
+    why_not_compared,
 )
 from benchmarks.devices import DEVICES
 from benchmarks.exchange import Scratch, write_start
@@ -170,12 +171,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_trl(parser: argparse.ArgumentParser) -> None:
     """How TRL is run, to be checked by `require_trl_options`."""
-    parser.add_argument(
-        "--trl",
-        choices=setups_of("auto"),
-        metavar="SETTING",
-        help="take this setting of TRL and hold no trial; one of " + ", ".join(setups_of("auto")),
-    )
+    add_trl_setup(parser, otherwise="a trial finds the best")
     parser.add_argument(
         "--trl-micro-batch",
         type=int,
@@ -194,11 +190,8 @@ def require_trl_options(parser: argparse.ArgumentParser, arguments: argparse.Nam
             f"--trl-micro-batch is {arguments.trl_micro_batch}; it must divide the {rows} rows of "
             "an optimizer step"
         )
-    if arguments.trl is not None and arguments.trl not in setups_of(arguments.dtype):
-        parser.error(
-            f"--trl {arguments.trl} is not compared with --dtype {arguments.dtype}; choose from "
-            f"{', '.join(setups_of(arguments.dtype))}"
-        )
+    if arguments.trl is not None and (why := why_not_compared(arguments.trl, arguments.dtype)):
+        parser.error(why)
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload:

@@ -47,8 +47,8 @@ from gmpo.rollouts import (
     PromptRenderer,
     SamplingSettings,
     decode_text,
-    hidden_tokens,
     sample_groups,
+    special_tokens,
 )
 from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
@@ -272,7 +272,7 @@ def build_sampler(
         context_length=context_length(policy.model),
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
-        hidden_tokens=hidden_tokens(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
 
 

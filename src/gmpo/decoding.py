@@ -30,7 +30,7 @@ from gmpo.policy.head import widened
 from gmpo.policy.load import context_length, load_policy, load_tokenizer
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Prompt, Rollout
-from gmpo.rollouts import GroupSampler, SamplingSettings, decode_text, hidden_tokens
+from gmpo.rollouts import GroupSampler, SamplingSettings, decode_text, special_tokens
 from gmpo.sampler.decoders import Decoder, Prefill
 from gmpo.sampler.local import LocalSampler
 
@@ -291,7 +291,7 @@ def build_mixture_sampler(
         context_length=min(context_length(first.model), context_length(second.model)),
         max_rows=max_rows,
         decode=partial(decode_text, tokenizer),
-        hidden_tokens=hidden_tokens(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
 
 

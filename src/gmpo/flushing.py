@@ -1,4 +1,4 @@
-"""What has to be on the disk before it counts: a power failure leaves it whole, or not there."""
+"""fsync: what has to be on the disk before it counts; a power failure leaves it whole, or not."""
 
 from __future__ import annotations
 

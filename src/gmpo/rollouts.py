@@ -19,9 +19,9 @@ __all__ = [
     "PromptRenderer",
     "SamplingSettings",
     "decode_text",
-    "hidden_tokens",
     "prompt_keys",
     "sample_groups",
+    "special_tokens",
 ]
 
 
@@ -235,7 +235,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Ids of the special tokens, which `decode_text` leaves out, by their own texts."""
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
     return {text: id for text, id in special.items() if not decode_text(tokenizer, [id])}

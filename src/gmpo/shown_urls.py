@@ -1,4 +1,4 @@
-"""URLs in messages: they may hold passwords and keys, which are not repeated."""
+"""URLs in messages, redacted: they may hold passwords and keys, which are not repeated."""
 
 from __future__ import annotations
 

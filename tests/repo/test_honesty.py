@@ -54,7 +54,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "a model's own code may raise anything; each request is told, and it is counted",
     (
-        "src/gmpo/serving/lasting.py",
+        "src/gmpo/serving/supervision.py",
         "except Exception",
     ): "work beside the gateway begins anew after whatever ended it, which is told and counted",
     (

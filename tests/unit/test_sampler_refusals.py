@@ -53,7 +53,7 @@ def test_a_refused_request_or_an_interrupted_step_leaves_the_sampler_idle(
     assert only(sampler, request("0")).token_ids.tolist() == expected.token_ids.tolist()
 
 
-def test_a_stop_string_that_is_a_hidden_tokens_text_stops_at_the_token():
+def test_a_stop_string_that_is_a_special_tokens_text_stops_at_the_token():
     def spelt(ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
@@ -65,7 +65,7 @@ def test_a_stop_string_that_is_a_hidden_tokens_text_stops_at_the_token():
     def without(ids: Sequence[int]) -> str:
         return spelt([token for token in ids if token not in hidden.values()])
 
-    sampler = sampler_of(decode=without, hidden_tokens=hidden)
+    sampler = sampler_of(decode=without, special_tokens=hidden)
     stopped = only(sampler, request(max_tokens=8, stop_strings=("<end>",)))
     assert (stopped.token_ids.tolist(), stopped.finish_reason) == (drawn[:4], "stop")
     with pytest.raises(ConfigError, match="holds a special token and more"):

@@ -18,7 +18,7 @@ from gmpo.errors import ModelError
 from gmpo.model_files import weights_version
 from gmpo.registry import Registry
 from gmpo.serving.following import ChampionFollower
-from gmpo.serving.lasting import LastingWork
+from gmpo.serving.supervision import SupervisedTask
 from gmpo.store import ModelVersion, Store, open_store
 
 
@@ -188,10 +188,12 @@ def test_work_beside_a_gateway_begins_anew_whatever_ended_it():
             raise MemoryError("no page left")
         await asyncio.sleep(60)
 
-    lasting = LastingWork("following", work, tell=told.append, first_seconds=0.05, last_seconds=0.1)
+    supervised = SupervisedTask(
+        "following", work, tell=told.append, first_seconds=0.05, last_seconds=0.1
+    )
 
     async def watch() -> None:
-        task = asyncio.ensure_future(lasting.run())
+        task = asyncio.ensure_future(supervised.run())
         while len(begun) < 4:
             await asyncio.sleep(0.001)
         task.cancel()
@@ -199,7 +201,7 @@ def test_work_beside_a_gateway_begins_anew_whatever_ended_it():
     asyncio.run(asyncio.wait_for(watch(), 10))
     waited = [later - sooner for sooner, later in pairwise(begun)]
     assert all(wait >= least for wait, least in zip(waited, (0.05, 0.1, 0.1), strict=True))
-    assert lasting.num_failures == len(told) == 3
+    assert supervised.num_failures == len(told) == 3
     assert told[0].startswith("following failed: MemoryError: no page left (")
     assert told[0].endswith("; it begins anew in 0.05 s")
 

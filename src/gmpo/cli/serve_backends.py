@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from gmpo.cli.conventions import warn
 from gmpo.cli.serve_weights import EngineChanges, first_weights, follower_of, model_config
 from gmpo.errors import ConfigError
-from gmpo.serving.lasting import LastingWork
+from gmpo.serving.supervision import SupervisedTask
 
 if TYPE_CHECKING:
     from gmpo.config import ModelConfig
@@ -190,7 +190,7 @@ class Behind:
     upstreams: Sequence[UpstreamBackend] = ()
     engines: Sequence[EmbeddedBackend] = ()
     split: TrafficSplit | None = None
-    beside: list[LastingWork] = field(default_factory=list)
+    beside: list[SupervisedTask] = field(default_factory=list)
     reloads: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     followers: list[ChampionFollower] = field(default_factory=list)
 
@@ -206,7 +206,7 @@ class Behind:
 
     def lasts(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Have work go on beside the gateway, whatever happens to it."""
-        self.beside.append(LastingWork(name, work, tell=warn))
+        self.beside.append(SupervisedTask(name, work, tell=warn))
 
     def following(self) -> list[Mapping[str, object]]:
         """Of each champion that is followed, the version wanted and the one served."""

@@ -77,7 +77,7 @@ class LocalSampler:
         context_length: longest prompt plus completion the model takes, in tokens.
         max_rows: completions decoded together.
         decode: token ids to text; needed for stop strings only.
-        hidden_tokens: ids of the tokens that `decode` leaves out, by their own text. A stop string
+        special_tokens: ids of the tokens that `decode` leaves out, by their own text. A stop string
             that is such a text stops at the token.
     """
 
@@ -88,13 +88,13 @@ class LocalSampler:
         context_length: int,
         max_rows: int,
         decode: Callable[[Sequence[int]], str] | None = None,
-        hidden_tokens: Mapping[str, int] = MappingProxyType({}),
+        special_tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._decoder = decoder
         self.context_length = context_length
         self._max_rows = max_rows
         self._decode = decode
-        self._hidden_tokens = hidden_tokens
+        self._special_tokens = special_tokens
         self._version = 0
         self._queue: deque[_Pending] = deque()
         self._rows: list[_Row] = []
@@ -121,8 +121,9 @@ class LocalSampler:
         problem = self._problem_with(request)
         if problem:
             raise ConfigError(f"request {request.id!r}: {problem}")
-        hidden = [self._hidden_tokens[s] for s in request.stop_strings if s in self._hidden_tokens]
-        request = replace(request, stop_ids=(*request.stop_ids, *hidden))
+        special = self._special_tokens
+        stops = [special[stop] for stop in request.stop_strings if stop in special]
+        request = replace(request, stop_ids=(*request.stop_ids, *stops))
         self._queue.append(_Pending(request=request))
 
     def cancel(self, request_id: str) -> None:
@@ -175,7 +176,7 @@ class LocalSampler:
 
     def _problem_with(self, request: SampleRequest) -> str | None:
         length, known = len(request.token_ids), self._decoder.vocabulary_size
-        hidden = self._hidden_tokens
+        special = self._special_tokens
         unknown = [token for token in request.token_ids if not 0 <= token < known]
         checks = (
             (request.id in self._ids_in_flight(), "its id is already in flight; use another"),
@@ -213,7 +214,7 @@ class LocalSampler:
             ),
             ("" in request.stop_strings, "a stop string is empty; every text contains it"),
             (
-                any(token in stop != token for token in hidden for stop in request.stop_strings),
+                any(token in stop != token for token in special for stop in request.stop_strings),
                 "a stop string holds a special token and more, which no text does; make the token "
                 "a stop string by itself",
             ),

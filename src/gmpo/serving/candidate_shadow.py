@@ -12,9 +12,9 @@ from gmpo.live_shadow import CONTROLLER_SESSION, ShadowCall, standing_call
 from gmpo.own_servers import own_api_key
 from gmpo.serving.backend import AnswerReport, GenerationRequest
 from gmpo.serving.judging import AnswerJudge
-from gmpo.serving.lasting import Outage
 from gmpo.serving.router import Route, Shadowing
 from gmpo.serving.shadowing import ShadowSettings, ShadowTraffic
+from gmpo.serving.supervision import Outage
 from gmpo.serving.upstream import UpstreamBackend, UpstreamSettings
 from gmpo.store import Event, Store
 

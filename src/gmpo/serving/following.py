@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmpo.errors import GmpoError, ModelError, StoreError
-from gmpo.serving.lasting import Outage
+from gmpo.serving.supervision import Outage
 from gmpo.store import ModelVersion, Store
 
 __all__ = ["ChampionFollower"]

@@ -15,8 +15,8 @@ from gmpo.errors import ConfigError, GmpoError, StoreError
 from gmpo.live_shadow import CONTROLLER_SESSION
 from gmpo.serving.answer_record import AnswerRecord
 from gmpo.serving.backend import GenerationRequest
-from gmpo.serving.lasting import Outage
 from gmpo.serving.router import Route
+from gmpo.serving.supervision import Outage
 from gmpo.store import Event, Experiment, Store
 
 __all__ = ["TrafficSplit", "outcome_event"]

@@ -1,4 +1,4 @@
-"""Work beside the gateway that goes on whatever happens to it."""
+"""Supervision of work beside the gateway: what fails begins anew, with a back-off."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NoReturn
 
 from gmpo.errors import what_was_raised
 
-__all__ = ["LastingWork", "Outage"]
+__all__ = ["Outage", "SupervisedTask"]
 
 
-class LastingWork:
+class SupervisedTask:
     """Work without an end, which begins anew after it failed, each time twice as long afterwards.
 
     Args:
