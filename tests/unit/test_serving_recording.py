@@ -57,7 +57,8 @@ def test_what_was_put_before_the_end_is_written_in_order(tmp_path: Path):
 def test_a_locked_store_delays_nobody_and_loses_only_what_finds_no_room(tmp_path: Path):
     path = tmp_path / "store.db"
     store = open_store(str(path), timeout_seconds=0.05)
-    writer = EventWriter(store, capacity=20)
+    told: list[str] = []
+    writer = EventWriter(store, capacity=20, tell=told.append)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     began = time.perf_counter()
@@ -72,6 +73,10 @@ def test_a_locked_store_delays_nobody_and_loses_only_what_finds_no_room(tmp_path
     writer.close()
     store.close()
     assert numbers(path) == list(range(20))
+    # However often it was tried.
+    failed, again = told
+    assert failed.startswith("events cannot be written: ") and "locked" in failed
+    assert "up to 20" in failed and again == "events are written again"
 
 
 def test_a_full_disk_is_tried_again_until_there_is_room(tmp_path: Path):
@@ -99,15 +104,18 @@ def test_an_event_that_no_store_can_hold_does_not_stop_the_others(tmp_path: Path
     store = open_store(str(path))
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    writer = EventWriter(store)
-    for number in range(3):
-        writer.put(event(number, **({"value": float("nan")} if number == 1 else {})))
+    told: list[str] = []
+    writer = EventWriter(store, tell=told.append)
+    for number in range(5):
+        writer.put(event(number, **({"value": float("nan")} if number % 2 else {})))
     other.execute("ROLLBACK")
     other.close()
-    wait_for(lambda: writer.num_written == 2)
+    wait_for(lambda: writer.num_written == 3)
     writer.close()
     store.close()
-    assert writer.num_refused == 1 and numbers(path) == [0, 2]
+    assert writer.num_refused == 2 and numbers(path) == [0, 2, 4]
+    left_out = [one for one in told if "left out" in one]
+    assert len(left_out) == 1 and "Out of range float values" in left_out[0]
 
 
 def test_what_is_never_taken_is_lost_when_the_time_for_closing_is_over(tmp_path: Path):
@@ -144,13 +152,17 @@ def test_a_sample_that_cannot_be_taken_ends_nothing(tmp_path: Path):
             raise left.pop()
         return {"memory_bytes": 5.0}
 
-    writer = EventWriter(store, sample=sample, sample_seconds=0.02)
+    told: list[str] = []
+    writer = EventWriter(store, sample=sample, sample_seconds=0.02, tell=told.append)
     wait_for(lambda: writer.num_failed_samples == 2)
     writer.put(event(0))
     wait_for(lambda: writer.num_written >= 2)
     writer.close()
     store.close()
     assert numbers(tmp_path / "store.db") == [0] and writer.num_failed_samples == 2
+    failed, again = told
+    assert "ValueError: no such page" in failed and "every 0.02 s" in failed
+    assert again == "the process's figures are taken again"
 
 
 def test_whatever_a_store_raises_the_other_events_are_written(
@@ -169,7 +181,8 @@ def test_whatever_a_store_raises_the_other_events_are_written(
         add(events)
 
     monkeypatch.setattr(store, "add_events", odd)
-    writer = EventWriter(store)
+    told: list[str] = []
+    writer = EventWriter(store, tell=told.append)
     for number in range(4):
         writer.put(event(number))
     gate.set()
@@ -178,6 +191,7 @@ def test_whatever_a_store_raises_the_other_events_are_written(
     store.close()
     assert (writer.num_failures, writer.num_refused, writer.num_lost) == (2, 1, 0)
     assert numbers(tmp_path / "store.db") == [0, 2, 3]
+    assert "Too many open files" in told[0] and "RecursionError: too deep" in told[-1]
 
 
 def test_closing_waits_no_longer_than_it_was_told_and_counts_what_is_left(tmp_path: Path):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
@@ -175,6 +175,15 @@ def warn(message: str) -> None:
 
 
 def say(what: str, message: str, *, style: str) -> None:
-    """One sentence on stderr, under a coloured word."""
+    """One sentence on stderr, under a coloured word; unsaid where nobody can hear it."""
     text = Text.assemble((f"{what}:", style), " ", message)  # markup would eat a path's brackets
-    Console(stderr=True).print(text, soft_wrap=True)
+    # A reader that left or a full disk must end neither the work beside nor its exit code.
+    with suppress(OSError):
+        _Notes(stderr=True).print(text, soft_wrap=True)
+
+
+class _Notes(Console):
+    """A console whose reader may leave; rich's own ends the thread then."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it at that."""

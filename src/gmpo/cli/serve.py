@@ -235,7 +235,7 @@ def _recording(url: str | None, *, learn_anew: bool, record_texts: bool) -> Iter
         going_on = {} if gauges is None else gauges.gauges()
         return {"memory_bytes": resident_bytes(), **going_on}
 
-    writer = EventWriter(opened, sample=sample, record_texts=record_texts)
+    writer = EventWriter(opened, sample=sample, record_texts=record_texts, tell=warn)
     gauges = figures = GatewayFigures(events=writer.counts)
     try:
         watch = AnomalyWatch(figures, put=writer.put, baselines=baselines)

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gmpo.errors import StoreError
+from gmpo.errors import GmpoError, StoreError, what_was_raised
 from gmpo.serving.answer_record import AnswerRecord
+from gmpo.serving.supervision import Outage
 from gmpo.store import Event, Store
 
 __all__ = ["EventWriter"]
@@ -23,7 +24,9 @@ class EventWriter:
     """A queue in front of a store, emptied by a thread of its own.
 
     What does not fit into the queue is lost and counted; what the store does not take is tried
-    again until it does. Written events are in the order in which they were put.
+    again until it does. Why it does not is told once, and when it does again; so is why no sample
+    can be taken, and what no store could hold. Written events are in the order in which they were
+    put.
 
     Args:
         store: stays open; close it after the writer.
@@ -32,6 +35,7 @@ class EventWriter:
         sample_seconds: time between two of them.
         record_texts: whether whole answers are kept with their texts, as "text" events, where the
             request allows it.
+        tell: told of failures in one sentence, by the thread that writes.
     """
 
     def __init__(
@@ -42,12 +46,16 @@ class EventWriter:
         sample: Callable[[], Mapping[str, float]] | None = None,
         sample_seconds: float = 60.0,
         record_texts: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._capacity = capacity
         self._sample = sample
         self._sample_seconds = sample_seconds
         self._record_texts = record_texts
+        self._tell = tell
+        self._unwritten = Outage(tell)
+        self._unsampled = Outage(tell)
         self._queue: deque[Event] = deque()
         self._changed = threading.Condition()
         self._deadline: float | None = None
@@ -58,12 +66,18 @@ class EventWriter:
         """Events that found no room, or were still waiting when the time for closing was over."""
         self.num_refused = 0
         """Events that no store could hold."""
-        self.num_failures = 0
-        """Attempts at writing that failed; the same events were tried again."""
-        self.num_failed_samples = 0
-        """Samples that could not be taken."""
         self._thread = threading.Thread(target=self._run, name="gmpo-events", daemon=True)
         self._thread.start()
+
+    @property
+    def num_failures(self) -> int:
+        """Attempts at writing that failed; the same events were tried again."""
+        return self._unwritten.num_failures
+
+    @property
+    def num_failed_samples(self) -> int:
+        """Samples that could not be taken."""
+        return self._unsampled.num_failures
 
     def counts(self) -> dict[str, int]:
         """What became of the events so far."""
@@ -129,9 +143,13 @@ class EventWriter:
             return
         try:
             sampled = dict(self._sample())
-        except Exception:  # noqa: BLE001  (counted; the events go on without a sample)
-            self.num_failed_samples += 1
+        except Exception as error:  # noqa: BLE001  (told, counted; events go on without a sample)
+            self._unsampled.goes_on(
+                f"the process's figures cannot be taken: {_reason(error)}; they are taken "
+                f"again every {self._sample_seconds:g} s"
+            )
             return
+        self._unsampled.is_over("the process's figures are taken again")
         self.put(Event(kind="metric", time=time.time(), payload=sampled))
 
     def _write(self, batch: list[Event]) -> None:
@@ -140,26 +158,35 @@ class EventWriter:
         while not self._is_over:
             try:
                 self._store.add_events(batch)
-            except (StoreError, OSError, MemoryError):
-                self.num_failures += 1
+            except (StoreError, OSError, MemoryError) as error:
+                self._unwritten.goes_on(
+                    f"events cannot be written: {_reason(error)}; they wait, up to "
+                    f"{self._capacity}, and what comes beyond is lost and counted"
+                )
                 if self._is_late():
                     return
                 with self._changed:
                     self._changed.wait(delay)
                 delay = min(2 * delay, _LAST_RETRY_SECONDS)
-            except Exception:  # noqa: BLE001  (each event is tried alone, and counted as refused)
-                self._write_each(batch)
+            except Exception as error:  # noqa: BLE001  (each event is tried alone; told, counted)
+                self._write_each(batch, error)
                 return
             else:
+                self._unwritten.is_over("events are written again")
                 self.num_written += self._taken(len(batch))
                 return
 
-    def _write_each(self, batch: list[Event]) -> None:
+    def _write_each(self, batch: list[Event], error: Exception) -> None:
         """Write one by one what could not be written together, and leave out what no store holds.
 
         A store names such an event by a DataError; any other error would come again as well.
         """
         if len(batch) == 1:
+            if self.num_refused == 0:
+                self._tell(
+                    f"an event of kind {batch[0].kind!r} cannot be stored and is left out: "
+                    f"{_reason(error)}; further ones are counted as `refused`"
+                )
             self.num_refused += self._taken(1)
             return
         for event in batch:
@@ -178,6 +205,10 @@ class EventWriter:
             for _ in range(count):
                 self._queue.popleft()
             return count
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, GmpoError) else what_was_raised(error)
 
 
 def _event_of(record: AnswerRecord, kind: str, payload: dict[str, Any]) -> Event:
