@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from benchmarks.options import (
     require_at_least_one,
 )
 from benchmarks.results import Results, made_here, write_figure
+from gmpo.leash import leashed
 from gmpo.tracking import builds_of, provenance, read_lines
 
 ENGINES = ("fast", "plain")
@@ -152,15 +154,17 @@ def trained(name: str, seed: int, arguments: argparse.Namespace) -> list[float]:
         RunFailed: the run ended with an error, or another commit began it and did not end it.
     """
     folder = run_folder(name, seed, arguments)
-    command = [sys.executable, "-c", "from gmpo.cli import main; main()", "train"]
+    command: list[str | Path] = ["train"]
     if any(folder.glob("checkpoints/round-*")):
         require_same_commit(folder)
-        command += ["--run", str(folder), "--resume"]
+        command += ["--run", folder, "--resume"]
     else:
-        command += [arguments.recipe, "--run", str(folder)]
+        command += [arguments.recipe, "--run", folder]
         for override in [*overrides_of(arguments), *own_overrides(name, seed, arguments)]:
             command += ["--set", override]
-    code = 0 if is_finished(folder) else subprocess.run(command, check=False).returncode
+    # SIGTERM would finish a round first, which takes minutes; resuming is exact.
+    leash = leashed(command, ended_by=signal.SIGKILL)
+    code = 0 if is_finished(folder) else subprocess.run(leash, check=False).returncode
     if code:
         raise RunFailed(
             f"{name}, seed {seed}, ended with exit code {code}; run this again to go on, or "

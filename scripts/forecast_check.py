@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks.options import ends_clearly, results_file
 from benchmarks.results import write_results
 
+from gmpo.leash import leashed
 from gmpo.tracking import provenance, read_lines
 
 ALLOWED_ERROR = 0.2
@@ -97,9 +99,9 @@ def measure(recipe: str, *overrides: str) -> dict[str, Any]:
     """Train in a process of its own; forecast and measured peak in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-c", "from gmpo.cli import main; main()", "train", recipe]
-        options = ["--run", str(run), *sets(overrides)]
-        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+        command = ["train", recipe, "--run", run, *sets(overrides)]
+        leash = leashed(command, ended_by=signal.SIGKILL)
+        process = subprocess.Popen(leash, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{recipe} {' '.join(overrides)} failed: {status}")
