@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, settings
 
 # Set before torch and the hub client are imported, because both read them once.
-# A parallel worker gets one thread: with more, two workers fight over two cores.
+# A parallel worker gets one thread: with more, workers fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
