@@ -183,9 +183,11 @@ class EventWriter:
         """
         if len(batch) == 1:
             if self.num_refused == 0:
+                # A database's own error quotes the row, and with it what users wrote.
+                reason = str(error) if isinstance(error, GmpoError) else type(error).__name__
                 self._tell(
                     f"an event of kind {batch[0].kind!r} cannot be stored and is left out: "
-                    f"{_reason(error)}; further ones are counted as `refused`"
+                    f"{reason}; further ones are counted as `refused`"
                 )
             self.num_refused += self._taken(1)
             return
