@@ -159,13 +159,19 @@ def gmpo_scores(model: Model, layout: Layout) -> int:
     return _layers(model, layout) + head(model, layout.counted)
 
 
-def gmpo_gradient(model: Model, layout: Layout) -> int:
+def gmpo_gradient(model: Model, layout: Layout, *, kept: int) -> int:
     """Forward and backward over one micro-batch.
 
-    The head makes four products: logits going forward, and going backward logits again and two
-    gradients.
+    The head makes three products, logits and two gradients, and forms logits again going backward
+    that it did not keep.
+
+    Args:
+        model: that is updated.
+        layout: of the micro-batch.
+        kept: positions whose logits are kept, as `gmpo.policy.head.positions_kept` counts them.
     """
-    return 3 * _layers(model, layout) + 4 * head(model, layout.counted)
+    again = max(0, layout.counted - kept)
+    return 3 * (_layers(model, layout) + head(model, layout.counted)) + head(model, again)
 
 
 def _layers(model: Model, layout: Layout) -> int:
@@ -183,7 +189,7 @@ def trl_scores(model: Model, *, rows: int, width: int) -> int:
 def trl_gradient(model: Model, *, rows: int, width: int) -> int:
     """TRL's forward and backward over one step's rows, gradient checkpointing off.
 
-    The head makes four products here too: logits, logits again, and two gradients.
+    The head makes four products: logits, logits again, and two gradients.
     """
     one = Pass(rows=rows, width=width)
     return forward(model, one) + backward(model, one) + 4 * head(model, rows * (width - 1))

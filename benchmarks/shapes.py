@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import flops, workloads
 from gmpo.batch import MicroBatch, StepBatch, build_step, split_steps
+from gmpo.policy.head import positions_kept
 from gmpo.policy.load import load_tokenizer
 from gmpo.policy.prefix import common_length, padded
 from gmpo.records import Group, Prompt, Rollout
@@ -179,13 +180,15 @@ def counts(model: flops.Model, one: Round, *, live: Sequence[bool]) -> dict[str,
     """
     steps = steps_of(one, vocabulary=model.vocabulary, shares_prompts=True, live=live)
     layouts = [layout_of(batch) for step in steps for batch in step.micro_batches]
+    # Fewer than in bf16.
+    kept = positions_kept(model.vocabulary, width=torch.float32.itemsize)
     rows, width = one.num_rows, one.longest_prompt + one.longest_completion
     gmpo = {
         "rollouts": flops.gmpo_rollouts(
             model, prefills=prefills_of(one.prompts), completions=one.completions
         ),
         "old_logprobs": sum(flops.gmpo_scores(model, layout) for layout in layouts),
-        "gradients": sum(flops.gmpo_gradient(model, layout) for layout in layouts),
+        "gradients": sum(flops.gmpo_gradient(model, layout, kept=kept) for layout in layouts),
     }
     trl = {
         "rollouts": flops.trl_rollouts(

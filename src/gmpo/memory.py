@@ -26,18 +26,16 @@ GIB = 2**30
 _FLOAT = 4
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
 """Positions and vocabulary entries whose logits the fast head holds at once on a CPU."""
-_TILE_ELSEWHERE = 2048, 16384
-"""The same on a GPU."""
+_TILE_ELSEWHERE, _KEPT_LOGITS = (2048, 16384), 2**29
+"""The same on a GPU; and bytes of logits that the head keeps on a CPU, as in policy/head.py."""
 _PANEL, _PARTS, _QUERY_ROWS, _KEY_BLOCK = 32, 4, 128, 128
 """Of the compiled attention: positions of a panel, parts of its work, and sizes of its blocks."""
 _ROWS_OF_A_SHAPE = 32
 """As in kernels/shapes.py, which this file must not import: it is read without torch."""
 _CACHE_STEP = 32
 """Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
-_PREFILL_TOKENS = 2048
-"""Prompt tokens that the sampler runs at once."""
-_MASKS_AT_ONCE = 2**24
-"""Entries of a mask that a prefill lays out at once, as in policy/llama.py."""
+_PREFILL_TOKENS, _MASKS_AT_ONCE = 2048, 2**24
+"""Prompt tokens that the sampler runs at once, and entries of a mask, as in policy/llama.py."""
 _ROLLOUT, _KEPT_TOKEN = 2500, 17
 """Of a rollout in Python (Linux, CPython 3.11, as its round is saved), and of each of its tokens:
 id, mask and log-probability, and four letters of text."""
@@ -375,19 +373,34 @@ def _whole(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
+def _positions_kept(shape: ModelShape, scored: int) -> int:
+    """Positions whose logits the head keeps from its forward to its backward pass."""
+    if not shape.on_cpu or shape.recomputes_layers:
+        return 0
+    tile = _TILE_ROWS * shape.vocabulary * shape.width
+    return min(scored, _KEPT_LOGITS // tile * _TILE_ROWS)
+
+
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
     """Of logits, tile by tile: two fp32 tables of a tile at once, and one in the compute precision.
 
-    Compiled functions widen no table below fp32: there are logits and a transposed copy. The
-    backward pass has the head's gradient besides, and that of the hidden states in fp32 and in the
-    compute precision.
+    Compiled functions widen no table below fp32: there are logits and, for the head's gradient, a
+    transposed copy. Where all logits are kept, those of the tile are among them. The backward pass
+    has the head's gradient besides, and the hidden states' in fp32 and in the compute precision.
     """
     narrow = shape.width if shape.width < _FLOAT else 0
-    held = 2 * narrow if shape.runs_compiled and narrow else 2 * _FLOAT + narrow
     scored = _filled(shape, scored)
+    kept = _positions_kept(shape, scored)
+    if kept < scored:
+        held = 2 * narrow if shape.runs_compiled and narrow else 2 * _FLOAT + narrow
+    elif shape.runs_compiled:
+        held = narrow if gradient else 0
+    else:
+        held = 2 * _FLOAT + narrow - shape.width
     rows, tokens = (_TILE_ROWS, _TILE_TOKENS) if shape.on_cpu else _TILE_ELSEWHERE
     tile = min(rows, scored) * min(tokens, shape.vocabulary) * held
-    return tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
+    kept *= shape.vocabulary * shape.width
+    return kept + tile + scored * shape.hidden * (_FLOAT + narrow) + gradient
 
 
 def _layer_bytes(shape: ModelShape, size: MicroBatchSize) -> int:

@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl.experimental.gmpo import GMPOTrainer
 
 from gmpo.kernels.library import kernels_off
+from gmpo.policy.head import positions_kept
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
@@ -73,7 +74,8 @@ def test_gmpos_gradient_is_counted_exactly(prompts: list[list[int]], longest: in
     (batch,) = step.micro_batches
     settings = LossSettings(objective=bind_objective("gmpo", clips={}, max_tokens=1))
     found = counted(lambda: accumulate_gradients(policy, step, settings))
-    assert found == gmpo_gradient(model_of(policy.model.config), layout_of(batch))
+    shape, layout = model_of(policy.model.config), layout_of(batch)
+    assert found == gmpo_gradient(shape, layout, kept=positions_kept(shape.vocabulary, width=4))
 
 
 @pytest.mark.parametrize("prompts", PREFILL_PROMPTS.values(), ids=PREFILL_PROMPTS)
@@ -183,9 +185,11 @@ def test_no_implementation_counts_less_than_the_least():
         counted=4 * 9,
     )
     least = needed_gradient(model, groups=[(8, [9, 9]), (8, [9, 9])], shared=5)
-    assert least < gmpo_gradient(model, layout) < trl_gradient(model, rows=4, width=17)
-    # The causal half of the attention and one of the head's four products are not needed.
-    assert least > 0.6 * gmpo_gradient(model, layout)
+    counts = [gmpo_gradient(model, layout, kept=kept) for kept in (36, 30, 0)]
+    assert least < counts[0] < counts[1] < counts[2] < trl_gradient(model, rows=4, width=17)
+    assert [counts[1] - counts[0], counts[2] - counts[0]] == [head(model, 6), head(model, 36)]
+    # The causal half of the attention is not needed, nor are logits formed again.
+    assert least > 0.6 * counts[2]
 
 
 def test_decode_traffic_and_work_by_hand():

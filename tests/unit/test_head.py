@@ -1,13 +1,21 @@
 """The chunked head equals full logits in value and in gradient."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from gmpo.kernels.library import kernels_off
 from gmpo.policy import head
-from gmpo.policy.head import chunked_token_logprobs, token_logprobs
+from gmpo.policy.head import (
+    TOKENS_PER_TILE,
+    chunked_token_logprobs,
+    positions_kept,
+    token_logprobs,
+)
 
 F64 = torch.float64
 ROWS_PER_CHUNK = head._ROWS_PER_TILE
@@ -69,6 +77,60 @@ def test_chunks_give_the_values_and_gradients_of_full_logits(
     assert (entropy is not None) == with_entropy
     if entropy is not None:
         torch.testing.assert_close(entropy, expected_entropy, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "by torch"])
+@pytest.mark.parametrize("kept_tiles", [0, 1, 2])
+def test_kept_logits_change_no_bit(
+    kept_tiles: int,
+    is_compiled: bool,
+    with_entropy: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # Two tiles of the vocabulary, and positions of which none, some or all are kept.
+    count, vocabulary = ROWS_PER_CHUNK + 9, TOKENS_PER_TILE + 40
+    size = ROWS_PER_CHUNK * vocabulary * dtype.itemsize
+    monkeypatch.setattr(head, "_KEPT_BYTES", kept_tiles * size + size // 2)
+    assert positions_kept(vocabulary, width=dtype.itemsize) == kept_tiles * ROWS_PER_CHUNK
+    hidden, weight, token_ids = case(count, hidden_size=16, vocabulary=vocabulary)
+    sides = [side.detach().to(dtype).requires_grad_() for side in (hidden, weight)]
+    found = []
+    with contextlib.nullcontext() if is_compiled else kernels_off():
+        for keeps_logits in (True, False):
+            logprobs, entropy = chunked_token_logprobs(
+                *sides, token_ids, with_entropy=with_entropy, keeps_logits=keeps_logits
+            )
+            total = mixed(logprobs, entropy)
+            once = torch.autograd.grad(total, sides, retain_graph=True)
+            again = torch.autograd.grad(total, sides)
+            found += [(logprobs.detach(), *once), (logprobs.detach(), *again)]
+    for other in found[1:]:
+        for gradient, wanted in zip(other, found[0], strict=True):
+            assert torch.equal(gradient, wanted)
+
+
+def test_logits_are_formed_again_only_where_they_were_not_kept(monkeypatch: pytest.MonkeyPatch):
+    vocabulary, hidden_size = 50, 6
+    monkeypatch.setattr(head, "_KEPT_BYTES", ROWS_PER_CHUNK * vocabulary * 8)
+
+    def products(rows: int, *, keeps_logits: bool) -> float:
+        """Of positions, hidden size and vocabulary, going forward and backward."""
+        hidden, weight, token_ids = case(rows, hidden_size=hidden_size, vocabulary=vocabulary)
+        with FlopCounterMode(display=False) as counter:
+            chunked_token_logprobs(hidden, weight, token_ids, keeps_logits=keeps_logits)[
+                0
+            ].sum().backward()
+        counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+        return counted["aten.mm"] / (2 * hidden_size * vocabulary)
+
+    rows = ROWS_PER_CHUNK + 9
+    # Logits and the hidden states' gradient; the head's own is added up by another operation.
+    assert products(ROWS_PER_CHUNK, keeps_logits=True) == 2 * ROWS_PER_CHUNK
+    assert products(rows, keeps_logits=True) == 2 * rows + 9
+    assert products(rows, keeps_logits=False) == 3 * rows
 
 
 def test_gradients_agree_with_finite_differences():

@@ -380,14 +380,20 @@ def test_the_head_holds_tiles_or_all_logits():
     # The compiled attention's tables would be larger than a head as small as this one.
     shape = replace(shape_of(llama()), runs_compiled=False)
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
-    # two tables of 512 positions and all 101 tokens, hidden states' gradient of 512 x 32 and the
-    # head's of 101 x 32, in fp32
+    # logits of 512 positions and all 101 tokens, kept, and a table more, hidden states' gradient of
+    # 512 x 32 and the head's of 101 x 32, in fp32
     assert passing_bytes(shape, size) == (2 * 512 * 101 + 512 * 32 + 101 * 32) * 4
-    # Twice as many scored positions: still 512 at once on a CPU, all 1024 on a GPU.
+    # Twice as many scored positions: on a CPU 512 at once and all kept, on a GPU 1024 at once.
     twice = replace(size, rows=128)
-    assert passing_bytes(shape, twice) == (2 * 512 * 101 + 1024 * 32 + 101 * 32) * 4
+    assert passing_bytes(shape, twice) == (3 * 512 * 101 + 1024 * 32 + 101 * 32) * 4
     elsewhere = replace(shape, on_cpu=False)
     assert passing_bytes(elsewhere, twice) == (2 * 1024 * 101 + 1024 * 32 + 101 * 32) * 4
+    # 512 MiB hold what 512 positions have of 180000 tokens, not what 1024 have.
+    wide = replace(shape, vocabulary=180_000)
+    tile, once, grown = 512 * 2048 * 4, passing_bytes(wide, size), passing_bytes(wide, twice)
+    assert grown - once == tile + 512 * 32 * 4
+    again = passing_bytes(replace(wide, recomputes_layers=True), size)
+    assert once - again == 512 * 180_000 * 4 - tile
     plain = shape_of(llama(), engine="plain")
     # 64 rows of 12 tokens with logits and their gradient, six tables at 512 positions
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4

@@ -221,12 +221,17 @@ class TileSums:
         )
 
     def add(
-        self, logits: Float[Tensor, "N V"], token_ids: Int[Tensor, " N"], *, temperature: float
+        self,
+        logits: Float[Tensor, "N V"],
+        token_ids: Int[Tensor, " N"],
+        *,
+        temperature: float,
+        stays: bool = False,
     ) -> None:
-        """Add a tile; its first entry is token 0. The logits are not used afterwards."""
+        """Add a tile; its first entry is token 0. The logits are used up unless it `stays`."""
         run = _function("tile_sums", "ppppppiif", logits, self.chosen)
         if run is None:
-            self._add_by_torch(_tempered(logits, temperature), token_ids)
+            self._add_by_torch(_tempered(logits, temperature), token_ids, stays=stays)
             return
         tensors = (logits, token_ids.contiguous(), self.chosen, self.largest, self.total)
         run(
@@ -243,13 +248,13 @@ class TileSums:
         """The mean logit of the distribution; 0 unless it was asked for."""
         return torch.zeros_like(self.total) if self.weighted is None else self.weighted / self.total
 
-    def _add_by_torch(self, logits: Tensor, token_ids: Tensor) -> None:
+    def _add_by_torch(self, logits: Tensor, token_ids: Tensor, *, stays: bool) -> None:
         is_here, column = _columns(token_ids, logits)
         self.chosen.copy_(torch.where(is_here, logits.gather(1, column)[:, 0], self.chosen))
         largest = torch.maximum(self.largest, logits.amax(dim=-1))
         shrunk = (self.largest - largest).exp_()
         # In place unless the logits are wanted once more: a tile is to stay in the cache.
-        below = logits.sub_ if self.weighted is None else logits.sub
+        below = logits.sub if stays or self.weighted is not None else logits.sub_
         parts = below(largest[:, None]).exp_()
         self.total.mul_(shrunk).add_(parts.sum(dim=-1))
         if self.weighted is not None:

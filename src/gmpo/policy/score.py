@@ -146,6 +146,7 @@ class Policy:
                 batch.completion_ids[batch.mask],
                 temperature=temperature,
                 with_entropy=with_entropy,
+                keeps_logits=not self.body.recomputes_layers,
             )
         return TokenScores(
             logprobs=_scatter(logprobs, batch),
