@@ -20,7 +20,7 @@ from gmpo.rollouts import PromptRenderer
 STEPS_PER_ROUND = 4
 PREFILL_TOKENS = 2048
 """Padded prompt tokens that gmpo's sampler runs in one prefill."""
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 4096
 """gmpo's default `training.max_tokens_per_micro_batch`."""
 
 

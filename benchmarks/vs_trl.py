@@ -5,9 +5,9 @@ both sides move the weights alike on the same completions. An interrupted run go
 
     python -m benchmarks.vs_trl --workload short --json runs/bench/short.json
 
-TRL runs a whole optimizer step's rows at once in an update, 16 of them (8 in long-prompt), and gmpo
-at most 2,048 tokens. TRL needs less memory, and other times, with --trl-micro-batch 4, by which its
-steps add up the gradients of four rows at a time.
+Both run a whole optimizer step's rows at once in an update, 16 of them (8 in long-prompt). TRL
+needs less memory, and other times, with --trl-micro-batch 4, by which its steps add up the
+gradients of four rows at a time.
 
 With --dtype fp32 the file gets a section "fp32", so that its figures stand beside those of bf16.
 With --seed 1 both sides get other prompts and draw other completions.
