@@ -30,6 +30,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
@@ -303,6 +304,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
         labelled.add(engine)
         axis.plot(range(1, len(rewards) + 1), rewards, style, color=color, label=label)
     axis.set_xlabel("round")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_ylabel("reward of the round's rollouts")
     axis.set_ylim(0, 1)
     axis.legend()
