@@ -45,7 +45,7 @@ PARTS = ("decode", "drawing", "update", "compiled")
 STEPS = 4
 """Optimizer steps of an update, as a round has."""
 PROMPTS_PER_STEP = 2
-MICRO_BATCHES = (2048, 16384)
+MICRO_BATCHES = (2560, 16384)
 """Tokens of a micro-batch: `training.max_tokens_per_micro_batch` by default, and a whole step."""
 
 

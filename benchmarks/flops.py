@@ -168,7 +168,7 @@ def gmpo_gradient(model: Model, layout: Layout, *, kept: int) -> int:
     Args:
         model: that is updated.
         layout: of the micro-batch.
-        kept: positions whose logits are kept, as `gmpo.policy.head.positions_kept` counts them.
+        kept: most positions whose logits are kept, as `gmpo.policy.head.most_positions_kept`.
     """
     again = max(0, layout.counted - kept)
     return 3 * (_layers(model, layout) + head(model, layout.counted)) + head(model, again)

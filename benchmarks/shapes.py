@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import flops, workloads
 from gmpo.batch import MicroBatch, StepBatch, build_step, split_steps
-from gmpo.policy.head import positions_kept
+from gmpo.config import TrainingConfig
+from gmpo.policy.head import most_positions_kept
 from gmpo.policy.load import load_tokenizer
 from gmpo.policy.prefix import common_length, padded
 from gmpo.records import Group, Prompt, Rollout
@@ -20,8 +21,7 @@ from gmpo.rollouts import PromptRenderer
 STEPS_PER_ROUND = 4
 PREFILL_TOKENS = 2048
 """Padded prompt tokens that gmpo's sampler runs in one prefill."""
-MICRO_BATCH_TOKENS = 4096
-"""gmpo's default `training.max_tokens_per_micro_batch`."""
+MICRO_BATCH_TOKENS: int = TrainingConfig.model_fields["max_tokens_per_micro_batch"].default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +180,8 @@ def counts(model: flops.Model, one: Round, *, live: Sequence[bool]) -> dict[str,
     """
     steps = steps_of(one, vocabulary=model.vocabulary, shares_prompts=True, live=live)
     layouts = [layout_of(batch) for step in steps for batch in step.micro_batches]
-    # Fewer than in bf16.
-    kept = positions_kept(model.vocabulary, width=torch.float32.itemsize)
+    # In fp32 half as many are kept as in bf16.
+    kept = most_positions_kept(model.vocabulary, width=torch.float32.itemsize)
     rows, width = one.num_rows, one.longest_prompt + one.longest_completion
     gmpo = {
         "rollouts": flops.gmpo_rollouts(

@@ -304,7 +304,7 @@ def step_batch(
     return build_step(
         parts,
         table,
-        max_tokens=4096,
+        max_tokens=2048,
         shares_prompts=policy.shares_prompts,
         skips_dead_rows=skips_dead_rows,
         device=policy.device,

@@ -311,7 +311,7 @@ class TrainingConfig(Table):
     """AdamW's decoupled weight decay."""
     gradient_clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm; longer gradients are scaled down to it."""
-    max_tokens_per_micro_batch: int = Field(default=4096, ge=1)
+    max_tokens_per_micro_batch: int = Field(default=2560, ge=1)
     """Prompt and completion tokens, padding included, of one forward and backward pass; a group is
     split when it is larger, a single row never."""
     engine: Literal["fast", "plain"] = "fast"

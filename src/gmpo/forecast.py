@@ -20,11 +20,9 @@ from gmpo.memory import (
     MicroBatchSize,
     ModelShape,
     activation_bytes,
-    cache_bytes,
+    kept_logits_bytes,
     largest_micro_batch,
     passing_bytes,
-    rollout_bytes,
-    sampling_bytes,
     weight_bytes,
 )
 from gmpo.policy.llama import why_unsupported
@@ -32,6 +30,7 @@ from gmpo.policy.load import model_folder
 from gmpo.policy.lora import adapters_of, add_adapters
 from gmpo.records import Prompt
 from gmpo.sampler.prepared import order_of
+from gmpo.sampling_memory import cache_bytes, rollout_bytes, sampling_bytes
 from gmpo.tasks import few_shot_prompt
 
 __all__ = [
@@ -300,6 +299,8 @@ def _memory(
     update = max(_update_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     # A cache that grows is there twice for a moment.
     sampling_peak = sampling_bytes(shape, rows=rows, prompt_tokens=longest) + cache
+    # Its pieces are too small for the process to give their memory back.
+    sampling_peak += max(_kept_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     rollouts = rollout_bytes(
         sampling.most_prompts() * sampling.group_size,
         completion_tokens=_longest_completion(config, lengths.shortest),
@@ -322,6 +323,11 @@ def _update_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -
     """Of the largest micro-batch of a step with prompts of that length."""
     size = _micro_batch(config, shape, prompt_tokens=prompt_tokens)
     return activation_bytes(shape, size) + passing_bytes(shape, size)
+
+
+def _kept_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> int:
+    """Logits that the update keeps of the same."""
+    return kept_logits_bytes(shape, _micro_batch(config, shape, prompt_tokens=prompt_tokens))
 
 
 def _leaves_gradients_narrow(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> bool:

@@ -1,4 +1,6 @@
-"""Bytes that training a causal language model takes, by arithmetic.
+"""Bytes that a causal language model's weights and updates take, by arithmetic.
+
+What sampling takes is in `gmpo.sampling_memory`.
 
 Dimensions: **M** hidden size, **F** feed-forward size, **H** query heads, **K** key heads,
 **D** head size, **V** vocabulary, **S** prompt tokens, **T** completion tokens.
@@ -13,11 +15,9 @@ __all__ = [
     "MicroBatchSize",
     "ModelShape",
     "activation_bytes",
-    "cache_bytes",
+    "kept_logits_bytes",
     "largest_micro_batch",
     "passing_bytes",
-    "rollout_bytes",
-    "sampling_bytes",
     "weight_bytes",
 ]
 
@@ -25,22 +25,15 @@ GIB = 2**30
 
 _FLOAT = 4
 _TILE_ROWS, _TILE_TOKENS = 512, 2048
-"""Positions and vocabulary entries whose logits the fast head holds at once on a CPU."""
-_TILE_ELSEWHERE, _KEPT_LOGITS = (2048, 16384), 2**29
-"""The same on a GPU; and bytes of logits that the head keeps on a CPU, as in policy/head.py."""
+"""Positions and vocabulary entries of the tiles in which the fast head forms logits on a CPU."""
+_TILE_ELSEWHERE = 2048, 16384
+"""The same on a GPU."""
+_KEPT_LOGITS = 2**29
+"""Bytes of logits that the head keeps on a CPU at most, as in policy/head.py."""
 _PANEL, _PARTS, _QUERY_ROWS, _KEY_BLOCK = 32, 4, 128, 128
 """Of the compiled attention: positions of a panel, parts of its work, and sizes of its blocks."""
 _ROWS_OF_A_SHAPE = 32
 """As in kernels/shapes.py, which this file must not import: it is read without torch."""
-_CACHE_STEP = 32
-"""Positions by which the sampler's cache grows; on a GPU they are a power of two times as many."""
-_PREFILL_TOKENS, _MASKS_AT_ONCE = 2048, 2**24
-"""Prompt tokens that the sampler runs at once, and entries of a mask, as in policy/llama.py."""
-_ROLLOUT, _KEPT_TOKEN = 2500, 17
-"""Of a rollout in Python (Linux, CPython 3.11, as its round is saved), and of each of its tokens:
-id, mask and log-probability, and four letters of text."""
-_TRAINED_TOKEN = 27
-"""Of a token in its step's tensors: id, mask, three log-probabilities, log-ratio, what was cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,95 +196,8 @@ def weight_bytes(
     return shape.num_parameters * shape.width + shape.adapter_parameters * per_trained
 
 
-def cache_bytes(
-    shape: ModelShape,
-    *,
-    prompts: int,
-    rows: int,
-    prompt_positions: int,
-    completion_positions: int,
-) -> int:
-    """Keys and values that the sampler keeps between rounds.
-
-    Fast: those of each prompt once and of each row's own tokens, in fp32. Plain: those of whole
-    rows, in the compute precision.
-
-    Args:
-        shape: of the model.
-        prompts: different ones that run at once; room is made for a power of two of them.
-        rows: that run at once; on a GPU room is made for a power of two of them.
-        prompt_positions: tokens of the longest prompt.
-        completion_positions: tokens of the longest completion.
-    """
-    if not shape.is_fast:
-        positions = prompt_positions + completion_positions
-        return rows * positions * shape.key_value_bytes * shape.layers
-    rows = rows if shape.on_cpu else _power_of_two(rows)
-    slots = min(rows, _power_of_two(prompts))
-    in_prompts, own = (
-        _CACHE_STEP * (steps if shape.on_cpu else _power_of_two(steps))
-        for steps in (
-            -(-positions // _CACHE_STEP) for positions in (prompt_positions, completion_positions)
-        )
-    )
-    wide = 2 * shape.key_value_heads * shape.head_size * _FLOAT
-    return (slots * in_prompts + rows * own) * wide * shape.layers
-
-
-def sampling_bytes(shape: ModelShape, *, rows: int, prompt_tokens: int) -> int:
-    """What sampling takes beside the cache while rows run: prefilled prompts, logits, weights.
-
-    On a CPU weights are laid out anew where no adapter is beside them. Keys and values of prompts
-    with a common beginning exist once in two parts and once joined. Logits exist once as they came
-    and once joined with those of new rows, in fp32 if not wider, and elsewhere in fp32 besides.
-    """
-    tokens = max(_PREFILL_TOKENS, prompt_tokens)
-    wide = max(_FLOAT, shape.width)
-    logits = rows * shape.vocabulary * (shape.width + wide + (not shape.on_cpu) * _FLOAT)
-    prefill = 2 * tokens * shape.key_value_bytes * shape.layers
-    masks = _prefill_mask_bytes(shape, tokens * prompt_tokens)
-    return prefill + masks + logits + _prepared_bytes(shape)
-
-
-def _prefill_mask_bytes(shape: ModelShape, seen: int) -> int:
-    """What each token may see, for each of a key head's query heads, and that in the precision."""
-    if not shape.is_fast:
-        return 0
-    shared = shape.heads // shape.key_value_heads
-    return seen + min(shared * seen, _MASKS_AT_ONCE) * (1 + shape.width)
-
-
-def _prepared_bytes(shape: ModelShape) -> int:
-    """Of linear layers and the head in the order in which decoding reads them."""
-    if not shape.reorders_weights:
-        return 0
-    queries = shape.heads * shape.head_size
-    keys = 2 * shape.key_value_heads * shape.head_size
-    # What has a common input is laid out as one.
-    together = {
-        ("q_proj", "k_proj", "v_proj"): queries + keys,
-        ("o_proj",): queries,
-        ("gate_proj", "up_proj"): 2 * shape.feed_forward,
-        ("down_proj",): shape.feed_forward,
-    }
-    outputs = sum(size for names, size in together.items() if shape.adapted.isdisjoint(names))
-    return (shape.layers * outputs + shape.vocabulary) * shape.hidden * shape.width
-
-
-def rollout_bytes(rollouts: int, *, completion_tokens: int, on_cpu: bool) -> int:
-    """What a round's rollouts and the tensors of its steps take, from sampling to the last step.
-
-    Args:
-        rollouts: of the round.
-        completion_tokens: of each.
-        on_cpu: where the model runs; elsewhere only the tensors lie beside it.
-    """
-    tensors = completion_tokens * _TRAINED_TOKEN
-    return rollouts * (tensors + on_cpu * (_ROLLOUT + completion_tokens * _KEPT_TOKEN))
-
-
 def activation_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
-    """What is kept of a micro-batch between its forward and its backward pass.
+    """What layers keep of a micro-batch between its forward and its backward pass.
 
     Layers that run again keep nothing but their inputs; of others see `_layer_bytes`. All of them
     share the masks.
@@ -364,25 +270,29 @@ def _filled(shape: ModelShape, rows: int) -> int:
     return _whole(rows, _ROWS_OF_A_SHAPE) if is_filled else rows
 
 
-def _power_of_two(number: int) -> int:
-    """The least that is no less."""
-    return 1 << (number - 1).bit_length()
-
-
 def _whole(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
+def kept_logits_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
+    """Logits that the head keeps of a micro-batch from its forward to its backward pass.
+
+    In small pieces, whose memory the process holds on to for the next step.
+    """
+    kept = _positions_kept(shape, _filled(shape, size.rows * size.completion_tokens))
+    return kept * shape.vocabulary * shape.width
+
+
 def _positions_kept(shape: ModelShape, scored: int) -> int:
-    """Positions whose logits the head keeps from its forward to its backward pass."""
-    if not shape.on_cpu or shape.recomputes_layers:
+    """Positions whose logits the head keeps."""
+    if not (shape.is_fast and shape.on_cpu) or shape.recomputes_layers:
         return 0
     tile = _TILE_ROWS * shape.vocabulary * shape.width
     return min(scored, _KEPT_LOGITS // tile * _TILE_ROWS)
 
 
 def _head_bytes(shape: ModelShape, scored: int, *, gradient: int) -> int:
-    """Of logits, tile by tile: two fp32 tables of a tile at once, and one in the compute precision.
+    """Of logits those that are kept, and of a tile two fp32 tables and one as they are computed.
 
     Compiled functions widen no table below fp32: there are logits and, for the head's gradient, a
     transposed copy. Where all logits are kept, those of the tile are among them. The backward pass

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trl.experimental.gmpo import GMPOTrainer
 
 from gmpo.kernels.library import kernels_off
-from gmpo.policy.head import positions_kept
+from gmpo.policy.head import most_positions_kept
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.local import LocalSampler
@@ -75,7 +75,9 @@ def test_gmpos_gradient_is_counted_exactly(prompts: list[list[int]], longest: in
     settings = LossSettings(objective=bind_objective("gmpo", clips={}, max_tokens=1))
     found = counted(lambda: accumulate_gradients(policy, step, settings))
     shape, layout = model_of(policy.model.config), layout_of(batch)
-    assert found == gmpo_gradient(shape, layout, kept=positions_kept(shape.vocabulary, width=4))
+    assert found == gmpo_gradient(
+        shape, layout, kept=most_positions_kept(shape.vocabulary, width=4)
+    )
 
 
 @pytest.mark.parametrize("prompts", PREFILL_PROMPTS.values(), ids=PREFILL_PROMPTS)

@@ -5,15 +5,17 @@ import math
 
 import pytest
 import torch
+from tests.live_memory import LiveMemory
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from gmpo.config import TrainingConfig
 from gmpo.kernels.library import kernels_off
 from gmpo.policy import head
 from gmpo.policy.head import (
     TOKENS_PER_TILE,
     chunked_token_logprobs,
-    positions_kept,
+    most_positions_kept,
     token_logprobs,
 )
 
@@ -94,7 +96,7 @@ def test_kept_logits_change_no_bit(
     count, vocabulary = ROWS_PER_CHUNK + 9, TOKENS_PER_TILE + 40
     size = ROWS_PER_CHUNK * vocabulary * dtype.itemsize
     monkeypatch.setattr(head, "_KEPT_BYTES", kept_tiles * size + size // 2)
-    assert positions_kept(vocabulary, width=dtype.itemsize) == kept_tiles * ROWS_PER_CHUNK
+    assert most_positions_kept(vocabulary, width=dtype.itemsize) == kept_tiles * ROWS_PER_CHUNK
     hidden, weight, token_ids = case(count, hidden_size=16, vocabulary=vocabulary)
     sides = [side.detach().to(dtype).requires_grad_() for side in (hidden, weight)]
     found = []
@@ -116,9 +118,11 @@ def test_logits_are_formed_again_only_where_they_were_not_kept(monkeypatch: pyte
     vocabulary, hidden_size = 50, 6
     monkeypatch.setattr(head, "_KEPT_BYTES", ROWS_PER_CHUNK * vocabulary * 8)
 
-    def products(rows: int, *, keeps_logits: bool) -> float:
+    def products(rows: int, *, keeps_logits: bool, frozen: str | None = None) -> float:
         """Of positions, hidden size and vocabulary, going forward and backward."""
         hidden, weight, token_ids = case(rows, hidden_size=hidden_size, vocabulary=vocabulary)
+        if frozen:
+            {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             chunked_token_logprobs(hidden, weight, token_ids, keeps_logits=keeps_logits)[
                 0
@@ -131,6 +135,37 @@ def test_logits_are_formed_again_only_where_they_were_not_kept(monkeypatch: pyte
     assert products(ROWS_PER_CHUNK, keeps_logits=True) == 2 * ROWS_PER_CHUNK
     assert products(rows, keeps_logits=True) == 2 * rows + 9
     assert products(rows, keeps_logits=False) == 3 * rows
+    # A frozen head beside adapters; and only the head trained, whose gradient is not counted here.
+    assert products(ROWS_PER_CHUNK, keeps_logits=True, frozen="weight") == 2 * ROWS_PER_CHUNK
+    assert products(ROWS_PER_CHUNK, keeps_logits=True, frozen="hidden") == ROWS_PER_CHUNK
+
+
+def test_512_mib_hold_all_logits_of_a_micro_batch_of_the_default_model():
+    assert most_positions_kept(49152, width=4) == 2560
+    assert most_positions_kept(49152, width=2) == 5120
+    assert TrainingConfig.model_fields["max_tokens_per_micro_batch"].default == 2560
+    # Of the largest vocabularies one tile of positions, then none.
+    assert most_positions_kept(2**18, width=4) == ROWS_PER_CHUNK
+    assert most_positions_kept(2**18 + 1, width=4) == 0
+
+
+def test_no_logits_are_held_without_gradient():
+    hidden, weight, token_ids = case(64, vocabulary=4 * TOKENS_PER_TILE)
+    tile = 64 * TOKENS_PER_TILE * 8
+    with LiveMemory() as memory, torch.no_grad():
+        chunked_token_logprobs(hidden, weight, token_ids)
+    assert memory.peak_bytes < 3 * tile
+    with LiveMemory() as memory:
+        chunked_token_logprobs(hidden, weight, token_ids)
+    assert memory.peak_bytes > 4 * tile
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, token_ids = case(4)
+    logprobs, _ = chunked_token_logprobs(hidden, weight, token_ids)
+    (slope,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        slope.sum().backward()
 
 
 def test_gradients_agree_with_finite_differences():

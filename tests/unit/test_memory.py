@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gmpo import memory
+from gmpo import sampling_memory
 from gmpo.batch import MicroBatch
 from gmpo.forecast import forecast, model_shape
 from gmpo.kernels.library import kernels_off, loaded
@@ -33,12 +34,12 @@ from gmpo.memory import (
     MicroBatchSize,
     ModelShape,
     activation_bytes,
-    cache_bytes,
+    kept_logits_bytes,
     largest_micro_batch,
     passing_bytes,
-    sampling_bytes,
     weight_bytes,
 )
+from gmpo.policy import head
 from gmpo.policy import llama as llama_body
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import add_adapters
@@ -46,6 +47,7 @@ from gmpo.policy.packed import scored_hidden_states
 from gmpo.policy.score import Policy
 from gmpo.sampler.decoders import LlamaDecoder
 from gmpo.sampler.prepared import order_of
+from gmpo.sampling_memory import cache_bytes, sampling_bytes
 from gmpo.update import PolicyOptimizer
 
 VOCABULARY = 101
@@ -328,7 +330,7 @@ def prefill_peak(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> in
 def test_a_long_prompts_prefill_is_foretold(
     dtype: torch.dtype, masks_at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gmpo.memory._MASKS_AT_ONCE", masks_at_once)
+    monkeypatch.setattr("gmpo.sampling_memory._MASKS_AT_ONCE", masks_at_once)
     monkeypatch.setattr("gmpo.policy.llama._MASKS_AT_ONCE", masks_at_once)
     # Four query heads a key head, as long as the model is small: masks are nearly all there is.
     model = llama(key_value_heads=1, layers=1, hidden=16, feed_forward=16, dtype=dtype)
@@ -339,7 +341,7 @@ def test_a_long_prompts_prefill_is_foretold(
 
 
 def test_masks_are_laid_out_in_the_parts_that_the_forecast_counts():
-    assert memory._MASKS_AT_ONCE == llama_body._MASKS_AT_ONCE
+    assert sampling_memory._MASKS_AT_ONCE == llama_body._MASKS_AT_ONCE
 
 
 def laid_out(adapted: str = "", *, rows: int = 4) -> int:
@@ -399,6 +401,23 @@ def test_the_head_holds_tiles_or_all_logits():
     assert passing_bytes(plain, size) == (2 * 64 * 12 + 6 * 512) * 101 * 4
 
 
+@given(
+    rows=st.integers(1, 300),
+    tokens=st.integers(1, 300),
+    vocabulary=st.integers(1, 300_000),
+    width=st.sampled_from([2, 4]),
+)
+def test_logits_are_counted_as_the_head_keeps_them(
+    rows: int, tokens: int, vocabulary: int, width: int
+):
+    shape = replace(shape_of(llama()), vocabulary=vocabulary, width=width, runs_compiled=False)
+    size = MicroBatchSize(prompts=1, rows=rows, prompt_tokens=4, completion_tokens=tokens)
+    kept = min(rows * tokens, head.most_positions_kept(vocabulary, width=width))
+    assert kept_logits_bytes(shape, size) == kept * vocabulary * width
+    for other in ({"on_cpu": False}, {"recomputes_layers": True}, {"is_fast": False}):
+        assert kept_logits_bytes(replace(shape, **other), size) == 0
+
+
 def test_the_compiled_attention_holds_padded_tables_and_one_block():
     shape = replace(shape_of(llama()), runs_compiled=True)
     size = MicroBatchSize(prompts=1, rows=64, prompt_tokens=4, completion_tokens=8)
@@ -419,7 +438,9 @@ def test_the_compiled_attention_holds_padded_tables_and_one_block():
 @pytest.mark.parametrize("vocabulary", [101, 5000], ids=["layers dominate", "head dominates"])
 @pytest.mark.parametrize("recomputes_layers", [False, True], ids=["kept", "run again"])
 @pytest.mark.parametrize("adapted", [(), None, ("q_proj", "v_proj")], ids=str)
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "by torch"])
 def test_the_peak_of_an_update_is_foretold(
+    is_compiled: bool,
     adapted: tuple[str, ...] | None,
     recomputes_layers: bool,
     vocabulary: int,
@@ -432,9 +453,10 @@ def test_the_peak_of_an_update_is_foretold(
         if weight.requires_grad:
             weight.grad = torch.zeros_like(weight)
     batch = micro_batch(size)
-    with LiveMemory() as memory:
-        policy.score(batch).logprobs.sum().backward()
-    shape = shape_of(model, recomputes_layers=recomputes_layers)
+    with contextlib.nullcontext() if is_compiled else kernels_off():
+        with LiveMemory() as memory:
+            policy.score(batch).logprobs.sum().backward()
+        shape = shape_of(model, recomputes_layers=recomputes_layers)
     foretold = activation_bytes(shape, size) + passing_bytes(shape, size)
     # Small tensors are not counted, and what passes through a layer is counted a little high.
     assert foretold == pytest.approx(memory.peak_bytes, rel=0.15)

@@ -231,7 +231,8 @@ class TileSums:
         """Add a tile; its first entry is token 0. The logits are used up unless it `stays`."""
         run = _function("tile_sums", "ppppppiif", logits, self.chosen)
         if run is None:
-            self._add_by_torch(_tempered(logits, temperature), token_ids, stays=stays)
+            tempered = _tempered(logits, temperature)
+            self._add_by_torch(tempered, token_ids, stays=stays and tempered is logits)
             return
         tensors = (logits, token_ids.contiguous(), self.chosen, self.largest, self.total)
         run(

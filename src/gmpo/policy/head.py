@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, without a full set of logits.
+"""Log-probabilities of given tokens from hidden states, from logits of one tile at a time.
 
 Dimensions: **N** scored positions, **M** hidden size, **V** vocabulary.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from gmpo.kernels.shapes import spare_rows
@@ -19,15 +20,15 @@ from gmpo.kernels.training import TileSums, tile_slopes, weight_gradient
 __all__ = [
     "TOKENS_PER_TILE",
     "chunked_token_logprobs",
-    "positions_kept",
+    "most_positions_kept",
     "token_logprobs",
     "widened",
 ]
 
 _ROWS_PER_TILE = 512
 TOKENS_PER_TILE = 2048
-"""Logits exist in tiles of so many positions and vocabulary entries: 2 MB in bf16, so that what is
-done to them element by element happens in the processor's cache."""
+"""Logits are formed in tiles of so many positions and vocabulary entries: 2 MB in bf16, so that
+what is done to a new one element by element happens in the processor's cache."""
 _TILE_ELSEWHERE = 2048, 16384
 """The same on other devices, where each operation on a tile has to be started: 128 MB in fp32."""
 _KEPT_BYTES = 2**29
@@ -56,11 +57,11 @@ def chunked_token_logprobs(
     with_entropy: bool = False,
     keeps_logits: bool = True,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None]:
-    """`token_logprobs(hidden @ weight.T, ...)` with logits of one tile at a time.
+    """`token_logprobs(hidden @ weight.T, ...)` with logits formed one tile at a time.
 
     The forward pass keeps the log of each position's normaliser, and the logits of the first
-    `positions_kept`. The backward pass takes both gradients from a tile's logits, and forms those
-    again that were not kept: the same numbers.
+    positions, at most `most_positions_kept`. The backward pass takes both gradients from a tile's
+    logits, and forms those again that were not kept: the same numbers.
 
     Args:
         hidden: final hidden states; carries gradient.
@@ -78,13 +79,12 @@ def chunked_token_logprobs(
             functional.pad(hidden, (0, 0, 0, spare)),
             functional.pad(token_ids, (0, spare)),
         )
-    # Without gradient no backward pass would let them go.
+    # Without gradient there is no backward pass to keep them for.
     has_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keeps_logits = keeps_logits and has_gradient and weight.device.type == "cpu"
+    most = most_positions_kept(len(weight), width=weight.element_size())
     how = _How(
-        temperature=temperature,
-        with_entropy=with_entropy,
-        num_kept=positions_kept(len(weight), width=weight.element_size()) if keeps_logits else 0,
+        temperature=temperature, with_entropy=with_entropy, num_kept=most if keeps_logits else 0
     )
     logprobs, entropy = _ChunkedTokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, token_ids, how
@@ -122,6 +122,7 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         return chosen - log_total, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token_ids, log_total, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -160,8 +161,10 @@ class _ChunkedTokenLogprobs(torch.autograd.Function):
         return by_hidden, by_weight, None, None
 
 
-def positions_kept(vocabulary: int, *, width: int) -> int:
-    """Positions whose logits a pass with gradient keeps on a CPU: whole tiles of 512, in 512 MiB.
+def most_positions_kept(vocabulary: int, *, width: int) -> int:
+    """Most positions whose logits a pass with gradient keeps: whole tiles of 512, in 512 MiB.
+
+    Where it keeps any, see `chunked_token_logprobs`.
 
     Args:
         vocabulary: V.
