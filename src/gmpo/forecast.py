@@ -20,7 +20,6 @@ from gmpo.memory import (
     MicroBatchSize,
     ModelShape,
     activation_bytes,
-    kept_logits_bytes,
     largest_micro_batch,
     passing_bytes,
     weight_bytes,
@@ -299,8 +298,6 @@ def _memory(
     update = max(_update_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     # A cache that grows is there twice for a moment.
     sampling_peak = sampling_bytes(shape, rows=rows, prompt_tokens=longest) + cache
-    # Its pieces are too small for the process to give their memory back.
-    sampling_peak += max(_kept_bytes(config, shape, prompt_tokens=n) for n in lengths.steps)
     rollouts = rollout_bytes(
         sampling.most_prompts() * sampling.group_size,
         completion_tokens=_longest_completion(config, lengths.shortest),
@@ -323,11 +320,6 @@ def _update_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -
     """Of the largest micro-batch of a step with prompts of that length."""
     size = _micro_batch(config, shape, prompt_tokens=prompt_tokens)
     return activation_bytes(shape, size) + passing_bytes(shape, size)
-
-
-def _kept_bytes(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> int:
-    """Logits that the update keeps of the same."""
-    return kept_logits_bytes(shape, _micro_batch(config, shape, prompt_tokens=prompt_tokens))
 
 
 def _leaves_gradients_narrow(config: RunConfig, shape: ModelShape, *, prompt_tokens: int) -> bool:

@@ -15,7 +15,6 @@ __all__ = [
     "MicroBatchSize",
     "ModelShape",
     "activation_bytes",
-    "kept_logits_bytes",
     "largest_micro_batch",
     "passing_bytes",
     "weight_bytes",
@@ -274,17 +273,8 @@ def _whole(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def kept_logits_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
-    """Logits that the head keeps of a micro-batch from its forward to its backward pass.
-
-    In small pieces, whose memory the process holds on to for the next step.
-    """
-    kept = _positions_kept(shape, _filled(shape, size.rows * size.completion_tokens))
-    return kept * shape.vocabulary * shape.width
-
-
 def _positions_kept(shape: ModelShape, scored: int) -> int:
-    """Positions whose logits the head keeps."""
+    """Positions whose logits the head keeps from its forward to its backward pass."""
     if not (shape.is_fast and shape.on_cpu) or shape.recomputes_layers:
         return 0
     tile = _TILE_ROWS * shape.vocabulary * shape.width

@@ -56,11 +56,10 @@ def test_the_forecast_is_the_one_by_hand(model: str):
     assert needs.cache_gib == (8 * 32 + 64 * 32) * 2 * 16 * 2 * 4 / GIB
     # the cache again while it grows, 2,048 prompt tokens in two parts and joined, two tables of
     # logits, where they are laid out for decoding the linear layers and the head, and which of 17
-    # tokens each may see: once, and for two query heads a key head as a truth and in fp32; and
-    # logits of a step's 16 rows of 3 tokens, which the update kept
+    # tokens each may see: once, and for two query heads a key head as a truth and in fp32
     laid_out = 2 * (7_744 - 64) + 3_232 if order_of(torch.float32, "cpu") else 0
     masks = 2048 * 17 * (1 + 2 * (1 + 4)) / 4
-    moment = 2 * 2048 * 2 * 16 * 2 + 2 * 64 * 101 + laid_out + masks + 16 * 3 * 101
+    moment = 2 * 2048 * 2 * 16 * 2 + 2 * 64 * 101 + laid_out + masks
     assert needs.sampling_gib == pytest.approx(needs.cache_gib + moment * 4 / GIB, rel=1e-12)
     # A step's 2 groups: 2 x 17 + 16 x 2 tokens of 5 x 32 + 2 x 48 + 4 + 2 numbers a layer; keys and
     # values of what rows see, 16 x 19, and of all tokens

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gmpo import memory as update_memory
 from gmpo import sampling_memory
 from gmpo.batch import MicroBatch
 from gmpo.forecast import forecast, model_shape
@@ -34,7 +35,6 @@ from gmpo.memory import (
     MicroBatchSize,
     ModelShape,
     activation_bytes,
-    kept_logits_bytes,
     largest_micro_batch,
     passing_bytes,
     weight_bytes,
@@ -402,20 +402,16 @@ def test_the_head_holds_tiles_or_all_logits():
 
 
 @given(
-    rows=st.integers(1, 300),
-    tokens=st.integers(1, 300),
+    scored=st.integers(1, 100_000),
     vocabulary=st.integers(1, 300_000),
     width=st.sampled_from([2, 4]),
 )
-def test_logits_are_counted_as_the_head_keeps_them(
-    rows: int, tokens: int, vocabulary: int, width: int
-):
-    shape = replace(shape_of(llama()), vocabulary=vocabulary, width=width, runs_compiled=False)
-    size = MicroBatchSize(prompts=1, rows=rows, prompt_tokens=4, completion_tokens=tokens)
-    kept = min(rows * tokens, head.most_positions_kept(vocabulary, width=width))
-    assert kept_logits_bytes(shape, size) == kept * vocabulary * width
+def test_logits_are_counted_as_the_head_keeps_them(scored: int, vocabulary: int, width: int):
+    shape = replace(shape_of(llama()), vocabulary=vocabulary, width=width)
+    kept = min(scored, head.most_positions_kept(vocabulary, width=width))
+    assert update_memory._positions_kept(shape, scored) == kept
     for other in ({"on_cpu": False}, {"recomputes_layers": True}, {"is_fast": False}):
-        assert kept_logits_bytes(replace(shape, **other), size) == 0
+        assert update_memory._positions_kept(replace(shape, **other), scored) == 0
 
 
 def test_the_compiled_attention_holds_padded_tables_and_one_block():
