@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.devices import DEVICES, device_name, wait_for
 from benchmarks.options import ends_clearly, results_file
 from benchmarks.results import write_results
+from benchmarks.shapes import MICRO_BATCH_TOKENS
 from gmpo.batch import StepBatch, build_step
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.score import Policy
@@ -45,7 +46,7 @@ PARTS = ("decode", "drawing", "update", "compiled")
 STEPS = 4
 """Optimizer steps of an update, as a round has."""
 PROMPTS_PER_STEP = 2
-MICRO_BATCHES = (2560, 16384)
+MICRO_BATCHES = (MICRO_BATCH_TOKENS, 16384)
 """Tokens of a micro-batch: `training.max_tokens_per_micro_batch` by default, and a whole step."""
 
 
