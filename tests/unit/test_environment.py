@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tests.commands import gmpo
 
-from gmpo.environment import extras, faults_of, findings
+from gmpo.environment import QUICK_START_GIB, extras, faults_of, findings
+from gmpo.forecast import forecast
+from gmpo.recipe import load_recipe
 
 NUMPY = importlib.metadata.version("numpy")
 
@@ -53,3 +55,9 @@ def test_the_command_tells_all_and_ends_with_0_only_if_nothing_is_missing():
     assert done.exit_code == (0 if is_ready else 2)
     assert all(one["remedy"] for one in found if one["state"] != "ok")
     assert ("ready: gmpo train quickstart" in gmpo("doctor").stdout) == is_ready
+
+
+def test_the_memory_told_of_the_quick_start_is_its_forecast():
+    needs = forecast(load_recipe("quickstart", ["model.dtype=fp32"]))
+    without_process = needs.peak_gib - needs.process_gib  # this process has the tests' imports too
+    assert without_process + 0.45 == pytest.approx(QUICK_START_GIB, abs=0.1)
