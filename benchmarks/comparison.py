@@ -22,7 +22,7 @@ from benchmarks.ratios import (
     summary,
 )
 from benchmarks.results import Results
-from benchmarks.worker import Worker, WorkerFailed
+from benchmarks.worker import TookTooLong, Worker, WorkerFailed
 from benchmarks.workloads import SGD_LEARNING_RATES, STEPS_PER_ROUND, Workload
 
 PRECISIONS = ("fp32", "bf16_autocast", "bf16_weights")
@@ -35,11 +35,15 @@ ALLOWED_PRECISIONS = {
 }
 """TRL's precisions that gmpo's `dtype` is compared with."""
 BEST_SETUPS = {"fp32": "fp32/static_cache", "bf16": "bf16_autocast/generate"}
-"""TRL's fastest setting by gmpo's dtype in the trials of docs/experiments.md, for benchmarks that
-hold none."""
-CLOSE = 1.2
-"""Settings within so many times the fastest one's seconds are tried once more: single rounds
-scatter about as much."""
+"""TRL's setting by gmpo's dtype for benchmarks that hold no trial: in those of docs/experiments.md
+the fastest, or in fp32 as fast as `generate` within the scatter."""
+CLOSE = 2.0
+"""Settings within so many times the fastest one's seconds are tried once more: a single round was
+seen to take 1.84 times as long as another of the same setting."""
+HOPELESS = 3.0
+LEAST_PATIENCE = 60.0
+"""A setting's round is ended once it has taken so many times the fastest one's seconds, and never
+before so many seconds: without bf16 units one in bf16 may take ten times as long."""
 COMPARED = ("difference", "cosine", "gradient_cosine")
 """What a replay says of how far gmpo's work is from TRL's."""
 
@@ -61,8 +65,8 @@ def require_trl() -> None:
 class Side(Protocol):
     """A worker, or what stands in its place within one process."""
 
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """The command's answer."""
+    def ask(self, command: str, *, within: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """The command's answer, see `Worker.ask`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,8 @@ def choose_setup(bench: Bench, results: Results) -> str:
     """TRL's fastest setting that does the update, from rounds of each on fewer prompts.
 
     Each setting does one round, and those close to the fastest another; a setting's faster round
-    counts. One that failed is tried again when the trial goes on.
+    counts. A round that takes far longer than the fastest one before is ended. A setting that
+    failed is tried again when the trial goes on.
 
     Raises:
         BenchmarkError: no setting of TRL works and does.
@@ -180,7 +185,7 @@ def choose_setup(bench: Bench, results: Results) -> str:
         )
         with smaller.gmpo() as gmpo:
             for setup in missing:
-                trial[setup] = tried(smaller, setup, gmpo)
+                trial[setup] = tried(smaller, setup, gmpo, within=patience(trial))
                 results.save()
                 bench.say(trial_line(setup, trial[setup]))
     repeat_close(smaller, trial, results)
@@ -221,17 +226,33 @@ def fastest_round(figures: Mapping[str, Any]) -> float:
     return min(each["round_seconds"] for each in (figures, figures.get("again", figures)))
 
 
-def tried(bench: Bench, setup: str, gmpo: Side) -> dict[str, Any]:
+def patience(trial: Mapping[str, Any]) -> float | None:
+    """Seconds after which another setting's round is ended; None before one is usable."""
+    seconds = [fastest_round(each) for each in usable_of(trial).values()]
+    return max(LEAST_PATIENCE, HOPELESS * min(seconds)) if seconds else None
+
+
+def tried(bench: Bench, setup: str, gmpo: Side, *, within: float | None) -> dict[str, Any]:
     """Figures of one round, and why the setting is excluded, or None.
 
     A setting whose update is gmpo's is used. Where it is not, either may have been led away, and
     TRL in fp32 tells about this one, as it tells about gmpo in `hold_to_trl`. The setting is not
     excluded for what gmpo does: then the comparison itself is refused, in the warm-up or a pair.
+
+    Args:
+        bench: on fewer prompts.
+        setup: of TRL.
+        gmpo: replays the round.
+        within: seconds that the round may take; None is as long as it likes.
     """
     asked = {"number": 0, "live_groups": bench.workload.prompts_per_round}
     with bench.trl(setup) as trl:
         try:
-            figures = trl.ask("round", **asked)
+            trl.ask("about")  # loading is not the round's time
+            figures = trl.ask("round", within=within, **asked)
+        except TookTooLong:
+            reason = f"its round was ended after {within:.0f} s, far more than another took"
+            return {"ended_after": within, "excluded": reason}
         except WorkerFailed as failure:
             reason = f"it failed: {str(failure).strip().splitlines()[-1]}"
             return {"failed": True, "excluded": reason}

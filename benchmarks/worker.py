@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,10 @@ Command = Callable[..., dict[str, Any]]
 
 class WorkerFailed(BenchmarkError):
     """A worker ended where an answer was due."""
+
+
+class TookTooLong(WorkerFailed):
+    """A worker was ended because it had not answered in time."""
 
 
 class Worker:
@@ -52,12 +57,40 @@ class Worker:
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"},
         )
 
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, command: str, *, within: float | None = None, **arguments: Any) -> dict[str, Any]:
         """The command's answer.
 
+        Args:
+            command: a name.
+            within: seconds after which the process is ended unless it has answered; None waits.
+            arguments: of the command.
+
         Raises:
+            TookTooLong: it did not answer in time.
             WorkerFailed: the process ended; the end of its log is in the message.
         """
+        if within is None:
+            return self._ask(command, arguments)
+        was_late = threading.Event()
+
+        def end() -> None:
+            was_late.set()
+            self._process.kill()
+
+        timer = threading.Timer(within, end)
+        timer.start()
+        try:
+            return self._ask(command, arguments)
+        except WorkerFailed as failure:
+            if not was_late.is_set():
+                raise
+            raise TookTooLong(
+                f"{self.module} had not answered {command!r} after {within:.0f} s and was ended"
+            ) from failure
+        finally:
+            timer.cancel()
+
+    def _ask(self, command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")

@@ -38,7 +38,8 @@ class Here:
     side: TrlSide | GmpoSide
     asked: list[str]
 
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, command: str, *, within: float | None = None, **arguments: Any) -> dict[str, Any]:
+        assert within is None  # nothing ends what runs in this process
         self.asked.append(command)
         side = self.side
         commands = {"round": side.round, "about": side.about, "replay": side.replay}

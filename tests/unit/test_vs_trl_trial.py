@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.comparison import Bench, choose_setup, setups_of
+from benchmarks.comparison import Bench, choose_setup, setups_of, usable_of
 from benchmarks.exchange import Scratch
 from benchmarks.options import BenchmarkError
 from benchmarks.results import Results
-from benchmarks.worker import WorkerFailed
+from benchmarks.worker import TookTooLong, WorkerFailed
 from benchmarks.workloads import WORKLOADS
 
 ALIKE = {"difference": 1e-3, "cosine": 0.98, "gradient_cosine": 0.998}
@@ -46,7 +46,7 @@ class StubSide:
     trial: Trial
     what: str
 
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, command: str, *, within: float | None = None, **arguments: Any) -> dict[str, Any]:
         trial = self.trial
         if command == "about":
             return {"dtype": "bf16"}
@@ -57,6 +57,8 @@ class StubSide:
             if self.what not in seconds_of:
                 raise WorkerFailed("its log ends:\nRuntimeError: no such cache")
             seconds = seconds_of[self.what]
+            if within is not None and seconds > within:
+                raise TookTooLong("it had not answered")
             return {"round_seconds": seconds, "rollout_seconds": 1.0, "update_seconds": 1.0}
         last = trial.rounds[-1][0]
         if self.what == "gmpo":
@@ -121,7 +123,7 @@ def test_a_setting_that_fails_is_left_out_and_the_others_are_tried(tmp_path: Pat
 
 
 def test_settings_close_to_the_fastest_do_another_round_and_the_faster_one_counts(tmp_path: Path):
-    seconds = {"fp32/generate": 10.0, "fp32/static_cache": 12.0, "bf16_autocast/generate": 12.1}
+    seconds = {"fp32/generate": 10.0, "fp32/static_cache": 20.0, "bf16_autocast/generate": 20.1}
     trial = Trial(seconds, again={"fp32/generate": 11.0, "fp32/static_cache": 9.0})
     path = tmp_path / "x.json"
     assert choose(trial, path) == "fp32/static_cache"
@@ -135,10 +137,31 @@ def test_settings_close_to_the_fastest_do_another_round_and_the_faster_one_count
     assert {name for name, _ in later.rounds} == set(setups_of("auto")) - set(seconds)
 
 
+def test_a_round_far_slower_than_the_fastest_is_ended_and_not_tried_again(tmp_path: Path):
+    path, said = tmp_path / "x.json", list[str]()
+    # The first has no bound; three times 25 s is more than a minute.
+    seconds = {"fp32/generate": 900.0, "fp32/static_cache": 25.0, "bf16_autocast/generate": 75.0}
+    trial = Trial(seconds | {"bf16_weights/generate": 75.1})
+    assert choose(trial, path, said) == "fp32/static_cache"
+    (ended,) = [line for line in said if "bf16_weights/generate" in line]
+    assert ended.endswith("excluded: its round was ended after 75 s, far more than another took")
+    later = Trial({})
+    assert choose(later, path) == "fp32/static_cache"
+    assert "bf16_weights/generate" not in {name for name, _ in later.rounds}
+
+
+def test_no_round_is_ended_within_a_minute(tmp_path: Path):
+    trial = Trial({"fp32/generate": 1.0, "fp32/static_cache": 60.0})
+    choose(trial, tmp_path / "x.json")
+    assert (
+        usable_of(Results(tmp_path / "x.json", {}).content["trial"]).keys() == trial.seconds.keys()
+    )
+
+
 def test_a_setting_that_failed_is_tried_again_when_the_trial_goes_on(tmp_path: Path):
     path = tmp_path / "x.json"
     assert choose(Trial({"fp32/generate": 10.0}), path) == "fp32/generate"
-    assert choose(Trial({"fp32/static_cache": 5.0}), path) == "fp32/static_cache"
+    assert choose(Trial({"fp32/static_cache": 4.0}), path) == "fp32/static_cache"
 
 
 @pytest.mark.parametrize(
