@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import ends_clearly
-from benchmarks.ratios import PEAKS, RATIOS, STAGES, summary
+from benchmarks.ratios import ENOUGH_PAIRS, PEAKS, RATIOS, STAGES, summary
 from benchmarks.results import read_results, write_figure
 from benchmarks.spread import Spread
 
@@ -38,6 +38,11 @@ OLDER_MARK = " *"
 OLDER_RULE = (
     "* timed by an older rule: TRL's pass over old log-probabilities counted as rollout, so that "
     "rollout ratios are too high and update ratios too low; rounds and memory are not concerned"
+)
+FEW_MARK = " ‡"
+FEW_PAIRS = (
+    f"‡ medians of fewer than {ENOUGH_PAIRS} pairs of rounds, among which another pair may well "
+    "lie beyond the extremes given here"
 )
 OLDER_PEAK_MARK = " †"
 OLDER_PEAKS = (
@@ -71,7 +76,7 @@ def sections(contents: Sequence[Content]) -> Iterator[Content]:
 def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content]]:
     """Name, section and figures of every variant that has pairs.
 
-    The name of what was timed by an older rule ends with a mark.
+    The name of what was timed by an older rule ends with a mark, and that of few pairs.
     """
     for content in sections(contents):
         for variant, stored in content.get("variants", {}).items():
@@ -80,6 +85,7 @@ def entries(contents: Sequence[Content]) -> Iterator[tuple[str, Content, Content
                 figures = stored | summary(stored["pairs"])
                 workload = content["setting"]["workload"]["name"]
                 mark = "" if is_timed_by_this_rule(content) else OLDER_MARK
+                mark += FEW_MARK if figures["num_pairs"] < ENOUGH_PAIRS else ""
                 yield f"{workload}, {variant}{mark}", content, figures
 
 
@@ -111,6 +117,8 @@ def print_table(contents: Sequence[Content], console: Console | None = None) -> 
         console.print(OLDER_RULE)
     if any(peak_mark(content) for _, content, _ in entries(contents)):
         console.print(OLDER_PEAKS)
+    if any(figures["num_pairs"] < ENOUGH_PAIRS for _, _, figures in entries(contents)):
+        console.print(FEW_PAIRS)
     console.print(table_of_sides(contents))
     console.print(table_of_agreement(contents))
     for content in sections(contents):

@@ -47,7 +47,7 @@ from benchmarks.options import (
     require_at_least_one,
     require_threads,
 )
-from benchmarks.ratios import PEAKS, STAGES, UpdatesDiffer
+from benchmarks.ratios import ENOUGH_PAIRS, PEAKS, STAGES, UpdatesDiffer
 from benchmarks.report import draw, entries, print_table
 from benchmarks.results import OtherBenchmark, Results, made_with
 from benchmarks.workloads import SEED, WORKLOADS, Workload
@@ -125,7 +125,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"one of {', '.join(WORKLOADS)}",
     )
     parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
-    parser.add_argument("--pairs", type=int, default=5, help="rounds of each side and variant")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=ENOUGH_PAIRS,
+        help=f"rounds of each side and variant; the table marks medians of under {ENOUGH_PAIRS}",
+    )
     parser.add_argument(
         "--dtype",
         choices=ALLOWED_PRECISIONS,

@@ -7,6 +7,7 @@ import math
 import platform
 import subprocess
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from benchmarks.ratios import (
 )
 from benchmarks.report import draw, print_table
 from benchmarks.results import OtherBenchmark, Results, differences
-from benchmarks.worker import REPOSITORY, Worker, WorkerFailed
+from benchmarks.worker import REPOSITORY, TookTooLong, Worker, WorkerFailed
 from benchmarks.workloads import WORKLOADS, patterned_rewards, prompts_of
 from rich.console import Console
+from tests.silent_worker import SILENT_SECONDS
 
 
 def pair(*, trl_round: float, gmpo_round: float, replay: float = 2.0) -> dict[str, Any]:
@@ -139,6 +141,11 @@ def test_the_summary_has_medians_and_ranges_over_pairs():
         (False, "sgd", {"difference": 0.1, "cosine": 0.989}, True),
         (False, "adamw", {"difference": 0.3, "cosine": 0.95}, False),
         (False, "adamw", {"difference": 0.3, "cosine": 0.94}, True),
+        # In one direction, and too long: gradients summed where they are averaged, say.
+        (False, "sgd", {"difference": 0.2, "cosine": 1.0}, False),
+        (False, "sgd", {"difference": 0.21, "cosine": 1.0}, True),
+        (False, "adamw", {"difference": 0.5, "cosine": 1.0}, False),
+        (False, "adamw", {"difference": 0.51, "cosine": 1.0}, True),
         (False, "adamw", {"gradient_cosine": 0.99, "difference": 0.1, "cosine": 1.0}, False),
         (False, "adamw", {"gradient_cosine": 0.98, "difference": 0.1, "cosine": 1.0}, True),
         (False, "sgd", {"gradient_cosine": 0.98, "difference": 0.1, "cosine": 1.0}, True),
@@ -438,6 +445,22 @@ def test_a_worker_that_dies_is_reported_with_the_end_of_its_log():
     worker = Worker("benchmarks.trl_side", {"threads": 1})
     with worker, pytest.raises(WorkerFailed, match=r"(?s)exit code 1 at 'about'.*KeyError"):
         worker.ask("about")
+
+
+def test_a_worker_that_does_not_answer_in_time_is_ended():
+    started = time.monotonic()
+    with Worker("tests.silent_worker", {}) as worker:
+        assert worker.ask("about", within=SILENT_SECONDS) == {"name": "silent"}
+        with pytest.raises(TookTooLong, match=r"not answered 'round' after 1 s and was ended"):
+            worker.ask("round", within=1.0)
+    assert time.monotonic() - started < SILENT_SECONDS
+
+
+def test_a_worker_that_dies_in_time_is_not_called_slow():
+    with Worker("benchmarks.trl_side", {"threads": 1}) as worker:
+        with pytest.raises(WorkerFailed, match=r"exit code 1 at 'about'") as failure:
+            worker.ask("about", within=600.0)
+        assert not isinstance(failure.value, TookTooLong)
 
 
 def test_a_worker_gives_back_what_it_freed():
