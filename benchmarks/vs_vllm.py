@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ from gmpo.tasks import arithmetic_task
 ENGINES = ("gmpo", "vllm")
 LEAST_PAIRS = 5
 MAX_ROWS = 64
+OPENMP = "libiomp5.so"
+"""Intel's, which vLLM asks for by a warning and whose package it installs."""
 NEEDED_PACKAGES = ("torch", "transformers", "numpy")
 
 
@@ -97,14 +99,16 @@ class Worker:
     def run(self, job: dict[str, Any]) -> dict[str, Any]:
         """The job's seconds and the lengths of its completions."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, and the missing answer says so
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         """End the process and wait for it."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, and what it was sent is of no use
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._output.close()
@@ -140,20 +144,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             worker = start(name, options, model, Path(logs) / f"{name}.log")
             stack.callback(worker.close)
             workers[name] = worker
-        samples = {
-            scenario.name: measure(workers, scenario, prompts, pairs=options.pairs)
-            for scenario in scenarios
+        report: dict[str, Any] = {
+            "made_with": made_with,
+            "model": options.model,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "vllm_openmp": OPENMP,
+            "engines": {name: worker.facts for name, worker in workers.items()},
+            "scenarios": {},
         }
-    report = {
-        "made_with": made_with,
-        "model": options.model,
-        "dtype": options.dtype,
-        "engines": {name: worker.facts for name, worker in workers.items()},
-        "scenarios": {name: summary(rows) for name, rows in samples.items()},
-    }
+        for scenario in scenarios:
+            rows = measure(workers, scenario, prompts, pairs=options.pairs)
+            report["scenarios"][scenario.name] = summary(rows)
+            if options.json:
+                write_results(options.json, report)
     print(table(report))
-    if options.json:
-        write_results(options.json, report)
     return 0
 
 
@@ -234,11 +239,20 @@ def environment_of(name: str, options: argparse.Namespace) -> dict[str, str]:
 
 
 def vllm_environment(options: argparse.Namespace) -> dict[str, str]:
-    """What vLLM is told: its OpenMP, its cores, its cache, and not to look for anything."""
+    """What vLLM is told: its OpenMP, its cores, its cache, and not to look for anything.
+
+    Raises:
+        BenchmarkError: its OpenMP is not there; it would run on another one, and only warn.
+    """
+    openmp = options.venv.resolve() / "lib" / OPENMP
+    if not openmp.is_file():
+        raise BenchmarkError(
+            f"{openmp} is not there, and without it vLLM is slower; remove {options.venv} and run "
+            "this again, which builds it anew"
+        )
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     return {
-        # Intel's OpenMP, which vLLM asks for by a warning and whose package it installs.
-        "LD_PRELOAD": str(options.venv.resolve() / "lib" / "libiomp5.so"),
+        "LD_PRELOAD": str(openmp),
         # Left to itself vLLM may keep a core free for its front end.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": "2",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import vllm_environment, vs_vllm
+from benchmarks.options import BenchmarkError
 from benchmarks.vs_vllm import SCENARIOS, Scenario, Worker, check_lengths, summary, table
 from tests.models import save_tiny
 
@@ -133,6 +134,24 @@ def test_gmpos_worker_does_jobs_of_fixed_and_of_natural_length(tmp_path: Path):
     assert fixed["lengths"] == [20] * 6 and fixed["seconds"] > 0
     assert len(natural["lengths"]) == 6 and max(natural["lengths"]) <= 20
     assert engine.facts["threads"] == 1
+
+
+def test_a_worker_that_died_between_jobs_shows_the_end_of_its_log(tmp_path: Path):
+    engine = worker("gmpo", save_tiny(tmp_path / "model"), tmp_path / "log")
+    engine._process.kill()
+    engine._process.wait()
+    with pytest.raises(SystemExit, match="the gmpo process ended with code -9 before it answered"):
+        engine.run({"prompts": [[5, 6]], "completions": 1, "max_tokens": 2})
+
+
+def test_an_environment_without_vllms_openmp_is_refused(tmp_path: Path):
+    options = vs_vllm.parsed(["--venv", str(tmp_path)])
+    with pytest.raises(BenchmarkError, match=r"lib/libiomp5\.so is not there.*builds it anew"):
+        vs_vllm.vllm_environment(options)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    found = vs_vllm.vllm_environment(options)
+    assert found["LD_PRELOAD"] == str(tmp_path / "lib" / "libiomp5.so")
 
 
 def test_a_worker_that_dies_shows_the_end_of_its_log(tmp_path: Path):
