@@ -2,7 +2,8 @@
 
 The bound of a piece of work is max(operations / peak products, bytes / peak copying), by the least
 operations and bytes that it needs (`flops.py` has the formulas). An update has two pieces, gradient
-and optimizer step; the second cannot begin before the first is done, so their bounds add up.
+and optimizer step; the second cannot begin before the first is done, so their bounds add up. The
+pass over old log-probabilities, which a round in bf16 has besides, is neither.
 Every cycle measures the peaks, a block of decoding steps and an update of each workload, so that
 what disturbs the machine disturbs them alike; a share is that of one cycle.
 
@@ -216,7 +217,7 @@ def cycle(measured: Measured) -> dict[str, Any]:
         }
         start = time.perf_counter()
         with kernels_off():
-            accumulate_gradients(measured.policy, step, LOSS)
+            accumulate_gradients(measured.policy, step, LOSS, may_stay_narrow=True)
         updates[name][BY_TORCH] = time.perf_counter() - start
         measured.optimizer.zero_gradients()
     decodes = {"decode": decode, DECODE_BY_TORCH: decode_by_torch}

@@ -31,7 +31,7 @@ def peaks_table(peaks: Mapping[str, Any]) -> str:
     for name in peaks["fp32"]:
         rates = (scaled(peaks[dtype][name], 1e-9).text() for dtype in ("fp32", "bf16"))
         lines.append(f"| {name} | {' | '.join(rates)} |")
-    lines += ["", "| copy | GB/s, read and written |", "|---|---|"]
+    lines += ["", "| copy, or scaling in place | GB/s, read and written |", "|---|---|"]
     lines += [f"| {name} | {scaled(rate, 1e-9).text()} |" for name, rate in peaks["copy"].items()]
     return "\n".join(lines)
 
@@ -65,8 +65,8 @@ def counted_table(counted: Mapping[str, Any]) -> str:
     """TFLOP of a round, gmpo's and TRL's, and how many times TRL's are gmpo's."""
     lines = [
         "| workload | lengths | live groups | gmpo rollouts | old | gradients | TRL rollouts | old "
-        "| gradients | TRL / gmpo: rollouts | update | round |",
-        "|" + "---|" * 12,
+        "| gradients | TRL / gmpo: rollouts | update | round | in fp32: update | round |",
+        "|" + "---|" * 14,
     ]
     for name, workload in counted.items():
         for one in workload["rounds"]:
@@ -75,9 +75,14 @@ def counted_table(counted: Mapping[str, Any]) -> str:
             for side in (gmpo, trl):
                 stages = ("rollouts", "old_logprobs", "gradients")
                 cells += [f"{side[stage] / 1e12:.3f}" for stage in stages]
-            cells += [f"{ratio:.2f}" for ratio in count_ratios(gmpo, trl).values()]
+            in_fp32 = count_ratios(gmpo | {"old_logprobs": 0} | one["gmpo_trusting_sampler"], trl)
+            ratios = [*count_ratios(gmpo, trl).values(), in_fp32["update"], in_fp32["round"]]
+            cells += [f"{ratio:.2f}" for ratio in ratios]
             lines.append(f"| {' | '.join(cells)} |")
-    note = 'TFLOP a round; "old" are the old log-probabilities, "update" is old and gradients.'
+    note = (
+        'TFLOP a round; "old" are the old log-probabilities, "update" is old and gradients. In '
+        "fp32 gmpo has no pass over old log-probabilities: its sampler's are taken."
+    )
     return "\n".join([note, "", *lines])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import flops, peaks, roofline, shapes, workloads
-from benchmarks.roofline_report import BY_TORCH, DECODE_BY_TORCH, count_ratios
+from benchmarks.roofline_report import BY_TORCH, DECODE_BY_TORCH, count_ratios, counted_table
 from benchmarks.shapes import Round, Workload, counts, layout_of, prefills_of, steps_of
 from tests.models import save_tiny, tiny_model
 
@@ -71,6 +71,20 @@ def test_ratios_are_trls_operations_over_gmpos():
     gmpo = {"rollouts": 10, "old_logprobs": 5, "gradients": 15, "round": 30}
     trl = {"rollouts": 20, "old_logprobs": 30, "gradients": 50, "round": 100}
     assert count_ratios(gmpo, trl) == {"rollouts": 2, "update": 4, "round": 100 / 30}
+
+
+def test_the_table_has_both_ratios_with_and_without_gmpos_pass_over_old_log_probabilities():
+    one = {
+        "lengths": "as sampled",
+        "live_groups": 2,
+        "groups": 8,
+        "gmpo": {"rollouts": 10, "old_logprobs": 5, "gradients": 15, "round": 30},
+        "gmpo_trusting_sampler": {"round": 25},
+        "trl": {"rollouts": 20, "old_logprobs": 30, "gradients": 45, "round": 95},
+    }
+    _, _, row = counted_table({"short": {"rounds": [one]}}).splitlines()[-3:]
+    # Rollouts 20/10, update 75/20 and round 95/30; in fp32 75/15 and 95/25.
+    assert row.endswith("| 2.00 | 3.75 | 3.17 | 5.00 | 3.80 |")
 
 
 def test_a_run_reports_peaks_bounds_parts_and_counts(
