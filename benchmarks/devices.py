@@ -6,11 +6,22 @@ the GPU at most, and times are read after all work that was begun there has ende
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from benchmarks import worker
+from gmpo.policy.load import choose_dtype
 
-__all__ = ["DEVICES", "device_name", "forget_peak_memory", "peak_memory_gib", "wait_for"]
+__all__ = [
+    "DEVICES",
+    "add_precision",
+    "device_name",
+    "forget_peak_memory",
+    "peak_memory_gib",
+    "resolve_precision",
+    "wait_for",
+]
 
 DEVICES = ("cpu", "cuda")
 
@@ -39,3 +50,18 @@ def peak_memory_gib(device: str) -> float:
 def device_name(device: str) -> str:
     """The GPU's name, or "cpu", whose processor is named elsewhere."""
     return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def add_precision(parser: argparse.ArgumentParser, *, what: str) -> None:
+    """`--dtype`, to be resolved by `resolve_precision` once the options are parsed."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help=f"{what}; auto, its default, is bf16 where the CPU is faster in it",
+    )
+
+
+def resolve_precision(arguments: argparse.Namespace) -> None:
+    """Put what `auto` takes on this CPU in its place, and say it."""
+    arguments.dtype = choose_dtype(arguments.dtype, device=torch.device("cpu"), warn=print)

@@ -5,8 +5,9 @@ up, and the medians of the next ones count. Every completion is as long as it ma
 group is alive. One quantity is varied; the others are those of the short workload, with 4 prompts a
 round. Group size is varied behind short prompts and behind long ones: where a prompt is run once a
 group, a further completion costs about the same behind either. Where it is run once a completion,
-that costs as many times more as prompt and completion together are longer. An interrupted run goes
-on where it was.
+that costs as many times more as prompt and completion together are longer. The updates of the two
+sides are of rounds of their own and are not held against each other, as `vs_trl.py` does. An
+interrupted run goes on where it was.
 
     python -m benchmarks.growth --json docs/results/growth.json
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import add_trl_setup, require_trl, trl_setup_of
+from benchmarks.devices import add_precision, resolve_precision
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.growth_report import FIGURES, draw, print_tables
 from benchmarks.options import (
@@ -104,7 +106,7 @@ def trl_points(points: Sequence[Point], *, is_quick: bool = False) -> list[Point
 @ends_clearly
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    require_trl()  # the release is part of the setting, and gmpo's side compares with it
+    require_trl()  # the release is part of the setting
     points = curves(arguments.model, is_quick=arguments.quick)
     setting = {
         "base": asdict(points[0].workload) | {"group_size": None},
@@ -133,7 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", required=True, type=plotted_results_file, metavar="FILE")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of gmpo")
+    add_precision(parser, what="of gmpo")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of gmpo a point")
     parser.add_argument(
         "--with-trl",
@@ -146,6 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     require_at_least_one(parser, repeats=arguments.repeats)
     require_threads(parser, arguments.threads)
+    resolve_precision(arguments)
     return arguments
 
 

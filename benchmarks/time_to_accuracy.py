@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.accuracy_report import SIDES, draw, print_table, summary
 from benchmarks.comparison import add_trl_setup, require_trl, trl_setup_of
+from benchmarks.devices import add_precision, resolve_precision
 from benchmarks.exchange import Scratch, write_start
 from benchmarks.gmpo_side import context_length
 from benchmarks.held_out import HeldOut
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=128, help="held-out items")
     parser.add_argument("--every-rounds", type=int, default=1, help="rounds between evaluations")
     parser.add_argument("--rounds", type=int, default=24, help="most, and the schedule's length")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="on both sides")
+    add_precision(parser, what="on both sides")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a folder")
     add_trl_setup(parser)
     add_threads(parser)
@@ -93,6 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     counts = {name: vars(arguments)[name] for name in ("items", "every_rounds", "rounds")}
     require_at_least_one(parser, **counts)
     require_threads(parser, arguments.threads)
+    resolve_precision(arguments)
     return arguments
 
 

@@ -22,8 +22,8 @@ def figures(*, mean: float, largest: float, recomputes: bool) -> dict[str, Any]:
     }
 
 
-def test_every_precision_of_the_recipe_is_measured():
-    assert precision.PRECISIONS == ("fp32", "bf16")
+def test_every_precision_of_the_recipe_is_measured(tmp_path: Path):
+    assert precision.parse(["--json", str(tmp_path / "x.json")]).precisions == ["fp32", "bf16"]
 
 
 def test_mismatch_has_mean_quantile_and_largest():
@@ -49,21 +49,23 @@ def test_bounds_are_kept_within_them_or_by_recomputing(
     of_default = figures(mean=mean, largest=largest, recomputes=recomputes)
     assert precision.keeps_bounds(of_default) == keeps
     text = precision.table({"default": "bf16", "precisions": {"bf16": of_default}})
-    assert f"takes bf16 here and {'keeps' if keeps else 'BREAKS'} the bounds" in text
+    assert f"takes bf16 here, and {'keeps' if keeps else 'BREAKS'} the bounds" in text
+    text = precision.table({"default": "fp32", "precisions": {"bf16": of_default}})
+    assert "takes fp32 here, which was not measured" in text
 
 
 @pytest.mark.usefixtures("forked")
 def test_the_command_writes_a_table_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    # A process less, for time's sake; that both are measured is held above.
-    monkeypatch.setattr(precision, "PRECISIONS", ("fp32",))
-    monkeypatch.setattr(precision, "choose_dtype", lambda name, *, device: "fp32")
+    monkeypatch.setattr(precision, "choose_dtype", lambda name, *, device: "bf16")
     path = tmp_path / "precision.json"
     command = ["--json", str(path), "--model", save_tiny(tmp_path / "model")]
-    command += ["--repeats", "1", "--threads", "1"]
+    # A process less, for time's sake; that both are measured is held above.
+    command += ["--repeats", "1", "--threads", "1", "--precisions", "fp32"]
     assert precision.main(command) == 0
-    assert "| fp32 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| fp32 |" in said and "takes bf16 here, which was not measured" in said
     found = json.loads(path.read_text())["precisions"]["fp32"]
     # 2 rounds of 8 prompts x 8 completions of 32 tokens.
     assert found["mismatch"]["num_tokens"] == 2 * 8 * 8 * 32
