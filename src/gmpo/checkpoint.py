@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +256,15 @@ def load_newest_checkpoint(
             damaged.append(path)
             continue
         for each in damaged:
-            each.rename(folder / f"damaged-{each.name}")
+            each.rename(_free_name(folder / f"damaged-{each.name}"))
         return state
     return None
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with -2, -3 and so on behind it: the same round may be damaged once more."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def checkpoints_newest_first(folder: Path) -> list[Path]:
@@ -404,9 +411,11 @@ def _restore_moments(
             if key.rpartition("/")[0] == name
         }
         if state:
-            # The step counter stays where AdamW keeps it; moments follow their weight.
+            # Moments follow their weight, and so does the step counter of a fused AdamW; any other
+            # keeps it on the CPU.
+            follows = optimizer.param_groups[0]["fused"]
             optimizer.state[weight] = {
-                key: value if key == "step" else value.to(weight.device)
+                key: value if key == "step" and not follows else value.to(weight.device)
                 for key, value in state.items()
             }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gmpo.checkpoint import (
     TrainingState,
+    _restore_moments,
     begin_attempt,
     beginning_of_attempt,
     checkpoint_round,
@@ -142,6 +145,22 @@ def test_a_restored_run_takes_the_same_next_step(learner: Learner, tmp_path: Pat
         each.step(3)
     assert same(other.weights(), learner.weights())
     assert same(other.moments(), learner.moments())
+
+
+@pytest.mark.parametrize(("is_fused", "where"), [(True, "meta"), (False, "cpu")])
+def test_the_step_counter_lies_where_adamw_looks_for_it(is_fused: bool, where: str):
+    # A fused AdamW on a GPU wants it beside the weight; "meta" stands for a device that is not
+    # the CPU, on which no AdamW of torch's is fused.
+    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    policy: Any = SimpleNamespace(masters={"w": weight})
+    optimizer: Any = SimpleNamespace(state={}, param_groups=[{"fused": is_fused}])
+    table = {"w/step": torch.tensor(3.0), "w/exp_avg": torch.zeros(2)}
+    _restore_moments(table, policy, optimizer)
+    state = optimizer.state[weight]
+    assert {key: value.device.type for key, value in state.items()} == {
+        "step": where,
+        "exp_avg": "meta",
+    }
 
 
 def test_a_checkpoint_before_the_first_step_has_no_moments(tmp_path: Path):
@@ -287,6 +306,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(learner: Learn
         "round-000002",
     ]
     assert latest_checkpoint(tmp_path) == tmp_path / "round-000002"
+
+
+def test_a_round_that_is_damaged_once_more_is_out_of_the_way_too(learner: Learner, tmp_path: Path):
+    learner.save(tmp_path, round_number=2)
+    for _ in range(3):
+        damaged = learner.save(tmp_path, round_number=3)
+        (damaged / "optimizer.safetensors").write_bytes(b"")
+        assert Learner(seed=1).load_newest(tmp_path, []) == state(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-round-000003",
+        "damaged-round-000003-2",
+        "damaged-round-000003-3",
+        "round-000002",
+    ]
 
 
 def test_a_checkpoint_without_its_state_is_damaged_and_not_overlooked(
