@@ -350,6 +350,30 @@ def test_gradient_checkpointing_runs_each_layer_twice_and_only_for_a_gradient(
     assert len(calls) == 3 * forward
 
 
+def test_layers_run_again_once_however_many_policies_there_were_and_not_without_being_asked():
+    model = tiny_model("gpt2")
+    first = Policy(model, engine="plain", gradient_checkpointing=True)
+    second = Policy(model, engine="plain", gradient_checkpointing=True)
+    first.release()  # late: the second's layers still run again
+    calls: list[object] = []
+    for layer in model.transformer.h:
+        layer.attn.register_forward_hook(lambda module, *_: calls.append(module))
+
+    def runs_of(policy: Policy) -> int:
+        calls.clear()
+        policy.score(one_batch()).logprobs.sum().backward()
+        return len(calls) // len(model.transformer.h)
+
+    assert runs_of(second) == 2
+    assert runs_of(Policy(model, engine="plain")) == 1
+    third = Policy(model, engine="plain", gradient_checkpointing=True)
+    assert runs_of(third) == 2
+    third.release()
+    calls.clear()
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+    assert len(calls) == len(model.transformer.h)  # the model is as it was handed over
+
+
 def test_a_model_whose_layers_cannot_run_again_is_refused():
     model = tiny_model("gpt2")
     model.transformer.h = torch.nn.ModuleList()

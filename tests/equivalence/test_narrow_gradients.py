@@ -125,6 +125,20 @@ def test_a_non_finite_narrow_gradient_stops_before_the_weights_move():
         assert torch.equal(weight, before[name])
 
 
+def test_a_policy_of_a_model_whose_first_policy_was_not_released_has_all_gradients():
+    model = tiny_model(dtype=torch.bfloat16)
+    step = one_step(groups(), ADVANTAGES)
+    first = Policy(model, warn=lambda _: None)
+    expected = gradients_of(first, step)
+    second = Policy(model, warn=lambda _: None)
+    found = gradients_of(second, step)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    first.release()  # late, as by a garbage collector: the second keeps what it has
+    assert gradients_of(second, step).keys() == expected.keys()
+    assert all(weight.grad is None for weight in first.masters.values())
+
+
 def test_room_for_widened_gradients_stays_until_it_is_given_back():
     policy = policy_of()
     step = one_step(groups(), ADVANTAGES)

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gmpo.errors import ModelError
 
-__all__ = ["recompute_layers", "recomputed"]
+__all__ = ["keep_layers", "recompute_layers", "recomputed"]
 
 _Result = TypeVar("_Result")
 
@@ -33,12 +33,12 @@ def recompute_layers(model: PreTrainedModel) -> None:
     """Let the model's own layers run again in the backward pass, in place.
 
     transformers' switch acts in training mode only, which would also turn dropout on; so the layers
-    that it marks as fit for it are wrapped here.
+    that it marks as fit for it are wrapped here, once however often it is asked for.
 
     Raises:
         ModelError: transformers marks no layer of this model.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = _layers(model)
     if not layers:
         raise ModelError(
             f"model type {model.config.model_type!r} has no layer that transformers can run again "
@@ -46,7 +46,23 @@ def recompute_layers(model: PreTrainedModel) -> None:
             "training.max_tokens_per_micro_batch instead"
         )
     for layer in layers:
-        layer.forward = partial(_forward, layer.forward)
+        if not _is_wrapped(layer):
+            layer.forward = partial(_forward, layer.forward)
+
+
+def keep_layers(model: PreTrainedModel) -> None:
+    """Undo `recompute_layers`: layers keep what they compute again."""
+    for layer in _layers(model):
+        if _is_wrapped(layer):
+            (layer.forward,) = layer.forward.args
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _is_wrapped(layer: Any) -> bool:
+    return isinstance(layer.forward, partial) and layer.forward.func is _forward
 
 
 def _forward(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -32,7 +33,7 @@ from gmpo.policy.head import chunked_token_logprobs, token_logprobs, widened
 from gmpo.policy.llama import LlamaBody
 from gmpo.policy.lora import adapters_of, adapters_off, merged_weight
 from gmpo.policy.packed import scored_hidden_states
-from gmpo.policy.recompute import recompute_layers
+from gmpo.policy.recompute import keep_layers, recompute_layers
 from gmpo.policy.weights import copy_weights
 
 __all__ = ["BasePolicy", "Policy", "Scorer", "TokenScores"]
@@ -89,6 +90,8 @@ class Policy:
                 f"the model is in {model.dtype}; load it in torch.float32 or torch.bfloat16: small "
                 "gradients are lost in fp16 without loss scaling, which does not exist here"
             )
+        _release_earlier(model)
+        _POLICIES[model] = ref(self)
         self.model = model.eval()  # dropout would make scored and sampled policy differ
         self.warn = warn
         self.body = _checked_body(model, warn) if engine == "fast" else None
@@ -105,9 +108,11 @@ class Policy:
             self.masters[name] = self._master_of(name, parameter)
 
     def release(self) -> None:
-        """Let the model go, so that another policy may be made of it; this one trains no more."""
+        """Let the model go; this one trains no more. Another policy of the model does it too."""
         for hook in self._hooks:
             hook.remove()
+        if _last_policy_of(self.model) is self:
+            keep_layers(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -354,6 +359,26 @@ class _Narrow:
             # Kept between steps: getting so much memory anew each time costs as much as filling it.
             self.room = torch.empty_like(self.master)
         self.master.grad = self.room.copy_(narrow)
+
+
+_POLICIES: WeakKeyDictionary[PreTrainedModel, ReferenceType[Policy]] = WeakKeyDictionary()
+"""The policy that was made last of each model."""
+
+
+def _last_policy_of(model: PreTrainedModel) -> Policy | None:
+    known = _POLICIES.get(model)
+    return None if known is None else known()
+
+
+def _release_earlier(model: PreTrainedModel) -> None:
+    """End the policy that was made of the model before, where nothing else has.
+
+    In bf16 its hooks would take the gradients away from the next one's.
+    """
+    earlier = _last_policy_of(model)
+    if earlier is not None:
+        earlier.release()
+    keep_layers(model)  # a policy that is gone left them as they were
 
 
 def _scatter(values: Float[Tensor, " N"], batch: MicroBatch) -> Float[Tensor, "B T"]:
