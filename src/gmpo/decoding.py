@@ -253,6 +253,12 @@ class MixtureDecoder:
         self._places = [second_order.index(self._places[row]) for row in order]
         return order
 
+    def clear(self) -> None:
+        """Forget every row of both models."""
+        self._first.clear()
+        self._second.clear()
+        self._places = []
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """A mixture is not trained.
 

@@ -53,6 +53,37 @@ def test_a_refused_request_or_an_interrupted_step_leaves_the_sampler_idle(
     assert only(sampler, request("0")).token_ids.tolist() == expected.token_ids.tolist()
 
 
+@pytest.mark.parametrize("place", ["before the rows", "behind them", "at their numbers"])
+def test_ctrl_c_while_rows_are_added_leaves_the_sampler_idle(
+    place: str, monkeypatch: pytest.MonkeyPatch
+):
+    sampler = sampler_of()
+    asked = request("0", num_completions=3)
+    expected = [c.token_ids.tolist() for c in complete(sampler, [asked])["0"]]
+    decoder = sampler._decoder
+    add_rows, new_row = decoder.add_rows, sampler._new_row
+
+    def interrupted(*arguments: Any) -> None:
+        if place == "behind them":
+            add_rows(*arguments)
+        raise KeyboardInterrupt
+
+    def interrupted_at_the_last(asked: SampleRequest, index: int, scores: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return new_row(asked, index, scores)
+
+    with monkeypatch.context() as patched:
+        if place == "at their numbers":
+            patched.setattr(sampler, "_new_row", interrupted_at_the_last)
+        else:
+            patched.setattr(decoder, "add_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            complete(sampler, [asked])
+    assert sampler.is_idle
+    assert [c.token_ids.tolist() for c in complete(sampler, [asked])["0"]] == expected
+
+
 def test_a_stop_string_that_is_a_special_tokens_text_stops_at_the_token():
     def spelt(ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -278,6 +278,12 @@ class SharedCache:
         self._tables = None
         return order
 
+    def clear(self) -> None:
+        """Forget every row, also where adding or dropping some was interrupted."""
+        self._slots, self._own_lengths = [], []
+        self._states, self._prompt_lengths = [], []
+        self._tables = None
+
     def _forget_prompts(self) -> None:
         """Drop prompts that no row follows any more."""
         used = set(self._slots)

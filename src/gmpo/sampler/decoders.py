@@ -77,6 +77,9 @@ class Decoder(Protocol):
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these rows; the remaining ones' old places, in their new order."""
 
+    def clear(self) -> None:
+        """Forget every row, whatever was interrupted while rows were added or dropped."""
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Use these weights for rows that start from now on; no row may be running."""
 
@@ -153,6 +156,10 @@ class TransformersDecoder:
             kept.append((cache, len(local)))
         self._blocks = kept
         return order
+
+    def clear(self) -> None:
+        """Forget every block."""
+        self._blocks = []
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""
@@ -300,10 +307,19 @@ class LlamaDecoder:
         """Move the last rows into the places of dropped ones, so that few rows are copied."""
         order = self._cache.drop(rows)
         if not order:
-            self._prepared, self._unprepared_steps, self._beginning = None, 0, None
-            if self._fixed is not None:
-                self._fixed.weights_may_move()
+            self._forget_weights()
         return order
+
+    def clear(self) -> None:
+        """Forget every row, and what was prepared of the weights."""
+        self._cache.clear()
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        """They may change whenever no row runs."""
+        self._prepared, self._unprepared_steps, self._beginning = None, 0, None
+        if self._fixed is not None:
+            self._fixed.weights_may_move()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the module, where they are not the module's own already."""

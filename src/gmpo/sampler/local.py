@@ -135,7 +135,8 @@ class LocalSampler:
         """Drop every request, unanswered: what is left to do where submitting or a step raised."""
         self._queue.clear()
         self._cancelled.clear()
-        self._drop(list(range(len(self._rows))))
+        self._rows.clear()
+        self._decoder.clear()  # all rows that it has: what raised may have come between the two
 
     def load_weights(self, version: int, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Sample from these weights from now on; no completion may be running.
@@ -260,10 +261,11 @@ class LocalSampler:
             request = pending.request
             free = self._max_rows - len(self._rows)
             count = min(free, request.num_completions - pending.started)
+            first = request.first_index + pending.started
+            numbers = range(first, first + count)
+            rows = [self._new_row(request, number, pending.scores) for number in numbers]
             self._decoder.add_rows(pending.prefill, count)
-            for index in range(pending.started, pending.started + count):
-                number = request.first_index + index
-                self._rows.append(self._new_row(request, number, pending.scores))
+            self._rows += rows
             new_logits.append(pending.prefill.logits[-1:].expand(count, -1))
             pending.started += count
             if pending.started == request.num_completions:
