@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 __all__ = [
+    "AFTER_DIVERGING",
     "ChampionMoved",
     "CheckpointError",
     "ConfigError",
@@ -35,6 +36,12 @@ __all__ = [
     "what_was_raised",
 ]
 
+AFTER_DIVERGING = (
+    "To go on, begin a new run from its last checkpoint (model.name = "
+    '"RUN/checkpoints/round-NNNNNN/model", with adapters ".../adapter") with a lower '
+    "training.learning_rate or training.gradient_clip_norm"
+)
+"""What to do about a policy that diverged. A run that is resumed has to keep its own recipe."""
 _PACKAGE = Path(__file__).parent
 
 

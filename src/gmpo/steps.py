@@ -11,7 +11,7 @@ import torch
 from gmpo.advantages import group_advantages
 from gmpo.assembly import TrainingParts
 from gmpo.batch import StepBatch, build_dead_batches, build_step, reward_table, split_steps
-from gmpo.errors import NonFiniteError, NonFiniteLossError
+from gmpo.errors import AFTER_DIVERGING, NonFiniteError, NonFiniteLossError
 from gmpo.objective import step_diagnostics
 from gmpo.records import Group
 from gmpo.schedules import learning_rate_factor
@@ -186,6 +186,7 @@ def run_steps(
     the round's steps start again with recomputed ones. That is seen on the first step at no extra
     pass, and before any weight has moved.
     """
+    parts.optimizer.zero_gradients()  # of a call that was interrupted, or that raised
     of_later: Mismatch | None = None
     if not trusts_sampler:
         # The first step's own scores are the old policy's: it needs no pass of its own.
@@ -199,12 +200,16 @@ def run_steps(
         is_last = number == len(steps) - 1
         is_old_policy = number == 0 and not trusts_sampler
         measures, extra = _gradients(
-            parts, step, measures_cosine=measures_cosine and is_last, is_old_policy=is_old_policy
+            parts,
+            step,
+            measures_cosine=measures_cosine and is_last,
+            is_old_policy=is_old_policy,
+            # The sampler's log-probabilities may be why, and are left then.
+            may_be_broken=parts.config.guard.skip_steps or (number == 0 and trusts_sampler),
         )
         if number == 0:
             mismatch = Mismatch.over([measures.mismatch, of_later])
             if trusts_sampler and not _fits_sampler(measures, mismatch):
-                parts.optimizer.zero_gradients()
                 return run_steps(
                     parts,
                     steps,
@@ -234,11 +239,16 @@ def advantages_of(parts: TrainingParts, groups: Sequence[Group]) -> torch.Tensor
 
 
 def _gradients(
-    parts: TrainingParts, step: StepBatch, *, measures_cosine: bool, is_old_policy: bool
+    parts: TrainingParts,
+    step: StepBatch,
+    *,
+    measures_cosine: bool,
+    is_old_policy: bool,
+    may_be_broken: bool,
 ) -> tuple[StepMeasures, dict[str, float]]:
     """The step's gradient and, where it is measured, its cosine to GRPO's.
 
-    With `guard.skip_steps` a loss that is not finite is one of the measures, and leaves nothing
+    Where it may be broken, a loss that is not finite is one of the measures, and leaves nothing
     else to be measured.
     """
     try:
@@ -253,7 +263,7 @@ def _gradients(
             may_stay_narrow=True,
         )
     except NonFiniteLossError:
-        if not parts.config.guard.skip_steps:
+        if not may_be_broken:
             raise
         return _OF_A_BROKEN_LOSS, {}
     return measures, extra
@@ -319,7 +329,7 @@ def _require_an_end(history: NormHistory) -> None:
         raise NonFiniteError(
             f"losses or gradients of {history.non_finite_in_a_row} steps in a row are not finite, "
             f"and guard.skip_steps leaves out at most {MOST_NON_FINITE}; the weights were not "
-            "moved. Resume from the last checkpoint with a lower learning rate"
+            f"moved. {AFTER_DIVERGING}"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gmpo.batch import MicroBatch, StepBatch
-from gmpo.errors import NonFiniteError, NonFiniteLossError
+from gmpo.errors import AFTER_DIVERGING, NonFiniteError, NonFiniteLossError
 from gmpo.host_memory import keep_freed_memory
 from gmpo.kernels.optimizer import AdamWStep, adamw, gradient_norm
 from gmpo.objective import OBJECTIVES, ObjectiveTerms, kl_k3, token_mean
@@ -228,8 +228,7 @@ class PolicyOptimizer:
             return norm
         if not math.isfinite(norm):
             raise NonFiniteError(
-                f"the gradient norm is {norm}; the weights were not moved. Lower the learning rate "
-                "or gradient_clip_norm, or resume from the last checkpoint"
+                f"the gradient norm is {norm}; the weights were not moved. {AFTER_DIVERGING}"
             )
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
@@ -444,7 +443,7 @@ def _non_finite_rows(what: str, broken: Tensor, batch: MicroBatch) -> str:
     names = [name for name, is_bad in zip(batch.row_names, broken.tolist(), strict=True) if is_bad]
     return (
         f"the {what} is not finite for rollouts {names[:5]} ({len(names)} in all; prompt#index). "
-        "The policy has diverged: resume from the last checkpoint with a lower learning rate"
+        f"The policy has diverged. {AFTER_DIVERGING}"
     )
 
 

@@ -55,18 +55,22 @@ def test_a_sampler_within_the_bounds_is_trusted(tmp_path: Path):
     assert len(update.steps) == len(steps)
 
 
-def test_a_sampler_beyond_the_bounds_restarts_the_round_as_if_never_trusted(tmp_path: Path):
+# By -1000 the ratio of a row with a negative advantage, which has no upper clip, is infinite.
+@pytest.mark.parametrize("nats", [0.2, -1000.0])
+def test_a_sampler_beyond_the_bounds_restarts_the_round_as_if_never_trusted(
+    nats: float, tmp_path: Path
+):
     parts, steps = parts_and_steps(tmp_path / "one")
     with closing(parts):
         update = run_steps(
-            parts, shifted(steps, 0.2), first_step=0, measures_cosine=False, trusts_sampler=True
+            parts, shifted(steps, nats), first_step=0, measures_cosine=False, trusts_sampler=True
         )
         redone = weights(parts)
     mismatch = update.mismatch
     assert not update.used_sampler_logprobs
     assert mismatch is not None and not mismatch.is_small
-    # 0.2 nats off everywhere, up to the rounding of two kernels.
-    assert abs(mismatch.mean - 0.2) < 1e-4
+    # So many nats off everywhere, up to the rounding of two kernels.
+    assert mismatch.mean == pytest.approx(abs(nats), abs=1e-4, rel=1e-6)
     assert update.steps[0].metrics["ratio/min"] == update.steps[0].metrics["ratio/max"] == 1.0
 
     parts, steps = parts_and_steps(tmp_path / "two")
@@ -74,6 +78,18 @@ def test_a_sampler_beyond_the_bounds_restarts_the_round_as_if_never_trusted(tmp_
         run_steps(parts, steps, first_step=0, measures_cosine=False, trusts_sampler=False)
         never_trusted = weights(parts)
     assert torch.equal(redone, never_trusted)
+
+
+def test_gradients_of_a_call_that_was_interrupted_are_not_added_to_the_next_ones(tmp_path: Path):
+    ended = []
+    for name, is_interrupted in (("one", True), ("two", False)):
+        parts, steps = parts_and_steps(tmp_path / name)
+        with closing(parts):
+            if is_interrupted:  # before its step was taken
+                accumulate_gradients(parts.policy, steps[0], parts.loss, may_stay_narrow=True)
+            run_steps(parts, steps, first_step=0, measures_cosine=False, trusts_sampler=True)
+            ended.append(weights(parts))
+    assert torch.equal(*ended)
 
 
 def test_mismatches_of_parts_are_those_of_all_their_tokens():

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gmpo.errors import NonFiniteError
+from gmpo.errors import AFTER_DIVERGING, NonFiniteError
 from gmpo.policy.head import widened
 
 __all__ = ["Draw", "draw_tokens", "truncate_logits"]
@@ -185,7 +185,7 @@ def _require_finite(largest: Float[Tensor, "B 1"]) -> None:
         raise NonFiniteError(
             f"the model's logits are not finite for {int((~is_usable).sum())} of {len(largest)} "
             "completions, so that no token can be drawn. Its weights are damaged or have diverged: "
-            "use other weights, or resume from the last checkpoint with a lower learning rate"
+            f"use other weights. {AFTER_DIVERGING}"
         )
 
 
