@@ -172,7 +172,7 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     name = config.model.name if given.model is None else given.model_name
     if name is not None:
         restore_stored_digits(policy, name, warn=warn)
-    reference = _reference(config, policy, given.model, warn=warn)
+    reference = _reference(config, policy, given, warn=warn)
     sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
     sample = _group_sampler(config, sampler, tokenizer, policy, rollout)
     return TrainingParts(
@@ -216,7 +216,7 @@ def build_evaluator(
     renderer = prompt_renderer(config, tokenizer)
     held_out = held_out_items(config, task)
     require_fit(held_out, examples=task.train[: config.evaluation.few_shot], renderer=renderer)
-    policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
+    policy = _frozen_policy(_named_model(config), engine=config.training.engine, warn=warn)
     require_context(policy.model, max_length=config.sampling.max_length)
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
@@ -248,7 +248,7 @@ def open_evaluator(
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     tokenizer = load_tokenizer(config.model.name)
-    policy = _frozen_policy(config, None, engine=config.training.engine, warn=warn)
+    policy = _frozen_policy(_named_model(config), engine=config.training.engine, warn=warn)
     sampler = (build or build_sampler)(policy, tokenizer, max_rows=config.sampling.max_rows)
     context = sampler.context_length
     renderer = PromptRenderer(
@@ -394,11 +394,8 @@ def _policy(config: RunConfig, model: PreTrainedModel, *, warn: Callable[[str], 
     )
 
 
-def _frozen_policy(
-    config: RunConfig, given: PreTrainedModel | None, *, engine: str, warn: Callable[[str], None]
-) -> Policy:
-    """A copy of the given model, or the named one, as it is: to be asked and not trained."""
-    model = _named_model(config) if given is None else copy.deepcopy(given)
+def _frozen_policy(model: PreTrainedModel, *, engine: str, warn: Callable[[str], None]) -> Policy:
+    """The model as it is: to be asked and not trained."""
     model.requires_grad_(False)  # before Policy makes fp32 masters of what is trained
     return Policy(model, engine=engine, warn=warn)
 
@@ -411,7 +408,7 @@ def _named_model(config: RunConfig) -> PreTrainedModel:
 def _reference(
     config: RunConfig,
     policy: Policy,
-    given: PreTrainedModel | None,
+    given: Given,
     *,
     warn: Callable[[str], None],
 ) -> Scorer | None:
@@ -422,7 +419,11 @@ def _reference(
         return BasePolicy(policy)
     # Where the policy left the fast path, which was said, a copy of its model would leave it too.
     engine = "plain" if policy.body is None else "fast"
-    return _frozen_policy(config, given, engine=engine, warn=warn)
+    if given.model is None:
+        model = _named_model(config)
+    else:
+        model = given.reference or copy.deepcopy(given.model)
+    return _frozen_policy(model, engine=engine, warn=warn)
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:

@@ -64,6 +64,8 @@ class Given:
     Attributes:
         model: trained in place of the one that the recipe names, and really in place.
         model_name: that it was loaded by, if it was, where its weights are stored in full.
+        reference: a copy of the model as the run began, for KL to it; None copies the model as it
+            is. Where the recipe names the model, it is loaded anew.
         tokenizer: of that model.
         task: whose items are asked in place of those of `[task]`, which has `kind = "given"`.
         rewards: by a name of the recipe's `[reward.functions]`, whose reference is then a record
@@ -73,6 +75,7 @@ class Given:
 
     model: PreTrainedModel | None = None
     model_name: str | None = None
+    reference: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     task: Task | None = None
     rewards: Mapping[str, RewardFunction] = field(default_factory=dict)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,19 +27,15 @@ from gmpo.rewards import RewardFunction
 from gmpo.rollout_functions import RolloutFunction
 from gmpo.spikes import NormHistory
 from gmpo.steps import update_policy
-from gmpo.tasks import Task
-from gmpo.tasks.rows import ReadRows, Row, RowForm, read_rows
-from gmpo.tasks.splits import Sides, sides_of_rows
 from gmpo.tracking import fresh_folder, read_lines
 from gmpo.trainer_config import GMPOConfig
+from gmpo.trainer_rows import Rows, prompts_of_rows, task_of_rows, task_record
 from gmpo.training import Report, train
 
-__all__ = ["GMPOTrainer", "Reward", "Rewards", "Rows", "Strategy", "TrainingOutcome"]
+__all__ = ["GMPOTrainer", "Reward", "Rewards", "Strategy", "TrainingOutcome"]
 
 Strategy = Literal["no", "steps", "epoch"]
 """When something is done between rounds: never, every so many steps, after each epoch."""
-Rows = Iterable[Mapping[str, Any]]
-"""A `datasets.Dataset`, a list of dicts, or anything that yields dicts and ends."""
 Reward = RewardFunction | str
 """A function, or the hub name or folder of a reward model."""
 Rewards = Reward | Sequence[Reward] | Mapping[str, Reward]
@@ -56,7 +52,7 @@ class TrainingOutcome:
         folder: of the run.
         checkpoint: the last one; its `model/` loads with `transformers`, or, with adapters, its
             `adapter/` with PEFT.
-        metrics: the run's last figures by name.
+        metrics: the run's last figures by name; empty if a callback ended it before a round.
         before: evaluations of the untrained model; empty without `eval_dataset`. Each has
             `accuracy`, or `reward` where reward functions were given, and the items' outcomes.
         after: evaluations of the trained one; empty too if a callback ended the run early.
@@ -69,10 +65,9 @@ class TrainingOutcome:
     after: tuple[Evaluation, ...]
 
     def __str__(self) -> str:
-        words = [
-            f"run {self.folder}",
-            f"reward of the last round {self.metrics['rollout/reward']:.3f}",
-        ]
+        words = [f"run {self.folder}"]
+        if self.metrics:
+            words.append(f"reward of the last round {self.metrics['rollout/reward']:.3f}")
         if self.before and self.after:
             first, last = self.before[0], self.after[0]
             words.append(
@@ -131,7 +126,7 @@ class GMPOTrainer:
         rewards = _by_name(reward)
         reward_keys = _reward_keys(rewards, self.config.recipe)
         measure = {**reward_keys, **self.config.recipe}.get(_MEASURE, "accuracy")
-        task = _task(
+        task = task_of_rows(
             train_dataset,
             eval_dataset,
             needs_answer=not rewards,
@@ -150,7 +145,7 @@ class GMPOTrainer:
             "model.name": name or "given",
             "model.device": self.model.device.type,
             "model.dtype": _precision(self.model),
-            "task": _task_table(task),
+            "task": task_record(task),
             **reward_keys,
             **({} if rollout is None else {"sampling.rollout": _reference(rollout)}),
         }
@@ -160,6 +155,7 @@ class GMPOTrainer:
             for each in ((PrintProgress(),) if callbacks is None else callbacks)
         )
         self._warn = warn
+        self._reference: PreTrainedModel | None = None
         self._own_loop: TrainingParts | None = None
         self._own_steps = 0
         self._own_samples = 0
@@ -212,6 +208,7 @@ class GMPOTrainer:
         )
         folder = self._folder(resume=resume)
         self.close()  # a loop of the caller's own ends here
+        self._keep_reference(recipe, resume=resume)
         events = CallbackEvents(
             self._callbacks,
             config=recipe,
@@ -239,7 +236,7 @@ class GMPOTrainer:
             rows: of the form of `train_dataset`, but none needs an answer.
         """
         parts = self._own_loop_parts()
-        asked = _prompts(rows, "rows", needs_answer=False).prompts
+        asked = prompts_of_rows(rows, "rows", needs_answer=False).prompts
         prompts = [parts.evaluator.renderer.render(prompt) for prompt in asked]
         key = (parts.config.training.seed, "own loop", self._own_samples)
         self._own_samples += 1
@@ -265,7 +262,8 @@ class GMPOTrainer:
 
         Raises:
             DataError: the groups do not divide into steps, or none has a reward.
-            NonFiniteError: the policy has diverged; the weights did not move.
+            NonFiniteError: the policy has diverged; the step that shows it did not move the
+                weights, those before it in this call did.
         """
         if not any(r.reward is not None for group in groups for r in group.rollouts):
             raise DataError(
@@ -334,6 +332,17 @@ class GMPOTrainer:
             raise ConfigError("resume=True needs the run to go on with: GMPOConfig(output_dir=...)")
         return fresh_folder("gmpo")
 
+    def _keep_reference(self, recipe: RunConfig, *, resume: bool) -> None:
+        """A copy of the starting model, where KL to it is trained or measured.
+
+        The model is trained in place, so a run that is resumed in the process that began it needs
+        the copy of then.
+        """
+        if resume and self._reference is not None:
+            return
+        is_needed = recipe.needs_reference() and not recipe.lora.rank  # adapters go off instead
+        self._reference = copy.deepcopy(self.model) if is_needed else None
+
     def _run(
         self, recipe: RunConfig, folder: Path, events: CallbackEvents, *, resume: bool
     ) -> tuple[tuple[Evaluation, ...], tuple[Evaluation, ...]]:
@@ -355,7 +364,7 @@ class GMPOTrainer:
                 report=hear,
                 warn=self._warn,
                 should_stop=events.should_stop,
-                given=self._given,
+                given=replace(self._given, reference=self._reference),
             )
         except RunStopped:
             self._warn(f"a callback ended the run; {self._way_on(folder)}")
@@ -426,74 +435,11 @@ def _precision(model: PreTrainedModel) -> str:
     return precisions[model.dtype]
 
 
-def _task(
-    train_rows: Rows, eval_rows: Rows | None, *, needs_answer: bool, needs_eval_answer: bool
-) -> Task:
-    """The rows as a task; problems that are held out are left out of training, counted."""
-    train_side = _prompts(train_rows, "train_dataset", needs_answer=needs_answer)
-    if eval_rows is None:
-        sides = Sides(train=train_side.prompts, held_out=[], left_out=train_side.left_out)
-    else:
-        sides = sides_of_rows(
-            train_side,
-            _prompts(eval_rows, "eval_dataset", needs_answer=needs_eval_answer),
-            held_out_items=0,
-            split_seed=0,
-            names=("train_dataset", "eval_dataset"),
-            drops_shared=True,
-        )
-    return Task(
-        name="given",
-        train=tuple(sides.train),
-        held_out=tuple(sides.held_out),
-        instruction="",
-        left_out=sides.left_out,
-    )
-
-
-def _prompts(rows: Rows, source: str, *, needs_answer: bool) -> ReadRows:
-    """The rows' prompts; a `prompt` that is a text goes to the model as it is."""
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
-        raise DataError(
-            f"{source} is a {type(rows).__name__}; it must yield rows: a list of dicts, or a "
-            "datasets.Dataset (of a DatasetDict, one split of it)"
-        )
-    texts: list[str | None] = []
-
-    def placed() -> Iterator[Row]:
-        for number, row in enumerate(rows):
-            place = f"{source}[{number}]"
-            if not isinstance(row, Mapping):
-                raise DataError(f"{place} is {type(row).__name__}; a row must be a mapping")
-            prompt = row.get("prompt")
-            texts.append(prompt if isinstance(prompt, str) else None)
-            yield Row(place=place, default_id=f"{source}-{number}", columns=row)
-
-    form = RowForm(needs_answer=needs_answer, is_of_recipe=False)
-    read = read_rows(placed(), form, source=source)
-    prompts = [
-        prompt if text is None else replace(prompt, messages=None, text=text)
-        for prompt, text in zip(read.prompts, texts, strict=True)
-    ]
-    return replace(read, prompts=prompts)
-
-
-def _task_table(task: Task) -> dict[str, Any]:
-    """What the recipe records of items that are not in it."""
-    items = [[(p.id, p.messages, p.text) for p in side] for side in (task.train, task.held_out)]
-    return {
-        "kind": "given",
-        "train_items": len(task.train),
-        "held_out_items": len(task.held_out),
-        "digest": hashlib.blake2b(repr(items).encode(), digest_size=8).hexdigest(),
-    }
-
-
 def _last_metrics(folder: Path) -> dict[str, float]:
-    """The figures of the last round; NaN where one does not exist."""
+    """The figures of the last round; NaN where one does not exist; none before the first."""
     rounds = [line for line in read_lines(folder, "metrics.jsonl") if line["kind"] == "round"]
     return {
         name: math.nan if value is None else value
-        for name, value in rounds[-1].items()
+        for name, value in (rounds[-1] if rounds else {}).items()
         if name not in ("kind", "round", "step")
     }

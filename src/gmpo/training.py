@@ -116,7 +116,7 @@ def train(  # noqa: PLR0913 - all by keyword, and each is its own concern
             _tell(report, announced, round_number=state.round)
             _stop_if(should_stop, run, parts, state)
             report(_standing("start", parts, state))
-            _save_the_beginning(run, parts, state)
+            _save_the_beginning(run, parts, state, is_given=inputs.given.model is not None)
             before = _evaluated_before(run, parts, state, report)
             _stop_if(should_stop, run, parts, state)
             with closing(TrackedAttempts(run, parts.config, warn=warn)) as trackers:
@@ -385,9 +385,15 @@ def _stop_on(watched: Watched, run: RunFolder, parts: TrainingParts) -> None:
     )
 
 
-def _save_the_beginning(run: RunFolder, parts: TrainingParts, state: TrainingState) -> None:
-    """A run that mends has to have untrained weights to go back to."""
-    if parts.config.guard.mends and not state.round:
+def _save_the_beginning(
+    run: RunFolder, parts: TrainingParts, state: TrainingState, *, is_given: bool
+) -> None:
+    """Untrained weights to go back to, where nothing else has them.
+
+    A run that mends goes back to them, and a run of a model that was handed over, and that trains
+    in place, where it is interrupted before its first checkpoint and resumed in the same process.
+    """
+    if (parts.config.guard.mends or is_given) and not state.round:
         _save_if_new(run, parts, state)
 
 

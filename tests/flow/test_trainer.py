@@ -341,6 +341,53 @@ def test_a_callback_can_end_the_run_which_is_saved_and_goes_on(llama: str, tmp_p
     assert same_weights(again.checkpoint, whole.checkpoint)
 
 
+def test_a_callback_can_end_the_run_before_its_first_round(llama: str, tmp_path: Path):
+    class Unwilling(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    outcome = trainer(llama, tmp_path / "run", callbacks=(Unwilling(),)).train()
+    assert outcome.checkpoint.name == "round-000000" and outcome.metrics == {}
+    assert str(outcome) == f"run {tmp_path / 'run'}"
+    again = trainer(llama, tmp_path / "run").train(resume=True)
+    assert same_weights(again.checkpoint, trainer(llama, tmp_path / "whole").train().checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kl_coefficient"),
+    [
+        ("no", 0.0),  # interrupted before the first checkpoint
+        ("epoch", 0.1),
+    ],
+)
+def test_a_run_that_was_interrupted_goes_on_in_the_same_process(
+    strategy: Any, kl_coefficient: float, llama: str, tmp_path: Path
+):
+    calls: list[int] = []
+
+    def interrupted_once(completions: list[Any], **more: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return common_start(completions, **more)
+
+    ours = trainer(
+        llama,
+        tmp_path / "run",
+        config=settings(tmp_path / "run", kl_coefficient=kl_coefficient),
+        reward=interrupted_once,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ours.train(num_epochs=2, save_strategy=strategy)
+    outcome = ours.train(num_epochs=2, save_strategy=strategy, resume=True)
+    whole = trainer(
+        llama,
+        tmp_path / "whole",
+        config=settings(tmp_path / "whole", kl_coefficient=kl_coefficient),
+    ).train(num_epochs=2, save_strategy=strategy)
+    assert same_weights(outcome.checkpoint, whole.checkpoint)
+
+
 def test_early_stopping_of_transformers_is_told_that_it_needs_its_metric(
     llama: str, tmp_path: Path
 ):

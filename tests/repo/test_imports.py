@@ -99,6 +99,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "tracked_attempts",
         "training",
         "trainer_config",
+        "trainer_rows",
         "callbacks",
         "trainer",
         "leash",
