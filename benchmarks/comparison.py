@@ -39,11 +39,10 @@ BEST_SETUPS = {"fp32": "fp32/static_cache", "bf16": "bf16_autocast/generate"}
 the fastest, or in fp32 as fast as `generate` within the scatter."""
 CLOSE = 2.0
 """Settings within so many times the fastest one's seconds are tried once more: a single round was
-seen to take 1.84 times as long as another of the same setting."""
-HOPELESS = 3.0
+seen to take 1.84 times as long as another of the same setting. A round that takes longer is ended:
+without bf16 units one in bf16 may take ten times as long."""
 LEAST_PATIENCE = 60.0
-"""A setting's round is ended once it has taken so many times the fastest one's seconds, and never
-before so many seconds: without bf16 units one in bf16 may take ten times as long."""
+"""Seconds before which no round is ended."""
 COMPARED = ("difference", "cosine", "gradient_cosine")
 """What a replay says of how far gmpo's work is from TRL's."""
 
@@ -229,7 +228,7 @@ def fastest_round(figures: Mapping[str, Any]) -> float:
 def patience(trial: Mapping[str, Any]) -> float | None:
     """Seconds after which another setting's round is ended; None before one is usable."""
     seconds = [fastest_round(each) for each in usable_of(trial).values()]
-    return max(LEAST_PATIENCE, HOPELESS * min(seconds)) if seconds else None
+    return max(LEAST_PATIENCE, CLOSE * min(seconds)) if seconds else None
 
 
 def tried(bench: Bench, setup: str, gmpo: Side, *, within: float | None) -> dict[str, Any]:
