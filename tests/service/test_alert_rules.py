@@ -148,6 +148,10 @@ SCENARIOS: Mapping[str, tuple[Callable[[], GatewayFigures], Alerts]] = {
         lambda: minute_of([(40, answer()), (60, CUT), (100, OTHER)]),
         {"GmpoAnswersCut": (BY_MODEL, "60% of the answers of ab12 reach their limit")},
     ),
+    "six in ten are cut, beside requests that the model's server refuses": (
+        lambda: minute_of([(40, answer()), (60, CUT), (900, answer(status=400))]),
+        {"GmpoAnswersCut": (BY_MODEL, "60% of the answers of ab12 reach their limit")},
+    ),
     "four in ten are cut": (lambda: minute_of([(60, answer()), (40, CUT)]), {}),
     # Refused requests thin nothing out.
     "one in five is another's": (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.commands import jsonl
 
+from gmpo.dashboard.alert_section import alert_rows
 from gmpo.dashboard.figures import (
     MAX_POINTS,
     accuracy_figure,
@@ -24,7 +25,7 @@ from gmpo.dashboard.tables import event_rows, moment, plain, reason_words, secon
 from gmpo.dashboard.training_section import run_row
 from gmpo.dashboard.trends import Boxes, Span, trend
 from gmpo.errors import ConfigError, DataError
-from gmpo.store import Event
+from gmpo.store import AlertRow, Event
 
 SPAN = Span(start=0, end=60)
 
@@ -356,3 +357,27 @@ def test_a_change_of_champion_is_told_with_its_reason_first():
         "champion of bot in place of v1; x: y",
         'champion of bot; {"kind": "adoption"}',
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "what_to_do"),
+    [
+        ({"annotations": {"summary": "slow", "action": "add a gateway"}}, "add a gateway"),
+        ({"annotations": {"summary": "damaged"}, "recommended_actions": ["a", "b"]}, "a; b"),
+        ({"annotations": {"summary": "slow", "action": "c"}, "recommended_actions": ["a"]}, "c"),
+        ({}, ""),
+    ],
+)
+def test_an_alert_says_what_to_do_wherever_its_sender_put_it(
+    told: dict[str, object], what_to_do: str
+):
+    alert = AlertRow(
+        fingerprint="1",
+        status="firing",
+        severity="critical",
+        starts_at=0.0,
+        ends_at=None,
+        payload={"labels": {"alertname": "ChampionDamaged"}, **told},
+    )
+    (row,) = alert_rows([alert])
+    assert (row["alert"], row["what to do"]) == ("ChampionDamaged", what_to_do)

@@ -85,7 +85,7 @@ def alert_rows(alerts: Sequence[AlertRow]) -> list[dict[str, Any]]:
             "until (UTC)": "" if one.ends_at is None else moment(one.ends_at),
             "alert": _field(one.payload, "labels", "alertname"),
             "summary": _field(one.payload, "annotations", "summary"),
-            "what to do": _field(one.payload, "annotations", "action"),
+            "what to do": _field(one.payload, "annotations", "action") or _actions(one.payload),
         }
         for one in ordered
     ]
@@ -94,6 +94,10 @@ def alert_rows(alerts: Sequence[AlertRow]) -> list[dict[str, Any]]:
 def _field(payload: Mapping[str, Any], table: str, name: str) -> str:
     inner = payload.get(table)
     return str(inner.get(name) or "") if isinstance(inner, Mapping) else ""
+
+
+def _actions(payload: Mapping[str, Any]) -> str:
+    return "; ".join(map(str, payload.get("recommended_actions") or []))
 
 
 def anomaly_rows(anomalies: Sequence[Event]) -> list[dict[str, Any]]:
@@ -105,7 +109,7 @@ def anomaly_rows(anomalies: Sequence[Event]) -> list[dict[str, Any]]:
             "severity": one.payload.get("severity"),
             "of": one.model_version or one.payload.get("run") or "",
             "signs": anomaly_words(one.payload),
-            "what to do": "; ".join(map(str, one.payload.get("recommended_actions") or [])),
+            "what to do": _actions(one.payload),
         }
         for one in anomalies
     ]
