@@ -69,7 +69,7 @@ written by `python -m scripts.command_page`. In all commands:
 | 2 | a mistake or a failure; the line says which and what to do |
 | 3 | a run diverged or the guard stopped it; `gate` did not pass; `data check` refused the batch |
 | 4 | `compare`, `tune`: other calls on the study hold what it waited for; the line says what |
-| 130 | stopped by Ctrl-C; a second command, which is named, goes on |
+| 130 | stopped by Ctrl-C, `train`, `compare`, `tune`, `learn` by SIGTERM too; the way on is named |
 | 143 | `serve`: ended by a second SIGTERM, before requests were done |
 """
 

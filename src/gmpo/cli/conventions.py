@@ -58,8 +58,8 @@ WaitOption = Annotated[
     float,
     typer.Option(
         metavar="MINUTES",
-        help="Longest wait for other calls on the study while nothing comes of them; 0 does not "
-        "wait.",
+        help="Longest wait in minutes for other calls on the study while nothing comes of them; "
+        "0 does not wait.",
     ),
 ]
 

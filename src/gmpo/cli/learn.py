@@ -68,7 +68,11 @@ _Approval = Annotated[
     str | None, typer.Option(help="manual (default): a person says yes; auto: nobody has to.")
 ]
 _Folder = Annotated[
-    Path | None, typer.Option(help="Holds cycles and versions; default: the SQLite store's own.")
+    Path | None,
+    typer.Option(
+        help="Holds cycles and versions; default: the SQLite store's own, and of --demo "
+        "runs/learn-demo, -2, ..."
+    ),
 ]
 _WhenRows = Annotated[
     int | None, typer.Option(min=1, help="Begin only with so many rows that no cycle had.")
