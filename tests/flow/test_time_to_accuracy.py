@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import time_to_accuracy
+from benchmarks import devices, growth, time_to_accuracy
 from benchmarks.accuracy_report import draw, print_table, summary
 from benchmarks.comparison import trl_setup_of
 from benchmarks.exchange import Scratch, load_weights, write_start
@@ -158,11 +158,23 @@ def test_trl_runs_in_the_setting_that_is_named_or_its_best(
 ):
     command = ["--json", str(tmp_path / "x.json"), "--threads", "1"]
     assert trl_setup_of(parse([*command, "--dtype", "fp32"])) == "fp32/static_cache"
-    assert trl_setup_of(parse(command)) == "bf16_autocast/generate"
+    assert trl_setup_of(parse([*command, "--dtype", "bf16"])) == "bf16_autocast/generate"
     named = [*command, "--trl", "bf16_weights/generate"]
-    assert trl_setup_of(parse(named)) == "bf16_weights/generate"
+    assert trl_setup_of(parse([*named, "--dtype", "bf16"])) == "bf16_weights/generate"
     assert time_to_accuracy.main([*named, "--dtype", "fp32"]) == 1
     assert "is not compared with --dtype fp32; choose from fp32/gen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken", ["fp32", "bf16"])
+def test_the_precision_is_what_this_cpu_takes_unless_it_is_named(
+    taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        devices, "choose_dtype", lambda dtype, **_: taken if dtype == "auto" else dtype
+    )
+    command = ["--json", str(tmp_path / "x.json"), "--threads", "1"]
+    assert parse(command).dtype == growth.parse(command).dtype == taken
+    assert parse([*command, "--dtype", "fp32"]).dtype == "fp32"
 
 
 def test_more_items_than_are_held_out_are_refused(
