@@ -234,8 +234,12 @@ def draw(contents: Sequence[Content], path: Path) -> None:
     axis.set_xticks(range(len(shown)), labels, fontsize=8)
     axis.set_ylabel("times as fast as TRL without vLLM")
     figure.legend(loc="outside upper center", ncols=len(RATIOS), fontsize=8)
+    notes = []
     if not all(is_timed_by_this_rule(content) for _, content, _ in shown):
-        figure.supxlabel(OLDER_RULE, fontsize=7, wrap=True)
+        notes.append(OLDER_RULE)
+    if any(figures["num_pairs"] < ENOUGH_PAIRS for _, _, figures in shown):
+        notes.append(FEW_PAIRS)
+    figure.supxlabel("\n".join(notes), fontsize=7, wrap=True)
     write_figure(path, figure)
 
 

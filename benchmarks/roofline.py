@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,9 +216,12 @@ def cycle(measured: Measured) -> dict[str, Any]:
             "gradient": middle - start,
             "optimizer": time.perf_counter() - middle,
         }
+        is_one = len(step.micro_batches) == 1
+        # As above, and asked before the compiled functions are off, without which none would stay.
+        left = measured.policy.gradients_left_narrow if is_one else nullcontext
         start = time.perf_counter()
-        with kernels_off():
-            accumulate_gradients(measured.policy, step, LOSS, may_stay_narrow=True)
+        with left(), kernels_off():
+            accumulate_gradients(measured.policy, step, LOSS)
         updates[name][BY_TORCH] = time.perf_counter() - start
         measured.optimizer.zero_gradients()
     decodes = {"decode": decode, DECODE_BY_TORCH: decode_by_torch}

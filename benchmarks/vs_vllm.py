@@ -156,10 +156,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for scenario in scenarios:
             rows = measure(workers, scenario, prompts, pairs=options.pairs)
             report["scenarios"][scenario.name] = summary(rows)
-            if options.json:
-                write_results(options.json, report)
+            if options.json:  # what the file holds of an earlier run stays until this one is whole
+                write_results(unfinished(options.json), report)
     print(table(report))
+    if options.json:
+        os.replace(unfinished(options.json), options.json)
     return 0
+
+
+def unfinished(path: Path) -> Path:
+    """Where scenarios are kept until all are done."""
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 AFTER_DIVERGING = (
-    "To go on, begin a new run from its last checkpoint (model.name = "
-    '"RUN/checkpoints/round-NNNNNN/model", with adapters ".../adapter") with a lower '
-    "training.learning_rate or training.gradient_clip_norm"
+    "To go on, begin a new run with a lower learning rate or gradient clip norm, from the last "
+    'checkpoint if there is one (model.name = "RUN/checkpoints/round-NNNNNN/model", with adapters '
+    '".../adapter")'
 )
 """What to do about a policy that diverged. A run that is resumed has to keep its own recipe."""
 _PACKAGE = Path(__file__).parent

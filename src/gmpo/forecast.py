@@ -65,7 +65,8 @@ class Forecast:
         prompt_tokens_per_round: prompts run once a group.
         optimizer_steps: of the whole run.
         process_gib: what the process holds besides the model; 0 on an accelerator.
-        loaded_gib: of the weights, what is held already: a model that was handed over in Python.
+        loaded_gib: of the weights, what is held already: a model that was handed over in Python,
+            and the copy of it that KL is measured to.
         weights_gib: weights; of the trained ones gradients, AdamW's moments and a compute copy if
             bf16; the reference if a KL to it is trained or measured, a second gradient if its
             cosine to GRPO's is measured.
@@ -386,9 +387,10 @@ def _length(prompt: Prompt) -> int:
 
 
 def _held_bytes(inputs: RunInputs) -> tuple[int, int]:
-    """What the process holds besides the model, and what it holds of the model already."""
-    model = inputs.given.model
-    tensors: list[Tensor] = [] if model is None else list(model.parameters())
+    """What the process holds besides the model, and what it holds of models already."""
+    tensors: list[Tensor] = []
+    for model in (inputs.given.model, inputs.given.reference):
+        tensors += [] if model is None else model.parameters()
     tensors += [tensor.grad for tensor in tensors if tensor.grad is not None]
     loaded = sum(tensor.nbytes for tensor in tensors)
     if inputs.config.model.device == "cuda":

@@ -119,10 +119,14 @@ def tidy_checkpoints(run: RunFolder, config: RunConfig) -> None:
 
     A run that mends keeps the checkpoint from before its first round, so that there is always one
     to go back to, and the one that its attempt began from: those are the newest weights known to be
-    healthy, however slowly the trouble shows.
+    healthy, however slowly the trouble shows. In any other run the first checkpoint of a later
+    round takes that one's place.
     """
-    keep = config.checkpoint.keep
+    rounds = [checkpoint_round(each) for each in checkpoints_newest_first(run.checkpoints)]
+    num_later, keep = sum(number > 0 for number in rounds), config.checkpoint.keep
     spared = [0, beginning_of_attempt(run.checkpoints) or 0] if config.guard.mends else []
+    if num_later and not config.guard.mends:
+        keep = min(keep, num_later)
     remove_old_checkpoints(run.checkpoints, keep=keep, spared=spared)
     oldest = checkpoints_newest_first(run.checkpoints)[:keep][-1]
     forget_rounds(run.rounds, up_to=checkpoint_round(oldest))

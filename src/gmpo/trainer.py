@@ -156,6 +156,7 @@ class GMPOTrainer:
         )
         self._warn = warn
         self._reference: PreTrainedModel | None = None
+        self._begun: Path | None = None
         self._own_loop: TrainingParts | None = None
         self._own_steps = 0
         self._own_samples = 0
@@ -188,7 +189,8 @@ class GMPOTrainer:
             eval_steps: for `evaluation_strategy="steps"`.
             logging_steps: optimizer steps between two logs to the callbacks; the run folder's
                 `metrics.jsonl` has every step.
-            resume: go on with the run in `config.output_dir`, which was stopped or killed.
+            resume: go on with the run in `config.output_dir`, which was stopped or killed; without
+                an `output_dir`, with the one that this trainer began last.
 
         Raises:
             gmpo.errors.GmpoError: anything that stops a run; what is lost is nothing.
@@ -208,7 +210,6 @@ class GMPOTrainer:
         )
         folder = self._folder(resume=resume)
         self.close()  # a loop of the caller's own ends here
-        self._keep_reference(recipe, resume=resume)
         events = CallbackEvents(
             self._callbacks,
             config=recipe,
@@ -328,28 +329,34 @@ class GMPOTrainer:
     def _folder(self, *, resume: bool) -> Path:
         if self.config.output_dir is not None:
             return Path(self.config.output_dir)
+        if resume and self._begun is not None:
+            return self._begun
         if resume:
             raise ConfigError("resume=True needs the run to go on with: GMPOConfig(output_dir=...)")
         return fresh_folder("gmpo")
 
-    def _keep_reference(self, recipe: RunConfig, *, resume: bool) -> None:
+    def _starting_model(self, recipe: RunConfig, *, resume: bool) -> PreTrainedModel | None:
         """A copy of the starting model, where KL to it is trained or measured.
 
         The model is trained in place, so a run that is resumed in the process that began it needs
         the copy of then.
         """
+        if not recipe.needs_reference() or recipe.lora.rank:  # adapters go off instead
+            return None
         if resume and self._reference is not None:
-            return
-        is_needed = recipe.needs_reference() and not recipe.lora.rank  # adapters go off instead
-        self._reference = copy.deepcopy(self.model) if is_needed else None
+            return self._reference
+        return copy.deepcopy(self.model)
 
     def _run(
         self, recipe: RunConfig, folder: Path, events: CallbackEvents, *, resume: bool
     ) -> tuple[tuple[Evaluation, ...], tuple[Evaluation, ...]]:
         """Evaluations before and after; none after a run that a callback ended."""
         before: list[Evaluation] = []
+        reference = self._starting_model(recipe, resume=resume)
 
         def hear(report: Report) -> None:
+            if report.stage == "start":  # the folder is this run's: another one's copy may go
+                self._reference, self._begun = reference, folder
             if report.stage == "before":
                 before.extend(report.evaluations)
             if report.stage == "forecast" and self._prints:
@@ -364,7 +371,7 @@ class GMPOTrainer:
                 report=hear,
                 warn=self._warn,
                 should_stop=events.should_stop,
-                given=replace(self._given, reference=self._reference),
+                given=replace(self._given, reference=reference),
             )
         except RunStopped:
             self._warn(f"a callback ended the run; {self._way_on(folder)}")
@@ -375,7 +382,8 @@ class GMPOTrainer:
         return result.before, result.after
 
     def _way_on(self, folder: Path) -> str:
-        named = "" if self.config.output_dir else f" and GMPOConfig(output_dir={str(folder)!r})"
+        elsewhere = f"; in another process with GMPOConfig(output_dir={str(folder)!r}) too"
+        named = "" if self.config.output_dir else elsewhere
         return f"{folder} goes on with train(resume=True){named}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.workloads import Workload
 from scripts import precision
 from tests.models import save_tiny
 
@@ -22,8 +23,17 @@ def figures(*, mean: float, largest: float, recomputes: bool) -> dict[str, Any]:
     }
 
 
-def test_every_precision_of_the_recipe_is_measured(tmp_path: Path):
-    assert precision.parse(["--json", str(tmp_path / "x.json")]).precisions == ["fp32", "bf16"]
+def test_every_precision_of_the_recipe_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured: list[str] = []
+
+    def stub(_: Workload, precision: str, *__: object) -> dict[str, object]:
+        measured.append(precision)
+        return figures(mean=0.001, largest=0.01, recomputes=False)
+
+    monkeypatch.setattr(precision, "measured", stub)
+    command = ["--json", str(tmp_path / "x.json"), "--model", save_tiny(tmp_path / "model")]
+    assert precision.main([*command, "--threads", "1"]) == 0
+    assert measured == ["fp32", "bf16"]
 
 
 def test_mismatch_has_mean_quantile_and_largest():

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from tests.models import character_tokenizer, save_tiny, tiny_model
-from tests.python_trainers import ROWS, common_start, settings, trainer
+from tests.python_trainers import ROWS, Listener, common_start, settings, steps, trainer
 from tests.tiny_runs import COMMON_START, metric_lines, same_weights, tiny_recipe
 from transformers import (
     AutoModelForCausalLM,
@@ -254,44 +254,6 @@ def test_with_answers_and_a_reward_accuracy_can_be_asked_for(llama: str, tmp_pat
     assert outcome.after[0].outcomes in [(a, b) for a in (0, 1) for b in (0, 1)]
 
 
-class Listener(TrainerCallback):
-    """Notes every event, and asks for the end at a step."""
-
-    def __init__(self, end_at: int | None = None) -> None:
-        self.events: list[str] = []
-        self.logs: list[dict[str, float]] = []
-        self.end_at = end_at
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.events.append("begin")
-        assert args.learning_rate == 1e-3
-        assert kwargs["model"] is not None and kwargs["processing_class"] is not None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.events.append(f"step {state.global_step}/{state.max_steps}")
-        if state.global_step == self.end_at:
-            control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.logs.append(logs)
-
-    def on_save(self, args, state, control, **kwargs):
-        self.events.append("save")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.events.append("epoch")
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.events.append(f"evaluate {sorted(metrics)}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.events.append("end")
-
-
-def steps(first: int, last: int) -> list[str]:
-    return [f"step {number}/16" for number in range(first, last + 1)]
-
-
 def test_callbacks_of_transformers_hear_what_happens_in_its_order(llama: str, tmp_path: Path):
     listener = Listener()
     ours = trainer(
@@ -325,67 +287,6 @@ def test_callbacks_of_transformers_hear_what_happens_in_its_order(llama: str, tm
     assert {"reward", "grad_norm", "learning_rate", "ratio/max", "epoch"} <= logged[0].keys()
     assert logged[0]["reward"] == logged[0]["rollout/reward"]
     assert [logs["epoch"] for logs in logged] == [1.0, 2.0]
-
-
-def test_a_callback_can_end_the_run_which_is_saved_and_goes_on(llama: str, tmp_path: Path):
-    said: list[str] = []
-    ours = trainer(llama, tmp_path / "run", callbacks=(Listener(end_at=5),), warn=said.append)
-    outcome = ours.train(num_epochs=2)
-    assert outcome.checkpoint.name == "round-000002"
-    assert f"a callback ended the run; {tmp_path / 'run'} goes on with train(resume=True)" in said
-    listener = Listener()
-    again = trainer(llama, tmp_path / "run", callbacks=(listener,)).train(num_epochs=2, resume=True)
-    # As after a resume of transformers: steps and epochs that were done are not told again.
-    assert listener.events == ["begin", *steps(9, 12), *steps(13, 16), "epoch", "save", "end"]
-    whole = trainer(llama, tmp_path / "whole").train(num_epochs=2)
-    assert same_weights(again.checkpoint, whole.checkpoint)
-
-
-def test_a_callback_can_end_the_run_before_its_first_round(llama: str, tmp_path: Path):
-    class Unwilling(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    outcome = trainer(llama, tmp_path / "run", callbacks=(Unwilling(),)).train()
-    assert outcome.checkpoint.name == "round-000000" and outcome.metrics == {}
-    assert str(outcome) == f"run {tmp_path / 'run'}"
-    again = trainer(llama, tmp_path / "run").train(resume=True)
-    assert same_weights(again.checkpoint, trainer(llama, tmp_path / "whole").train().checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "kl_coefficient"),
-    [
-        ("no", 0.0),  # interrupted before the first checkpoint
-        ("epoch", 0.1),
-    ],
-)
-def test_a_run_that_was_interrupted_goes_on_in_the_same_process(
-    strategy: Any, kl_coefficient: float, llama: str, tmp_path: Path
-):
-    calls: list[int] = []
-
-    def interrupted_once(completions: list[Any], **more: Any) -> list[float]:
-        calls.append(len(completions))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return common_start(completions, **more)
-
-    ours = trainer(
-        llama,
-        tmp_path / "run",
-        config=settings(tmp_path / "run", kl_coefficient=kl_coefficient),
-        reward=interrupted_once,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        ours.train(num_epochs=2, save_strategy=strategy)
-    outcome = ours.train(num_epochs=2, save_strategy=strategy, resume=True)
-    whole = trainer(
-        llama,
-        tmp_path / "whole",
-        config=settings(tmp_path / "whole", kl_coefficient=kl_coefficient),
-    ).train(num_epochs=2, save_strategy=strategy)
-    assert same_weights(outcome.checkpoint, whole.checkpoint)
 
 
 def test_early_stopping_of_transformers_is_told_that_it_needs_its_metric(

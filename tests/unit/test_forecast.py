@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,8 @@ def test_a_given_model_is_there_already(model: str, changes: dict[str, Any]):
     assert needs.wanted_gib == pytest.approx(named.wanted_gib - needs.loaded_gib)
     assert inputs.given.model is not None
     assert not adapters_of(inputs.given.model)  # looking at it changes nothing
+    copied = replace(inputs, given=replace(inputs.given, reference=deepcopy(inputs.given.model)))
+    assert forecast_inputs(copied).loaded_gib == min(2 * needs.loaded_gib, needs.weights_gib)
 
 
 def test_gradients_that_an_earlier_run_left_are_there_too(model: str):

@@ -91,8 +91,9 @@ class Policy:
                 "gradients are lost in fp16 without loss scaling, which does not exist here"
             )
         _release_earlier(model)
-        _POLICIES[model] = ref(self)
         self.model = model.eval()  # dropout would make scored and sampled policy differ
+        self._hooks: list[RemovableHandle] = []
+        _POLICIES[model] = ref(self)  # now, so that the next one also ends one that is half made
         self.warn = warn
         self.body = _checked_body(model, warn) if engine == "fast" else None
         if gradient_checkpointing and self.body is not None:
@@ -103,7 +104,6 @@ class Policy:
         self.masters: dict[str, nn.Parameter] = {}
         self._narrow: dict[str, _Narrow] = {}
         self._leaves_narrow = False
-        self._hooks: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
             self.masters[name] = self._master_of(name, parameter)
 
