@@ -139,8 +139,8 @@ def test_ctrl_c_is_passed_on_and_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt):
         ours.train()
     assert said[-1] == (
-        "interrupted; runs/gmpo goes on with train(resume=True) and "
-        "GMPOConfig(output_dir='runs/gmpo')"
+        "interrupted; runs/gmpo goes on with train(resume=True); in another process with "
+        "GMPOConfig(output_dir='runs/gmpo') too"
     )
 
 
