@@ -184,7 +184,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_threads(parser, what="on both sides; all cores unless given")
     add_vllm(parser)
     parser.add_argument(
-        "--json", type=results_file, metavar="FILE", help="write every figure here too"
+        "--json",
+        type=results_file,
+        metavar="FILE",
+        help="write every figure here too, and into FILE.unfinished until all scenarios are done",
     )
     options = parser.parse_args(arguments)
     if options.pairs < LEAST_PAIRS:

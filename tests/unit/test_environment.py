@@ -59,5 +59,6 @@ def test_the_command_tells_all_and_ends_with_0_only_if_nothing_is_missing():
 
 def test_the_memory_told_of_the_quick_start_is_its_forecast():
     needs = forecast(load_recipe("quickstart", ["model.dtype=fp32"]))
-    without_process = needs.peak_gib - needs.process_gib  # this process has the tests' imports too
+    # This process has the tests' imports too; a dry run counts 0.45 GiB for its own.
+    without_process = needs.peak_gib - needs.process_gib
     assert without_process + 0.45 == pytest.approx(QUICK_START_GIB, abs=0.1)
