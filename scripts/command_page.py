@@ -20,6 +20,7 @@ GROUPS = {
         "doctor": "first_steps.md",
         "models": "configuration.md#running-a-recipe",
         "train": "configuration.md",
+        "federate": "federated.md",
         "inspect": "metrics.md",
         "sample": "decoding.md",
         "export": "configuration.md#lora",
@@ -56,7 +57,8 @@ written by `python -m scripts.command_page`. In all commands:
   for its newest checkpoint.
 * `RECIPE` is a bundled name or the path of a TOML file ([configuration.md](configuration.md)).
 * `--set table.key=value` changes one key of the recipe (of the experiment in `ab start`, of the
-  checks in `data check`, of the policy in `data collect`), and can be repeated.
+  checks in `data check`, of the policy in `data collect`, of the plan in `federate run`, of its
+  aggregation in `federate aggregate`), and can be repeated.
 * `--store` is a SQLite file or a PostgreSQL URL ([store.md](store.md)). `serve`,
   `dashboard --serve`, `ab start` and `registry add` make the file; the others want it to be there.
 * `gmpo --version` prints the releases of gmpo, torch, transformers and Python.
@@ -67,9 +69,11 @@ written by `python -m scripts.command_page`. In all commands:
 | 0 | done |
 | 1 | `compare`, `tune`: some runs did not end; `registry rollback`: servers did not follow |
 | 2 | a mistake or a failure; the line says which and what to do |
-| 3 | a run diverged or the guard stopped it; `gate` did not pass; `data check` refused the batch |
+| 3 | a run diverged or was stopped by its guard; `gate` did not pass; `data check` refused;\
+ `federate run` changed nothing |
 | 4 | `compare`, `tune`: other calls on the study hold what it waited for; the line says what |
-| 130 | stopped by Ctrl-C, `train`, `compare`, `tune`, `learn` by SIGTERM too; the way on is named |
+| 130 | stopped by Ctrl-C, `train`, `compare`, `tune`, `learn`, `federate` by SIGTERM too;\
+ the way on is told |
 | 143 | `serve`: ended by a second SIGTERM, before requests were done |
 """
 

@@ -17,6 +17,7 @@ __all__ = [
     "DependencyError",
     "ExperimentMoved",
     "ExportError",
+    "FederationError",
     "GmpoError",
     "GuardStopped",
     "LeaseHeld",
@@ -33,6 +34,7 @@ __all__ = [
     "StoreFull",
     "StoreLocked",
     "StudyError",
+    "TooFewUpdates",
     "what_was_raised",
 ]
 
@@ -99,6 +101,14 @@ class GuardStopped(GmpoError):
 
 class StudyError(GmpoError):
     """A study cannot be run: its folder is of another study, or a run of it refuses to train."""
+
+
+class FederationError(GmpoError):
+    """Clients' updates cannot be aggregated, or a folder is of another federation."""
+
+
+class TooFewUpdates(FederationError):
+    """Too few clients' updates are left in a round to make a model of."""
 
 
 class StillHeld(GmpoError):

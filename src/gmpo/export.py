@@ -26,7 +26,7 @@ from gmpo.policy.adapter_files import is_adapter_folder, read_adapter, write_ada
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.tracking import no_checkpoint, provenance
 
-__all__ = ["Exported", "export_run"]
+__all__ = ["Exported", "copy_model", "export_run"]
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,6 +97,29 @@ def export_run(
     return exported
 
 
+def copy_model(name: str, destination: Path) -> None:
+    """Write a model as a plain `transformers` folder in fp32, adapters merged.
+
+    Args:
+        name: a bundled model, a hub name, or the folder of a model or adapter.
+        destination: must not exist; gets its name once everything in it is on the disk.
+
+    Raises:
+        ExportError: the destination exists or cannot be written.
+        ModelError: there is no such model, or it is damaged.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise ExportError(f"{destination} exists and is not overwritten; name a new folder")
+
+    def write(folder: Path) -> None:
+        _write_model(folder, name, torch.float32)
+        save_tokenizer(load_tokenizer(name), folder)
+        origin = {"model": name, **provenance()}
+        (folder / "gmpo.json").write_text(json.dumps(origin, indent=1), encoding="utf-8")
+
+    _write_then_rename(destination, write)
+
+
 def _checkpoint(run: Path, round_number: int | None) -> Path:
     if not (run / "recipe.toml").is_file():
         raise ExportError(f"{run} is no run folder: it holds no recipe.toml; name a run's folder")
@@ -120,7 +143,7 @@ def _write(folder: Path, source: Path, exported: Exported) -> None:
     (folder / "gmpo.json").write_text(json.dumps(origin, indent=1), encoding="utf-8")
 
 
-def _write_model(folder: Path, source: Path, dtype: torch.dtype) -> None:
+def _write_model(folder: Path, source: Path | str, dtype: torch.dtype) -> None:
     model = load_model(str(source), device="cpu", dtype="fp32")
     # Parameters alone: rotary frequencies and other buffers stay as the model keeps them.
     for parameter in model.parameters():

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gmpo.errors import ModelError
+from gmpo.stored_tensors import StoredTensor, stored_tensors
 
-__all__ = ["file_digest", "holds_adapter", "holds_weights", "model_paths", "weights_version"]
+__all__ = [
+    "file_digest",
+    "holds_adapter",
+    "holds_weights",
+    "model_paths",
+    "model_tensors",
+    "weights_version",
+]
 
 _ADAPTER = "adapter_config.json"
 _CONFIG = "config.json"
-_PIECE = 1 << 24
-"""Bytes read at a time."""
-
-_KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""numpy's name of each number format; it has none for bf16, whose bits are the upper half of fp32's
-and are read as such."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """Where a tensor's bytes are: of which file, from where, to where."""
-
-    file: Path
-    kind: str
-    start: int
-    end: int
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -82,17 +69,27 @@ def weights_version(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     settings = _settings(folder / (_ADAPTER if holds_adapter(folder) else _CONFIG))
-    tensors = _tensors(folder)
+    tensors = model_tensors(folder)
     if holds_adapter(folder):
         shown = ("base_model_name_or_path", "r", "lora_alpha")
         digest.update(json.dumps([settings.get(name) for name in shown]).encode())
-    elif settings.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)  # some files hold the one matrix under both names
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        for piece in _widened(tensor):
-            digest.update(piece)
+        for piece in tensor.pieces():
+            digest.update(piece.tobytes())
     return digest.hexdigest()[:16]
+
+
+def model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model's or an adapter's folder by name, each once.
+
+    Raises:
+        ModelError: the folder's files are damaged.
+    """
+    tensors = stored_tensors(folder)
+    if not holds_adapter(folder) and _settings(folder / _CONFIG).get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)  # some files hold the one matrix under both names
+    return tensors
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -103,61 +100,3 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{path} is no JSON object; restore the folder")
     return found
-
-
-def _tensors(folder: Path) -> dict[str, _Tensor]:
-    """Every tensor of the folder's safetensors by name."""
-    found: dict[str, _Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in _header(path):
-            if name in found:
-                raise ModelError(
-                    f"tensor {name!r} is in {found[name].file.name} and in {path.name} of "
-                    f"{folder}; leave one of them there"
-                )
-            found[name] = tensor
-    return found
-
-
-def _header(path: Path) -> Iterator[tuple[str, _Tensor]]:
-    """A safetensors file: the header's length in 8 bytes, the header in JSON, the tensors."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(f"its header of {length} bytes is longer than the file")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = (8 + length + at for at in entry["data_offsets"])
-            if end > size:
-                raise ValueError(f"tensor {name!r} ends at byte {end} of {size}")
-            yield name, _Tensor(file=path, kind=entry["dtype"], start=start, end=end)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise ModelError(f"{path} is damaged or cut short: {error}; restore it") from None
-
-
-def _widened(tensor: _Tensor) -> Iterator[bytes]:
-    """A tensor's values in fp32, a piece at a time."""
-    kind = _KINDS.get(tensor.kind)
-    if kind is None:
-        raise ModelError(
-            f"{tensor.file} holds weights as {tensor.kind}; a version is a digest of "
-            f"{', '.join(_KINDS)}: dequantise the model first"
-        )
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        left = tensor.end - tensor.start
-        while left:
-            raw = file.read(min(_PIECE, left))
-            if not raw:
-                raise ModelError(f"{tensor.file} was cut short while it was read; restore it")
-            left -= len(raw)
-            if tensor.kind == "F32":
-                yield raw
-            elif tensor.kind == "BF16":
-                yield (np.frombuffer(raw, kind).astype("<u4") << 16).tobytes()
-            else:
-                yield np.frombuffer(raw, kind).astype("<f4").tobytes()

@@ -21,6 +21,7 @@ from gmpo.checkpoint import (
 from gmpo.config import RunConfig
 from gmpo.errors import CheckpointError, RunFolderError
 from gmpo.inputs import Given, RunInputs, read_inputs
+from gmpo.policy.load import weights_digest
 from gmpo.recipe import dump_recipe, load_recipe
 from gmpo.saved_rounds import forget_rounds
 from gmpo.tracking import RunFolder, provenance, read_lines
@@ -77,7 +78,11 @@ def begin_or_resume(
     _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
-    run.write_text("run.json", json.dumps(_made_with(), indent=1))
+    made_with = _made_with()
+    if not parts.policy.adapters:
+        # What the run was named may be another model by the time that somebody asks.
+        made_with["model"] = weights_digest(dict(parts.policy.named_weights()))
+    run.write_text("run.json", json.dumps(made_with, indent=1))
     return TrainingState(
         round=0,
         step=0,

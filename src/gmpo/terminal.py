@@ -96,11 +96,14 @@ class TrainingDisplay:
 
 
 @contextmanager
-def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def asked_to_stop(
+    say: Callable[[str], None], *, mended_by: str = "--resume"
+) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM has come; a second one ends the process at once.
 
     Args:
         say: told what the first one leads to.
+        mended_by: how one goes on where a second one broke off.
     """
     came = False
 
@@ -110,7 +113,7 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         signal.signal(number, signal.default_int_handler)
         say(
             "finishing what is under way (at most a round or an evaluation), then saving; once "
-            "more to stop at once, which --resume mends too"
+            f"more to stop at once, which {mended_by} mends too"
         )
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

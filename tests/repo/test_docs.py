@@ -119,6 +119,17 @@ def test_every_setting_of_the_checks_of_rows_is_in_their_page():
     assert not [kind for kind in PII_KINDS if f"`{kind}`" not in page]
 
 
+def test_every_key_of_a_federated_plan_is_in_its_page():
+    from gmpo.federated.plan import FederatedPlan, JudgingSettings
+    from gmpo.federated.settings import AggregationSettings
+
+    named = backticked((DOCS / "federated.md").read_text())
+    own = set(FederatedPlan.model_fields) - {"clients", "aggregation", "judging"}
+    keys = own | {f"aggregation.{key}" for key in AggregationSettings.model_fields}
+    keys |= {f"judging.{key}" for key in JudgingSettings.model_fields} | {"clients.NAME"}
+    assert not keys - named
+
+
 def test_the_monitoring_page_says_what_to_do_about_each_detector_as_its_reports_do():
     from gmpo.monitoring.actions import ACTIONS
     from gmpo.monitoring.anomalies import SERVING_DETECTORS

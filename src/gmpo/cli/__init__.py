@@ -16,6 +16,7 @@ from gmpo.cli.dashboard import dashboard
 from gmpo.cli.data import data
 from gmpo.cli.doctor import doctor
 from gmpo.cli.evaluate import evaluate
+from gmpo.cli.federate import federate
 from gmpo.cli.gate import gate
 from gmpo.cli.inspect import inspect
 from gmpo.cli.learn import learn
@@ -77,6 +78,7 @@ def _every_command(
 app.add_typer(ab, name="ab")
 app.add_typer(registry, name="registry")
 app.add_typer(data, name="data")
+app.add_typer(federate, name="federate")
 
 
 def main() -> None:

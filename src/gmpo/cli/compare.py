@@ -167,7 +167,7 @@ def _run(
     def say(sentence: str) -> None:
         console.print(Text(sentence), soft_wrap=True)
 
-    with asked_to_stop(warn) as should_stop:
+    with asked_to_stop(warn, mended_by="the next call") as should_stop:
         return run_study(
             folder,
             plan,

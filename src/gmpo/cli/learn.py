@@ -339,7 +339,10 @@ def _opened(url: str, name: str, folder: Path | None, *, wait_seconds: float) ->
     from gmpo.terminal import asked_to_stop
 
     place = _place(url, folder)
-    with existing_store(url) as opened, asked_to_stop(warn) as should_stop:
+    with (
+        existing_store(url) as opened,
+        asked_to_stop(warn, mended_by="the next call") as should_stop,
+    ):
         registry = Registry(opened, place / "models", tell=warn)
         work = RealWork(
             store=opened,
@@ -438,7 +441,7 @@ def _run_demo(folder: Path | None, *, as_json: bool) -> None:
     from gmpo.tracking import fresh_folder
 
     place = (fresh_folder("learn-demo") if folder is None else folder).absolute()
-    with asked_to_stop(warn) as should_stop:
+    with asked_to_stop(warn, mended_by="the next call") as should_stop:
         cycles = run_demo(
             place, threads=threads_of_each(1), tell=_tell, warn=warn, should_stop=should_stop
         )

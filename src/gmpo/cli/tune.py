@@ -190,7 +190,7 @@ def _run(
     say = _printer(console)
     for sentence in [*plan_sentences(search.plan, trials), f"study folder {search.folder}"]:
         say(sentence)
-    with asked_to_stop(warn) as should_stop:
+    with asked_to_stop(warn, mended_by="the next call") as should_stop:
         given_up = run_trials(
             search,
             trials=trials,

@@ -51,6 +51,7 @@ def train_run(
     *,
     threads: int,
     should_stop: Callable[[], bool] = lambda: False,
+    what: str = "the update",
 ) -> TrainedRun:
     """Train a recipe in FOLDER/run, or go on where a killed process left it.
 
@@ -59,6 +60,7 @@ def train_run(
         recipe: that is trained.
         threads: CPU threads.
         should_stop: asked a few times a second; once it says so, the run saves and ends.
+        what: is trained, for messages.
 
     Raises:
         ConfigError: the recipe or the data are refused; the run's message is named.
@@ -67,7 +69,9 @@ def train_run(
     """
     run = folder / "run"
     for _ in range(MOST_TRIES):
-        attempt = _one_process(folder, recipe, run, threads=threads, should_stop=should_stop)
+        attempt = _one_process(
+            folder, recipe, run, threads=threads, should_stop=should_stop, what=what
+        )
         if attempt.outcome == "finished" or attempt.outcome == "diverged":
             return TrainedRun(
                 outcome=attempt.outcome,
@@ -76,12 +80,12 @@ def train_run(
                 seconds=attempt.seconds,
             )
         if attempt.outcome == "refused":
-            raise ConfigError(f"the update cannot be trained: {attempt.message}")
+            raise ConfigError(f"{what} cannot be trained: {attempt.message}")
         if attempt.outcome == "stopped":
-            raise RunStopped("the update was stopped; give the same command again to go on")
+            raise RunStopped(f"{what} was stopped; give the same command again to go on")
         said = death(attempt.exit_code)
     raise StudyError(
-        f"the update's process died {MOST_TRIES} times, the last time of {said}; its output is in "
+        f"the process of {what} died {MOST_TRIES} times, the last time of {said}; its output is in "
         f"{folder / 'logs'}; give the same command again to go on from its newest checkpoint"
     )
 
@@ -93,11 +97,12 @@ def _one_process(
     *,
     threads: int,
     should_stop: Callable[[], bool],
+    what: str,
 ) -> Attempt:
     while is_trained_in(run):
         # Left by a controller that was killed, where no leash ends it: let it finish.
         if should_stop():
-            raise RunStopped("the update is still trained by an earlier call, which goes on")
+            raise RunStopped(f"{what} is still trained by an earlier call, which goes on")
         time.sleep(_POLL_SECONDS)
     worker = RunProcess.start(folder, "update", recipe, run=run, threads=threads)
     try:
@@ -105,7 +110,9 @@ def _one_process(
             if should_stop():
                 worker.interrupt()
                 worker.process.wait()
-                raise RunStopped("the update was stopped; give the same command again to go on")
+                if (attempt := worker.attempt()).outcome == "diverged":
+                    return attempt  # it would go on past what ended it
+                raise RunStopped(f"{what} was stopped; give the same command again to go on")
             time.sleep(_POLL_SECONDS)
     finally:
         if not worker.has_ended:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "model_version",
     "require_context",
     "restore_stored_digits",
+    "weights_digest",
 ]
 
 _SMOLLM2 = "smollm2-135m"
@@ -358,11 +359,15 @@ def _bf16_speedup(device: torch.device) -> float:
 
 def model_version(model: PreTrainedModel) -> str:
     """A digest of a model's weights: 16 hexadecimal digits that identify it outside a run."""
+    return weights_digest(dict(model.named_parameters()))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """The version that weights of these names and values are, widened to fp32."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode())
-        tensor = parameter.detach().float().cpu().contiguous()
-        digest.update(tensor.numpy().tobytes())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
