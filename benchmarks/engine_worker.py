@@ -54,7 +54,7 @@ def gmpo_engine(settings: argparse.Namespace) -> tuple[Callable[[Job], list[int]
     import torch
     import transformers
 
-    from gmpo.assembly import build_sampler
+    from gmpo.engine import build_sampler
     from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
     from gmpo.sampler.requests import SampleRequest, complete
 

@@ -49,8 +49,8 @@ from benchmarks.shapes import (
     steps_of,
 )
 from benchmarks.spread import spread
-from gmpo.assembly import build_sampler
 from gmpo.batch import StepBatch
+from gmpo.engine import build_sampler
 from gmpo.kernels.library import kernels_off
 from gmpo.policy.load import end_token_ids, load_policy, load_tokenizer
 from gmpo.policy.score import Policy

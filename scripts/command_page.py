@@ -72,6 +72,7 @@ written by `python -m scripts.command_page`. In all commands:
 | 3 | a run diverged or was stopped by its guard; `gate` did not pass; `data check` refused;\
  `federate run` changed nothing |
 | 4 | `compare`, `tune`: other calls on the study hold what it waited for; the line says what |
+| 5 | `train`: another process of the run ended (`training.processes`); `--resume` goes on |
 | 130 | stopped by Ctrl-C, `train`, `compare`, `tune`, `learn`, `federate` by SIGTERM too;\
  the way on is told |
 | 143 | `serve`: ended by a second SIGTERM, before requests were done |

@@ -24,8 +24,8 @@ import torch
 from benchmarks.results import write_results
 from torch import Tensor
 
-from gmpo.assembly import build_sampler
 from gmpo.batch import StepBatch, build_step
+from gmpo.engine import build_sampler
 from gmpo.policy.load import load_model, load_tokenizer
 from gmpo.policy.lora import add_adapters
 from gmpo.policy.score import Policy

@@ -82,6 +82,7 @@ def one_step(
     shares_prompts: bool = True,
     skips_dead_rows: bool = False,
     device: str = "cpu",
+    least_batches: int = 1,
 ) -> StepBatch:
     """The groups as one optimizer step; a large budget puts them into one micro-batch."""
     return build_step(
@@ -91,4 +92,5 @@ def one_step(
         shares_prompts=shares_prompts,
         skips_dead_rows=skips_dead_rows,
         device=torch.device(device),
+        least_batches=least_batches,
     )

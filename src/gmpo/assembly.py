@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from gmpo.config import RunConfig
-from gmpo.errors import ConfigError, ModelError
+from gmpo.engine import (
+    build_engine,
+    build_sampler,
+    frozen_policy,
+    group_sampler,
+    named_model,
+    rollout_function,
+    sampling_settings,
+)
+from gmpo.errors import ConfigError
 from gmpo.evaluation import Evaluator, require_fit
 from gmpo.grading import Grader
 from gmpo.inputs import (
@@ -25,47 +33,28 @@ from gmpo.inputs import (
     read_inputs,
     resolve_model,
 )
-from gmpo.named_functions import load_function
-from gmpo.policy.agreement import LARGEST_OVER_POSITIONS, why_not_alike
 from gmpo.policy.integrity import WeightsWatch
-from gmpo.policy.load import (
-    context_length,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-    require_context,
-    restore_stored_digits,
-)
-from gmpo.policy.lora import adapters_of, add_adapters, has_these_adapters
-from gmpo.policy.score import BasePolicy, Policy, Scorer
+from gmpo.policy.load import end_token_ids, load_tokenizer, require_context
+from gmpo.policy.score import Policy, Scorer
+from gmpo.recipe import dump_recipe
 from gmpo.records import Group, Prompt
 from gmpo.reward_table import build_rewards, reward_rule
 from gmpo.rewards import RewardFunctions, ScoredGroups, score_groups
-from gmpo.rollout_functions import FunctionRollouts, RolloutFunction
-from gmpo.rollouts import (
-    GroupSampler,
-    PromptRenderer,
-    SamplingSettings,
-    decode_text,
-    sample_groups,
-    special_tokens,
-)
-from gmpo.sampler.agreement import decoded_difference
-from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
-from gmpo.sampler.graphed import capture_for
+from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.sampler.local import LocalSampler
 from gmpo.task_table import build_task
 from gmpo.tasks import Task
+from gmpo.team import Alone, Engine, Team
+from gmpo.team.exchange import Helpers
+from gmpo.team.several import Several
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
     "TrainingParts",
     "assemble",
-    "build_decoder",
     "build_evaluator",
     "build_loss",
     "build_parts",
-    "build_sampler",
     "open_evaluator",
 ]
 
@@ -79,7 +68,7 @@ class TrainingParts:
     reference: Scorer | None
     tokenizer: PreTrainedTokenizerBase
     sampler: LocalSampler
-    sample: GroupSampler
+    team: Team
     optimizer: PolicyOptimizer
     weights_watch: WeightsWatch
     prompts: PromptStream
@@ -91,6 +80,11 @@ class TrainingParts:
     loss: LossSettings
     grpo_loss: LossSettings
     warn: Callable[[str], None]
+
+    @property
+    def sample(self) -> GroupSampler:
+        """What draws the rollouts."""
+        return self.team.sample
 
     @property
     def base(self) -> Policy | None:
@@ -132,10 +126,12 @@ class TrainingParts:
         self.sampler.load_weights(version, self.policy.own_weights())
 
     def close(self) -> None:
-        """Stop the grading worker and the event loop of async rewards; let the model go."""
-        self.policy.release()
-        self.grader.close()
-        self.rewards.close()
+        """Stop helpers, grading worker and the event loop of async rewards; let the model go."""
+        with ExitStack() as closing_all:
+            closing_all.callback(self.rewards.close)
+            closing_all.callback(self.grader.close)
+            closing_all.callback(self.policy.release)
+            closing_all.callback(self.team.close)
 
 
 def build_parts(
@@ -161,45 +157,61 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
         gmpo.errors.GmpoError: the model or a function that the recipe names is not usable.
     """
     config, given, task, tokenizer = inputs.config, inputs.given, inputs.task, inputs.tokenizer
+    _refuse_given(given, processes=config.training.processes)
     grader = Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn)
     rewards = build_rewards(config, grader, given=given.rewards)
     rewards.require_columns(list({name for prompt in task.train for name in prompt.columns}))
-    rollout = _rollout_function(config, given.rollout)
-    model = given.model or _named_model(config)
-    require_context(model, max_length=config.sampling.max_length)
-    sampling = _sampling_settings(config, end_token_ids(model, tokenizer))
-    policy = _policy(config, model, warn=warn)
-    name = config.model.name if given.model is None else given.model_name
-    if name is not None:
-        restore_stored_digits(policy, name, warn=warn)
-    reference = _reference(config, policy, given, warn=warn)
-    sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
-    sample = _group_sampler(config, sampler, tokenizer, policy, rollout)
+    engine = build_engine(config, tokenizer=tokenizer, given=given, warn=warn)
+    policy, sampling = engine.policy, engine.sampling
+    optimizer, watch = _optimizer(config, policy), WeightsWatch(policy)
+    loss, grpo_loss = build_loss(config), _grpo_loss(config)
+    team = _team(config, engine)  # last: it has processes to be ended
+    asker = Evaluator(
+        sample=team.sample, renderer=inputs.renderer, grader=grader, settings=sampling
+    )
     return TrainingParts(
         config=config,
         policy=policy,
-        reference=reference,
+        reference=engine.reference,
         tokenizer=tokenizer,
-        sampler=sampler,
-        sample=sample,
-        optimizer=_optimizer(config, policy),
-        weights_watch=WeightsWatch(policy),
+        sampler=engine.sampler,
+        team=team,
+        optimizer=optimizer,
+        weights_watch=watch,
         prompts=inputs.prompts,
         held_out=inputs.held_out,
-        evaluator=_with_limit_and_examples(
-            Evaluator(sample=sample, renderer=inputs.renderer, grader=grader, settings=sampling),
-            config,
-            task,
-        ),
+        evaluator=_with_limit_and_examples(asker, config, task),
         grader=grader,
         rewards=rewards,
         sampling=sampling,
-        loss=build_loss(config),
-        grpo_loss=LossSettings(
-            objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
-            temperature=config.sampling.temperature,
-        ),
+        loss=loss,
+        grpo_loss=grpo_loss,
         warn=warn,
+    )
+
+
+def _team(config: RunConfig, engine: Engine) -> Team:
+    """This process alone, or with others that do a share of the work."""
+    others = config.training.processes - 1
+    if not others:
+        return Alone(engine=engine)
+    helpers = Helpers(dump_recipe(config), count=others, device=config.model.device)
+    return Several(engine, helpers)
+
+
+def _refuse_given(given: Given, *, processes: int) -> None:
+    if processes > 1 and (given.model or given.tokenizer or given.rollout):
+        raise ConfigError(
+            f"training.processes is {processes}, and model, tokenizer or rollout function were "
+            "handed over in Python, which other processes cannot be; name them in the recipe, or "
+            "set training.processes = 1"
+        )
+
+
+def _grpo_loss(config: RunConfig) -> LossSettings:
+    return LossSettings(
+        objective=bind_objective("grpo", clips={}, max_tokens=config.sampling.max_new_tokens),
+        temperature=config.sampling.temperature,
     )
 
 
@@ -216,7 +228,7 @@ def build_evaluator(
     renderer = prompt_renderer(config, tokenizer)
     held_out = held_out_items(config, task)
     require_fit(held_out, examples=task.train[: config.evaluation.few_shot], renderer=renderer)
-    policy = _frozen_policy(_named_model(config), engine=config.training.engine, warn=warn)
+    policy = frozen_policy(named_model(config), engine=config.training.engine, warn=warn)
     require_context(policy.model, max_length=config.sampling.max_length)
     with Grader(time_limit_seconds=config.reward.timeout_seconds, warn=warn) as grader:
         sampler = build_sampler(policy, tokenizer, max_rows=config.sampling.max_rows)
@@ -248,7 +260,7 @@ def open_evaluator(
     """
     config = config.model_copy(update={"model": resolve_model(config.model, warn=warn)})
     tokenizer = load_tokenizer(config.model.name)
-    policy = _frozen_policy(_named_model(config), engine=config.training.engine, warn=warn)
+    policy = frozen_policy(named_model(config), engine=config.training.engine, warn=warn)
     sampler = (build or build_sampler)(policy, tokenizer, max_rows=config.sampling.max_rows)
     context = sampler.context_length
     renderer = PromptRenderer(
@@ -263,87 +275,6 @@ def open_evaluator(
         yield _asker(config, policy, tokenizer, renderer, grader, sampler), context
 
 
-def build_sampler(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, *, max_rows: int
-) -> LocalSampler:
-    """A sampler over the policy's own weights, as fast as its model allows."""
-    return LocalSampler(
-        build_decoder(policy, max_rows=max_rows),
-        context_length=context_length(policy.model),
-        max_rows=max_rows,
-        decode=partial(decode_text, tokenizer),
-        special_tokens=special_tokens(tokenizer),
-    )
-
-
-def build_decoder(policy: Policy, *, max_rows: int) -> Decoder:
-    """What decodes with the policy's own weights, as fast as its model allows.
-
-    The fast steps are compared with the model's own logits first; if they differ, the policy's
-    `warn` is told, and the model decodes by its own forward.
-    """
-    if policy.body is None:
-        return TransformersDecoder(policy.model)
-    capture = capture_for(policy.device)
-    problem = why_not_alike(
-        "decoding",
-        difference=decoded_difference(policy.body, over_fixed_buffers=capture is not None),
-        allowed=LARGEST_OVER_POSITIONS[policy.dtype],
-    )
-    if problem:
-        policy.warn(f"{problem}; the model decodes by its own forward: same results, slower")
-        return TransformersDecoder(policy.model)
-    return LlamaDecoder(policy.body, max_rows=max_rows, capture=capture)
-
-
-def _rollout_function(config: RunConfig, given: RolloutFunction | None) -> RolloutFunction | None:
-    """The function that makes the rollouts; None where the policy completes prompts by itself."""
-    reference = config.sampling.rollout
-    if given is not None and reference is None:
-        raise ConfigError(
-            "a rollout function was given, and the recipe's sampling.rollout is not set; name the "
-            "function there, as module:function, so that the recipe says how rollouts are made"
-        )
-    if given is not None or reference is None:
-        return given
-    return load_function(reference, key="sampling.rollout")
-
-
-def _group_sampler(
-    config: RunConfig,
-    sampler: LocalSampler,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: Policy,
-    function: RolloutFunction | None,
-) -> GroupSampler:
-    if function is None:
-        return partial(sample_groups, sampler, tokenizer=tokenizer)
-    return FunctionRollouts(
-        function=function,
-        sampler=sampler,
-        tokenizer=tokenizer,
-        max_length=config.sampling.max_length,
-        vocabulary_size=policy.model.config.vocab_size,
-    )
-
-
-def _sampling_settings(config: RunConfig, stop_ids: tuple[int, ...]) -> SamplingSettings:
-    sampling = config.sampling
-    if not stop_ids and not sampling.stop_strings:
-        raise ModelError(
-            f"neither model {config.model.name!r} nor its tokenizer names an end token, so every "
-            "completion would run to the limit; set eos_token_id in its generation config, or "
-            "sampling.stop_strings in the recipe"
-        )
-    return SamplingSettings(
-        num_completions=sampling.group_size,
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        stop_ids=stop_ids,
-        stop_strings=sampling.stop_strings,
-    )
-
-
 def _asker(
     config: RunConfig,
     policy: Policy,
@@ -354,10 +285,10 @@ def _asker(
 ) -> Evaluator:
     """An evaluator over a policy of its own."""
     return Evaluator(
-        sample=_group_sampler(config, sampler, tokenizer, policy, _rollout_function(config, None)),
+        sample=group_sampler(config, sampler, tokenizer, policy, rollout_function(config, None)),
         renderer=renderer,
         grader=grader,
-        settings=_sampling_settings(config, end_token_ids(policy.model, tokenizer)),
+        settings=sampling_settings(config, end_token_ids(policy.model, tokenizer)),
     )
 
 
@@ -369,61 +300,6 @@ def _with_limit_and_examples(evaluator: Evaluator, config: RunConfig, task: Task
         settings=settings if limit is None else replace(settings, max_tokens=limit),
         examples=task.train[: config.evaluation.few_shot],
     )
-
-
-def _policy(config: RunConfig, model: PreTrainedModel, *, warn: Callable[[str], None]) -> Policy:
-    """The policy that is trained, with its adapters if the recipe has any."""
-    lora, training = config.lora, config.training
-    alpha = lora.scale_numerator()
-    if not adapters_of(model):
-        if lora.rank:
-            add_adapters(
-                model, rank=lora.rank, alpha=alpha, targets=lora.targets, seed=training.seed
-            )
-    elif not has_these_adapters(model, rank=lora.rank, alpha=alpha, targets=lora.targets):
-        raise ConfigError(
-            "the model has adapters of an earlier run already, and those of the recipe's [lora] "
-            f"table (rank {lora.rank}, alpha {alpha:g}) are others; load the model anew, or give "
-            "the same rank, alpha and targets to train these on"
-        )
-    return Policy(
-        model,
-        engine=training.engine,
-        gradient_checkpointing=training.gradient_checkpointing,
-        warn=warn,
-    )
-
-
-def _frozen_policy(model: PreTrainedModel, *, engine: str, warn: Callable[[str], None]) -> Policy:
-    """The model as it is: to be asked and not trained."""
-    model.requires_grad_(False)  # before Policy makes fp32 masters of what is trained
-    return Policy(model, engine=engine, warn=warn)
-
-
-def _named_model(config: RunConfig) -> PreTrainedModel:
-    model = config.model
-    return load_model(model.name, device=model.device, dtype=model.dtype)
-
-
-def _reference(
-    config: RunConfig,
-    policy: Policy,
-    given: Given,
-    *,
-    warn: Callable[[str], None],
-) -> Scorer | None:
-    """The starting model, if anything is compared with it: under adapters it is there already."""
-    if not config.needs_reference():
-        return None
-    if policy.adapters:
-        return BasePolicy(policy)
-    # Where the policy left the fast path, which was said, a copy of its model would leave it too.
-    engine = "plain" if policy.body is None else "fast"
-    if given.model is None:
-        model = _named_model(config)
-    else:
-        model = given.reference or copy.deepcopy(given.model)
-    return _frozen_policy(model, engine=engine, warn=warn)
 
 
 def _optimizer(config: RunConfig, policy: Policy) -> PolicyOptimizer:

@@ -114,7 +114,7 @@ def split_steps(num_groups: int, *, steps_per_round: int) -> list[range]:
     return [range(start, start + size) for start in range(0, num_groups, size)]
 
 
-def build_step(
+def build_step(  # noqa: PLR0913 - all by keyword but two, and each is its own concern
     groups: Sequence[Group],
     advantages: Float[Tensor, "P G"],
     *,
@@ -122,6 +122,7 @@ def build_step(
     shares_prompts: bool,
     skips_dead_rows: bool,
     device: torch.device,
+    least_batches: int = 1,
 ) -> StepBatch:
     """One step's micro-batches.
 
@@ -132,6 +133,8 @@ def build_step(
         shares_prompts: whether the budget counts a prompt once a group or once a row.
         skips_dead_rows: leave out rows with advantage exactly 0; sound only without KL and entropy.
         device: where the tensors go.
+        least_batches: where there would be fewer, as many as can be had of like size: a process
+            works on whole micro-batches.
 
     Raises:
         DataError: a completion has no token sampled by the policy; the row is named.
@@ -139,6 +142,8 @@ def build_step(
     rows = _usable_rows(groups, advantages)
     live = [row for row in rows if not (skips_dead_rows and row.advantage == 0.0)]
     packs = _pack(live, max_tokens=max_tokens, shares_prompts=shares_prompts)
+    if live and len(packs) < least_batches:
+        packs = _pack_evenly(live, count=least_batches, shares_prompts=shares_prompts)
     return StepBatch(
         micro_batches=tuple(_collate(pack, device=device) for pack in packs),
         num_rollouts=len(rows),
@@ -190,6 +195,22 @@ def _pack(rows: list[_Row], *, max_tokens: int, shares_prompts: bool) -> list[li
         else:
             packs.append([row])
     return packs
+
+
+def _pack_evenly(rows: list[_Row], *, count: int, shares_prompts: bool) -> list[list[_Row]]:
+    """Rows cut into at most so many runs by the smallest budget that does it.
+
+    A prompt that is cut apart is run more than once, so that a smaller one may cost more than it
+    shares out.
+    """
+    low, high = 1, _padded_tokens(rows, shares_prompts=shares_prompts)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_pack(rows, max_tokens=middle, shares_prompts=shares_prompts)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _pack(rows, max_tokens=low, shares_prompts=shares_prompts)
 
 
 def _padded_tokens(rows: list[_Row], *, shares_prompts: bool) -> int:

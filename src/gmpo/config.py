@@ -327,6 +327,9 @@ class TrainingConfig(Table):
     last step, over all of its rollouts, which costs a copy of that model and forward passes; 0
     never measures. None leaves it to the command: `gmpo compare` measures on the last round, all
     others never. With `objective.kl_coefficient` above 0 it is measured on every step anyway."""
+    processes: int = Field(default=1, ge=1)
+    """Processes on this machine that share sampling and gradients, each with a CUDA device of its
+    own or a share of the CPU's cores; the same results to the rounding of sums."""
     gradient_checkpointing: bool = False
     """Whether layers run again in the backward pass instead of keeping what they computed: the same
     gradients for less memory and more time, for long completions."""
@@ -413,7 +416,7 @@ class RunConfig(Table):
         """This recipe with everything at its default that cannot change the weights of a run."""
         every = self.training.kl_ref_every or 0  # in a single run None measures as rarely as 0
         training = self.training.model_copy(
-            update={"refuse_beyond_memory": True, "kl_ref_every": every}
+            update={"refuse_beyond_memory": True, "kl_ref_every": every, "processes": 1}
         )
         changes = {
             "description": "",

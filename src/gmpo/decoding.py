@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from gmpo.assembly import build_decoder
 from gmpo.config import ModelConfig
+from gmpo.engine import build_decoder
 from gmpo.errors import ConfigError, DataError, ModelError
 from gmpo.outcomes import Mix
 from gmpo.policy.head import widened

@@ -24,6 +24,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "NonFiniteLossError",
+    "ProcessLost",
     "PromotionRefused",
     "RunFolderError",
     "RunStopped",
@@ -73,6 +74,10 @@ class NonFiniteError(GmpoError, ArithmeticError):
 
 class NonFiniteLossError(NonFiniteError):
     """The loss of a batch is NaN or infinite though the policy's log-probabilities are not."""
+
+
+class ProcessLost(GmpoError):
+    """Another process of a run has ended; the run can be resumed."""
 
 
 class CheckpointError(GmpoError, ValueError):

@@ -43,6 +43,8 @@ __all__ = [
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 """By their width; any other is fp64's."""
+_MOMENT_BYTES = 8
+"""Of AdamW's two fp32 moments of a weight."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 """What families call the number of attention heads; a model without any counts as one head."""
 
@@ -76,6 +78,8 @@ class Forecast:
         rollouts_gib: a round's rollouts and the tensors of its steps; on an accelerator the tensors
             alone, because rollouts stay with the host.
         peak_gib: what stays, and the larger of the two that do not; a checkpoint copies nothing.
+        helpers_gib: what the other processes of `training.processes` take beside this one, all
+            together: what it does but AdamW's moments. 0 where each has a device of its own.
     """
 
     num_parameters: int
@@ -94,11 +98,12 @@ class Forecast:
     sampling_gib: float
     rollouts_gib: float
     peak_gib: float
+    helpers_gib: float
 
     @property
     def wanted_gib(self) -> float:
-        """Of the peak, what the process does not hold yet."""
-        return self.peak_gib - self.process_gib - self.loaded_gib
+        """Of the peak, what the process does not hold yet, and what its helpers will."""
+        return self.peak_gib - self.process_gib - self.loaded_gib + self.helpers_gib
 
     def as_dict(self) -> dict[str, Any]:
         """Figures for JSON."""
@@ -279,6 +284,7 @@ def _memory(
         has_reference=config.needs_reference(),
         keeps_second_gradient=compares_gradients,
         has_narrow_gradients=not compares_gradients
+        and config.training.processes == 1
         and all(_leaves_gradients_narrow(config, shape, prompt_tokens=n) for n in lengths.steps),
     )
     longest = max(lengths.trained, lengths.evaluated)
@@ -305,6 +311,8 @@ def _memory(
         on_cpu=shape.on_cpu,
     )
     peak = process + weights + cache + rollouts + max(update, sampling_peak)
+    trained = shape.adapter_parameters or shape.num_parameters
+    helpers = (config.training.processes - 1) * shape.on_cpu
     return {
         "process_gib": process / GIB,
         "loaded_gib": min(loaded, weights) / GIB,
@@ -314,6 +322,7 @@ def _memory(
         "sampling_gib": sampling_peak / GIB,
         "rollouts_gib": rollouts / GIB,
         "peak_gib": peak / GIB,
+        "helpers_gib": helpers * (peak - rollouts - _MOMENT_BYTES * trained) / GIB,
     }
 
 

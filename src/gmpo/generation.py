@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
 from gmpo.decoding import mixed_sampler
+from gmpo.engine import build_sampler
 from gmpo.errors import ConfigError
 from gmpo.inputs import resolve_model
 from gmpo.outcomes import Mix

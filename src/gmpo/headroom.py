@@ -77,10 +77,11 @@ def _sum(needs: Forecast) -> str:
         else f"sampling {sampling:.2f}, while a micro-batch takes {update:.2f}"
     )
     weights = needs.weights_gib - needs.loaded_gib
+    helpers = f"; the other processes {needs.helpers_gib:.2f}" if needs.helpers_gib else ""
     return (
         f"weights, gradients and moments {weights:.2f}{loaded}, sampler's cache "
         f"{needs.cache_gib:.2f}, a round's rollouts {needs.rollouts_gib:.2f}, and for a moment "
-        f"{moments}"
+        f"{moments}{helpers}"
     )
 
 

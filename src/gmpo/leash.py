@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["end_process", "leashed", "main"]
+__all__ = ["end_process", "end_with_parent", "leashed", "main"]
 
 _SET_DEATH_SIGNAL = 1
 _CANNOT = 2
@@ -45,18 +45,24 @@ def end_process(process: subprocess.Popen[Any], *, seconds: float = 60.0) -> Non
         process.wait()
 
 
+def end_with_parent(number: int) -> None:
+    """Have Linux send this process that signal when the one that began it is gone."""
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, number):
+        print(f"error: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+        sys.exit(_CANNOT)
+
+
 def main() -> None:
     """Become the command; Linux sends it that signal when the process that began it is gone.
 
     The kernel keeps that promise over `exec`. Elsewhere nothing is promised.
     """
     parent, number, arguments = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    if sys.platform == "linux":
-        if ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, number):
-            print(f"error: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
-            sys.exit(_CANNOT)
-        if os.getppid() != parent:  # it was gone before the promise was made
-            sys.exit(_CANNOT)
+    end_with_parent(number)
+    if sys.platform == "linux" and os.getppid() != parent:  # it was gone before
+        sys.exit(_CANNOT)
     os.execv(sys.executable, [sys.executable, "-m", "gmpo.cli", *arguments])
 
 

@@ -60,6 +60,8 @@ class Outlook:
             return None
         self._write(self._pace, measured=None)
         free = "" if self._free is None else f" ({self._free / GIB:.2f} were free at the start)"
+        if self._needs.helpers_gib:
+            free = f" and {self._needs.helpers_gib:.2f} for the other processes{free}"
         beside = self._pace.not_counted
         return (
             f"forecast: up to {self._needs.peak_gib:.2f} GiB of memory{free}; about "

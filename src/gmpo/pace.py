@@ -125,6 +125,8 @@ def _not_counted(config: RunConfig) -> Iterator[str]:
         yield "reward functions"
     if config.sampling.dynamic == "refill":
         yield "refilled groups"
+    if config.training.processes > 1:
+        yield "what other processes take off this one"
 
 
 def _time_decoding(

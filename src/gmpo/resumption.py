@@ -68,7 +68,7 @@ def begin_or_resume(
             "or choose another run folder"
         )
     if resume:
-        _warn_if_made_elsewhere(run, rounds=parts.config.training.rounds, warn=warn)
+        _warn_if_made_elsewhere(run, parts.config, warn=warn)
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
     state = restored(run, parts, recipe_digest=digest, warn=warn)
     run.write_text("recipe.toml", dump_recipe(parts.config))
@@ -78,7 +78,7 @@ def begin_or_resume(
     _refuse_lost_checkpoints(run, parts.config.checkpoint.every_rounds)
     # A run that died before its first checkpoint left lines, but nothing to go on from.
     run.forget_after(-1)
-    made_with = _made_with()
+    made_with = _made_with(parts.config)
     if not parts.policy.adapters:
         # What the run was named may be another model by the time that somebody asks.
         made_with["model"] = weights_digest(dict(parts.policy.named_weights()))
@@ -147,26 +147,31 @@ def _refuse_lost_checkpoints(run: RunFolder, every_rounds: int) -> None:
         )
 
 
-def _made_with() -> dict[str, str | int | None]:
-    """All that decides a run's bits besides its recipe."""
-    return {**provenance(), "threads": torch.get_num_threads()}
+def _made_with(config: RunConfig) -> dict[str, str | int | None]:
+    """All that decides a run's bits besides what of its recipe decides what is computed."""
+    made_with = {**provenance(), "threads": torch.get_num_threads()}
+    processes = config.training.processes
+    return made_with | ({"processes": processes} if processes > 1 else {})
 
 
-def _warn_if_made_elsewhere(run: RunFolder, *, rounds: int, warn: Callable[[str], None]) -> None:
+def _warn_if_made_elsewhere(
+    run: RunFolder, config: RunConfig, *, warn: Callable[[str], None]
+) -> None:
     """Rounding differs between versions, machines and thread counts: the user should know."""
     try:
-        recorded = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+        kept = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         warn(f"{run.path / 'run.json'} cannot be read ({error}); what made the run is not known")
         return
+    recorded = {"processes": 1} | kept
     changed = [
         f"{name} was {recorded.get(name)}, is {value}"
-        for name, value in _made_with().items()
+        for name, value in ({"processes": 1} | _made_with(config)).items()
         if recorded.get(name) != value
     ]
     if changed:
         newest = checkpoints_newest_first(run.checkpoints)[:1]
-        is_finished = any(checkpoint_round(one) >= rounds for one in newest)
+        is_finished = any(checkpoint_round(one) >= config.training.rounds for one in newest)
         what_follows = "the run goes on, but not bit for bit as it would have there"
         if is_finished:
             what_follows = "its rounds are done, and stay as they were"

@@ -16,14 +16,7 @@ from gmpo.objective import step_diagnostics
 from gmpo.records import Group
 from gmpo.schedules import learning_rate_factor
 from gmpo.spikes import MOST_NON_FINITE, NormHistory, StepVerdict, judge_step, verdict_on_loss
-from gmpo.update import (
-    Mismatch,
-    StepMeasures,
-    accumulate_gradients,
-    gradient_cosine,
-    with_old_logprobs,
-    with_reference_logprobs,
-)
+from gmpo.update import Mismatch, StepMeasures, gradient_cosine
 
 __all__ = [
     "RoundUpdate",
@@ -147,7 +140,7 @@ def _with_reference(
     has_term = parts.loss.kl_coefficient > 0
     first = 0 if has_term else len(steps) - 1 if measures_kl_ref else len(steps)
     temperature = parts.loss.temperature
-    compared = with_reference_logprobs(parts.reference, steps[first:], temperature=temperature)
+    compared = parts.team.reference_logprobs(steps[first:], temperature=temperature)
     return [*steps[:first], *compared]
 
 
@@ -163,6 +156,7 @@ def build_steps(parts: TrainingParts, groups: Sequence[Group]) -> list[StepBatch
             [groups[place] for place in places],
             advantages[places.start : places.stop],
             max_tokens=config.training.max_tokens_per_micro_batch,
+            least_batches=parts.team.num_processes,
             shares_prompts=parts.policy.shares_prompts,
             skips_dead_rows=config.training.engine == "fast" and not has_extra_terms,
             device=parts.policy.device,
@@ -190,9 +184,7 @@ def run_steps(
     of_later: Mismatch | None = None
     if not trusts_sampler:
         # The first step's own scores are the old policy's: it needs no pass of its own.
-        later, of_later = with_old_logprobs(
-            parts.policy, steps[1:], temperature=parts.loss.temperature
-        )
+        later, of_later = parts.team.old_logprobs(steps[1:], temperature=parts.loss.temperature)
         steps = [steps[0], *later]
     mismatch: Mismatch | None = None
     results = []
@@ -255,13 +247,7 @@ def _gradients(
         extra = {}
         if measures_cosine:
             extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
-        measures = accumulate_gradients(
-            parts.policy,
-            step,
-            parts.loss,
-            is_old_policy=is_old_policy,
-            may_stay_narrow=True,
-        )
+        measures = parts.team.accumulate(step, parts.loss, is_old_policy=is_old_policy)
     except NonFiniteLossError:
         if not may_be_broken:
             raise

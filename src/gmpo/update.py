@@ -84,9 +84,9 @@ class Mismatch:
 class StepMeasures:
     """What one step's gradient was made of.
 
-    `loss` and `entropy` are means over the step's rollouts, `kl_ref_k3` over the rows that have a
-    reference, dead ones too; in nats where they have a unit. `mismatch` is None on a step without
-    live rows.
+    `loss` and `entropy` are means over the step's rollouts, `kl_ref_k3` over the `num_compared`
+    rows that have a reference, dead ones too; in nats where they have a unit. `mismatch` is None
+    on a step without live rows.
     """
 
     loss: float
@@ -96,6 +96,24 @@ class StepMeasures:
     kl_ref_k3: float | None
     entropy: float | None
     mismatch: Mismatch | None
+    num_compared: int = 0
+
+    @classmethod
+    def over(cls, parts: Sequence[StepMeasures]) -> StepMeasures:
+        """Of a step whose rows were divided among these, each over the whole step's mean."""
+        compared = sum(part.num_compared for part in parts)
+        kl_ref = sum((part.kl_ref_k3 or 0.0) * part.num_compared for part in parts)
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return cls(
+            loss=sum(part.loss for part in parts),
+            terms=tuple(terms for part in parts for terms in part.terms),
+            masks=tuple(mask for part in parts for mask in part.masks),
+            row_names=tuple(name for part in parts for name in part.row_names),
+            kl_ref_k3=kl_ref / compared if compared else None,
+            entropy=sum(entropies) if entropies else None,
+            mismatch=Mismatch.over(part.mismatch for part in parts),
+            num_compared=compared,
+        )
 
 
 def bind_objective(name: str, *, clips: dict[str, float], max_tokens: int) -> _Objective:
@@ -397,6 +415,7 @@ class _Tally:
             kl_ref_k3=self.kl_ref_k3 / self.num_compared if self.num_compared else None,
             entropy=self.entropy / num_rollouts if self.has_entropy else None,
             mismatch=self.mismatch(),
+            num_compared=self.num_compared,
         )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.models import FAMILIES, character_tokenizer, tiny_model
 
-from gmpo import assembly
-from gmpo.assembly import build_decoder, build_sampler
+from gmpo import engine
+from gmpo.engine import build_decoder, build_sampler
 from gmpo.errors import ModelError
 from gmpo.policy import agreement, prefix
 from gmpo.policy.agreement import (
@@ -143,9 +143,7 @@ def test_decoding_that_is_wrong_is_not_used_and_results_are_the_same(
 def test_steps_over_fixed_buffers_are_checked_where_they_are_what_decodes(
     policy: Policy, said: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        assembly, "capture_for", lambda device: lambda step, rows: lambda: step(rows)
-    )
+    monkeypatch.setattr(engine, "capture_for", lambda device: lambda step, rows: lambda: step(rows))
     assert isinstance(build_decoder(policy, max_rows=4), LlamaDecoder) and not said
     monkeypatch.setattr(graphed, "step_logits", backwards(graphed.step_logits))
     assert isinstance(build_decoder(policy, max_rows=4), TransformersDecoder)

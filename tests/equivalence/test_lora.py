@@ -15,8 +15,8 @@ from tests.rollout_groups import one_step, random_groups
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmpo.assembly import build_sampler
 from gmpo.batch import MicroBatch, StepBatch
+from gmpo.engine import build_sampler
 from gmpo.errors import ModelError
 from gmpo.objective import gmpo_loss
 from gmpo.policy import fused

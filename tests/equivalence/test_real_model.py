@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gmpo.assembly import build_sampler
 from gmpo.batch import MicroBatch, build_step
+from gmpo.engine import build_sampler
 from gmpo.policy.load import end_token_ids, load_model, load_tokenizer
 from gmpo.policy.score import Policy
 from gmpo.records import Group, Rollout

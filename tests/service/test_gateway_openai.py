@@ -11,7 +11,7 @@ import pytest
 from tests.gateways import RunningGateway, running_gateway, tiny_backend
 from tests.models import character_tokenizer, save_tiny, tiny_model
 
-from gmpo.assembly import build_sampler
+from gmpo.engine import build_sampler
 from gmpo.policy.load import end_token_ids
 from gmpo.policy.score import Policy
 from gmpo.rollouts import decode_text

@@ -51,7 +51,8 @@ training.rounds training.steps_per_round training.learning_rate training.schedul
 training.warmup_steps training.final_learning_rate_fraction training.adam_beta1 training.adam_beta2
 training.adam_eps training.weight_decay training.gradient_clip_norm
 training.max_tokens_per_micro_batch training.engine training.seed training.gradient_cosine_every
-training.kl_ref_every training.gradient_checkpointing training.refuse_beyond_memory
+training.kl_ref_every training.processes training.gradient_checkpointing
+training.refuse_beyond_memory
 checkpoint.every_rounds checkpoint.keep
 evaluation.measure evaluation.every_rounds evaluation.items_during evaluation.items
 evaluation.skip_items evaluation.few_shot evaluation.sampled evaluation.max_new_tokens

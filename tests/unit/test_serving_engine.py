@@ -13,8 +13,8 @@ import pytest
 import torch
 from tests.models import character_tokenizer, save_tiny, tiny_model
 
-from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
+from gmpo.engine import build_sampler
 from gmpo.model_files import weights_version
 from gmpo.policy.adapter_files import save_adapter
 from gmpo.policy.load import end_token_ids, load_model

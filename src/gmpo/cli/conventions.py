@@ -16,7 +16,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gmpo.errors import ConfigError, GmpoError, GuardStopped, NonFiniteError, RunStopped, StillHeld
+from gmpo.errors import (
+    ConfigError,
+    GmpoError,
+    GuardStopped,
+    NonFiniteError,
+    ProcessLost,
+    RunStopped,
+    StillHeld,
+)
 
 if TYPE_CHECKING:
     from gmpo.store import Store
@@ -46,6 +54,9 @@ _DIVERGED = 3
 _STILL_HELD = 4
 """Exit code of a command that waited for other processes as long as it might."""
 
+_LOST = 5
+"""Exit code of a run another process of which ended; it can be resumed."""
+
 _STOPPED = 130
 """Exit code of a run that was asked to stop, as shells give it for Ctrl-C."""
 
@@ -65,10 +76,11 @@ WaitOption = Annotated[
 
 
 def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Print the project's own errors as one line and exit with 2, 3, 4 or 130.
+    """Print the project's own errors as one line and exit with 2, 3, 4, 5 or 130.
 
     2 is a mistake or a failure, 3 a run that diverged or that the guard stopped, 4 a wait for other
-    processes that was given up, 130 a stop that was asked for.
+    processes that was given up, 5 a run that lost one of its processes, 130 a stop that was asked
+    for.
     """
 
     @wraps(command)
@@ -81,6 +93,9 @@ def refuses_clearly(command: Callable[_Parameters, _Result]) -> Callable[_Parame
         except StillHeld as error:
             say("gave up waiting", str(error), style="yellow")
             raise typer.Exit(_STILL_HELD) from None
+        except ProcessLost as error:
+            say("error", str(error), style="red")
+            raise typer.Exit(_LOST) from None
         except GmpoError as error:
             say("error", str(error), style="red")
             diverged = isinstance(error, NonFiniteError | GuardStopped)

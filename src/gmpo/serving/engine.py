@@ -22,8 +22,8 @@ from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gmpo.assembly import build_sampler
 from gmpo.config import ModelConfig
+from gmpo.engine import build_sampler
 from gmpo.errors import DataError, GmpoError, ModelError, what_was_raised
 from gmpo.inputs import resolve_model
 from gmpo.model_files import holds_weights, weights_version

@@ -1,0 +1,62 @@
+"""`python -m gmpo.helper_process DESCRIPTOR`: a process that lends a training run its device.
+
+The run starts it (`training.processes`) with the descriptor of a pipe for an argument. It ends when
+the run hangs up or is gone.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tomllib
+from multiprocessing.connection import Connection
+
+import torch
+
+from gmpo.engine import build_engine
+from gmpo.host_memory import keep_freed_memory
+from gmpo.leash import end_with_parent
+from gmpo.policy.load import load_tokenizer
+from gmpo.recipe import recipe_of_table
+from gmpo.team.exchange import (
+    Answer,
+    Orders,
+    answer_requests_from,
+    join_group,
+    receive,
+    send,
+)
+from gmpo.team.several import HelperWork
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Answer the leader's requests until it hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's to hear
+    end_with_parent(signal.SIGKILL)
+    with Connection(int(sys.argv[1])) as line:
+        orders: Orders = receive(line)
+        config = recipe_of_table(tomllib.loads(orders.recipe), source="the leader's recipe")
+        torch.set_num_threads(orders.threads)
+        device = config.model.device
+        if device == "cuda":
+            torch.cuda.set_device(orders.rank)  # what "cuda" means from here on
+        elif device == "cpu":
+            keep_freed_memory()
+
+        def warn(sentence: str) -> None:
+            print(f"note: process {orders.rank}: {sentence}", file=sys.stderr)
+
+        try:
+            engine = build_engine(config, tokenizer=load_tokenizer(config.model.name), warn=warn)
+        except Exception as error:  # noqa: BLE001 - the leader raises it
+            send(line, Answer(error=error))
+            return
+        send(line, Answer())
+        join_group(orders.rendezvous, rank=orders.rank, size=orders.size, device=device)
+        answer_requests_from(line, HelperWork(engine).by_name())
+
+
+if __name__ == "__main__":
+    main()

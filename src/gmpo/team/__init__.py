@@ -1,0 +1,11 @@
+"""The processes of a run on one machine: one leads, the others lend it their device.
+
+The leader runs the whole loop: prompts, rewards, AdamW's step, guard, checkpoints. Helpers hold the
+same weights and do their share of the two things that take time: completions are sampled, and
+log-probabilities and gradients computed. Nothing else knows how many processes there are.
+"""
+
+from gmpo.team.alone import Alone, Engine, Team
+from gmpo.team.shares import shares_of_batches, shares_of_prompts
+
+__all__ = ["Alone", "Engine", "Team", "shares_of_batches", "shares_of_prompts"]
