@@ -33,7 +33,8 @@ __all__ = ["main"]
 
 def main() -> None:
     """Answer the leader's requests until it hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader's to hear
+    for number in (signal.SIGINT, signal.SIGTERM):  # the leader's to hear
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
     with Connection(int(sys.argv[1])) as line:
         orders: Orders = receive(line)

@@ -102,6 +102,10 @@ def test_a_round_whose_process_died_before_its_report_is_done_again(
 def test_another_plan_or_none_is_refused(finished: Path, model: str, items: Path, tmp_path: Path):
     with pytest.raises(FederationError, match="rounds is 3, and was 2"):
         open_federation(finished, federation(tmp_path, model, items, rounds=3))
+    # What is only measured may be measured less.
+    same = federation(finished.parent, model, items, gap_items=0)
+    _, less = open_federation(finished, same)
+    assert less.plan.gap_items == 0
     with pytest.raises(FederationError, match="name a plan"):
         open_federation(tmp_path / "none", None)
     rows = jsonl_rows(items)

@@ -55,6 +55,8 @@ def open_federation(
             folder.begin(settled)
         return folder, settled
     if federation is not None:
+        gap_items = federation.plan.gap_items  # only measured, so it may be changed
+        there = replace(there, plan=there.plan.model_copy(update={"gap_items": gap_items}))
         # What "auto" came to when it began is no difference.
         asked = _with_model_of(federation, there)
         if differences := there.differences(asked):
