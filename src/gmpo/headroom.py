@@ -98,6 +98,7 @@ def _remedy(inputs: RunInputs, free: int) -> str:
 
     of_time, of_rollouts = _levers_of_time(inputs.config), _levers_of_rollouts(inputs.config)
     for levers in (
+        *((lever,) for lever in _levers_of_processes(inputs.config)),
         *((lever,) for lever in reversed(of_time)),
         of_time,
         *((lever,) for lever in of_rollouts),
@@ -123,6 +124,19 @@ def _remedy(inputs: RunInputs, free: int) -> str:
         f"with one row at a time it would still need {needed(config) / GIB:.2f} GiB; "
         f"{lighter if others else ''}take a smaller model or a machine with more memory"
     )
+
+
+def _levers_of_processes(config: RunConfig) -> list[_Lever]:
+    """None for a run of one process, and none where each has a device of its own."""
+
+    def with_processes(config: RunConfig, value: int) -> RunConfig:
+        training = config.training.model_copy(update={"processes": value})
+        return config.model_copy(update={"training": training})
+
+    count = config.training.processes
+    if count == 1 or config.model.device != "cpu":
+        return []
+    return [_Lever(name="training.processes", values=range(1, count + 1), at=with_processes)]
 
 
 def _levers_of_time(config: RunConfig) -> tuple[_Lever, _Lever]:

@@ -267,6 +267,22 @@ def test_what_fits_is_not_refused(model: str):
     require_memory(inputs, needs, free=None)
 
 
+def test_of_several_processes_fewer_are_offered_first(model: str):
+    alone, three = large(model), large(model, training__processes=3)
+    needs = forecast(three)
+    assert needs.helpers_gib > 0
+    assert forecast(alone).helpers_gib == 0
+    # What this process holds already is measured, and not to the last byte alike.
+    assert needs.peak_gib == pytest.approx(forecast(alone).peak_gib, abs=0.01)
+    # Two helpers take what the leader does but its rollouts and AdamW's moments.
+    moments = 8 * needs.trained_parameters / GIB
+    assert needs.helpers_gib == pytest.approx(2 * (needs.peak_gib - needs.rollouts_gib - moments))
+    said = refusal(three, free=wanted(needs) * 0.8)
+    assert "; the other processes " in said
+    assert "training.processes = 2 would fit" in said
+    assert wanted(forecast(large(model, training__processes=2))) <= wanted(needs) * 0.8
+
+
 def test_what_does_not_fit_is_refused_with_its_parts_and_a_budget_that_fits(model: str):
     config = large(model)
     needs = forecast(config)
