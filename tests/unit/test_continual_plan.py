@@ -25,7 +25,7 @@ from gmpo.continual.plan import (
 )
 from gmpo.errors import ConfigError, DataError
 from gmpo.gate import GatePolicy
-from gmpo.recipe import load_recipe
+from gmpo.recipe import load_recipe, recipe_of_table
 from gmpo.safety import SAFETY_SET_SIZE, SAFETY_SETS, safety_prompts
 from gmpo.store import Event, open_store
 
@@ -93,6 +93,21 @@ def test_rows_come_back_and_have_a_digest(tmp_path: Path):
     assert (prompt.id, prompt.columns["answer"]) == ("1-0", "1")
     with pytest.raises(DataError, match="does not exist"):
         read_batch([str(tmp_path / "none.jsonl")])
+
+
+def test_an_update_that_mends_is_a_recipe_that_a_run_takes():
+    changes = ["guard.mode=mend", "evaluation.skip_items=2", "checkpoint.keep=2"]
+    recipe = load_recipe("quickstart", changes)
+    found = update_recipe(
+        LearnPlan(recipe=recipe, suites={"old": "old.jsonl"}),
+        model="/models/a",
+        rows=Path("/rows.jsonl"),
+        number=1,
+    )
+    assert (found.checkpoint.keep, found.evaluation.skip_items) == (2, 0)
+    # As the run's own process reads it.
+    table = found.model_dump(mode="json", exclude_none=True)
+    assert recipe_of_table(table, source="x") == found
 
 
 def test_the_update_is_the_recipe_on_the_champion_and_the_rows():

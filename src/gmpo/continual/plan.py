@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gmpo.config import RunConfig
+from gmpo.continual.training import judged_elsewhere
 from gmpo.data_checks.quality import DataChecks
 from gmpo.errors import DataError, RunFolderError
 from gmpo.feedback import chat_digest, training_rows
@@ -315,16 +316,12 @@ def update_recipe(plan: LearnPlan, *, model: str, rows: Path, number: int) -> Ru
     """
     recipe = plan.recipe
     task = JsonlTask(kind="jsonl", path=str(rows), held_out_items=1, split_seed=number)
-    quiet = {"every_rounds": 0, "few_shot": 0, "sampled": False, "items": 1}
-    return recipe.model_copy(
+    return judged_elsewhere(recipe, model=model).model_copy(
         update={
-            "model": recipe.model.model_copy(update={"name": model}),
             "task": task,
             "training": recipe.training.model_copy(
                 update={"seed": recipe.training.seed + number, "gradient_cosine_every": 0}
             ),
-            "evaluation": recipe.evaluation.model_copy(update=quiet),
-            "checkpoint": recipe.checkpoint.model_copy(update={"keep": 1}),
         }
     )
 

@@ -15,7 +15,13 @@ from gmpo.stability import run_figures
 from gmpo.tracking import read_lines
 from gmpo.tuning.score import given_up_rounds, stability
 
-__all__ = ["TrainedRun", "stability_metrics", "train_run", "trained_model"]
+__all__ = [
+    "TrainedRun",
+    "judged_elsewhere",
+    "stability_metrics",
+    "train_run",
+    "trained_model",
+]
 
 _POLL_SECONDS = 0.1
 _FIGURES = (
@@ -43,6 +49,27 @@ class TrainedRun:
     message: str
     folder: Path
     seconds: float
+
+
+def judged_elsewhere(recipe: RunConfig, *, model: str) -> RunConfig:
+    """The recipe for a run from another model, by whose items somebody else judges it.
+
+    The run itself asks none but the one that every task holds out, and keeps no checkpoint that
+    it does not need.
+
+    Args:
+        recipe: with evaluations and checkpoints of its own.
+        model: folder of the model that it begins with.
+    """
+    quiet = {"every_rounds": 0, "few_shot": 0, "sampled": False, "items": 1, "skip_items": 0}
+    keep = 2 if recipe.guard.mends else 1  # a roll-back needs one before the newest
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": model}),
+            "evaluation": recipe.evaluation.model_copy(update=quiet),
+            "checkpoint": recipe.checkpoint.model_copy(update={"keep": keep}),
+        }
+    )
 
 
 def train_run(

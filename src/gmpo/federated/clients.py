@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gmpo.config import RunConfig
-from gmpo.continual.training import train_run, trained_model
+from gmpo.continual.training import judged_elsewhere, train_run, trained_model
 from gmpo.errors import (
     CheckpointError,
     DataError,
@@ -132,19 +132,14 @@ def client_recipe(federation: Federation, name: str, *, number: int, base: Path)
     recipe = federation.clients[name]
     training = recipe.training
     drawn = np.random.SeedSequence([training.seed, number, *name.encode()]).generate_state(1)
-    quiet = {"every_rounds": 0, "few_shot": 0, "sampled": False, "items": 1, "skip_items": 0}
-    keep = 2 if recipe.guard.mode == "mend" else 1  # a roll-back needs one before the newest
     tracking = recipe.tracking
     if tracking.name is None:
         tracking = tracking.model_copy(update={"name": f"{name}-round-{number}"})
-    return recipe.model_copy(
+    return judged_elsewhere(recipe, model=str(base.resolve())).model_copy(
         update={
             "tracking": tracking,
-            "model": recipe.model.model_copy(update={"name": str(base.resolve())}),
             "task": _own_task(recipe),
             "training": training.model_copy(update={"seed": int(drawn[0])}),
-            "evaluation": recipe.evaluation.model_copy(update=quiet),
-            "checkpoint": recipe.checkpoint.model_copy(update={"keep": keep}),
         }
     )
 
