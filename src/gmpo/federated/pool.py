@@ -11,7 +11,7 @@ Dimensions: **K** clients, **N** positions, **V** vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +35,17 @@ _MOST_POSITIONS = 256
 
 
 def log_linear_pool(
-    log_probs: Float[Tensor, "K N V"], weights: Float[Tensor, " K"]
+    log_probs: Iterable[Float[Tensor, "N V"]], weights: Iterable[float]
 ) -> Float[Tensor, "N V"]:
     """Log-probabilities of the weighted geometric mean of K distributions at each position.
 
     Args:
-        log_probs: of the distributions, nats; -inf where one gives no probability, which the pool
-            then gives none either.
+        log_probs: of the K distributions, one after another, nats; -inf where one gives no
+            probability, which the pool then gives none either.
         weights: at least 0, of sum 1; a distribution of weight 0 has no say.
     """
-    counted = weights > 0
-    summed = torch.einsum("knv,k->nv", log_probs[counted], weights[counted])
-    return torch.log_softmax(summed, dim=-1)
+    terms = (weight * own for own, weight in zip(log_probs, weights, strict=True) if weight > 0)
+    return torch.log_softmax(sum(terms, start=torch.zeros(())), dim=-1)
 
 
 def measure_gap(
@@ -80,13 +79,18 @@ def measure_gap(
     start = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
     _move(model, start, [(step_size * a, update) for a, update in counted])
     new = _next_tokens(model, texts)
-    pool, spread = torch.zeros_like(new), 0.0
-    for share, update in counted:
-        _move(model, start, [(1.0, update)])
-        own = _next_tokens(model, texts)
-        spread += share * _mean_kl(new, own)
-        pool += share * own
-    gap = _mean_kl(new, torch.log_softmax(pool, dim=-1))
+    shares = [share for share, _ in counted]
+    apart: list[float] = []
+
+    def each() -> Iterator[Tensor]:
+        for _, update in counted:
+            _move(model, start, [(1.0, update)])
+            own = _next_tokens(model, texts)
+            apart.append(_mean_kl(new, own))
+            yield own
+
+    gap = _mean_kl(new, log_linear_pool(each(), shares))
+    spread = sum(share * own for share, own in zip(shares, apart, strict=True))
     return PoolGap(gap=gap, spread=spread, positions=len(new))
 
 
