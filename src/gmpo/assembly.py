@@ -11,6 +11,9 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from gmpo.config import RunConfig
+from gmpo.data_parallel import Engine, OneProcess, Processes
+from gmpo.data_parallel.exchange import Helpers
+from gmpo.data_parallel.leader import Leader
 from gmpo.engine import (
     build_engine,
     build_sampler,
@@ -44,9 +47,6 @@ from gmpo.rollouts import GroupSampler, PromptRenderer, SamplingSettings
 from gmpo.sampler.local import LocalSampler
 from gmpo.task_table import build_task
 from gmpo.tasks import Task
-from gmpo.team import Alone, Engine, Team
-from gmpo.team.exchange import Helpers
-from gmpo.team.several import Several
 from gmpo.update import LossSettings, PolicyOptimizer, bind_objective
 
 __all__ = [
@@ -68,7 +68,7 @@ class TrainingParts:
     reference: Scorer | None
     tokenizer: PreTrainedTokenizerBase
     sampler: LocalSampler
-    team: Team
+    processes: Processes
     optimizer: PolicyOptimizer
     weights_watch: WeightsWatch
     prompts: PromptStream
@@ -84,7 +84,7 @@ class TrainingParts:
     @property
     def sample(self) -> GroupSampler:
         """What draws the rollouts."""
-        return self.team.sample
+        return self.processes.sample
 
     @property
     def base(self) -> Policy | None:
@@ -131,7 +131,7 @@ class TrainingParts:
             closing_all.callback(self.rewards.close)
             closing_all.callback(self.grader.close)
             closing_all.callback(self.policy.release)
-            closing_all.callback(self.team.close)
+            closing_all.callback(self.processes.close)
 
 
 def build_parts(
@@ -165,9 +165,9 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     policy, sampling = engine.policy, engine.sampling
     optimizer, watch = _optimizer(config, policy), WeightsWatch(policy)
     loss, grpo_loss = build_loss(config), _grpo_loss(config)
-    team = _team(config, engine)  # last: it has processes to be ended
+    processes = _processes(config, engine)  # last: it has processes to be ended
     asker = Evaluator(
-        sample=team.sample, renderer=inputs.renderer, grader=grader, settings=sampling
+        sample=processes.sample, renderer=inputs.renderer, grader=grader, settings=sampling
     )
     return TrainingParts(
         config=config,
@@ -175,7 +175,7 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
         reference=engine.reference,
         tokenizer=tokenizer,
         sampler=engine.sampler,
-        team=team,
+        processes=processes,
         optimizer=optimizer,
         weights_watch=watch,
         prompts=inputs.prompts,
@@ -190,13 +190,13 @@ def assemble(inputs: RunInputs, *, warn: Callable[[str], None]) -> TrainingParts
     )
 
 
-def _team(config: RunConfig, engine: Engine) -> Team:
+def _processes(config: RunConfig, engine: Engine) -> Processes:
     """This process alone, or with others that do a share of the work."""
     others = config.training.processes - 1
     if not others:
-        return Alone(engine=engine)
+        return OneProcess(engine=engine)
     helpers = Helpers(dump_recipe(config), count=others, device=config.model.device)
-    return Several(engine, helpers)
+    return Leader(engine, helpers)
 
 
 def _refuse_given(given: Given, *, processes: int) -> None:

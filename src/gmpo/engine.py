@@ -9,6 +9,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gmpo.config import RunConfig
+from gmpo.data_parallel import Engine
 from gmpo.errors import ConfigError, ModelError
 from gmpo.inputs import Given
 from gmpo.named_functions import load_function
@@ -34,7 +35,6 @@ from gmpo.sampler.agreement import decoded_difference
 from gmpo.sampler.decoders import Decoder, LlamaDecoder, TransformersDecoder
 from gmpo.sampler.graphed import capture_for
 from gmpo.sampler.local import LocalSampler
-from gmpo.team import Engine
 
 __all__ = [
     "build_decoder",

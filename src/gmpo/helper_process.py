@@ -9,24 +9,25 @@ from __future__ import annotations
 import signal
 import sys
 import tomllib
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
+from gmpo.data_parallel.exchange import (
+    Orders,
+    answer_requests_from,
+    answered,
+    join_group,
+    receive,
+)
+from gmpo.data_parallel.helper_work import HelperWork
 from gmpo.engine import build_engine
 from gmpo.host_memory import keep_freed_memory
 from gmpo.leash import end_with_parent
 from gmpo.policy.load import load_tokenizer
 from gmpo.recipe import recipe_of_table
-from gmpo.team.exchange import (
-    Answer,
-    Orders,
-    answer_requests_from,
-    join_group,
-    receive,
-    send,
-)
-from gmpo.team.several import HelperWork
 
 __all__ = ["main"]
 
@@ -49,14 +50,17 @@ def main() -> None:
         def warn(sentence: str) -> None:
             print(f"note: process {orders.rank}: {sentence}", file=sys.stderr)
 
-        try:
-            engine = build_engine(config, tokenizer=load_tokenizer(config.model.name), warn=warn)
-        except Exception as error:  # noqa: BLE001 - the leader raises it
-            send(line, Answer(error=error))
-            return
-        send(line, Answer())
-        join_group(orders.rendezvous, rank=orders.rank, size=orders.size, device=device)
-        answer_requests_from(line, HelperWork(engine).by_name())
+        work: dict[str, Callable[..., Any]] = {}
+
+        def begin() -> None:
+            tokenizer = load_tokenizer(config.model.name)
+            engine = build_engine(config, tokenizer=tokenizer, warn=warn)
+            work.update(HelperWork(engine).by_name())
+
+        line.send_bytes(answered(begin))
+        if work:  # else the leader has been told why not
+            join_group(orders.rendezvous, rank=orders.rank, size=orders.size, device=device)
+            answer_requests_from(line, work)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _with_reference(
     has_term = parts.loss.kl_coefficient > 0
     first = 0 if has_term else len(steps) - 1 if measures_kl_ref else len(steps)
     temperature = parts.loss.temperature
-    compared = parts.team.reference_logprobs(steps[first:], temperature=temperature)
+    compared = parts.processes.reference_logprobs(steps[first:], temperature=temperature)
     return [*steps[:first], *compared]
 
 
@@ -156,7 +156,7 @@ def build_steps(parts: TrainingParts, groups: Sequence[Group]) -> list[StepBatch
             [groups[place] for place in places],
             advantages[places.start : places.stop],
             max_tokens=config.training.max_tokens_per_micro_batch,
-            least_batches=parts.team.num_processes,
+            least_batches=parts.processes.num_processes,
             shares_prompts=parts.policy.shares_prompts,
             skips_dead_rows=config.training.engine == "fast" and not has_extra_terms,
             device=parts.policy.device,
@@ -184,7 +184,9 @@ def run_steps(
     of_later: Mismatch | None = None
     if not trusts_sampler:
         # The first step's own scores are the old policy's: it needs no pass of its own.
-        later, of_later = parts.team.old_logprobs(steps[1:], temperature=parts.loss.temperature)
+        later, of_later = parts.processes.old_logprobs(
+            steps[1:], temperature=parts.loss.temperature
+        )
         steps = [steps[0], *later]
     mismatch: Mismatch | None = None
     results = []
@@ -247,7 +249,7 @@ def _gradients(
         extra = {}
         if measures_cosine:
             extra = _gradient_cosine(parts, step, is_old_policy=is_old_policy)
-        measures = parts.team.accumulate(step, parts.loss, is_old_policy=is_old_policy)
+        measures = parts.processes.accumulate(step, parts.loss, is_old_policy=is_old_policy)
     except NonFiniteLossError:
         if not may_be_broken:
             raise

@@ -28,11 +28,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "except Exception",
     ): "a user's module may raise anything as it is imported",
     (
-        "src/gmpo/helper_process.py",
-        "except Exception",
-    ): "whatever keeps a helper from beginning is the leader's error, and the helper ends",
-    (
-        "src/gmpo/team/exchange.py",
+        "src/gmpo/data_parallel/exchange.py",
         "except Exception",
     ): "whatever a helper's work raises is the leader's error; the helper waits for more",
     (

@@ -83,7 +83,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "inputs",
         "forecast",
         "headroom",
-        "team",
+        "data_parallel",
         "engine",
         "assembly",
         "decoding",

@@ -5,7 +5,7 @@ same weights and do their share of the two things that take time: completions ar
 log-probabilities and gradients computed. Nothing else knows how many processes there are.
 """
 
-from gmpo.team.alone import Alone, Engine, Team
-from gmpo.team.shares import shares_of_batches, shares_of_prompts
+from gmpo.data_parallel.processes import Engine, OneProcess, Processes
+from gmpo.data_parallel.shares import shares_of_batches, shares_of_prompts
 
-__all__ = ["Alone", "Engine", "Team", "shares_of_batches", "shares_of_prompts"]
+__all__ = ["Engine", "OneProcess", "Processes", "shares_of_batches", "shares_of_prompts"]

@@ -16,12 +16,12 @@ from tests.tiny_runs import kept_in, metric_lines, tiny_recipe, weights
 
 from gmpo.assembly import TrainingParts, build_parts
 from gmpo.config import RunConfig
+from gmpo.data_parallel.leader import Leader
 from gmpo.errors import ConfigError, NonFiniteError, NonFiniteLossError, ProcessLost
 from gmpo.records import Group
 from gmpo.resumption import Given
 from gmpo.rewards import ScoredGroups
 from gmpo.steps import build_steps, update_policy
-from gmpo.team.several import Several
 from gmpo.training import train
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def pair(request: pytest.FixtureRequest, model: str) -> Iterator[Pair]:
             )
             for processes in (1, 2)
         )
-        assert isinstance(several.team, Several)
+        assert isinstance(several.processes, Leader)
         yield alone, several
 
 
@@ -112,9 +112,9 @@ def test_a_run_of_two_processes_learns_what_one_of_one_does_and_is_resumed_by_on
 
 def test_a_helper_that_is_killed_ends_the_run_with_a_reason(model: str):
     with closing(build_parts(recipe(model, processes=2), warn=print)) as parts:
-        assert isinstance(parts.team, Several)
+        assert isinstance(parts.processes, Leader)
         drawn(parts, round_number=0)
-        helper = parts.team._helpers._processes[0]
+        helper = parts.processes._helpers._processes[0]
         helper.kill()
         with pytest.raises(ProcessLost, match=r"process 1 of this run ended \(signal 9\)"):
             drawn(parts, round_number=1)
@@ -188,20 +188,20 @@ def test_shares_are_really_computed_elsewhere(pair: Pair):
     steps = build_steps(several, scored(several, drawn(several, round_number=3)).groups)
     assert all(len(step.micro_batches) != 1 for step in steps)
     asked: list[str] = []
-    team = several.team
-    assert isinstance(team, Several)
-    ask = team._helpers.ask
+    leader = several.processes
+    assert isinstance(leader, Leader)
+    ask = leader._helpers.ask
 
     def told(requests: Any) -> None:
         asked.extend(request.name for request in requests)
         ask(requests)
 
-    team._helpers.ask = told  # type: ignore[method-assign]
+    leader._helpers.ask = told  # type: ignore[method-assign]
     try:
         live = next(step for step in steps if step.micro_batches)
-        team.accumulate(live, several.loss, is_old_policy=True)
+        leader.accumulate(live, several.loss, is_old_policy=True)
     finally:
-        team._helpers.ask = ask  # type: ignore[method-assign]
+        leader._helpers.ask = ask  # type: ignore[method-assign]
         several.policy.forget_gradients()
     assert asked[-2:] == ["accumulate", "gradients"]
 
@@ -219,8 +219,8 @@ def test_what_a_helper_raises_is_raised_here_and_the_next_step_is_whole(pair: Pa
     small = several.under(several.config.model_copy(update={"training": training}))
     steps = build_steps(small, scored(several, groups).groups)
     step = next(step for step in steps if len(step.micro_batches) > 3)
-    team = several.team
-    from gmpo.team import shares_of_batches
+    leader = several.processes
+    from gmpo.data_parallel import shares_of_batches
 
     theirs = shares_of_batches(step.micro_batches, 2)[1][-1]
     batches = list(step.micro_batches)
@@ -229,11 +229,11 @@ def test_what_a_helper_raises_is_raised_here_and_the_next_step_is_whole(pair: Pa
     )
     broken = replace(step, micro_batches=tuple(batches))
     with pytest.raises(NonFiniteLossError, match=re.escape(batches[theirs].row_names[0])):
-        team.accumulate(broken, several.loss, is_old_policy=True)
+        leader.accumulate(broken, several.loss, is_old_policy=True)
     found = []
     for parts in pair:
         parts.policy.forget_gradients()
-        parts.team.accumulate(step, parts.loss, is_old_policy=True)
+        parts.processes.accumulate(step, parts.loss, is_old_policy=True)
         found.append(
             {n: w.grad.clone() for n, w in parts.policy.masters.items() if w.grad is not None}
         )

@@ -32,12 +32,13 @@ __all__ = [
     "Orders",
     "Request",
     "answer_requests_from",
+    "answered",
     "broadcast",
     "join_group",
-    "raise_errors",
     "receive",
     "reduce_sum",
     "send",
+    "values_of",
 ]
 
 _LONGEST = timedelta(minutes=10)
@@ -103,7 +104,7 @@ class Helpers:
                 "torch.distributed already; start it without torchrun, or set training.processes = "
                 "1"
             )
-        self._folder = TemporaryDirectory(prefix="gmpo-team-")
+        self._folder = TemporaryDirectory(prefix="gmpo-processes-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lines: list[Connection] = []
         self._threads_before = torch.get_num_threads()
@@ -140,7 +141,7 @@ class Helpers:
                 threads=threads,
             )
             send(mine, orders)
-        raise_errors(self.answers())  # they are ready: nobody waits for one that is not
+        values_of(self.answers())  # they are ready: nobody waits for one that is not
         join_group(rendezvous, rank=0, size=count + 1, device=device)
         self._has_joined = True
 
@@ -220,15 +221,22 @@ def answer_requests_from(line: Connection, work: Mapping[str, Callable[..., Any]
         except (EOFError, OSError):
             return
         try:
-            request = pickle.loads(raw)
-            answer = Answer(value=work[request.name](*request.arguments))
-            told = pickle.dumps(answer)
-        except Exception as error:  # noqa: BLE001 - the leader raises it
-            told = pickle.dumps(Answer(error=_that_travels(error)))
-        try:
-            line.send_bytes(told)
+            line.send_bytes(answered(partial(_done, raw, work)))
         except OSError:  # the leader is gone
             return
+
+
+def answered(work: Callable[[], Any]) -> bytes:
+    """What a piece of work came to, ready to be sent, whatever it raised."""
+    try:
+        return pickle.dumps(Answer(value=work()))
+    except Exception as error:  # noqa: BLE001 - the leader raises it
+        return pickle.dumps(Answer(error=_that_travels(error)))
+
+
+def _done(raw: bytes, work: Mapping[str, Callable[..., Any]]) -> Any:
+    request: Request = pickle.loads(raw)
+    return work[request.name](*request.arguments)
 
 
 def _that_travels(error: Exception) -> Exception:
@@ -250,7 +258,7 @@ def receive(line: Connection) -> Any:
     return pickle.loads(line.recv_bytes())
 
 
-def raise_errors(answers: Iterable[Answer]) -> list[Any]:
+def values_of(answers: Iterable[Answer]) -> list[Any]:
     """The answers' values, unless one is an error, which is raised."""
     found = list(answers)
     for answer in found:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.rollout_groups import one_step, random_groups
 
 from gmpo.batch import StepBatch
+from gmpo.data_parallel import shares_of_batches, shares_of_prompts
 from gmpo.records import Prompt
-from gmpo.team import shares_of_batches, shares_of_prompts
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=12), st.integers(1, 4))

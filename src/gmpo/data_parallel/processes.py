@@ -22,7 +22,7 @@ from gmpo.update import (
     with_reference_logprobs,
 )
 
-__all__ = ["Alone", "Engine", "Team"]
+__all__ = ["Engine", "OneProcess", "Processes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Engine:
     sampling: SamplingSettings
 
 
-class Team(Protocol):
+class Processes(Protocol):
     """The processes of a run, as the loop sees them: results do not depend on how many there are.
 
     They are those of one process up to the rounding of sums.
@@ -81,8 +81,8 @@ class Team(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alone:
-    """A team of one."""
+class OneProcess:
+    """A run of one process."""
 
     engine: Engine
 
